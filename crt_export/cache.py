@@ -1,0 +1,84 @@
+"""What attention attends over: keys and values of past tokens plus those of the chunk at hand.
+
+A cache is made for one pass. ``extend`` takes a layer's new keys and values, [batch, heads, seq, head_dim], and returns
+all keys and values to attend over; ``mask`` says which of them each query sees (None: all); ``keys`` and ``values``
+then hold, per layer, what the next chunk continues from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Cache(Protocol):
+    """Keys and values for one pass, see the module."""
+
+    mask: Tensor | None
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one layer's new keys and values; returns all of them, past first."""
+        ...
+
+
+class AppendedCache:
+    """Puts the new keys behind the cached ones and leaves the cache itself as it was.
+
+    Args:
+        past_keys: Per layer [batch, heads, past, head_dim]; entries at and beyond ``position`` are not attended.
+        past_values: Likewise.
+        position: Valid entries of the past per row, int64 [batch].
+        seq: Tokens of the chunk, causal among themselves.
+    """
+
+    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], position: Tensor, seq: int) -> None:
+        self._past = list(zip(past_keys, past_values, strict=True))
+        past = past_keys[0].shape[2]
+        index = torch.arange(seq, device=position.device)
+        seen = (torch.arange(past, device=position.device) < position[:, None])[:, None, None, :]
+        causal = (index <= index[:, None])[None, None]
+        batch = position.shape[0]
+        self.mask = torch.cat([seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        past_keys, past_values = self._past[layer]
+        self.keys.append(torch.cat([past_keys, keys], dim=2))
+        self.values.append(torch.cat([past_values, values], dim=2))
+        return self.keys[-1], self.values[-1]
+
+
+class GrowingCache:
+    """Room for ``seq`` more tokens, filled one call after another without copying; needs no mask. Inference only."""
+
+    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int) -> None:
+        self.mask = None
+        self._used = [tensor.shape[2] for tensor in past_keys]
+        self._keys = [self._with_room(tensor, seq) for tensor in past_keys]
+        self._values = [self._with_room(tensor, seq) for tensor in past_values]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = self._used[layer], self._used[layer] + keys.shape[2]
+        self._keys[layer][:, :, start:end] = keys
+        self._values[layer][:, :, start:end] = values
+        self._used[layer] = end
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return [tensor[:, :, :used] for tensor, used in zip(self._keys, self._used, strict=True)]
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [tensor[:, :, :used] for tensor, used in zip(self._values, self._used, strict=True)]
+
+    @staticmethod
+    def _with_room(past: Tensor, seq: int) -> Tensor:
+        room = past.new_zeros(*past.shape[:2], seq, past.shape[3])
+        return torch.cat([past, room], dim=2)

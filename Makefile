@@ -1,0 +1,94 @@
+# make demo   set up .venv, build and validate build/demo from the trained demo checkpoint, write a few lines
+# make test   set up .venv, then lint, types, wheel and every test against the installed wheel
+#
+# Needs python3 (3.11 or 3.12) with venv. The network is used by the set-up steps only.
+# PIP_FLAGS goes to every pip install, for example to name another package index.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
+
+SOURCES := $(shell find crt_export -name '*.py') $(wildcard graphs/*.toml engines/*.toml validate/tolerances.toml)
+PACKAGING := pyproject.toml README.md LICENSE NOTICE
+WHEEL = $(firstword $(wildcard dist/crt_export-*.whl))
+
+# TensorRT-RTX has wheels for Linux on x86_64 only; elsewhere the demo leaves its targets out.
+PLATFORM := $(shell uname -s)-$(shell uname -m)
+RTX_TARGETS := $(if $(filter Linux-x86_64,$(PLATFORM)),rtx-sm80-fp16 rtx-sm80-int8)
+DEMO_TARGETS ?= ort-cpu-fp32 ort-cpu-int8 $(RTX_TARGETS)
+
+.PHONY: demo test lint format wheel setup develop bindings clean help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+
+# --- the main job ---------------------------------------------------------------------------------------------
+demo: $(VENV)/.installed
+	$(BIN)/crt-export build examples/demo/checkpoint --output build/demo \
+	  $(foreach target,$(DEMO_TARGETS),--target $(target)) --text examples/demo/heldout.txt
+	$(BIN)/crt-export generate build/demo --target ort-cpu-int8 --prompt "The for statement" \
+	  --max-new-tokens 240 --temperature 0.7 --top-k 20 --seed 1
+
+# --- tests ----------------------------------------------------------------------------------------------------
+# One thread per worker: two test processes that each use every core are slower than one.
+test: lint $(VENV)/.installed bindings
+	CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$(abspath $(WHEEL))" OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- set-up: network is used from here to the end ---------------------------------------------------------------
+setup: $(VENV)/.dev $(VENV)/.installed
+
+# An editable installation for development; the next make demo or make test puts the wheel back.
+develop: $(VENV)/.dev
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.installed
+
+$(VENV)/.tools: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
+	  f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) hatchling build
+	@touch $@
+
+wheel: dist/.built
+dist/.built: $(VENV)/.tools $(SOURCES) $(PACKAGING)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
+	@touch $@
+
+# Dependencies are installed with the wheel's own extras, so that a wrong extra fails here.
+$(VENV)/.demo: constraints.txt pyproject.toml | dist/.built
+	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx]"
+	@touch $@
+
+$(VENV)/.dev: constraints.txt pyproject.toml $(VENV)/.demo | dist/.built
+	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,dev]"
+	@touch $@
+
+$(VENV)/.installed: dist/.built $(VENV)/.demo
+	$(PIP) install --quiet --no-deps --no-index --force-reinstall dist/*.whl
+	@touch $@
+
+# The genuine TensorRT bindings, for the tests that hold the builder's calls against the real signatures.
+BINDINGS := validate/unit/engine/install_bindings.py
+bindings: $(if $(wildcard $(BINDINGS)),build/bindings/.installed)
+build/bindings/.installed: $(BINDINGS) $(VENV)/.dev
+	$(BIN)/python $(BINDINGS) build/bindings
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -37,7 +37,7 @@ def definition_path(kind: Kind, filename: str) -> Path:
         MissingDependencyError: The installation lacks the file.
     """
     path = catalog_root() / kind / filename
-    if path.parent.name != kind or not path.is_file():
+    if Path(filename).name != filename or not path.is_file():
         raise MissingDependencyError(
             f"definition {kind}/{filename} is not part of this installation ({catalog_root()}): "
             "reinstall crt-export"

@@ -1,0 +1,168 @@
+"""What killed builds leave beside an output: recognise it, undo it, sweep it, and never touch a live build's.
+
+A live build holds an advisory lock (``flock``) on its partial folder, which the system drops when the process
+dies, whatever killed it. A partial is abandoned when its lock is free *and* no process with its PID can have
+made it. The lock alone would do, but not every file system has locks; the PID alone would not, because PIDs
+are used again (in a container every build may be PID 1) and because another container's PIDs are invisible.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from crt_export.bundle.exchange import remove_folder, sync_folder
+from crt_export.bundle.ownership import folder_lock, is_running, lock_folder, start_time, unlock_folder
+from crt_export.bundle.schema import MANIFEST_NAME
+from crt_export.errors import BundleError
+
+_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|previous)-(?P<pid>[0-9]{1,10})", re.DOTALL)
+_CLOCK_SLACK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """A folder named ``.NAME.partial-PID`` (a build) or ``.NAME.previous-PID`` (the old output)."""
+
+    path: Path
+    name: str
+    kind: str
+    pid: int
+
+
+def leftover_path(output: Path, kind: Literal["partial", "previous"]) -> Path:
+    """This process's name for its unfinished build of ``output``, or for the old output set aside."""
+    return output.with_name(f".{output.name}.{kind}-{os.getpid()}")
+
+
+def parse_leftover(path: Path) -> Leftover | None:
+    """Read a leftover's name; None if ``path`` is not named like one."""
+    match = _PATTERN.fullmatch(path.name)
+    if match is None:
+        return None
+    return Leftover(path=path, name=match["name"], kind=match["kind"], pid=int(match["pid"]))
+
+
+def find_leftovers(output: Path) -> list[Leftover]:
+    """All leftover folders of ``output``, sorted by name; links and files named alike are left alone."""
+    found: list[Leftover] = []
+    try:
+        entries = sorted(entry.name for entry in output.parent.iterdir())
+    except OSError:  # an absent or unreadable parent is reported by whoever needs it
+        return found
+    for entry in entries:
+        leftover = parse_leftover(output.parent / entry)
+        if leftover is not None and leftover.name == output.name and _is_plain_folder(leftover.path):
+            found.append(leftover)
+    return found
+
+
+def restore_previous(output: Path) -> bool:
+    """Undo a replacement that was cut off between its two renames.
+
+    Returns:
+        True if the old bundle is back under its own name; False if there was nothing to do.
+
+    Raises:
+        BundleError: The old bundle is there but cannot be moved back.
+    """
+    if not _is_absent(output) or not _set_aside(output):
+        return False
+    with folder_lock(output.parent) as locked:
+        # Look once more: whoever held the lock may have finished. Without locks a running owner might yet do so.
+        candidates = [
+            one for one in _set_aside(output) if locked or one.pid == os.getpid() or not _can_be_owner(one)
+        ]
+        if not candidates or not _is_absent(output):
+            return False
+        newest = max(candidates, key=lambda leftover: os.lstat(leftover.path).st_mtime_ns).path
+        try:
+            if os.name != "posix" and output.exists():
+                output.rmdir()
+            newest.rename(output)
+            sync_folder(output.parent)
+        except OSError as error:
+            raise BundleError(
+                f"the last build of {output} was interrupted and the old bundle cannot be put back "
+                f"({error.strerror}): rename {newest} to {output.name} by hand"
+            ) from error
+    return True
+
+
+def sweep_leftovers(output: Path) -> None:
+    """Remove what dead builds of ``output`` left.
+
+    Call it after :func:`restore_previous` and with the parent folder locked.
+    A folder that cannot be removed causes a RuntimeWarning, not an error: it is in nobody's way.
+    """
+    for leftover in find_leftovers(output):
+        superseded = leftover.kind == "partial" or (output / MANIFEST_NAME).is_file()
+        if superseded and is_abandoned(leftover):
+            remove_or_warn(leftover.path)
+
+
+def remove_or_warn(folder: Path) -> None:
+    """Remove a folder that nobody needs; a failure is worth a RuntimeWarning, not an error."""
+    try:
+        remove_folder(folder)
+    except OSError as error:
+        warnings.warn(
+            f"could not remove {folder}: {error.strerror}; remove it by hand", RuntimeWarning, stacklevel=2
+        )
+
+
+def is_abandoned(leftover: Leftover) -> bool:
+    """True if no running build can own this folder."""
+    try:
+        descriptor = lock_folder(leftover.path)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here: the PID must decide, and our own PID may be another thread's build
+        return not _can_be_owner(leftover)
+    unlock_folder(descriptor)
+    return leftover.pid == os.getpid() or not _can_be_owner(leftover)
+
+
+def _is_plain_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _is_absent(output: Path) -> bool:
+    """True if ``output`` does not exist or is an empty folder."""
+    try:
+        return not any(output.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _set_aside(output: Path) -> list[Leftover]:
+    return [
+        leftover
+        for leftover in find_leftovers(output)
+        if leftover.kind == "previous" and (leftover.path / MANIFEST_NAME).is_file()
+    ]
+
+
+def _can_be_owner(leftover: Leftover) -> bool:
+    """True if a process with the leftover's PID runs and is old enough to have made the folder."""
+    if not is_running(leftover.pid):
+        return False
+    started = start_time(leftover.pid)
+    if started is None:
+        return True
+    try:
+        status = os.lstat(leftover.path)
+    except FileNotFoundError:
+        return False
+    # A bundle set aside by a rename keeps its old modification time; only its change time is recent.
+    return started <= max(status.st_mtime, status.st_ctime) + _CLOCK_SLACK_SECONDS

@@ -1,0 +1,124 @@
+"""``manifest.json``: what it must contain, reading it, writing it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from crt_export.bundle.paths import open_regular
+from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION, TOOL_NAME, manifest_problems
+from crt_export.errors import BundleError, problem_list
+
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a bundle folder.
+
+    Args:
+        folder: The bundle.
+
+    Returns:
+        The manifest; every key and type that this version relies on is there.
+
+    Raises:
+        BundleError: It is missing, unreadable, not JSON, of a newer schema, or breaks the schema (all
+            problems listed).
+    """
+    path = folder / MANIFEST_NAME
+    manifest = _parse(path, _read(path))
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(
+            f"{path} is not a manifest of {TOOL_NAME}: "
+            f"expected an integer 'schema_version' of 1 or more, found {version!r}"
+        )
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}; this {TOOL_NAME} reads up to version "
+            f"{SCHEMA_VERSION}: upgrade {TOOL_NAME}, or build the bundle again with this version"
+        )
+    problems = manifest_problems(manifest)
+    if problems:
+        raise BundleError(problem_list(f"{path} breaks schema version {version}", problems))
+    return manifest
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """Serialise a manifest and check that :func:`read_manifest` would take it.
+
+    Raises:
+        BundleError: A number is NaN or infinite (JSON has neither), or the schema is broken; all problems are
+            listed.
+    """
+    problems = [f"{where} is {value}; write null instead" for where, value in _non_finite(manifest, "")]
+    if problems:
+        raise BundleError(problem_list("the manifest cannot be written as JSON", problems))
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    problems = manifest_problems(json.loads(text))
+    if problems:
+        raise BundleError(problem_list(f"the new manifest breaks schema version {SCHEMA_VERSION}", problems))
+    return text
+
+
+def _non_finite(value: object, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _non_finite(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _non_finite(item, f"{where}[{index}]")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with os.fdopen(open_regular(path), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > _MAX_MANIFEST_BYTES:
+                raise BundleError(f"{path} has {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")
+            return stream.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; build one with 'crt-export build'"
+        ) from None
+    except OSError as error:
+        raise BundleError(
+            f"cannot read {path}: {error.strerror} (expected a regular file, not a link)"
+        ) from error
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    again = "the bundle was changed or is incomplete; build it again"
+    try:
+        manifest = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8 (byte {error.start}): {again}") from None
+    except RecursionError:
+        raise BundleError(f"{path} is nested too deeply to be a manifest: {again}") from None
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON ({error}): {again}") from None
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{path} must hold a JSON object, found {manifest!r:.60}: {again}")
+    return manifest
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,118 @@
+"""Locks on folders, and processes: who may be working on a folder right now."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crt_export.errors import BundleError
+
+if sys.platform == "win32":
+    import ctypes
+else:
+    import fcntl
+
+_LOCK_SECONDS = 60.0
+_STILL_ACTIVE = 259
+_QUERY_LIMITED_INFORMATION = 0x1000
+
+
+def lock_folder(folder: Path) -> int:
+    """Take the exclusive advisory lock of a folder without waiting.
+
+    Returns:
+        A descriptor that holds the lock until :func:`unlock_folder` or the end of the process.
+
+    Raises:
+        BlockingIOError: Somebody else holds it.
+        OSError: Folders cannot be locked here (Windows, some network file systems).
+    """
+    if sys.platform == "win32":
+        raise OSError(errno.ENOTSUP, "folders cannot be locked on Windows", str(folder))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def unlock_folder(descriptor: int) -> None:
+    """Release a lock, also where a forked child still has a copy of the descriptor."""
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder for the few operations that must not interleave with another build's.
+
+    Yields:
+        False where folders cannot be locked; nothing is held then.
+
+    Raises:
+        BundleError: Somebody else held the lock for a minute.
+    """
+    descriptor: int | None = None
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while descriptor is None:
+        try:
+            descriptor = lock_folder(folder)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BundleError(
+                    f"another program has locked {folder} for {_LOCK_SECONDS:.0f} s: "
+                    "wait for it or end it, then try again"
+                ) from None
+            time.sleep(0.02)
+        except OSError:
+            break
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            unlock_folder(descriptor)
+
+
+def is_running(pid: int) -> bool:
+    """True if a process of this machine (or container) has this PID."""
+    if sys.platform == "win32":  # os.kill(pid, 0) would end the process there
+        kernel = ctypes.windll.kernel32
+        handle = kernel.OpenProcess(_QUERY_LIMITED_INFORMATION, False, pid)
+        if not handle:
+            return False
+        code = ctypes.c_ulong()
+        kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        kernel.CloseHandle(handle)
+        return code.value == _STILL_ACTIVE
+    if pid == 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def start_time(pid: int) -> float | None:
+    """When a process started, in seconds since 1970; infinite if it has ended, None if /proc is silent."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        if fields[0] in {b"Z", b"X"}:  # ended, though its parent has not asked for its exit status yet
+            return math.inf
+        boot = next(
+            line for line in Path("/proc/stat").read_text("ascii").splitlines() if line.startswith("btime ")
+        )
+        return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None

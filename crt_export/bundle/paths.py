@@ -1,0 +1,179 @@
+"""Names of files inside a bundle, and how a name becomes a path that is safe to open."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAX_NAME_LENGTH = 1024
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_REPARSE_POINT = 0x400  # Windows: junctions and links of every kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileState:
+    """What ``stat`` says about a file; if any of it changes, the file must be hashed again."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """Pick the fields that change when a file is written or replaced."""
+    return FileState(
+        device=status.st_dev,
+        inode=status.st_ino,
+        size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        changed_ns=status.st_ctime_ns,
+    )
+
+
+def name_problem(name: str) -> str | None:
+    """Say why ``name`` cannot be a file of a bundle, or return None if it can.
+
+    A name is relative, separated by ``/``, stays inside the bundle and means the same on Linux, macOS and
+    Windows.
+    """
+    if not name or len(name) > _MAX_NAME_LENGTH:
+        return f"must have 1 to {_MAX_NAME_LENGTH} characters, has {len(name)}"
+    if name.startswith("/"):
+        return "is an absolute path; only paths relative to the bundle are allowed"
+    bad = _FORBIDDEN.search(name)
+    if bad:
+        return f"contains {bad.group()!r}; use '/' between folders and no drive letter or control character"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    for part in name.split("/"):
+        if part in {"", ".", ".."}:
+            return f"contains the path component {part!r}, which could lead out of the bundle"
+        if part.endswith((".", " ")):
+            return f"contains {part!r}, which ends in a dot or a space (Windows drops those)"
+    return None
+
+
+def is_link(status: os.stat_result) -> bool:
+    """True for a symbolic link or, on Windows, any reparse point (junctions included)."""
+    return stat.S_ISLNK(status.st_mode) or bool(getattr(status, "st_file_attributes", 0) & _REPARSE_POINT)
+
+
+def file_problem(folder: Path, name: str) -> str | None:
+    """Walk from ``folder`` to ``name`` without following links; say what is wrong, or return None.
+
+    ``name`` must have passed :func:`name_problem`.
+    """
+    parts = name.split("/")
+    path = folder
+    for index, part in enumerate(parts):
+        path = path / part
+        try:
+            status = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        shown = "/".join(parts[: index + 1])
+        if is_link(status):
+            return f"goes through a link ({shown!r}); a bundle holds regular files only"
+        if index < len(parts) - 1 and not stat.S_ISDIR(status.st_mode):
+            return f"is missing ({shown!r} is not a folder)"
+        if index == len(parts) - 1 and not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"
+    return None
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading without following a link in its last component and without blocking on a pipe.
+
+    Returns:
+        The file descriptor; the caller closes it.
+
+    Raises:
+        OSError: The file cannot be opened, is a link (ELOOP), or is not a regular file (EINVAL).
+    """
+    flags = os.O_RDONLY
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+        flags |= getattr(os, flag, 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
+    """SHA-256 of a regular file.
+
+    Args:
+        path: The file; a link as its last component is refused.
+        sync: Also force the content to the disk (``fsync``).
+
+    Returns:
+        The digest in lower-case hex, and the state of the very file that was hashed.
+
+    Raises:
+        OSError: The file cannot be read, or changed while it was read (ESTALE).
+    """
+    with os.fdopen(open_regular(path), "rb") as stream:
+        before = file_state(os.fstat(stream.fileno()))
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        after = file_state(os.fstat(stream.fileno()))
+        if before != after:
+            raise OSError(errno.ESTALE, "changed while it was read", str(path))
+        if sync and os.name == "posix":
+            os.fsync(stream.fileno())
+    if sync and os.name != "posix":  # Windows only syncs files that are open for writing
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    return digest, after
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """Everything below a folder, links not followed."""
+
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def list_tree(folder: Path) -> Tree:
+    """List a folder recursively.
+
+    Returns:
+        Names relative to ``folder``, sorted; links, sockets, pipes and devices are in ``problems`` and
+        nowhere else.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    problems: list[str] = []
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                status = entry.stat(follow_symlinks=False)
+                if is_link(status):
+                    problems.append(f"{name!r} is a link; a bundle holds regular files only")
+                elif stat.S_ISDIR(status.st_mode):
+                    folders.append(name)
+                    pending.append(f"{name}/")
+                elif stat.S_ISREG(status.st_mode):
+                    files.append(name)
+                else:
+                    problems.append(f"{name!r} is not a regular file")
+    return Tree(files=tuple(sorted(files)), folders=tuple(sorted(folders)), problems=tuple(sorted(problems)))

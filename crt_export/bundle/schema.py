@@ -1,0 +1,172 @@
+"""The schema of ``manifest.json``, version 1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
+from typing import Any
+
+from crt_export.bundle.paths import name_problem
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOOL_NAME = "crt-export"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_Types = type | tuple[type, ...]
+
+_TOP: dict[str, _Types] = {
+    "tool": dict,
+    "libraries": dict,
+    "validated": bool,
+    "config": dict,
+    "checkpoint": dict,
+    "options": dict,
+    "contract": dict,
+    "graphs": list,
+    "targets": dict,
+    "files": dict,
+    "parity": (dict, NoneType),
+}
+_GRAPH: dict[str, _Types] = {
+    "file": str,
+    "graph": str,
+    "precision": str,
+    "unroll": (int, NoneType),
+    "weights": (str, NoneType),
+    "quantized_matmuls": int,
+}
+_TARGET: dict[str, _Types] = {
+    "profile": dict,
+    "graphs": dict,
+    "engines": dict,
+    "capacity": (int, NoneType),
+    "unroll": (int, NoneType),
+    "head_dim": int,
+    "cache_head_dim": int,
+    "cache_dtype": str,
+}
+_CONTRACT: dict[str, _Types] = {"inputs": list, "outputs": list, "aliases": list}
+_TENSOR: dict[str, _Types] = {"name": str, "dtype": str, "dims": list}
+_FILE: dict[str, _Types] = {"size": int, "sha256": str}
+
+
+def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
+    """Every way in which a parsed manifest breaks the schema; empty if it is sound."""
+    problems = _field_problems("the manifest", manifest, _TOP)
+    if problems:
+        return problems
+    if manifest["tool"].get("name") != TOOL_NAME:
+        problems.append(f"tool.name must be {TOOL_NAME!r}, found {manifest['tool'].get('name')!r}")
+    problems += _field_problems("tool", manifest["tool"], {"version": str})
+    problems += _field_problems("checkpoint", manifest["checkpoint"], {"sha256": str})
+    problems += _contract_problems(manifest["contract"])
+    problems += _file_problems(manifest["files"])
+    problems += _graph_problems(manifest["graphs"], manifest["files"])
+    problems += _target_problems(manifest["targets"], manifest["files"])
+    if manifest["validated"] and (manifest["parity"] is None or manifest["parity"].get("passed") is False):
+        problems.append("validated is true, but there is no parity report that passed")
+    return problems
+
+
+def _is(value: object, types: _Types) -> bool:
+    """isinstance, except that JSON's true and false are not numbers."""
+    if isinstance(value, bool):
+        return types is bool
+    return isinstance(value, types)
+
+
+def _type_name(types: _Types) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        int: "an integer",
+        bool: "true or false",
+        NoneType: "null",
+    }
+    return " or ".join(names[one] for one in (types if isinstance(types, tuple) else (types,)))
+
+
+def _field_problems(where: str, value: object, fields: Mapping[str, _Types]) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [f"{where} must be an object, found {value!r:.60}"]
+    problems = [f"{where} lacks {name!r}" for name in fields if name not in value]
+    for name, types in fields.items():
+        if name in value and not _is(value[name], types):
+            problems.append(f"{where}: {name!r} must be {_type_name(types)}, found {value[name]!r:.60}")
+    return problems
+
+
+def _contract_problems(contract: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for graph, spec in contract.items():
+        where = f"contract[{graph!r}]"
+        broken = _field_problems(where, spec, _CONTRACT)
+        problems += broken
+        if broken:
+            continue
+        for side in ("inputs", "outputs"):
+            for index, tensor in enumerate(spec[side]):
+                problems += _field_problems(f"{where}.{side}[{index}]", tensor, _TENSOR)
+        for index, pair in enumerate(spec["aliases"]):
+            if not (
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+            ):
+                problems.append(f"{where}.aliases[{index}] must be a pair of names, found {pair!r:.60}")
+    return problems
+
+
+def _file_problems(files: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for name, entry in files.items():
+        where = f"files[{name!r:.200}]"
+        reason = name_problem(name)
+        if reason is None and name == MANIFEST_NAME:
+            reason = "is the manifest, which cannot list itself"
+        if reason:
+            problems.append(f"{where}: the path {reason}")
+        broken = _field_problems(where, entry, _FILE)
+        problems += broken
+        if broken:
+            continue
+        if entry["size"] < 0:
+            problems.append(f"{where}: 'size' must be 0 or more, found {entry['size']}")
+        if not _SHA256.fullmatch(entry["sha256"]):
+            problems.append(
+                f"{where}: 'sha256' must be 64 lower-case hex digits, found {entry['sha256']!r:.80}"
+            )
+    return problems
+
+
+def _reference_problems(where: str, references: Mapping[str, Any], files: Mapping[str, Any]) -> Iterator[str]:
+    for key, name in references.items():
+        if not isinstance(name, str):
+            yield f"{where}[{key!r}] must be a file name, found {name!r:.60}"
+        elif name not in files:
+            yield f"{where}[{key!r}] is {name!r}, which is not listed in 'files'"
+
+
+def _graph_problems(graphs: Sequence[Any], files: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for index, graph in enumerate(graphs):
+        where = f"graphs[{index}]"
+        broken = _field_problems(where, graph, _GRAPH)
+        problems += broken
+        if not broken:
+            named = {key: graph[key] for key in ("file", "weights") if graph[key] is not None}
+            problems += _reference_problems(where, named, files)
+    return problems
+
+
+def _target_problems(targets: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for name, target in targets.items():
+        where = f"targets[{name!r}]"
+        broken = _field_problems(where, target, _TARGET)
+        problems += broken
+        if not broken:
+            problems += _reference_problems(f"{where}.graphs", target["graphs"], files)
+            problems += _reference_problems(f"{where}.engines", target["engines"], files)
+    return problems

@@ -1,0 +1,207 @@
+"""Write a bundle beside its output and put it there in one step, or leave the output exactly as it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from crt_export.bundle.exchange import replace_folder, sync_folder
+from crt_export.bundle.leftovers import (
+    leftover_path,
+    remove_or_warn,
+    restore_previous,
+    sweep_leftovers,
+)
+from crt_export.bundle.manifest import manifest_text
+from crt_export.bundle.output import check_target, target_folder
+from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
+from crt_export.bundle.paths import hash_file, list_tree, name_problem
+from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
+from crt_export.errors import BundleError, problem_list
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Staging:
+    """A bundle being written. Made by :func:`stage_bundle`.
+
+    Attributes:
+        path: Folder to write the bundle's files into.
+        output: Where :meth:`commit` will put it.
+    """
+
+    def __init__(self, path: Path, output: Path) -> None:
+        self.path = path
+        self.output = output
+        self._committed = False
+
+    @property
+    def committed(self) -> bool:
+        """True once the bundle is at ``output``."""
+        return self._committed
+
+    def commit(self, manifest: Mapping[str, Any]) -> None:
+        """Complete the bundle and put it at ``output``; only then is an old bundle there removed.
+
+        Args:
+            manifest: Everything but ``schema_version`` and ``files``, which are set here from what is on the
+                disk.
+
+        Raises:
+            BundleError: The bundle is committed already, holds a link or an unportable file name, the
+                manifest breaks its schema, or the output cannot be replaced. The output is unchanged then.
+        """
+        if self._committed:
+            raise BundleError(
+                f"the bundle {self.output} is committed already; call stage_bundle again for another one"
+            )
+        try:
+            files = _sealed_files(self.path)
+            text = manifest_text({**manifest, "schema_version": SCHEMA_VERSION, "files": files})
+            _write_synced(self.path / MANIFEST_NAME, text)
+            sync_folder(self.path)
+            with folder_lock(self.output.parent):
+                check_target(self.output)  # minutes have passed since the first check
+                old = replace_folder(self.path, self.output, leftover_path(self.output, "previous"))
+                self._committed = True
+                if old is not None:
+                    remove_or_warn(old)
+        except OSError as error:
+            raise _error_of_write(error, self.output) from error
+
+
+@contextmanager
+def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
+    """Prepare a new bundle for ``output``; use as a context manager.
+
+    Missing parent folders are made. The files are written to ``.NAME.partial-PID`` beside the output; leaving
+    the block without :meth:`Staging.commit`, by an error or by Ctrl-C removes it. What earlier builds left
+    when they were killed is put right first. Builds of the same output by several processes do not disturb
+    each other; the last commit wins.
+
+    Args:
+        output: Absent, an empty folder, or a bundle, which the new one replaces.
+
+    Yields:
+        The staging folder.
+
+    Raises:
+        BundleError: The output is something else, cannot be written, or the disk is full; nothing was changed
+            then.
+    """
+    target = target_folder(output)
+    check_target(target)
+    made = _make_parents(target.parent)
+    partial = leftover_path(target, "partial")
+    lock: int | None = None
+    owned = False
+    try:
+        restore_previous(target)
+        with folder_lock(target.parent):
+            check_target(target)
+            sweep_leftovers(target)
+            _make_partial(partial, target)
+            owned = True
+            with suppress(OSError):  # no locks on this file system: the PID in the name has to do
+                lock = lock_folder(partial)
+        yield Staging(partial, target)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise _error_of_write(error, target) from error
+        raise
+    finally:
+        _clean_up(partial if owned else None, target, made)
+        if lock is not None:
+            unlock_folder(lock)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make missing folders; return those that were made, deepest first."""
+    missing: list[Path] = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    made: list[Path] = []
+    for folder in reversed(missing):
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another build made it meanwhile
+            continue
+        except OSError as error:
+            _remove_empty(made)
+            raise BundleError(f"cannot make the folder {folder}: {error.strerror}") from error
+        made.insert(0, folder)
+    return made
+
+
+def _make_partial(partial: Path, target: Path) -> None:
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise BundleError(
+            f"{partial} exists: another build of {target.name} is running in this process; "
+            "if none is, remove that folder"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"cannot write beside the output {target}: {error.strerror}") from error
+
+
+def _clean_up(partial: Path | None, target: Path, made: list[Path]) -> None:
+    """Remove what this build leaves: before the swap the partial is the new bundle, after it the old one."""
+    if partial is not None:
+        if os.path.lexists(partial):
+            remove_or_warn(partial)
+        previous = leftover_path(target, "previous")
+        if previous.exists() and (target / MANIFEST_NAME).is_file():
+            remove_or_warn(previous)
+    _remove_empty(made)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in made:
+        with suppress(OSError):  # no longer empty: in use
+            folder.rmdir()
+
+
+def _sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Force every file and folder to the disk; return the manifest's ``files``."""
+    tree = list_tree(folder)
+    problems = list(tree.problems)
+    for name in (*tree.files, *tree.folders):
+        problem = name_problem(name)
+        if problem:
+            problems.append(f"{name!r}: the path {problem}")
+    if MANIFEST_NAME in tree.files or MANIFEST_NAME in tree.folders:
+        problems.append(f"{MANIFEST_NAME!r} is written by commit and by nobody else")
+    if problems:
+        raise BundleError(problem_list(f"these files cannot go into a bundle ({folder})", problems))
+    files: dict[str, dict[str, Any]] = {}
+    for name in tree.files:
+        digest, state = hash_file(folder / name, sync=True)
+        files[name] = {"size": state.size, "sha256": digest}
+    for name in reversed(tree.folders):
+        sync_folder(folder / name)
+    return files
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _error_of_write(error: OSError, target: Path) -> BundleError:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _DISK_FULL:
+        return BundleError(
+            f"no room to write the bundle{where}: {error.strerror}; free space and build again; "
+            f"{target} is as it was"
+        )
+    return BundleError(
+        f"cannot complete the bundle {target}{where}: {error.strerror}; what was there before is kept"
+    )

@@ -1,0 +1,27 @@
+"""The command group."""
+
+from __future__ import annotations
+
+import click
+
+from crt_export import __version__
+from crt_export.cli.build import build
+from crt_export.cli.doctor import doctor
+from crt_export.cli.generate import generate
+from crt_export.cli.inspect import inspect
+from crt_export.cli.targets import targets
+from crt_export.cli.validate import validate
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="crt-export")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def app(debug: bool) -> None:
+    """Export a trained context-ready transformer from PyTorch to a verified deployment."""
+
+
+for command in (build, validate, generate, inspect, targets, doctor):
+    app.add_command(command)

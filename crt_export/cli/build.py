@@ -1,0 +1,72 @@
+"""``crt-export build``: a checkpoint becomes a validated bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
+from crt_export.cli.options import PATH, json_option, require_one_text, text_options
+from crt_export.cli.tables import bundle_document, write_bundle_tables
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="Folder of the bundle.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME|FILE.toml",
+    help="Where it shall run; may be repeated. Default: every target that runs or compiles on this machine.",
+)
+@text_options
+@click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds.")
+@click.option(
+    "--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps."
+)
+@click.option(
+    "--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle."
+)
+@click.option("--no-reference", is_flag=True, help="Leave the checkpoint out of the bundle.")
+@json_option
+def build(
+    checkpoint: Path,
+    output: Path,
+    targets: tuple[str, ...],
+    text: Path | None,
+    tokens: Path | None,
+    capacity: int | None,
+    unroll: int | None,
+    unvalidated: bool,
+    no_reference: bool,
+    as_json: bool,
+) -> None:
+    """Build a bundle from CHECKPOINT, a folder with config.json and model.safetensors.
+
+    The text calibrates INT8 targets and is what the built graphs are compared with PyTorch on.
+    """
+    require_one_text(text, tokens)
+    from crt_export.bundle import open_bundle
+    from crt_export.pipeline import BuildOptions
+    from crt_export.pipeline import build as build_bundle
+
+    options = BuildOptions(
+        checkpoint=checkpoint,
+        output=output,
+        targets=targets,
+        text=text,
+        tokens=tokens,
+        capacity=capacity,
+        unroll=unroll,
+        validated=not unvalidated,
+        reference=not no_reference,
+    )
+    with reserved_stdout(as_json), ProgressLine() as progress:
+        build_bundle(options, progress=progress)
+    bundle = open_bundle(output, allow_unvalidated=True)
+    if as_json:
+        write_json(bundle_document(bundle))
+    else:
+        write_bundle_tables(bundle)

@@ -1,0 +1,115 @@
+"""Everything the command line writes: text, JSON, tables, progress.
+
+stdout carries results, stderr progress and messages. A terminal gets rich tables and a transient progress line;
+a file or pipe gets plain text. rich is imported only when something is drawn with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+
+def write_text(text: str, newline: bool = True) -> None:
+    """Write to stdout at once; characters that it cannot encode are replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, errors="replace").decode(encoding), nl=newline)
+
+
+def write_json(document: Any) -> None:
+    """Write one JSON document to stdout."""
+    write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextlib.contextmanager
+def reserved_stdout(reserve: bool) -> Iterator[None]:
+    """Send what libraries print to stderr while ``reserve``, to keep stdout for the JSON document."""
+    with contextlib.redirect_stdout(sys.stderr) if reserve else contextlib.nullcontext():
+        yield
+
+
+def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Write a table to stdout; columns whose name ends in ``>`` are right-aligned."""
+    names = [column.rstrip(">") for column in columns]
+    right = [column.endswith(">") for column in columns]
+    if not sys.stdout.isatty():
+        write_text(_plain_table(names, right, rows, title))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left")
+    for name, is_right in zip(names, right, strict=True):
+        table.add_column(name, justify="right" if is_right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False).print(table)
+
+
+def _plain_table(
+    names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str
+) -> str:
+    """Columns padded with spaces, two between them."""
+    widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(cells, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(([title] if title else []) + [line(names), *map(line, rows)])
+
+
+class ProgressLine:
+    """A :class:`~crt_export.progress.Progress` on stderr.
+
+    A terminal gets one transient line with a bar; a file or pipe one line per stage.
+    """
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Start the bar where there is a terminal."""
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is."""
+        if self._bar is None:
+            if stage != self._stage:
+                click.echo(stage, err=True)
+        elif self._task is None or stage != self._stage:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=total or None, completed=done)
+        else:
+            self._bar.update(self._task, completed=done, total=total or None)
+        self._stage = stage

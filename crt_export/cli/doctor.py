@@ -1,0 +1,77 @@
+"""``crt-export doctor``: what is installed, what is missing, and what that prevents."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import click
+
+from crt_export import __version__
+from crt_export.cli.console import write_json, write_table, write_text
+from crt_export.cli.failures import EXIT_ENVIRONMENT
+from crt_export.cli.options import json_option
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check this machine: packages, GPUs, and which targets run or compile here."""
+    findings = _findings()
+    if as_json:
+        write_json(findings)
+    else:
+        _write_findings(findings)
+    if findings["problems"]:
+        raise click.exceptions.Exit(EXIT_ENVIRONMENT)
+
+
+def _findings() -> dict[str, Any]:
+    from crt_export.environment import DEPENDENCIES, environment_problems, gpus, target_status
+    from crt_export.profile import list_profiles
+
+    return {
+        "crt_export": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "executable": sys.executable,
+        "packages": [
+            {
+                "name": dependency.distribution,
+                "version": dependency.version,
+                "extra": dependency.extra,
+                "needed_for": dependency.purpose,
+            }
+            for dependency in DEPENDENCIES
+        ],
+        "gpus": [{"name": gpu.name, "compute_capability": gpu.compute_capability} for gpu in gpus()],
+        "targets": [
+            {"name": status.profile.name, "status": status.status, "needs": list(status.needs)}
+            for status in map(target_status, list_profiles())
+        ],
+        "problems": environment_problems(),
+    }
+
+
+def _write_findings(findings: dict[str, Any]) -> None:
+    write_text(f"crt-export {findings['crt_export']}, Python {findings['python']}, {findings['platform']}")
+    gpus = [f"{gpu['name']} (SM {gpu['compute_capability'] / 10:.1f})" for gpu in findings["gpus"]]
+    write_text(f"NVIDIA GPUs: {', '.join(gpus) or 'none'}\n")
+    packages = [
+        (
+            package["name"],
+            package["version"] or "-",
+            package["needed_for"],
+            "" if package["version"] else f"pip install 'crt-export[{package['extra']}]'",
+        )
+        for package in findings["packages"]
+    ]
+    write_table(("package", "version", "needed for", "install with"), packages)
+    write_text("")
+    targets = [
+        (target["name"], target["status"], "; ".join(target["needs"])) for target in findings["targets"]
+    ]
+    write_table(("target", "here", "needs"), targets)
+    for problem in findings["problems"]:
+        click.echo(f"problem: {problem}", err=True)

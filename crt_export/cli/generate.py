@@ -1,0 +1,47 @@
+"""``crt-export generate``: write text with a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from crt_export.cli.console import write_text
+from crt_export.cli.options import PATH
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--prompt", required=True, metavar="TEXT", help="What the text begins with.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N")
+@click.option("--target", default="", metavar="NAME", help="Default: the first target that runs here.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="0 keeps all tokens.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S")
+def generate(
+    bundle: Path,
+    prompt: str,
+    max_new_tokens: int,
+    target: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Continue a prompt with BUNDLE.
+
+    The new text is streamed to stdout; the prompt and a closing line of figures go to stderr.
+    """
+    from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle
+
+    sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    options = GenerationOptions(max_new_tokens=max_new_tokens, sampling=sampling)
+    with load_bundle(bundle) as opened:
+        generation = generate_text(opened, prompt, options, target=target)
+        click.echo(prompt, nl=False, err=True)
+        for piece in generation:
+            write_text(piece, newline=False)
+        write_text("")
+    result = generation.result
+    click.echo(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}]", err=True)

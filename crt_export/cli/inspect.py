@@ -1,0 +1,72 @@
+"""``crt-export inspect``: what a bundle or a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crt_export.cli.console import write_json, write_text
+from crt_export.cli.options import PATH, json_option
+from crt_export.cli.tables import bundle_document, readable_size, write_bundle_tables
+
+
+@click.command()
+@click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT")
+@click.option(
+    "--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole)."
+)
+@json_option
+def inspect(path: Path, verify: bool, as_json: bool) -> None:
+    """Show what a bundle or a checkpoint holds, and check it."""
+    if _is_checkpoint(path):
+        _inspect_checkpoint(path, as_json)
+    else:
+        _inspect_bundle(path, verify, as_json)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "manifest.json").exists()
+
+
+def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:
+    from crt_export.bundle import open_bundle
+
+    bundle = open_bundle(path, allow_unvalidated=True)
+    if verify:
+        bundle.verify_all()
+    if as_json:
+        write_json({**bundle_document(bundle), "verified": verify})
+        return
+    write_bundle_tables(bundle)
+    if verify:
+        write_text(f"verified: all {len(bundle.names)} files are as they were built")
+
+
+def _inspect_checkpoint(path: Path, as_json: bool) -> None:
+    from crt_export.checkpoint import CHECKPOINT_FILES, load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    size = sum((path / name).stat().st_size for name in CHECKPOINT_FILES if (path / name).is_file())
+    document = {
+        "kind": "checkpoint",
+        "path": str(path),
+        "bytes": size,
+        "sha256": checkpoint.sha256,
+        "dtypes": list(checkpoint.stored_dtypes),
+        "parameters": checkpoint.config.parameter_count,
+        "config": checkpoint.config.to_dict(),
+    }
+    if as_json:
+        write_json(document)
+    else:
+        _write_checkpoint(document)
+
+
+def _write_checkpoint(document: dict[str, Any]) -> None:
+    dtypes, size = ", ".join(document["dtypes"]), readable_size(document["bytes"])
+    write_text(f"{document['path']}: {document['parameters']:,} parameters, {dtypes}, {size}")
+    write_text(f"sha256 {document['sha256']}")
+    for key, value in document["config"].items():
+        write_text(f"  {key} = {value}")

@@ -1,0 +1,36 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+# The package itself checks what lies at a path: its errors name the remedy, click's do not.
+PATH = click.Path(path_type=Path)
+
+
+def json_option(command: Command) -> Command:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(
+        command
+    )
+
+
+def text_options(command: Command) -> Command:
+    """``--text`` and ``--tokens``, which exclude each other."""
+    tokens = click.option(
+        "--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (int64, 1-D)."
+    )
+    text = click.option("--text", type=PATH, metavar="FILE", help="Real text (UTF-8) of the model's domain.")
+    return text(tokens(command))
+
+
+def require_one_text(text: Path | None, tokens: Path | None) -> None:
+    """Refuse ``--text`` together with ``--tokens``."""
+    if text is not None and tokens is not None:
+        raise click.UsageError("--text and --tokens exclude each other: give one of them")

@@ -1,0 +1,100 @@
+"""A bundle's manifest and parity report as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from crt_export.bundle import BundleFiles
+from crt_export.cli.console import write_table, write_text
+
+PARITY_COLUMNS = (
+    "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
+    "mean KL>", "top-1>", "result",
+)  # fmt: skip
+
+
+def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
+    """What ``build --json`` and ``inspect --json`` print: where the bundle is, and its manifest."""
+    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle_bytes(bundle), **bundle.manifest}
+
+
+def bundle_bytes(bundle: BundleFiles) -> int:
+    """Size of all files that the manifest lists, in bytes."""
+    return sum(entry["size"] for entry in bundle.manifest["files"].values())
+
+
+def write_bundle_tables(bundle: BundleFiles) -> None:
+    """Write what a bundle holds and how well it agrees with PyTorch."""
+    manifest = bundle.manifest
+    validated = "validated" if manifest["validated"] else "NOT validated"
+    write_text(
+        f"{bundle.path}: {validated}, {readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
+        f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
+    )
+    rows = [
+        (
+            name,
+            target["profile"].get("precision", "?"),
+            "-" if target["capacity"] is None else str(target["capacity"]),
+            "-" if target["unroll"] is None else str(target["unroll"]),
+            ", ".join(target["engines"] or target["graphs"]),
+            target["profile"].get("title", ""),
+        )
+        for name, target in manifest["targets"].items()
+    ]
+    write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
+    if manifest["parity"] is not None:
+        write_text("")
+        write_parity_table(manifest["parity"])
+
+
+def write_parity_table(report: Mapping[str, Any]) -> None:
+    """Write the rows of a parity report."""
+    rows = [_parity_cells(row) for row in report.get("rows", [])]
+    write_table(PARITY_COLUMNS, rows, title="agreement with PyTorch FP32")
+
+
+def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["target"]),
+        str(row["graph"]),
+        str(row["regime"] or "-"),
+        _figure(row["tokens"], ",d"),
+        _figure(row["perplexity"], ".4f"),
+        _figure(row["reference_perplexity"], ".4f"),
+        _interval(row["delta_nll"], row["delta_nll_ci"]),
+        _figure(row["max_abs_logit_error"], ".2g"),
+        _figure(row["mean_kl"], ".2g"),
+        _figure(row["top1_agreement"], ".3%"),
+        _result(row),
+    )
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(value: float | None, interval: Any) -> str:
+    """A difference with its confidence interval, given as a half-width or as [low, high]."""
+    if value is None:
+        return "-"
+    if isinstance(interval, list | tuple):
+        return f"{value:+.1e} [{interval[0]:+.1e}, {interval[1]:+.1e}]"
+    return f"{value:+.1e}" if interval is None else f"{value:+.1e} ± {interval:.1e}"
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    verdict = {True: "passed", False: "FAILED", None: "not run"}[row["passed"]]
+    note = row["arithmetic"] if row["arithmetic"] not in (None, "native") else ""
+    words = [str(row["status"])] if row["passed"] is None else [verdict]
+    return ", ".join(words + ([note] if note else []))
+
+
+def readable_size(size: float) -> str:
+    """A byte count for people: 1,536 gives ``1.5 KiB``."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

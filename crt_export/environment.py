@@ -1,0 +1,205 @@
+"""What this machine has: optional packages, GPUs, and which targets can be built and run with them.
+
+Nothing heavy is imported to find out: packages are looked up, not loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from crt_export.errors import MissingDependencyError
+from crt_export.gpu import Gpu, list_gpus
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import TensorRTOptions
+
+ORT_CONFLICT = (
+    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+    "pip uninstall onnxruntime onnxruntime-gpu, then install crt-export[cpu] or crt-export[cuda], not both"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dependency:
+    """An optional package.
+
+    Attributes:
+        distribution: Name to install.
+        module: Name to import.
+        extra: The extra of crt-export that installs it.
+        minimum: Oldest version that works.
+        purpose: What cannot be done without it.
+    """
+
+    distribution: str
+    module: str
+    extra: str
+    minimum: tuple[int, ...]
+    purpose: str
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, None where the package is absent."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is installed, importable and new enough."""
+        version = self.version
+        return (
+            version is not None
+            and _numbers(version) >= self.minimum
+            and importlib.util.find_spec(self.module) is not None
+        )
+
+
+def _dependency(
+    distribution: str, module: str, extra: str, minimum: tuple[int, ...], purpose: str
+) -> Dependency:
+    return Dependency(distribution=distribution, module=module, extra=extra, minimum=minimum, purpose=purpose)
+
+
+DEPENDENCIES = (
+    _dependency("torch", "torch", "export", (2, 13), "build, validate: the reference model and the export"),
+    _dependency(
+        "safetensors", "safetensors", "export", (0, 5), "build, validate, inspect CHECKPOINT: weights"
+    ),
+    _dependency("onnx", "onnx", "export", (1, 21), "build: the graph format"),
+    _dependency("onnx-ir", "onnx_ir", "export", (1, 0), "build: graph passes"),
+    _dependency("onnxscript", "onnxscript", "export", (0, 7), "build: the exporter's operators"),
+    _dependency("tokenizers", "tokenizers", "text", (0, 21), "models with a tokenizer.json"),
+    _dependency("onnxruntime", "onnxruntime", "cpu", (1, 24), "ort-cpu-* targets"),
+    _dependency("onnxruntime-gpu", "onnxruntime", "cuda", (1, 24), "ort-cuda-* targets (and ort-cpu-*)"),
+    _dependency("tensorrt", "tensorrt", "tensorrt", (10, 16), "trt-* targets"),
+    _dependency("tensorrt-rtx", "tensorrt_rtx", "rtx", (1, 7), "rtx-* targets"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetStatus:
+    """What this machine can do with a target.
+
+    Attributes:
+        profile: The target.
+        status: ``run`` (build and run it), ``compile`` (build it; its engine is not run here) or ``needs``.
+        needs: What is missing, empty unless the status is ``needs``.
+    """
+
+    profile: EngineProfile
+    status: str
+    needs: tuple[str, ...] = ()
+
+
+def target_status(profile: EngineProfile) -> TargetStatus:
+    """Judge one target against the packages and GPUs of this machine."""
+    if profile.runtime == "onnxruntime":
+        needs = _ort_needs(profile)
+        ability = "run"
+    else:
+        needs = _tensorrt_needs(profile)
+        ability = "compile"
+    return TargetStatus(profile=profile, status="needs" if needs else ability, needs=tuple(needs))
+
+
+def installed_onnxruntime_wheels() -> tuple[str, ...]:
+    """Which of the two wheels that share the module ``onnxruntime`` are installed; two are one too many."""
+    return tuple(
+        name for name in ("onnxruntime", "onnxruntime-gpu") if find_dependency(name).version is not None
+    )
+
+
+def environment_problems() -> list[str]:
+    """What is wrong with this installation, one actionable sentence each; empty when nothing is."""
+    problems = [ORT_CONFLICT] if len(installed_onnxruntime_wheels()) == 2 else []
+    for dependency in DEPENDENCIES:
+        version = dependency.version
+        if version is not None and _numbers(version) < dependency.minimum:
+            least = ".".join(map(str, dependency.minimum))
+            problems.append(
+                f"{dependency.distribution} {version} is too old, {least} is needed: "
+                f"pip install --upgrade 'crt-export[{dependency.extra}]'"
+            )
+    return problems
+
+
+def find_dependency(distribution: str) -> Dependency:
+    """Return the optional package of this name."""
+    return next(dependency for dependency in DEPENDENCIES if dependency.distribution == distribution)
+
+
+def missing_module_error(module: str | None, purpose: str) -> MissingDependencyError | None:
+    """Explain a failed import of an optional package.
+
+    Args:
+        module: The module that was not found, dotted names included.
+        purpose: What needed it.
+
+    Returns:
+        The error to raise, None where the module belongs to no optional package.
+    """
+    top = (module or "").split(".")[0]
+    for dependency in DEPENDENCIES:
+        if dependency.module == top:
+            return MissingDependencyError(
+                f"{purpose} needs {dependency.distribution}, which is not installed: "
+                f"pip install 'crt-export[{dependency.extra}]'"
+            )
+    return None
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs of this machine, asked for once."""
+    return list_gpus()
+
+
+def _ort_needs(profile: EngineProfile) -> list[str]:
+    wheels = installed_onnxruntime_wheels()
+    if len(wheels) == 2:
+        return [ORT_CONFLICT]
+    if profile.device == "cpu":
+        usable = any(find_dependency(name).usable for name in wheels)
+        return [] if usable else ["onnxruntime: pip install 'crt-export[cpu]'"]
+    needs = []
+    if not find_dependency("onnxruntime-gpu").usable:
+        instead = " in place of onnxruntime" if wheels == ("onnxruntime",) else ""
+        needs.append(f"onnxruntime-gpu{instead}: pip install 'crt-export[cuda]'")
+    if not gpus():
+        needs.append("an NVIDIA GPU")
+    return needs
+
+
+def _tensorrt_needs(profile: EngineProfile) -> list[str]:
+    dependency = find_dependency(profile.runtime)
+    least = ".".join(map(str, dependency.minimum))
+    needs = []
+    if not dependency.usable:
+        needs.append(f"{dependency.distribution} >= {least}: pip install 'crt-export[{dependency.extra}]'")
+    if profile.runtime == "tensorrt" and not any(_can_build_for(profile, gpu) for gpu in gpus()):
+        needs.append(_gpu_need(profile))
+    return needs
+
+
+def _can_build_for(profile: EngineProfile, gpu: Gpu) -> bool:
+    """TensorRT builds for the GPU at hand; with ampere_plus for SM 8.0 and newer at once."""
+    newer = isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
+    wanted = profile.compute_capability or 0
+    return gpu.compute_capability >= wanted if newer else gpu.compute_capability == wanted
+
+
+def _gpu_need(profile: EngineProfile) -> str:
+    major, minor = divmod(profile.compute_capability or 0, 10)
+    newer = isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
+    return f"an NVIDIA GPU of SM {major}.{minor}{' or newer' if newer else ''} to build on"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: ``2.13.0+cpu`` gives (2, 13, 0)."""
+    leading = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in leading.group().split(".")) if leading else ()

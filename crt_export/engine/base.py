@@ -1,0 +1,137 @@
+"""What a runtime must offer so that a session can run on it.
+
+A session allocates its tensors once (:class:`Buffer`), names the rows of them that a call works on
+(:class:`Rows`), binds those to a graph (:class:`Program`) and runs the result (:class:`Launch`) as often as
+it likes. A key or value cache is bound as input and output at the same address, so the runtime updates it in
+place; the recurrent state never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from crt_export.spec import TensorSpec
+
+
+class Buffer(Protocol):
+    """Memory of one tensor [rows, ...] where the runtime computes; each row is contiguous."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, rows first."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
+        ...
+
+    @property
+    def address(self) -> int:
+        """Address of the first element, constant for the buffer's life."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """The content on the host; may be the memory itself, so copy what must last."""
+        ...
+
+    def write(self, values: np.ndarray) -> None:
+        """Replace the whole content."""
+        ...
+
+    def copy_rows(self, source: Buffer, rows: slice) -> None:
+        """Take these rows from a buffer of the same shape and dtype."""
+        ...
+
+    def clear(self, row: int, begin: int, end: int) -> None:
+        """Zero ``[row, :, begin:end]``: cache entries of tokens ``begin`` to ``end`` of one row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows ``start`` to ``stop`` of a buffer, bound as one tensor."""
+
+    buffer: Buffer
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the bound tensor."""
+        return (self.stop - self.start, *self.buffer.shape[1:])
+
+    @property
+    def address(self) -> int:
+        """Address of the first bound element."""
+        row_elements = int(np.prod(self.buffer.shape[1:], dtype=np.int64))
+        return self.buffer.address + self.start * row_elements * self.buffer.dtype.itemsize
+
+
+class Launch(Protocol):
+    """A graph bound to its tensors."""
+
+    def __call__(self) -> None:
+        """Run once and wait for the result.
+
+        Raises:
+            ContractError: The runtime refused or failed.
+        """
+        ...
+
+
+class Program(Protocol):
+    """A graph that a runtime has loaded."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What it reads."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What it writes."""
+        ...
+
+    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> Launch:
+        """Fix the memory of every input and output; the buffers must outlive the launch."""
+        ...
+
+
+class Engine(Protocol):
+    """The graphs of one target, loaded once and shared by the sessions that run them."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest chunk of one prefill call."""
+        ...
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows of one call; None where any number runs."""
+        ...
+
+    @property
+    def fixed_capacity(self) -> int | None:
+        """The only cache capacity it runs with; None where any capacity runs."""
+        ...
+
+    def program(self, graph: str) -> Program:
+        """The loaded graph of this name (``step``, ``prefill``).
+
+        Raises:
+            UnsupportedError: The target has no such graph.
+        """
+        ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New zeroed memory where this engine computes."""
+        ...
+
+    def close(self) -> None:
+        """Release the graphs; their launches may no longer run."""
+        ...

@@ -1,0 +1,184 @@
+"""From a target of a bundle to an engine that runs: checked files, loaded graphs, contract compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crt_export.bundle import BundleFiles
+from crt_export.config import ModelConfig
+from crt_export.engine.base import Engine
+from crt_export.errors import (
+    BundleError,
+    ContractError,
+    CrtExportError,
+    InputError,
+    UnsupportedError,
+    problem_list,
+)
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import OrtOptions
+from crt_export.runtime.tensors import TensorSizes
+from crt_export.spec import TensorSpec, graph_spec
+
+SESSION_GRAPHS = ("step", "prefill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One target of a bundle, read from its manifest.
+
+    Attributes:
+        name: Its name.
+        profile: The engine profile it was built for.
+        graphs: Graph name to file of the bundle.
+        capacity: Default cache capacity, at most the model's max_position_embeddings.
+        unroll: Passes of the unrolled prefill; None where the graph has one pass only.
+        cache_head_dim: Head size in the cache, at least the model's.
+        cache_dtype: ``float32`` or ``float16``.
+    """
+
+    name: str
+    profile: EngineProfile
+    graphs: Mapping[str, str]
+    capacity: int
+    unroll: int | None
+    cache_head_dim: int
+    cache_dtype: str
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this version has a session for the target's runtime."""
+        return self.profile.runtime == "onnxruntime"
+
+    def sizes(self, config: ModelConfig, batch: int, capacity: int) -> TensorSizes:
+        """Sizes of the tensors of a session."""
+        return TensorSizes(
+            batch=batch,
+            capacity=capacity,
+            vocab=config.vocab_size,
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            cache_head_dim=self.cache_head_dim,
+            cache_dtype=self.cache_dtype,
+            recurrent=config.recurrent,
+        )
+
+
+def config_from_manifest(files: BundleFiles) -> ModelConfig:
+    """The model's configuration.
+
+    Raises:
+        BundleError: The manifest holds none that this version understands.
+    """
+    try:
+        return ModelConfig.from_dict(files.manifest["config"])
+    except CrtExportError as error:
+        raise BundleError(f"{files.path}: the manifest's config is unusable: {error}") from error
+
+
+def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> Target:
+    """Read one target.
+
+    Raises:
+        InputError: The bundle has no such target.
+        BundleError: Its profile is unusable.
+    """
+    entries: Mapping[str, Any] = files.manifest["targets"]
+    if name not in entries:
+        known = ", ".join(entries) or "(none)"
+        raise InputError(f"unknown target {name!r}: {files.path} was built for {known}")
+    entry = entries[name]
+    try:
+        profile = EngineProfile.from_dict(entry["profile"], source=f"{name} of {files.path}")
+    except InputError as error:
+        raise BundleError(str(error)) from error
+    default = entry["capacity"] if entry["capacity"] is not None else profile.capacity
+    return Target(
+        name=name,
+        profile=profile,
+        graphs=dict(entry["graphs"]),
+        capacity=min(default, config.max_position_embeddings),
+        unroll=entry["unroll"],
+        cache_head_dim=entry["cache_head_dim"],
+        cache_dtype=entry["cache_dtype"],
+    )
+
+
+def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    """Check the target's files, load its graphs and compare them with the contract.
+
+    Args:
+        files: The opened bundle.
+        target: The target.
+        config: The model's configuration.
+        threads: CPU threads, 0 for every core.
+
+    Raises:
+        UnsupportedError: No session of this version runs the target's runtime.
+        MissingDependencyError: The runtime or its device is absent.
+        BundleError: A file is missing or differs from what was built.
+        ContractError: A graph cannot be loaded or breaks the contract.
+    """
+    options = target.profile.options
+    if not target.runs_here or not isinstance(options, OrtOptions):
+        raise UnsupportedError(
+            f"{target.name} is compiled for {target.profile.runtime}; this version of the Python runtime "
+            "runs ONNX Runtime targets only (ort-...)"
+        )
+    missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
+    if missing:
+        raise BundleError(
+            f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again"
+        )
+    paths = {graph: files.graph(target.graphs[graph]) for graph in SESSION_GRAPHS}
+    from crt_export.engine.ort import OrtEngine, OrtSettings
+
+    settings = OrtSettings(
+        device=target.profile.device,
+        threads=threads,
+        graph_optimization=options.graph_optimization,
+        disabled_optimizers=options.disabled_optimizers,
+        spinning=options.spinning,
+    )
+    engine = OrtEngine(paths, settings, max_tokens=target.profile.seq.max)
+    _check_contract(engine, target, config)
+    return engine
+
+
+def _check_contract(engine: Engine, target: Target, config: ModelConfig) -> None:
+    problems: list[str] = []
+    for graph in SESSION_GRAPHS:
+        expected, program = graph_spec(graph, config, target.cache_dtype), engine.program(graph)
+        for side, wanted, found in (
+            ("input", expected.inputs, program.inputs),
+            ("output", expected.outputs, program.outputs),
+        ):
+            problems += [
+                f"{graph}: {side} {text}" for text in _side_problems(wanted, found, target.cache_head_dim)
+            ]
+    if problems:
+        raise ContractError(problem_list(f"the graphs of {target.name} break the contract", problems))
+
+
+def _side_problems(
+    wanted: Sequence[TensorSpec], found: Sequence[TensorSpec], cache_head_dim: int
+) -> list[str]:
+    loaded = {spec.name: spec for spec in found}
+    problems = [
+        f"{name} is not part of the contract" for name in loaded.keys() - {spec.name for spec in wanted}
+    ]
+    for spec in wanted:
+        other = loaded.get(spec.name)
+        if other is None:
+            problems.append(f"{spec.name} is missing")
+            continue
+        dims = (*spec.dims[:-1], cache_head_dim) if "key_values." in spec.name else spec.dims
+        same = len(dims) == len(other.dims) and all(
+            a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(dims, other.dims, strict=True)
+        )
+        if other.dtype != spec.dtype or not same:
+            problems.append(f"{other} was expected to be {spec.dtype} {list(dims)}")
+    return sorted(problems)

@@ -1,0 +1,106 @@
+"""Rows of a batch: which tokens each brings, and which neighbours can share one call of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from crt_export.errors import InputError, problem_list
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring rows ``start`` to ``stop`` that run in one call, right-padded to ``seq`` tokens."""
+
+    start: int
+    stop: int
+    seq: int
+
+
+def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab: int) -> list[np.ndarray]:
+    """Check token ids and make each row int64 [length]; a row may be empty.
+
+    Raises:
+        InputError: Not ``batch`` rows, not integers, or ids outside the vocabulary; lists every problem.
+    """
+    if isinstance(rows, str | bytes) or not hasattr(rows, "__len__"):
+        raise InputError(
+            f"expected {batch} rows of token ids such as [[1, 2, 3]], found {type(rows).__name__}"
+        )
+    if len(rows) != batch:
+        raise InputError(
+            f"expected one row of token ids per sequence: batch is {batch}, found {len(rows)} rows"
+        )
+    arrays: list[np.ndarray] = []
+    problems: list[str] = []
+    for index, row in enumerate(rows):
+        array, problem = _token_row(row, vocab)
+        arrays.append(array)
+        if problem:
+            problems.append(f"row {index}: {problem}")
+    if problems:
+        raise InputError(problem_list("token ids", problems))
+    return arrays
+
+
+def capacity_problems(positions: np.ndarray, lengths: Sequence[int], capacity: int) -> list[str]:
+    """Rows whose new tokens do not fit behind those already in the cache."""
+    return [
+        f"row {row}: {position} tokens in the cache and {length} more exceed the capacity of {capacity}"
+        for row, (position, length) in enumerate(zip(positions.tolist(), lengths, strict=True))
+        if position + length > capacity
+    ]
+
+
+def groups_from_lengths(positions: np.ndarray, lengths: Sequence[int], capacity: int) -> list[Group]:
+    """Join neighbouring rows with tokens, as long as the padding fits behind every one of them.
+
+    Padding is written to the cache as well, so a row joins only if no row of the group would pass the
+    capacity. Rows without tokens take no part: nothing of them is read or written.
+    """
+    groups: list[Group] = []
+    for row, length in enumerate(lengths):
+        if length == 0:
+            continue
+        last = groups[-1] if groups else None
+        if last is not None and last.stop == row:
+            seq = max(last.seq, length)
+            if int(positions[last.start : row + 1].max()) + seq <= capacity:
+                groups[-1] = Group(last.start, row + 1, seq)
+                continue
+        groups.append(Group(row, row + 1, length))
+    return groups
+
+
+def padded(rows: Sequence[np.ndarray], seq: int) -> np.ndarray:
+    """Rows as int64 [len(rows), seq], zeros behind each."""
+    ids = np.zeros((len(rows), seq), np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : tokens.size] = tokens
+    return ids
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+def _token_row(row: Sequence[int] | np.ndarray, vocab: int) -> tuple[np.ndarray, str]:
+    if isinstance(row, str | bytes):
+        return _NONE, "expected token ids, found text; encode it with bundle.tokenizer"
+    try:
+        array = np.asarray(row)
+    except (ValueError, OverflowError):
+        return _NONE, "expected a flat list of token ids"
+    if array.ndim != 1:
+        found = "a single value" if array.ndim == 0 else f"shape {list(array.shape)}"
+        return _NONE, f"expected a flat list of token ids, found {found}"
+    if array.size == 0:
+        return _NONE, ""
+    if array.dtype.kind not in "iu":
+        return _NONE, f"expected integers, found {array.dtype} values such as {array[0]!r}"
+    outside = np.flatnonzero((array < 0) | (array >= vocab))
+    if outside.size:
+        first = int(outside[0])
+        return _NONE, f"token id {array[first]} at index {first} is outside the vocabulary (0 to {vocab - 1})"
+    return array.astype(np.int64), ""

@@ -90,7 +90,8 @@ def generate_text(
     if needed > limit:
         raise InputError(
             f"the prompt has {len(ids)} tokens; with {chosen.max_new_tokens} new ones that exceeds the "
-            f"capacity of {limit} of {name}: shorten the prompt, ask for fewer tokens, or build with a larger --capacity"
+            f"capacity of {limit} of {name}: shorten the prompt, ask for fewer tokens, "
+            "or build with a larger --capacity"
         )
     # A session only as large as this text: attention costs by capacity, not by length.
     session = bundle.session(name, capacity=needed)

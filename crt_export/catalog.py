@@ -45,6 +45,16 @@ def definition_path(kind: Kind, filename: str) -> Path:
     return path
 
 
+def default_text() -> Path:
+    """Return the real text that a bundle is compared on when the caller gives none: the demo's held-out text.
+
+    Raises:
+        MissingDependencyError: The installation lacks the file.
+    """
+    checkout = catalog_root() / "examples" / "demo" / "heldout.txt"
+    return checkout if checkout.is_file() else definition_path("validate", "heldout.txt")
+
+
 def definitions(kind: Kind, suffix: str = ".toml") -> list[Path]:
     """Return the paths of all definitions of a kind that end in ``suffix``, sorted by name.
 

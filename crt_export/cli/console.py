@@ -1,6 +1,6 @@
 """Everything the command line writes: text, JSON, tables, progress.
 
-stdout carries results, stderr progress and messages. A terminal gets rich tables and a transient progress line;
+stdout carries results, stderr progress and messages. A terminal gets rich tables and one transient line;
 a file or pipe gets plain text. rich is imported only when something is drawn with it.
 """
 

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crt_export import environment
+from crt_export.environment import target_status
+from crt_export.gpu import Gpu
+from crt_export.profile import load_profile
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """``machine(*gpus, package=version...)``: what the machine pretends to have."""
+
+    def pretend(*gpus: Gpu, **versions: str) -> None:
+        def version(distribution: str) -> str:
+            try:
+                return versions[distribution.replace("-", "_")]
+            except KeyError:
+                raise importlib.metadata.PackageNotFoundError(distribution) from None
+
+        monkeypatch.setattr(environment.importlib.metadata, "version", version)
+        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda module: object())
+        monkeypatch.setattr(environment, "gpus", lambda: gpus)
+
+    return pretend
+
+
+A100 = Gpu(name="A100", compute_capability=80)
+H200 = Gpu(name="H200", compute_capability=90)
+T4 = Gpu(name="T4", compute_capability=75)
+
+
+def test_cpu_targets_run_with_either_wheel(machine: Install) -> None:
+    profile = load_profile("ort-cpu-fp32")
+    machine(onnxruntime="1.31.1")
+    assert target_status(profile).status == "run"
+    machine(onnxruntime_gpu="1.31.1")
+    assert target_status(profile).status == "run"
+    machine()
+    assert target_status(profile).needs == ("onnxruntime: pip install 'crt-export[cpu]'",)
+
+
+def test_both_onnxruntime_wheels_are_a_problem(machine: Install) -> None:
+    machine(A100, onnxruntime="1.31.1", onnxruntime_gpu="1.31.1")
+    assert environment.environment_problems() == [environment.ORT_CONFLICT]
+    assert target_status(load_profile("ort-cpu-fp32")).needs == (environment.ORT_CONFLICT,)
+
+
+def test_cuda_target_names_wheel_and_gpu(machine: Install) -> None:
+    profile = load_profile("ort-cuda-fp16")
+    machine(onnxruntime="1.31.1")
+    wheel, gpu = target_status(profile).needs
+    assert "in place of onnxruntime" in wheel
+    assert "crt-export[cuda]" in wheel
+    assert gpu == "an NVIDIA GPU"
+    machine(A100, onnxruntime_gpu="1.31.1")
+    assert target_status(profile).status == "run"
+
+
+def test_tensorrt_needs_the_gpu_it_builds_for(machine: Install) -> None:
+    profile = load_profile("trt-sm80-fp16")
+    machine(tensorrt="11.4.0.12")
+    assert target_status(profile).needs == ("an NVIDIA GPU of SM 8.0 or newer to build on",)
+    machine(T4, tensorrt="11.4.0.12")
+    assert target_status(profile).status == "needs"
+    machine(T4, H200, tensorrt="11.4.0.12")
+    assert target_status(profile).status == "compile"
+    exact = dataclasses.replace(profile, options=dataclasses.replace(profile.options, ampere_plus=False))
+    assert target_status(exact).needs == ("an NVIDIA GPU of SM 8.0 to build on",)
+
+
+def test_too_old_packages_do_not_count(machine: Install) -> None:
+    machine(A100, tensorrt="10.9.0", onnxruntime="1.31.1")
+    assert "tensorrt >= 10.16" in target_status(load_profile("trt-sm80-fp16")).needs[0]
+    assert environment.environment_problems() == [
+        "tensorrt 10.9.0 is too old, 10.16 is needed: pip install --upgrade 'crt-export[tensorrt]'"
+    ]
+
+
+def test_rtx_compiles_without_a_gpu(machine: Install) -> None:
+    machine(tensorrt_rtx="1.7.1.116")
+    assert target_status(load_profile("rtx-sm80-int8")).status == "compile"
+    machine()
+    assert "crt-export[rtx]" in target_status(load_profile("rtx-sm80-int8")).needs[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("torch.export", "export"), ("onnxruntime", "cpu"), ("tensorrt_rtx", "rtx"), ("tokenizers", "text")],
+)
+def test_missing_module_names_the_extra(module: str, extra: str) -> None:
+    error = environment.missing_module_error(module, "this")
+    assert error is not None
+    assert f"crt-export[{extra}]" in str(error)
+
+
+@pytest.mark.parametrize("module", ["crt_export.absent", "", None])
+def test_other_missing_modules_are_not_explained_away(module: str | None) -> None:
+    assert environment.missing_module_error(module, "this") is None
+
+
+def test_every_extra_installs_what_doctor_says_it_does() -> None:
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    extras = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for dependency in environment.DEPENDENCIES:
+        least = ".".join(map(str, dependency.minimum))
+        wanted = f"{dependency.distribution}>={least}"
+        assert any(requirement.startswith(wanted) for requirement in extras[dependency.extra]), wanted

@@ -39,8 +39,7 @@ def definition_path(kind: Kind, filename: str) -> Path:
     path = catalog_root() / kind / filename
     if Path(filename).name != filename or not path.is_file():
         raise MissingDependencyError(
-            f"definition {kind}/{filename} is not part of this installation ({catalog_root()}): "
-            "reinstall crt-export"
+            f"definition {kind}/{filename} is not part of this installation ({catalog_root()}): reinstall crt-export"
         )
     return path
 

@@ -59,17 +59,13 @@ class Dependency:
         )
 
 
-def _dependency(
-    distribution: str, module: str, extra: str, minimum: tuple[int, ...], purpose: str
-) -> Dependency:
+def _dependency(distribution: str, module: str, extra: str, minimum: tuple[int, ...], purpose: str) -> Dependency:
     return Dependency(distribution=distribution, module=module, extra=extra, minimum=minimum, purpose=purpose)
 
 
 DEPENDENCIES = (
     _dependency("torch", "torch", "export", (2, 13), "build, validate: the reference model and the export"),
-    _dependency(
-        "safetensors", "safetensors", "export", (0, 5), "build, validate, inspect CHECKPOINT: weights"
-    ),
+    _dependency("safetensors", "safetensors", "export", (0, 5), "build, validate, inspect CHECKPOINT: weights"),
     _dependency("onnx", "onnx", "export", (1, 21), "build: the graph format"),
     _dependency("onnx-ir", "onnx_ir", "export", (1, 0), "build: graph passes"),
     _dependency("onnxscript", "onnxscript", "export", (0, 7), "build: the exporter's operators"),
@@ -109,9 +105,7 @@ def target_status(profile: EngineProfile) -> TargetStatus:
 
 def installed_onnxruntime_wheels() -> tuple[str, ...]:
     """Which of the two wheels that share the module ``onnxruntime`` are installed; two are one too many."""
-    return tuple(
-        name for name in ("onnxruntime", "onnxruntime-gpu") if find_dependency(name).version is not None
-    )
+    return tuple(name for name in ("onnxruntime", "onnxruntime-gpu") if find_dependency(name).version is not None)
 
 
 def environment_problems() -> list[str]:

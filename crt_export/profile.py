@@ -120,9 +120,7 @@ class EngineProfile:
         precision = given.get("precision")
         given.setdefault("compute_capability", None)
         given.setdefault("residual_dtype", "float16" if precision in ("fp16", "w8a8") else "float32")
-        given = {
-            key: _range_from_list(value) if key in ("batch", "seq") else value for key, value in given.items()
-        }
+        given = {key: _range_from_list(value) if key in ("batch", "seq") else value for key, value in given.items()}
         options_class = OPTIONS_OF_RUNTIME.get(str(given.get("runtime")), OrtOptions)
         options, option_problems = options_class.parse(given.get("options", {}))
         given["options"] = options

@@ -87,9 +87,7 @@ def _size_problems(values: Mapping[str, Any]) -> list[str]:
             found += _range_problems(key, values[key])
     seq = values.get("seq")
     if not found and isinstance(seq, tuple) and "capacity" in values and seq[2] > capacity:
-        found.append(
-            f"seq may not exceed the capacity of {capacity} tokens, but its largest size is {seq[2]}"
-        )
+        found.append(f"seq may not exceed the capacity of {capacity} tokens, but its largest size is {seq[2]}")
     return found
 
 
@@ -131,10 +129,7 @@ def _capability_problems(runtime: Any, capability: Any, present: bool) -> list[s
     if type(capability) is int and capability in targets:
         return []
     listed = ", ".join(map(str, targets))
-    return [
-        f"compute_capability of a {runtime} profile must be one of {listed} (80 is SM 8.0), "
-        f"not {capability!r}"
-    ]
+    return [f"compute_capability of a {runtime} profile must be one of {listed} (80 is SM 8.0), not {capability!r}"]
 
 
 def _option_problems(runtime: Any, options: Any) -> list[str]:

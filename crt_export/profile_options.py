@@ -38,9 +38,7 @@ class _Options:
         for key in table:
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
-                problems.append(
-                    f"unknown key 'options.{key}'" + (f" (did you mean {near[0]!r}?)" if near else "")
-                )
+                problems.append(f"unknown key 'options.{key}'" + (f" (did you mean {near[0]!r}?)" if near else ""))
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in fields}
         unchecked = object.__new__(cls)
         for f in dataclasses.fields(cls):
@@ -71,8 +69,7 @@ class OrtOptions(_Options):
         found = []
         if self.graph_optimization not in self.LEVELS:
             found.append(
-                f"options.graph_optimization must be one of {', '.join(self.LEVELS)}, "
-                f"not {self.graph_optimization!r}"
+                f"options.graph_optimization must be one of {', '.join(self.LEVELS)}, not {self.graph_optimization!r}"
             )
         names = self.disabled_optimizers
         if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):

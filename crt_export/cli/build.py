@@ -23,12 +23,8 @@ from crt_export.cli.tables import bundle_document, write_bundle_tables
 )
 @text_options
 @click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds.")
-@click.option(
-    "--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps."
-)
-@click.option(
-    "--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle."
-)
+@click.option("--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps.")
+@click.option("--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle.")
 @click.option("--no-reference", is_flag=True, help="Leave the checkpoint out of the bundle.")
 @json_option
 def build(

@@ -56,9 +56,7 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     Console(markup=False).print(table)
 
 
-def _plain_table(
-    names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str
-) -> str:
+def _plain_table(names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str) -> str:
     """Columns padded with spaces, two between them."""
     widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
 

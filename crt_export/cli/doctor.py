@@ -69,9 +69,7 @@ def _write_findings(findings: dict[str, Any]) -> None:
     ]
     write_table(("package", "version", "needed for", "install with"), packages)
     write_text("")
-    targets = [
-        (target["name"], target["status"], "; ".join(target["needs"])) for target in findings["targets"]
-    ]
+    targets = [(target["name"], target["status"], "; ".join(target["needs"])) for target in findings["targets"]]
     write_table(("target", "here", "needs"), targets)
     for problem in findings["problems"]:
         click.echo(f"problem: {problem}", err=True)

@@ -74,9 +74,7 @@ def _known_error(error: Exception) -> CrtExportError | None:
 
         return missing_module_error(error.name, "this command")
     if isinstance(error, ImportError):
-        return MissingDependencyError(
-            f"an installed package cannot be loaded: {error}; see 'crt-export doctor'"
-        )
+        return MissingDependencyError(f"an installed package cannot be loaded: {error}; see 'crt-export doctor'")
     return None
 
 

@@ -14,9 +14,7 @@ from crt_export.cli.tables import bundle_document, readable_size, write_bundle_t
 
 @click.command()
 @click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT")
-@click.option(
-    "--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole)."
-)
+@click.option("--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole).")
 @json_option
 def inspect(path: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle or a checkpoint holds, and check it."""

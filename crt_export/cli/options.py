@@ -16,16 +16,12 @@ PATH = click.Path(path_type=Path)
 
 def json_option(command: Command) -> Command:
     """``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(
-        command
-    )
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
 
 
 def text_options(command: Command) -> Command:
     """``--text`` and ``--tokens``, which exclude each other."""
-    tokens = click.option(
-        "--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (int64, 1-D)."
-    )
+    tokens = click.option("--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (int64, 1-D).")
     text = click.option("--text", type=PATH, metavar="FILE", help="Real text (UTF-8) of the model's domain.")
     return text(tokens(command))
 

@@ -22,8 +22,7 @@ def targets(as_json: bool) -> None:
         write_json(
             {
                 "targets": [
-                    {"status": s.status, "needs": list(s.needs), "profile": s.profile.to_dict()}
-                    for s in statuses
+                    {"status": s.status, "needs": list(s.needs), "profile": s.profile.to_dict()} for s in statuses
                 ]
             }
         )

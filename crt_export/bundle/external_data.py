@@ -74,8 +74,7 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
             found = tuple(_tensors_in(_WireReader(stream), "Model", size, 0))
         except _WireError as error:
             raise BundleError(
-                f"{path} is not a usable ONNX file: {error} at byte {stream.tell()} of {size}; "
-                "build the bundle again"
+                f"{path} is not a usable ONNX file: {error} at byte {stream.tell()} of {size}; build the bundle again"
             ) from None
         except OSError as error:
             raise BundleError(f"cannot read the graph {path}: {error.strerror}") from error

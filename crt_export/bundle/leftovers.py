@@ -74,10 +74,8 @@ def restore_previous(output: Path) -> bool:
     if not _is_absent(output) or not _set_aside(output):
         return False
     with folder_lock(output.parent) as locked:
-        # Look once more: whoever held the lock may have finished. Without locks a running owner might yet do so.
-        candidates = [
-            one for one in _set_aside(output) if locked or one.pid == os.getpid() or not _can_be_owner(one)
-        ]
+        # Look once more: whoever held the lock may have finished; without locks a running owner still may.
+        candidates = [one for one in _set_aside(output) if locked or one.pid == os.getpid() or not _can_be_owner(one)]
         if not candidates or not _is_absent(output):
             return False
         newest = max(candidates, key=lambda leftover: os.lstat(leftover.path).st_mtime_ns).path
@@ -111,9 +109,7 @@ def remove_or_warn(folder: Path) -> None:
     try:
         remove_folder(folder)
     except OSError as error:
-        warnings.warn(
-            f"could not remove {folder}: {error.strerror}; remove it by hand", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"could not remove {folder}: {error.strerror}; remove it by hand", RuntimeWarning, stacklevel=2)
 
 
 def is_abandoned(leftover: Leftover) -> bool:

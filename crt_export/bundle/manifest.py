@@ -88,17 +88,13 @@ def _read(path: Path) -> bytes:
             f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; build one with 'crt-export build'"
         ) from None
     except OSError as error:
-        raise BundleError(
-            f"cannot read {path}: {error.strerror} (expected a regular file, not a link)"
-        ) from error
+        raise BundleError(f"cannot read {path}: {error.strerror} (expected a regular file, not a link)") from error
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     again = "the bundle was changed or is incomplete; build it again"
     try:
-        manifest = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
+        manifest = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not UTF-8 (byte {error.start}): {again}") from None
     except RecursionError:

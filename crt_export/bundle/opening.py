@@ -85,9 +85,7 @@ class BundleFiles:
         of_targets = (target["graphs"].values() for target in self._manifest["targets"].values())
         if not entries and not any(name in graphs for graphs in of_targets):
             known = sorted({entry["file"] for entry in self._manifest["graphs"]})
-            raise BundleError(
-                f"{name!r} is not a graph of {self._path}; its graphs are {', '.join(known) or '(none)'}"
-            )
+            raise BundleError(f"{name!r} is not a graph of {self._path}; its graphs are {', '.join(known) or '(none)'}")
         path = self.file(name)
         for entry in entries:
             if entry["weights"] is not None:
@@ -112,18 +110,14 @@ class BundleFiles:
             if problem:
                 problems.append(f"{name!r} {problem}")
             elif name.endswith(".onnx"):
-                problems += [
-                    f"the external data of {name!r}: {found}" for found in self._external_problems(name)
-                ]
+                problems += [f"the external data of {name!r}: {found}" for found in self._external_problems(name)]
         try:
             tree = list_tree(self._path)
         except OSError as error:
             problems.append(f"cannot list {error.filename}: {error.strerror}")
         else:
             listed = {MANIFEST_NAME, *self.names}
-            problems += [
-                f"{name!r} is not listed in {MANIFEST_NAME}" for name in tree.files if name not in listed
-            ]
+            problems += [f"{name!r} is not listed in {MANIFEST_NAME}" for name in tree.files if name not in listed]
             problems += tree.problems
         if problems:
             raise BundleError(problem_list(f"{self._path} is not as it was built", problems) + f"\n{_AGAIN}")
@@ -162,9 +156,7 @@ class BundleFiles:
         for location in dict.fromkeys(tensor.location for tensor in tensors):
             reason = name_problem(location)
             # ONNX: a location is relative to the folder of the graph file
-            problem = (
-                f"{reason}" if reason else self._problem(posixpath.join(posixpath.dirname(name), location))
-            )
+            problem = f"{reason}" if reason else self._problem(posixpath.join(posixpath.dirname(name), location))
             if problem:
                 tensor = next(found.tensor for found in tensors if found.location == location)
                 problems.append(f"tensor {tensor!r} points at {location!r:.200}, which {problem}")

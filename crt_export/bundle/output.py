@@ -37,9 +37,7 @@ def target_folder(output: str | os.PathLike[str]) -> Path:
     try:
         target = Path(os.path.realpath(output))
     except FileNotFoundError:
-        raise BundleError(
-            f"the output {output} is relative to a current folder that no longer exists"
-        ) from None
+        raise BundleError(f"the output {output} is relative to a current folder that no longer exists") from None
     if parse_leftover(target) is not None:
         raise BundleError(
             f"{target.name!r} is a name that crt-export gives to unfinished builds: choose another output"
@@ -72,13 +70,9 @@ def check_target(target: Path) -> None:
     if not stat.S_ISDIR(mode):
         raise BundleError(f"the output {target} is a file; expected a folder, or a name that is still free")
     if os.path.ismount(target):
-        raise BundleError(
-            f"the output {target} is a mount point and cannot be replaced: choose a folder inside it"
-        )
+        raise BundleError(f"the output {target} is a mount point and cannot be replaced: choose a folder inside it")
     if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
-        raise BundleError(
-            f"the output {target} is not writable: change its permissions or choose another output"
-        )
+        raise BundleError(f"the output {target} is not writable: change its permissions or choose another output")
     _check_parent(target)
     _check_replaceable(target)
 
@@ -104,9 +98,7 @@ def _check_replaceable(target: Path) -> None:
     except BundleError as error:
         shown = sorted(entry.name for entry in target.iterdir())
         names = ", ".join(shown[:_SHOWN_NAMES]) + (", ..." if len(shown) > _SHOWN_NAMES else "")
-        raise BundleError(
-            f"the output {target} (holding {names}) cannot be replaced, {keep}: {error}"
-        ) from error
+        raise BundleError(f"the output {target} (holding {names}) cannot be replaced, {keep}: {error}") from error
     except OSError as error:
         raise BundleError(f"cannot read the output {error.filename}: {error.strerror}") from error
     listed = {MANIFEST_NAME, *manifest["files"]}

@@ -110,9 +110,7 @@ def start_time(pid: int) -> float | None:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         if fields[0] in {b"Z", b"X"}:  # ended, though its parent has not asked for its exit status yet
             return math.inf
-        boot = next(
-            line for line in Path("/proc/stat").read_text("ascii").splitlines() if line.startswith("btime ")
-        )
+        boot = next(line for line in Path("/proc/stat").read_text("ascii").splitlines() if line.startswith("btime "))
         return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, StopIteration):
         return None

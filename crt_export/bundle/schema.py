@@ -111,9 +111,7 @@ def _contract_problems(contract: Mapping[str, Any]) -> list[str]:
             for index, tensor in enumerate(spec[side]):
                 problems += _field_problems(f"{where}.{side}[{index}]", tensor, _TENSOR)
         for index, pair in enumerate(spec["aliases"]):
-            if not (
-                isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
-            ):
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
                 problems.append(f"{where}.aliases[{index}] must be a pair of names, found {pair!r:.60}")
     return problems
 
@@ -134,9 +132,7 @@ def _file_problems(files: Mapping[str, Any]) -> list[str]:
         if entry["size"] < 0:
             problems.append(f"{where}: 'size' must be 0 or more, found {entry['size']}")
         if not _SHA256.fullmatch(entry["sha256"]):
-            problems.append(
-                f"{where}: 'sha256' must be 64 lower-case hex digits, found {entry['sha256']!r:.80}"
-            )
+            problems.append(f"{where}: 'sha256' must be 64 lower-case hex digits, found {entry['sha256']!r:.80}")
     return problems
 
 

@@ -56,9 +56,7 @@ class Staging:
                 manifest breaks its schema, or the output cannot be replaced. The output is unchanged then.
         """
         if self._committed:
-            raise BundleError(
-                f"the bundle {self.output} is committed already; call stage_bundle again for another one"
-            )
+            raise BundleError(f"the bundle {self.output} is committed already; call stage_bundle again for another one")
         try:
             files = _sealed_files(self.path)
             text = manifest_text({**manifest, "schema_version": SCHEMA_VERSION, "files": files})
@@ -199,9 +197,6 @@ def _error_of_write(error: OSError, target: Path) -> BundleError:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _DISK_FULL:
         return BundleError(
-            f"no room to write the bundle{where}: {error.strerror}; free space and build again; "
-            f"{target} is as it was"
+            f"no room to write the bundle{where}: {error.strerror}; free space and build again; {target} is as it was"
         )
-    return BundleError(
-        f"cannot complete the bundle {target}{where}: {error.strerror}; what was there before is kept"
-    )
+    return BundleError(f"cannot complete the bundle {target}{where}: {error.strerror}; what was there before is kept")

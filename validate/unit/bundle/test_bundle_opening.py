@@ -1,0 +1,431 @@
+"""A loader opens what was built, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from crt_export.bundle import open_bundle
+from crt_export.errors import BundleError
+
+Manifest = dict[str, Any]
+Build = Callable[..., Path]
+Edit = Callable[[Path, Callable[[Manifest], object]], None]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, build: Build) -> Path:
+    return build(tmp_path / "demo")
+
+
+def test_round_trip(bundle: Path, manifest: Manifest) -> None:
+    opened = open_bundle(bundle)
+    opened.verify_all()
+    assert opened.path == bundle
+    assert {key: opened.manifest[key] for key in manifest} == manifest
+    assert opened.manifest["schema_version"] == 1
+    assert opened.names == ("engines/step.plan", "graphs/fp32.weights", "graphs/step.fp32.onnx", "report.md")
+    assert opened.file("report.md").read_text("utf-8") == "first"
+    assert "report.md" in opened
+    assert "manifest.json" not in opened
+
+
+def test_onnxruntime_runs_the_verified_graph(bundle: Path) -> None:
+    path = open_bundle(bundle).graph("graphs/step.fp32.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": [[1.0, 2.0, 3.0, 4.0]]})
+    assert np.asarray(result).tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
+# ---------------------------------------------------------------- files
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"!")
+
+
+def to_link(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+def folder_to_link(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.symlink_to("moved")
+
+
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "one bit": (flip, "SHA-256"),
+    "size": (grow, "bytes, the manifest says"),
+    "missing": (Path.unlink, "is missing"),
+    "link": (to_link, "goes through a link"),
+    "linked folder": (folder_to_link, r"goes through a link \('graphs'\)"),
+    "pipe": (to_pipe, "not a regular file"),
+    "folder": (to_folder, "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["graphs/fp32.weights", "graphs/step.fp32.onnx"])
+def test_damaged_file_is_refused_by_file_graph_and_verify_all(damage: str, name: str, bundle: Path) -> None:
+    act, message = DAMAGE[damage]
+    act(bundle / name)
+    opened = open_bundle(bundle)
+    with pytest.raises(BundleError, match=f"{name}.*{message}"):
+        opened.file(name)
+    with pytest.raises(BundleError, match=message):
+        opened.graph("graphs/step.fp32.onnx")
+    with pytest.raises(BundleError, match=message):
+        opened.verify_all()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_after_the_first_check_is_noticed(damage: str, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    path = opened.file("graphs/fp32.weights")
+    opened.graph("graphs/step.fp32.onnx")
+    act, message = DAMAGE[damage]
+    act(path)
+    with pytest.raises(BundleError, match=message):
+        opened.file("graphs/fp32.weights")
+    with pytest.raises(BundleError, match=message):
+        opened.graph("graphs/step.fp32.onnx")
+
+
+def test_a_file_is_hashed_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import crt_export.bundle.opening as opening
+
+    hashed: list[str] = []
+    original = opening.hash_file
+
+    def counting(path: Path) -> Any:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(opening, "hash_file", counting)
+    opened = open_bundle(bundle)
+    for _ in range(3):
+        opened.file("graphs/fp32.weights")
+        opened.graph("graphs/step.fp32.onnx")
+    assert hashed == ["fp32.weights", "step.fp32.onnx"]
+
+
+def test_unlisted_name_is_refused_with_the_nearest_listed_one(bundle: Path) -> None:
+    (bundle / "graphs" / "extra").write_bytes(b"")
+    opened = open_bundle(bundle)
+    for name in ("graphs/extra", "../demo/report.md", str(bundle / "report.md"), "manifest.json"):
+        with pytest.raises(BundleError, match="not listed"):
+            opened.file(name)
+    with pytest.raises(BundleError, match=r"did you mean 'report\.md'"):
+        opened.file("report.mdx")
+
+
+def test_verify_all_reports_every_problem_at_once(bundle: Path) -> None:
+    flip(bundle / "report.md")
+    (bundle / "graphs" / "fp32.weights").unlink()
+    (bundle / "graphs" / "extra.onnx").write_bytes(b"")
+    (bundle / "link").symlink_to("report.md")
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle).verify_all()
+    message = str(caught.value)
+    assert "5 problems" in message  # the missing weights count for the file and for the graph that needs them
+    for part in (
+        "'report.md' has SHA-256",
+        "'graphs/fp32.weights' is missing",
+        "'graphs/extra.onnx' is not listed",
+    ):
+        assert part in message
+    assert "'link' is a link" in message
+
+
+# ---------------------------------------------------------------- external data
+
+
+def test_graph_must_be_one_of_the_manifest(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"'report\.md' is not a graph .* graphs/step\.fp32\.onnx"):
+        open_bundle(bundle).graph("report.md")
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("/etc/passwd", "absolute path"),
+        ("../report.md", r"'\.\.', which could lead out"),
+        ("../../secret", r"'\.\.', which could lead out"),
+        ("..\\secret", r"contains '\\\\'"),
+        ("C:/secret", "contains ':'"),
+        ("fp32.weights/../fp32.weights", "could lead out"),
+        ("unlisted.weights", "is not listed in the manifest"),
+        ("*/_ORT_MEM_ADDR_/*", r"contains '\*'"),
+        ("", "must have 1 to"),
+    ],
+)
+def test_external_data_that_leads_elsewhere_is_refused(
+    location: str, message: str, tmp_path: Path, build: Build
+) -> None:
+    # commit does not parse graphs, so a hostile one can be given a correct hash like this
+    opened = open_bundle(build(tmp_path / "demo", location=location))
+    (opened.path / "graphs" / "unlisted.weights").write_bytes(bytes(64))
+    with pytest.raises(BundleError, match=message):
+        opened.graph("graphs/step.fp32.onnx")
+    with pytest.raises(BundleError, match=message):
+        opened.verify_all()
+
+
+def test_external_data_behind_a_link_is_refused_though_its_content_is_right(bundle: Path) -> None:
+    to_link(bundle / "graphs" / "fp32.weights")
+    with pytest.raises(BundleError, match="goes through a link"):
+        open_bundle(bundle).graph("graphs/step.fp32.onnx")
+
+
+def test_graph_that_only_a_target_names_is_checked_through_its_external_data(
+    tmp_path: Path, build: Build, manifest: Manifest
+) -> None:
+    bundle = build(tmp_path / "demo", graphs=[])
+    assert manifest["targets"]["ort-cpu-fp32"]["graphs"]["step"] == "graphs/step.fp32.onnx"
+    open_bundle(bundle).graph("graphs/step.fp32.onnx")
+    flip(bundle / "graphs" / "fp32.weights")
+    with pytest.raises(BundleError, match=r"tensor 'w' points at 'fp32\.weights', which has SHA-256"):
+        open_bundle(bundle).graph("graphs/step.fp32.onnx")
+
+
+# ---------------------------------------------------------------- manifest
+
+
+def test_missing_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", r"not UTF-8 \(byte 0\)"),
+        (b"{", "not JSON"),
+        (b"", "not JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b'{"schema_version": 1, "schema_version": 1}', "stands twice"),
+        (b'{"schema_version": NaN}', "NaN is not a JSON number"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"schema_version": ' + b"9" * 10_000 + b"}", "not JSON"),
+        (b"{}", "expected an integer 'schema_version'"),
+        (b'{"schema_version": true}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": "1"}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": 0}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": 2}', "reads up to version 1: upgrade crt-export"),
+    ],
+)
+def test_unreadable_manifest(content: bytes, message: str, bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_newer_schema_is_reported_before_anything_else_in_it(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(schema_version=2, files=[], validated="yes"))
+    with pytest.raises(BundleError, match=r"schema version 2; .* upgrade crt-export") as caught:
+        open_bundle(bundle)
+    assert "validated" not in str(caught.value)
+
+
+def test_manifest_that_is_a_link_or_a_pipe_or_huge(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    to_link(path)
+    with pytest.raises(BundleError, match=r"cannot read .*manifest\.json"):
+        open_bundle(bundle)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match=r"cannot read .*manifest\.json"):
+        open_bundle(bundle)
+    path.unlink()
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole, no room taken
+    with pytest.raises(BundleError, match="a manifest has at most"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "tool",
+        "libraries",
+        "validated",
+        "config",
+        "checkpoint",
+        "options",
+        "contract",
+        "graphs",
+        "targets",
+        "files",
+        "parity",
+    ],
+)
+@pytest.mark.parametrize("change", ["missing", "mistyped"])
+def test_each_key_is_required_and_typed(key: str, change: str, bundle: Path, edit_manifest: Edit) -> None:
+    def apply(manifest: Manifest) -> None:
+        if change == "missing":
+            del manifest[key]
+        else:
+            manifest[key] = 7
+
+    edit_manifest(bundle, apply)
+    with pytest.raises(BundleError, match=f"lacks '{key}'" if change == "missing" else f"'{key}' must be"):
+        open_bundle(bundle)
+
+
+def _set(*path: Any) -> Callable[[Manifest], None]:
+    *keys, last, value = path
+
+    def apply(manifest: Any) -> None:
+        for key in keys:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    return apply
+
+
+FILE = {"size": 0, "sha256": "0" * 64}
+INNER = [
+    (_set("tool", "name", "other"), "tool.name must be 'crt-export'"),
+    (_set("checkpoint", {}), "checkpoint lacks 'sha256'"),
+    (_set("parity", None), "no parity report that passed"),
+    (_set("parity", "passed", False), "no parity report that passed"),
+    (_set("graphs", 0, []), r"graphs\[0\] must be an object"),
+    (_set("graphs", 0, "weights", "graphs/absent"), "'graphs/absent', which is not listed in 'files'"),
+    (_set("graphs", 0, "quantized_matmuls", True), "'quantized_matmuls' must be an integer, found True"),
+    (_set("targets", "t", {}), r"targets\['t'\] lacks 'profile'"),
+    (
+        _set("targets", "ort-cpu-fp32", "engines", "step", "x"),
+        r"engines\['step'\] is 'x', which is not listed",
+    ),
+    (_set("targets", "ort-cpu-fp32", "graphs", "step", 3), r"graphs\['step'\] must be a file name"),
+    (_set("contract", "step", 1), r"contract\['step'\] must be an object"),
+    (_set("contract", "step", "inputs", [1]), r"inputs\[0\] must be an object"),
+    (_set("contract", "step", "aliases", [["a"]]), r"aliases\[0\] must be a pair"),
+    (_set("files", "report.md", "size", -1), "'size' must be 0 or more"),
+    (_set("files", "report.md", "size", 1.5), "'size' must be an integer"),
+    (_set("files", "report.md", "sha256", "A" * 64), "64 lower-case hex digits"),
+    (_set("files", "report.md", None), r"files\['report.md'\] must be an object"),
+    (_set("files", "/etc/passwd", FILE), "absolute path"),
+    (_set("files", "../secret", FILE), r"component '\.\.'"),
+    (_set("files", "graphs/../../secret", FILE), r"component '\.\.'"),
+    (_set("files", "graphs//x", FILE), "component ''"),
+    (_set("files", "./x", FILE), r"component '\.'"),
+    (_set("files", "", FILE), "must have 1 to"),
+    (_set("files", "graphs\\x", FILE), "use '/' between folders"),
+    (_set("files", "C:x", FILE), "no drive letter"),
+    (_set("files", "a\0b", FILE), "control character"),
+    (_set("files", "\ud800", FILE), "not valid Unicode"),
+    (_set("files", "x" * 2000, FILE), "must have 1 to 1024"),
+    (_set("files", "x. ", FILE), "ends in a dot or a space"),
+    (_set("files", "manifest.json", FILE), "cannot list itself"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), INNER, ids=[message for _, message in INNER])
+def test_each_rule_of_the_schema(
+    change: Callable[[Manifest], None], message: str, bundle: Path, edit_manifest: Edit
+) -> None:
+    edit_manifest(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_all_schema_problems_are_reported_at_once(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: [change(manifest) for change, _ in (INNER[0], INNER[5], INNER[17])])
+    with pytest.raises(BundleError, match="3 problems"):
+        open_bundle(bundle)
+
+
+def test_unknown_keys_are_allowed(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(note="added by a later 0.x"))
+    open_bundle(bundle)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_unvalidated_bundle_needs_consent(tmp_path: Path, build: Build) -> None:
+    bundle = build(tmp_path / "demo", validated=False, parity=None)
+    with pytest.raises(BundleError, match="allow_unvalidated=True"):
+        open_bundle(bundle)
+    assert open_bundle(bundle, allow_unvalidated=True).manifest["validated"] is False
+
+
+def test_paths_that_are_no_bundle(tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        open_bundle(tmp_path / "absent")
+    with pytest.raises(BundleError, match="found a file"):
+        open_bundle(bundle / "manifest.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
+        open_bundle(tmp_path / "empty")
+
+
+def test_a_link_to_a_bundle_may_be_opened(tmp_path: Path, bundle: Path) -> None:
+    (tmp_path / "latest").symlink_to(bundle)
+    opened = open_bundle(tmp_path / "latest")
+    assert opened.path == bundle
+    opened.verify_all()
+
+
+@pytest.mark.parametrize("kind", ["partial", "previous"])
+def test_leftovers_are_refused_even_if_complete(kind: str, tmp_path: Path, bundle: Path) -> None:
+    leftover = bundle.rename(tmp_path / f".demo.{kind}-4194304")
+    with pytest.raises(BundleError, match="interrupted or running build") as caught:
+        open_bundle(leftover)
+    assert str(tmp_path / "demo") in str(caught.value)
+
+
+def test_missing_bundle_with_an_unfinished_build_beside_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".demo.partial-4194304").mkdir()
+    with pytest.raises(BundleError, match=r"unfinished build is beside it \(\.demo\.partial-4194304\)"):
+        open_bundle(tmp_path / "demo")
+
+
+def test_bundle_replaced_while_open_is_noticed(tmp_path: Path, bundle: Path, build: Build) -> None:
+    opened = open_bundle(bundle)
+    opened.file("report.md")
+    build(bundle, content="other")
+    with pytest.raises(BundleError, match="SHA-256"):
+        opened.file("report.md")
+
+
+def test_manifest_is_readable_json_text(bundle: Path) -> None:
+    text = (bundle / "manifest.json").read_text("utf-8")
+    assert text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_reading_a_bundle_imports_nothing_but_the_standard_library(bundle: Path) -> None:
+    script = (
+        "import sys; from crt_export.bundle import open_bundle; open_bundle(sys.argv[1]).verify_all(); "
+        "print(sorted({'torch', 'onnx', 'numpy', 'onnxruntime', 'click'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(bundle)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,9 +17,20 @@ from torch import Tensor
 class Cache(Protocol):
     """Keys and values for one pass, see the module."""
 
-    mask: Tensor | None
-    keys: list[Tensor]
-    values: list[Tensor]
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool [batch, 1, seq, keys], True = attend; None: every query sees every key."""
+        ...
+
+    @property
+    def keys(self) -> Sequence[Tensor]:
+        """Per layer, what the next chunk continues from, [batch, heads, past, head_dim]."""
+        ...
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """Like ``keys``."""
+        ...
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add one layer's new keys and values; returns all of them, past first."""
@@ -43,7 +54,9 @@ class AppendedCache:
         seen = (torch.arange(past, device=position.device) < position[:, None])[:, None, None, :]
         causal = (index <= index[:, None])[None, None]
         batch = position.shape[0]
-        self.mask = torch.cat([seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1)
+        self.mask: Tensor | None = torch.cat(
+            [seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1
+        )
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -58,7 +71,7 @@ class GrowingCache:
     """Room for ``seq`` more tokens, filled one call after another without copying; needs no mask. Inference only."""
 
     def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int) -> None:
-        self.mask = None
+        self.mask: Tensor | None = None
         self._used = [tensor.shape[2] for tensor in past_keys]
         self._keys = [self._with_room(tensor, seq) for tensor in past_keys]
         self._values = [self._with_room(tensor, seq) for tensor in past_values]

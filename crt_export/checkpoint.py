@@ -88,6 +88,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             dtypes = {name: reader.get_slice(name).get_dtype() for name in reader.keys()}
             shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}
             problems = [*_layout_problems(config, shapes, dtypes)]
+            tensors: dict[str, torch.Tensor] = {}
             if not problems:
                 tensors = {name: reader.get_tensor(name).to(torch.float32) for name in sorted(shapes)}
                 problems = [*_value_problems(tensors)]

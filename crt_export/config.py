@@ -90,7 +90,9 @@ class ModelConfig:
         required = {name for name, field in known.items() if field.default is MISSING}
         if values.get("model_type") == RECURRENT:
             required |= {"correction_intermediate_size", "unroll_steps"}
-        problems = [f"unknown key {key!r}; known keys: {', '.join(sorted(known))}" for key in values if key not in known]
+        problems = [
+            f"unknown key {key!r}; known keys: {', '.join(sorted(known))}" for key in values if key not in known
+        ]
         problems += [f"missing key {key!r}" for key in sorted(required - set(values))]
         if problems:
             raise CheckpointError(problem_list("config.json", problems))
@@ -108,7 +110,12 @@ class ModelConfig:
     @property
     def parameter_count(self) -> int:
         """Number of trained weights (architecture.md, "Published sizes", for any F and G; tied head counted once)."""
-        c, v, f, g = self.hidden_size, self.vocab_size, self.intermediate_size, self.correction_intermediate_size or 0
+        c, v, f, g = (
+            self.hidden_size,
+            self.vocab_size,
+            self.intermediate_size,
+            self.correction_intermediate_size or 0,
+        )
         layer = 4 * (c * c + c) + 2 * c * f + f + c + 4 * c
         head = 0 if self.tie_word_embeddings else v * c + v
         correction = 2 * c * g + g + c + 2 * c if self.recurrent else 0
@@ -132,7 +139,9 @@ def load_config(folder: str | Path) -> ModelConfig:
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors") from None
+        raise CheckpointError(
+            f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected a JSON object, found something unreadable ({error})") from None
     except OSError as error:

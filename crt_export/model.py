@@ -73,11 +73,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.rope_layout = config.num_attention_heads, config.head_dim, config.rope_layout
-        for projection in "qkvo":
-            self.add_module(projection, Linear(config.hidden_size, config.hidden_size))
+        self.heads, self.head_dim, self.rope_layout = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.rope_layout,
+        )
+        hidden = config.hidden_size
+        self.q, self.k, self.v, self.o = (Linear(hidden, hidden) for _ in range(4))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, ...], layer: int, cache: Cache) -> Tensor:
         q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
         keys, values = cache.extend(layer, rotate(k, rope, self.rope_layout), v)
         q = rotate(q, rope, self.rope_layout)
@@ -111,7 +115,7 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, z: Tensor, rope: tuple[Tensor, Tensor], layer: int, cache: Cache) -> Tensor:
+    def forward(self, z: Tensor, rope: tuple[Tensor, ...], layer: int, cache: Cache) -> Tensor:
         a = z + self.attn(self.attn_norm(z), rope, layer, cache).to(z.dtype)
         return a + self.mlp(self.mlp_norm(a)).to(z.dtype)
 
@@ -135,6 +139,9 @@ class Carry:
 
 class Model(nn.Module):
     """CRT or plain transformer; all sequences of a batch have one length and one position."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -167,7 +174,7 @@ class Model(nn.Module):
             assert previous is not None
             z = x + self.correction(previous + x).to(x.dtype)
         positions = position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        rope = (self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1))
+        rope = tuple(F.embedding(positions, table).unsqueeze(1) for table in (self.rope_cos, self.rope_sin))
         for index, layer in enumerate(self.layers):
             z = layer(z, rope, index, cache)
         return z
@@ -203,7 +210,10 @@ class Model(nn.Module):
             cache = AppendedCache(carry.keys, carry.values, carry.position, ids.shape[1])
             before, h = h, self.run_pass(ids, shift(carry.state, h), carry.position, cache)
         after = Carry(
-            state=h[:, -1:], keys=tuple(cache.keys), values=tuple(cache.values), position=carry.position + ids.shape[1]
+            state=h[:, -1:],
+            keys=tuple(cache.keys),
+            values=tuple(cache.values),
+            position=carry.position + ids.shape[1],
         )
         return h, after, (h - before).abs().amax(dim=(1, 2))
 
@@ -247,7 +257,7 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Te
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor], layout: str) -> Tensor:
+def rotate(x: Tensor, rope: tuple[Tensor, ...], layout: str) -> Tensor:
     """Rotary embedding, ``(a cos - b sin, a sin + b cos)`` on the pairs of the layout.
 
     Args:
@@ -292,7 +302,7 @@ def model_from_checkpoint(
 
 
 def state_dict_from_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Checkpoint tensors -> parameters of :class:`Model`: linears [out, in] become [in, out], a tied head its own copy."""
+    """Checkpoint tensors -> parameters of :class:`Model`; linears [out, in] become [in, out], a tied head a copy."""
     head = {} if "lm_head.weight" in tensors else {"lm_head.weight": tensors["embed.weight"]}
     return {
         name: tensor.T.contiguous() if tensor.ndim == 2 and name != "embed.weight" else tensor.clone()

@@ -1,0 +1,123 @@
+"""The exported functions: thin wrappers of :class:`crt_export.model.Model` with the inputs and outputs of the contract.
+
+No mathematics of the model lives here, only what a graph adds to it: dtypes at the border, padding, the choice of the
+last real token, and which pass writes the cache. Parity never imports this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from crt_export.cache import AppendedCache
+from crt_export.graph.scatter import ScatteredCache
+from crt_export.model import Model, shift
+
+
+class HeadModule(nn.Module):
+    """``head.onnx``: hidden float32 [batch, seq, hidden] -> logits float32 [batch, seq, vocab]."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden.to(self.model.residual_dtype)).float()
+
+
+class StepModule(nn.Module):
+    """``step.onnx``: one token; see graphs/step.toml for every tensor. ``caches`` is key, value, key, value, ..."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position: Tensor, state: Tensor, caches: list[Tensor]):
+        cache = ScatteredCache(caches[0::2], caches[1::2], position, 1)
+        h = self.model.run_pass(input_ids, state.to(self.model.residual_dtype), position, cache)
+        return (*_token_outputs(self.model, h), position + 1, h.float(), *_interleave(cache))
+
+
+class PlainStepModule(nn.Module):
+    """``step.onnx`` of a plain transformer: no state."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position: Tensor, caches: list[Tensor]):
+        cache = ScatteredCache(caches[0::2], caches[1::2], position, 1)
+        h = self.model.run_pass(input_ids, None, position, cache)
+        return (*_token_outputs(self.model, h), position + 1, *_interleave(cache))
+
+
+class PrefillModule(nn.Module):
+    """``prefill.onnx`` (K = ``passes``) and ``prefill_pass.onnx`` (K = 1); see graphs/prefill.toml."""
+
+    def __init__(self, model: Model, passes: int) -> None:
+        super().__init__()
+        self.model, self.passes = model, passes
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        length: Tensor,
+        position: Tensor,
+        state: Tensor,
+        hidden: Tensor,
+        caches: list[Tensor],
+    ):
+        keys, values, seq = caches[0::2], caches[1::2], input_ids.shape[1]
+        state, h = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
+        reading, writing = (
+            AppendedCache(keys, values, position, seq),
+            ScatteredCache(keys, values, position, seq),
+        )
+        before = h
+        for k in range(self.passes):
+            cache = writing if k == self.passes - 1 else reading
+            before, h = h, self.model.run_pass(input_ids, shift(state, h), position, cache)
+        last = _last_real(torch.cat([state, h], dim=1), length)
+        residual = _residual(h.float() - before.float(), length)
+        outputs = (*_token_outputs(self.model, last), position + length, last.float(), h.float(), residual)
+        return (*outputs, *_interleave(writing))
+
+
+class PlainPrefillModule(nn.Module):
+    """``prefill.onnx`` of a plain transformer: one pass is exact, so no state, iterate or residual."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, length: Tensor, position: Tensor, caches: list[Tensor]):
+        cache = ScatteredCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        h = self.model.run_pass(input_ids, None, position, cache)
+        last = _last_real(h, (length - 1).clamp(min=0))
+        return (*_token_outputs(self.model, last), position + length, h.float(), *_interleave(cache))
+
+
+def _last_real(h: Tensor, index: Tensor) -> Tensor:
+    """Row b of ``h`` [batch, n, hidden] at ``index[b]``, kept as [batch, 1, hidden]."""
+    return h.gather(1, index[:, None, None].expand(-1, 1, h.shape[2]))
+
+
+def _token_outputs(model: Model, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits float32 [batch, vocab] of ``last`` [batch, 1, hidden] and their argmax, int64 [batch, 1]."""
+    logits = model.head(last).float().squeeze(1)
+    return logits, logits.argmax(dim=-1, keepdim=True)
+
+
+def _residual(change: Tensor, length: Tensor) -> Tensor:
+    """Largest |change| [batch, seq, hidden] over the first ``length`` tokens, float32 [batch].
+
+    A maximum drops NaN in several runtimes and a sum does not, so the sum stands in when it is NaN.
+    """
+    real = torch.arange(change.shape[1], device=change.device) < length[:, None]
+    size = torch.where(real[:, :, None], change.abs(), 0.0)
+    total = size.sum(dim=(1, 2))
+    return torch.where(torch.isnan(total), total, size.amax(dim=(1, 2)))
+
+
+def _interleave(cache: ScatteredCache) -> tuple[Tensor, ...]:
+    return tuple(tensor for pair in zip(cache.keys, cache.values, strict=True) for tensor in pair)

@@ -1,0 +1,123 @@
+"""Pass: ``Attention`` becomes MatMul, Softmax and MatMul, for models that have no fused attention kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from crt_export.config import ModelConfig
+from crt_export.errors import BuildError, UnsupportedError, problem_list
+from crt_export.profile import EngineProfile
+
+# What the fused kernels of TensorRT-RTX 1.7 took for SM 8.0; head_dim 68 and 70 and 1 to 3 heads failed.
+_HEAD_DIM_MULTIPLE = 8
+_FEWEST_HEADS = 4
+
+
+def attention_form(profile: EngineProfile, config: ModelConfig) -> Literal["fused", "decomposed"]:
+    """Choose the form of attention that a target's graphs take.
+
+    Args:
+        profile: ``attention = "auto"`` takes the fused form wherever there is a kernel for it.
+        config: Number of heads and head_dim decide that.
+
+    Raises:
+        UnsupportedError: The profile insists on ``fused`` and there is no kernel.
+    """
+    if not profile.compiled:
+        return "fused"
+    obstacles = []
+    if profile.cache_dtype != "float16":
+        obstacles.append(f"precision {profile.precision} computes attention in {profile.cache_dtype}, not float16")
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        obstacles.append(f"head_dim {config.head_dim} is no multiple of {_HEAD_DIM_MULTIPLE}")
+    if config.num_attention_heads < _FEWEST_HEADS:
+        obstacles.append(f"{config.num_attention_heads} heads are fewer than {_FEWEST_HEADS}")
+    if profile.attention == "fused" and obstacles:
+        heading = f'target {profile.name}: no kernel for attention = "fused" (use "auto" or "decomposed")'
+        raise UnsupportedError(problem_list(heading, obstacles))
+    return "decomposed" if obstacles or profile.attention == "decomposed" else "fused"
+
+
+def decompose_attention(graph: ir.Model) -> int:
+    """Replace every ``Attention`` node by ``Softmax(Where(mask, (scale * q) @ k^T, lowest)) @ v``.
+
+    Masked scores become the lowest finite number of the type, not -inf: a row without any allowed key then gives
+    the mean of the values instead of NaN, and in FP16 no score can lie below it.
+
+    Requires: each Attention has query, key, value [batch, heads, n, head_dim] and a bool mask, an explicit scale,
+        one output, and neither softcap nor is_causal.
+    Ensures: no Attention is left; the outputs keep their names, types and shapes.
+
+    Returns:
+        The number of nodes replaced.
+
+    Raises:
+        BuildError: Lists every node that is not of that form; the graph is unchanged then.
+    """
+    nodes = [node for node in graph.graph.all_nodes() if node.op_type == "Attention"]
+    problems = [f"{node.name}: {problem}" for node in nodes for problem in _form_problems(node)]
+    if problems:
+        raise BuildError(problem_list(f"graph {graph.graph.name}: attention cannot be decomposed", problems))
+    for node in nodes:
+        _replace(graph.graph, node)
+    left = [str(node.name) for node in graph.graph.all_nodes() if node.op_type == "Attention"]
+    if left:
+        raise BuildError(f"graph {graph.graph.name}: Attention nodes are left: {', '.join(left)}")
+    return len(nodes)
+
+
+def _form_problems(node: ir.Node) -> Iterator[str]:
+    given = [value for value in node.inputs if value is not None]
+    if len(given) != 4 or len(node.inputs) != 4 or len(node.outputs) != 1:
+        yield f"{len(given)} inputs and {len(node.outputs)} outputs; query, key, value, mask and one output expected"
+        return
+    if any(value.shape is None or len(value.shape) != 4 for value in given):
+        yield "inputs must be 4-D with known rank"
+    if given[3].dtype != ir.DataType.BOOL:
+        yield f"the mask is {given[3].dtype}, not BOOL"
+    if given[0].dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        yield f"the query is {given[0].dtype}, not FLOAT or FLOAT16"
+    if "scale" not in node.attributes:
+        yield "no explicit scale"
+    for name in ("is_causal", "softcap", "qk_matmul_output_mode"):
+        if name in node.attributes and node.attributes[name].value != 0:
+            yield f"{name} = {node.attributes[name].value} is not supported"
+
+
+def _replace(graph: ir.Graph, node: ir.Node) -> None:
+    query, key, value, mask = node.inputs
+    assert query is not None
+    assert query.dtype is not None
+    numpy_type = query.dtype.numpy()
+    scale = _constant(graph, node, "scale", np.array(node.attributes["scale"].as_float(), numpy_type))
+    lowest = _constant(graph, node, "lowest", np.array(np.finfo(numpy_type).min, numpy_type))
+    scaled = _node(node, "Mul", "scaled_query", [query, scale])
+    turned = _node(node, "Transpose", "key_transposed", [key], perm=[0, 1, 3, 2])
+    scores = _node(node, "MatMul", "scores", [scaled.outputs[0], turned.outputs[0]])
+    masked = _node(node, "Where", "masked", [mask, scores.outputs[0], lowest])
+    shares = _node(node, "Softmax", "shares", [masked.outputs[0]], axis=-1)
+    mix = _node(node, "MatMul", "mix", [shares.outputs[0], value])
+    old, new = node.outputs[0], mix.outputs[0]
+    graph.insert_before(node, [scaled, turned, scores, masked, shares, mix])
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    name, new.shape, new.type = old.name, old.shape, old.type
+    graph.remove(node, safe=True)
+    new.name = name
+
+
+def _node(origin: ir.Node, op: str, part: str, inputs: list[ir.Value | None], **attributes: int | list[int]) -> ir.Node:
+    node = ir.node(op, inputs, attributes=attributes, name=f"{origin.name}/{part}")
+    node.outputs[0].name = f"{origin.name}/{part}_output"
+    return node
+
+
+def _constant(graph: ir.Graph, origin: ir.Node, part: str, array: np.ndarray) -> ir.Value:
+    name = f"{origin.name}/{part}"
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value

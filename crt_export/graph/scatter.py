@@ -1,0 +1,68 @@
+"""The in-place cache update: a PyTorch operator with an eager implementation and an ONNX translation.
+
+In a graph it is one ``TensorScatter`` per cache tensor (opset 24). TensorRT turns it into an in-place update of the
+cache input; ONNX Runtime does so when input and output are bound to the same buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from onnxscript.onnx_opset import opset24
+from torch import Tensor
+
+
+@torch.library.custom_op("crt_export::cache_update", mutates_args=())
+def cache_update(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
+    """Write ``update`` [batch, heads, seq, head_dim] into a copy of ``cache`` [batch, heads, capacity, head_dim].
+
+    Row b is written at ``position[b]`` .. ``position[b] + seq - 1``, which must lie inside the capacity.
+    """
+    seq = update.shape[2]
+    index = position[:, None] + torch.arange(seq, device=cache.device)
+    index = index[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    return cache.scatter(2, index, update)
+
+
+@cache_update.register_fake
+def _(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+def _tensor_scatter(cache, update, position):
+    return opset24.TensorScatter(cache, update, position, axis=-2, mode="linear")
+
+
+def translation_table() -> dict[Callable[..., object], Callable[..., object]]:
+    """For ``torch.onnx.export(custom_translation_table=...)``."""
+    return {torch.ops.crt_export.cache_update.default: _tensor_scatter}
+
+
+class ScatteredCache:
+    """Writes the new keys at ``position`` into the cache and attends over the result only.
+
+    Reading the raw cache beside the in-place update would depend on execution order, so this cache is for the last pass
+    of a graph; earlier passes use :class:`crt_export.cache.AppendedCache`, which only reads.
+
+    Args:
+        past_keys: Per layer [batch, heads, capacity, head_dim].
+        past_values: Likewise.
+        position: Tokens already in the cache, int64 [batch].
+        seq: Tokens of the chunk.
+    """
+
+    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], position: Tensor, seq: int) -> None:
+        self._past = list(zip(past_keys, past_values, strict=True))
+        self._position = position
+        slot = torch.arange(past_keys[0].shape[2], device=position.device)
+        query = position[:, None] + torch.arange(seq, device=position.device)
+        self.mask: Tensor | None = (slot <= query[:, :, None])[:, None]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        past_keys, past_values = self._past[layer]
+        self.keys.append(cache_update(past_keys, keys, self._position))
+        self.values.append(cache_update(past_values, values, self._position))
+        return self.keys[-1], self.values[-1]

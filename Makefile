@@ -14,7 +14,6 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 SOURCES := $(shell find crt_export -name '*.py') $(wildcard graphs/*.toml engines/*.toml validate/tolerances.toml)
 PACKAGING := pyproject.toml README.md LICENSE NOTICE
-WHEEL = $(firstword $(wildcard dist/crt_export-*.whl))
 
 # TensorRT-RTX has wheels for Linux on x86_64 only; elsewhere the demo leaves its targets out.
 PLATFORM := $(shell uname -s)-$(shell uname -m)
@@ -37,7 +36,7 @@ demo: $(VENV)/.installed
 # --- tests ----------------------------------------------------------------------------------------------------
 # One thread per worker: two test processes that each use every core are slower than one.
 test: lint $(VENV)/.installed bindings
-	CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$(abspath $(WHEEL))" OMP_NUM_THREADS=1 \
+	CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev

@@ -85,10 +85,10 @@ def _interval(value: float | None, interval: Any) -> str:
 
 
 def _result(row: Mapping[str, Any]) -> str:
-    verdict = {True: "passed", False: "FAILED", None: "not run"}[row["passed"]]
-    note = row["arithmetic"] if row["arithmetic"] not in (None, "native") else ""
-    words = [str(row["status"])] if row["passed"] is None else [verdict]
-    return ", ".join(words + ([note] if note else []))
+    words = [str(row["status"]) if row["passed"] is None else "passed" if row["passed"] else "FAILED"]
+    if "emulated" in (row["arithmetic"] or ""):
+        words.append(row["arithmetic"])
+    return ", ".join(words)
 
 
 def readable_size(size: float) -> str:

@@ -24,7 +24,7 @@ ROW: dict[str, Any] = {
     "max_abs_logit_error": 2.7e-6,
     "mean_kl": 1e-9,
     "top1_agreement": 1.0,
-    "arithmetic": "native",
+    "arithmetic": "fp32",
     "status": "run",
     "passed": True,
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from crt_export.bundle.external_data import external_tensors
 from crt_export.bundle.leftovers import find_leftovers, parse_leftover, restore_previous
 from crt_export.bundle.manifest import read_manifest
+from crt_export.bundle.ownership import folder_lock
 from crt_export.bundle.paths import FileState, file_problem, file_state, hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError, problem_list
@@ -186,15 +188,22 @@ def open_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
             f"{folder} is what an interrupted or running build left behind, not a bundle: "
             f"open {folder.parent / leftover.name}, or build it again (that removes leftovers)"
         )
-    restore_previous(folder)
-    _check_folder(folder)
-    bundle = BundleFiles(folder, read_manifest(folder))
+    bundle = BundleFiles(folder, _manifest_of(folder))
     if not bundle.manifest["validated"] and not allow_unvalidated:
         raise BundleError(
             f"{folder} is not validated: its agreement with PyTorch was never shown; build it without "
             "--unvalidated, or pass allow_unvalidated=True if that is what you want"
         )
     return bundle
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    restore_previous(folder)
+    with suppress(BundleError):
+        return read_manifest(folder)
+    with folder_lock(folder.parent):  # a build may have been between its two renames just then
+        _check_folder(folder)
+        return read_manifest(folder)
 
 
 def _check_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crt_export.bundle.leftovers import parse_leftover
 from crt_export.bundle.manifest import read_manifest
+from crt_export.bundle.ownership import folder_lock
 from crt_export.bundle.paths import list_tree
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError, problem_list
@@ -26,7 +27,8 @@ def check_output(output: str | os.PathLike[str]) -> Path:
             folder that holds anything but files of a bundle.
     """
     target = target_folder(output)
-    check_target(target)
+    with folder_lock(target.parent):  # or another build might be halfway through replacing it
+        check_target(target)
     return target
 
 
@@ -59,7 +61,7 @@ def _is_around_current_folder(target: Path) -> bool:
 
 
 def check_target(target: Path) -> None:
-    """:func:`check_output` for a path from :func:`target_folder`."""
+    """:func:`check_output` for a path from :func:`target_folder`, with the parent folder locked by the caller."""
     try:
         mode = os.lstat(target).st_mode
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from crt_export.bundle.leftovers import (
     sweep_leftovers,
 )
 from crt_export.bundle.manifest import manifest_text
-from crt_export.bundle.output import check_target, target_folder
+from crt_export.bundle.output import check_output, check_target
 from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
 from crt_export.bundle.paths import hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
@@ -91,8 +91,7 @@ def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
         BundleError: The output is something else, cannot be written, or the disk is full; nothing was changed
             then.
     """
-    target = target_folder(output)
-    check_target(target)
+    target = check_output(output)
     made = _make_parents(target.parent)
     partial = leftover_path(target, "partial")
     lock: int | None = None

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +132,15 @@ def build(content):
 
 
 @pytest.fixture
-def start(tmp_path: Path, manifest: Manifest) -> Callable[..., subprocess.Popen[str]]:
+def start(tmp_path: Path, manifest: Manifest) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """``start(script, wrapper=())`` runs Python source after PREAMBLE in its own process, on ``tmp_path``."""
+
+    started: list[subprocess.Popen[str]] = []
 
     def start_script(script: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         source = PREAMBLE + textwrap.dedent(script)
         command = [*wrapper, sys.executable, "-W", "error", "-c", source, str(tmp_path), json.dumps(manifest)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -146,8 +148,17 @@ def start(tmp_path: Path, manifest: Manifest) -> Callable[..., subprocess.Popen[
             text=True,
             env={**os.environ},
         )
+        started.append(process)
+        return process
 
-    return start_script
+    yield start_script
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        process.wait()
 
 
 @pytest.fixture

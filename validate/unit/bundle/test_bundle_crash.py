@@ -394,6 +394,19 @@ def test_many_builds_of_one_output_at_once(tmp_path: Path, start: Start) -> None
     assert opened.file("report.md").read_text("utf-8") in {f"{process.pid}-9" for process in processes}
 
 
+def test_a_reader_always_finds_a_bundle_while_builds_replace_it(tmp_path: Path, build: Build, start: Start) -> None:
+    output = build(tmp_path / "demo")
+    process = start(
+        "exchange.exchange_folders = lambda first, second: False\nfor number in range(40):\n    build(str(number))\n"
+    )
+    opened = 0
+    while process.poll() is None:
+        open_bundle(output)
+        opened += 1
+    assert process.returncode == 0
+    assert opened > 40
+
+
 def test_without_folder_locks_the_pid_decides(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(folder: Path) -> int:
         raise OSError(95, "Operation not supported", str(folder))

@@ -1,0 +1,21 @@
+"""Does the deployed form still compute the model? Every graph against PyTorch FP32 on held-out text."""
+
+from crt_export.parity.bundle import case_from_profile, validate_bundle
+from crt_export.parity.case import ParityCase
+from crt_export.parity.check import check_parity
+from crt_export.parity.report import ParityReport, ParityRow
+from crt_export.parity.tolerances import Tolerance, Tolerances, load_tolerances
+from crt_export.parity.windows import ParityOptions
+
+__all__ = [
+    "ParityCase",
+    "ParityOptions",
+    "ParityReport",
+    "ParityRow",
+    "Tolerance",
+    "Tolerances",
+    "case_from_profile",
+    "check_parity",
+    "load_tolerances",
+    "validate_bundle",
+]

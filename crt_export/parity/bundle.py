@@ -1,0 +1,178 @@
+"""Check a built bundle again, anywhere: its files are verified, its reference is its own checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.checkpoint import CHECKPOINT_FILES, Checkpoint, load_checkpoint
+from crt_export.errors import BundleError, InputError
+from crt_export.parity.case import ParityCase
+from crt_export.parity.check import check_parity
+from crt_export.parity.report import ParityReport
+from crt_export.parity.tolerances import Tolerances
+from crt_export.parity.windows import ParityOptions
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import OrtOptions
+from crt_export.progress import Progress, no_progress
+from crt_export.text import TokenText, read_text, split_text
+from crt_export.tokenizer import load_tokenizer
+
+REFERENCE_FOLDER = "reference"
+
+
+def validate_bundle(
+    path: str | os.PathLike[str],
+    *,
+    text: Path | None = None,
+    tokens: Path | None = None,
+    targets: Sequence[str] = (),
+    checkpoint: Path | None = None,
+    options: ParityOptions | None = None,
+    tolerances: Tolerances | None = None,
+    progress: Progress = no_progress,
+) -> ParityReport:
+    """Compare every graph of a bundle that runs here with PyTorch FP32.
+
+    An unvalidated bundle may be given: this is how to find out whether it agrees. Text that the bundle was calibrated
+    on is left out where the bundle's own report tells which part that was.
+
+    Args:
+        path: The bundle.
+        text: A UTF-8 file of held-out text.
+        tokens: A .npy file of held-out token ids; without either, the text that comes with the package.
+        targets: Names of targets; empty is all of them.
+        checkpoint: The checkpoint the bundle was built from, for a bundle without one or to use another copy.
+        options: How much to measure.
+        tolerances: Limits; None reads ``validate/tolerances.toml``.
+        progress: Told how far it is.
+
+    Returns:
+        The report, whether it passed or not.
+
+    Raises:
+        BundleError: The bundle is unusable, a file was changed, or it has no reference and no checkpoint is given.
+        InputError: An unknown target, a checkpoint the bundle was not built from, or unusable text.
+        CheckpointError: The checkpoint is unusable.
+    """
+    files = open_bundle(path, allow_unvalidated=True)
+    cases = [case_from_manifest(files, name) for name in _chosen(files, targets)]
+    reference = _reference(files, checkpoint)
+    tokenizer = load_tokenizer(reference.path, reference.config)
+    whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
+    held_out = _held_out(whole, files.manifest)
+    return check_parity(reference, cases, held_out, options=options, tolerances=tolerances, progress=progress)
+
+
+def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
+    """One target of a bundle, every file it needs verified."""
+    entry = files.manifest["targets"][name]
+    try:
+        profile = EngineProfile.from_dict(entry["profile"], source=f"{name} of {files.path}")
+    except InputError as error:
+        raise BundleError(str(error)) from error
+    for engine in entry["engines"].values():
+        files.file(engine)
+    return case_from_profile(
+        profile,
+        {graph: files.graph(file) for graph, file in entry["graphs"].items()},
+        unroll=entry["unroll"] or 1,
+        capacity=entry["capacity"],
+        cache_head_dim=entry["cache_head_dim"],
+        compiled=tuple(entry["engines"]),
+    )
+
+
+def case_from_profile(
+    profile: EngineProfile,
+    graphs: dict[str, Path],
+    *,
+    unroll: int,
+    capacity: int | None,
+    cache_head_dim: int,
+    compiled: tuple[str, ...] = (),
+) -> ParityCase:
+    """One target from its profile and files.
+
+    Args:
+        profile: The target.
+        graphs: ONNX file per graph name, as they are deployed or compiled.
+        unroll: Passes K of the prefill graph.
+        capacity: Cache length of the target; the graphs of a compiled target are fixed to it, those that ONNX Runtime
+            deploys leave it open.
+        cache_head_dim: Head dim of the caches, padding included.
+        compiled: Graphs an engine was compiled of.
+    """
+    settings = profile.options
+    return ParityCase(
+        target=profile.name,
+        runtime=profile.runtime,
+        precision=profile.precision,
+        graphs=graphs,
+        unroll=unroll,
+        cache_dtype=profile.cache_dtype,
+        cache_head_dim=cache_head_dim,
+        capacity=capacity if profile.compiled else None,
+        residual_dtype=profile.residual_dtype,
+        compiled=compiled,
+        disabled_optimizers=settings.disabled_optimizers if isinstance(settings, OrtOptions) else STATIC_DISABLED,
+    )
+
+
+#: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
+STATIC_DISABLED = ("MatMulAddFusion",)
+
+
+def _chosen(files: BundleFiles, targets: Sequence[str]) -> list[str]:
+    known = list(files.manifest["targets"])
+    unknown = [name for name in targets if name not in known]
+    if unknown:
+        raise InputError(
+            f"unknown target {', '.join(map(repr, unknown))}: {files.path} was built for {', '.join(known) or '(none)'}"
+        )
+    if not known:
+        raise BundleError(f"{files.path} has no target, so there is nothing to validate; build it again")
+    return [name for name in known if not targets or name in targets]
+
+
+def _reference(files: BundleFiles, folder: Path | None) -> Checkpoint:
+    """The bundle's own checkpoint, or one given that must be the same."""
+    expected = files.manifest["checkpoint"]["sha256"]
+    if folder is None:
+        names = [f"{REFERENCE_FOLDER}/{name}" for name in CHECKPOINT_FILES]
+        present = [name for name in names if name in files]
+        if not present:
+            raise BundleError(
+                f"{files.path} was built without its reference (--no-reference): give the checkpoint it was built from "
+                f"with --checkpoint DIR (content hash {expected})"
+            )
+        for name in present:
+            files.file(name)
+        checkpoint = load_checkpoint(files.path / REFERENCE_FOLDER)
+    else:
+        checkpoint = load_checkpoint(folder)
+    if checkpoint.sha256 != expected:
+        raise InputError(
+            f"{checkpoint.path}: content hash {checkpoint.sha256} is not that of the checkpoint {files.path} was built "
+            f"from, {expected}: give the very checkpoint"
+        )
+    return checkpoint
+
+
+def _held_out(whole: TokenText, manifest: dict[str, Any]) -> TokenText:
+    """The part of a text that this bundle was not calibrated on."""
+    recorded = (manifest["parity"] or {}).get("text", {})
+    offset, count = int(recorded.get("offset", 0)), int(recorded.get("tokens", 0))
+    part = TokenText(ids=np.ascontiguousarray(whole.ids[offset : offset + count]), source=whole.source, offset=offset)
+    if count and part.sha256 == recorded.get("sha256"):
+        return part
+    calibrated = any(target["profile"].get("precision") == "w8a8" for target in manifest["targets"].values())
+    if recorded or not calibrated:
+        return whole
+    # No report says what was calibrated on, so leave out what build would have taken of this text.
+    return split_text(whole, calibrate=True)[1]

@@ -1,0 +1,93 @@
+"""What is checked: the graph files of one target, and the contract they must keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from crt_export.config import ModelConfig
+from crt_export.engine.ort import OrtGraph, load_graph
+from crt_export.errors import ContractError
+from crt_export.graph.contract import check_contract
+from crt_export.spec import GraphSpec, TensorSpec, graph_names, graph_spec
+
+HALF_PRECISIONS = ("fp16", "w8a8")
+_ARITHMETIC = {"fp32": "fp32", "w8": "int8+fp32", "fp16": "fp32-emulated", "w8a8": "fp32-emulated"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityCase:
+    """One target. Its graph files run on ONNX Runtime's CPU provider, whatever the target deploys on.
+
+    Attributes:
+        target: Name of the engine profile.
+        runtime: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``: what the target deploys on.
+        precision: ``fp32``, ``fp16``, ``w8`` or ``w8a8``.
+        graphs: ONNX file per graph name; the very files that are deployed or compiled.
+        unroll: Passes K of prefill.
+        cache_dtype: ``float32`` or ``float16``.
+        cache_head_dim: Head dim of the caches, padding included.
+        capacity: Cache length that the files are fixed to; None where it is dynamic.
+        residual_dtype: Of the residual stream: ``float16`` or ``float32``.
+        compiled: Names of the graphs for which an engine was compiled; listed, never passed.
+        disabled_optimizers: ONNX Runtime rewrites to leave out.
+    """
+
+    target: str
+    runtime: str
+    precision: str
+    graphs: Mapping[str, Path]
+    unroll: int
+    cache_dtype: str
+    cache_head_dim: int
+    capacity: int | None = None
+    residual_dtype: str = "float32"
+    compiled: tuple[str, ...] = ()
+    disabled_optimizers: tuple[str, ...] = field(default=())
+
+    @property
+    def arithmetic(self) -> str:
+        """What multiplies when the files run here; ``fp32-emulated`` hides FP16 overflow."""
+        return _ARITHMETIC[self.precision]
+
+    @property
+    def half(self) -> bool:
+        """Whether the graphs compute in FP16 where they are deployed."""
+        return self.precision in HALF_PRECISIONS
+
+    def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
+        """The contract of one graph with this target's cache."""
+        spec = graph_spec(graph, config, self.cache_dtype, self.capacity)
+        return dataclasses.replace(
+            spec,
+            inputs=tuple(self._padded(tensor) for tensor in spec.inputs),
+            outputs=tuple(self._padded(tensor) for tensor in spec.outputs),
+        )
+
+    def _padded(self, tensor: TensorSpec) -> TensorSpec:
+        if "_key_values." not in tensor.name:
+            return tensor
+        return dataclasses.replace(tensor, dims=(*tensor.dims[:-1], self.cache_head_dim))
+
+
+def load_checked_graph(case: ParityCase, name: str, config: ModelConfig, threads: int) -> OrtGraph:
+    """Check one file against its contract and load it.
+
+    Raises:
+        ContractError: The target lacks the graph, the file differs from the contract, or ONNX Runtime refuses it.
+    """
+    if name not in case.graphs:
+        raise ContractError(f"target {case.target} has no {name} graph, expected {', '.join(graph_names(config))}")
+    path = case.graphs[name]
+    if not path.is_file():
+        raise ContractError(f"{path}: the {name} graph of target {case.target} is missing")
+    try:
+        graph = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        raise ContractError(f"{path}: not a readable ONNX file ({error})") from error
+    check_contract(graph, case.spec(name, config))
+    return load_graph(path, threads=threads, disabled_optimizers=case.disabled_optimizers)

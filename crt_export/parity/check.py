@@ -1,0 +1,132 @@
+"""Compare every graph of every target with PyTorch FP32 on held-out text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.config import ModelConfig
+from crt_export.errors import InputError
+from crt_export.model import model_from_checkpoint
+from crt_export.parity.case import ParityCase
+from crt_export.parity.gap import reference_gap_rows, target_gap_rows
+from crt_export.parity.half import half_row
+from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
+from crt_export.parity.report import ParityReport, ParityRow
+from crt_export.parity.statistics import METHOD
+from crt_export.parity.target import check_target
+from crt_export.parity.tolerances import Tolerances, load_tolerances
+from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
+from crt_export.progress import Progress, no_progress
+from crt_export.text import TokenText
+
+_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def check_parity(
+    checkpoint: Checkpoint,
+    cases: Sequence[ParityCase],
+    text: TokenText,
+    *,
+    options: ParityOptions | None = None,
+    tolerances: Tolerances | None = None,
+    progress: Progress = no_progress,
+) -> ParityReport:
+    """Run every target through every regime and compare it with the same regime in PyTorch FP32.
+
+    Args:
+        checkpoint: The reference, read by :func:`crt_export.checkpoint.load_checkpoint`.
+        cases: The targets.
+        text: Held-out text; none of it may have been calibrated on.
+        options: How much to measure.
+        tolerances: Limits; None reads ``validate/tolerances.toml``.
+        progress: Told what runs and how many windows are done.
+
+    Returns:
+        The report; ``passed`` says whether every gate held. A graph that cannot run is a failed row, not an error.
+
+    Raises:
+        InputError: There is no target, or the text is too short.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    if not cases:
+        raise InputError("parity needs at least one target")
+    options = options or ParityOptions()
+    tolerances = tolerances or load_tolerances()
+    config = checkpoint.config
+    windows = windows_from_text(text, options, **_longest_window(cases, config))
+    reference = Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch)
+    passes = {case.unroll for case in cases}
+    for regime in (STEP, PREFILL, HANDOVER):
+        progress(f"PyTorch FP32: {regime}", 0, windows.count)
+        for count in sorted(passes):
+            reference.hidden(regime, count)
+    rows: list[ParityRow] = []
+    notes = [*windows.notes]
+    for residual_dtype in sorted({case.residual_dtype for case in cases if case.half}):
+        row, note = half_row(checkpoint, reference, residual_dtype, tolerances, progress)
+        rows.append(row)
+        notes += note
+    gaps = {count: reference_gap_rows(reference, count) for count in sorted(passes)}
+    rows += [row for count in gaps for row, _ in gaps[count]]
+    largest = {}
+    for case in cases:
+        result = check_target(case, reference, options, tolerances, progress)
+        rows += [*result.rows, *target_gap_rows(case, result, gaps[case.unroll], tolerances, config), *_compiled(case)]
+        if result.largest_fp16:
+            largest[case.target] = result.largest_fp16
+    return ParityReport(
+        rows=tuple(rows),
+        tolerances=tolerances.to_dict(),
+        text=_text_identity(windows),
+        notes=tuple(notes),
+        method=METHOD,
+        versions=_versions(),
+        largest_fp16=largest,
+    )
+
+
+def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:
+    """The longest window that every target can take, and what says so."""
+    limits = {f"capacity of {case.target}": case.capacity for case in cases if case.capacity is not None}
+    limits["max_position_embeddings of the model"] = config.max_position_embeddings
+    reason = min(limits, key=lambda name: limits[name])
+    return {"longest": limits[reason], "longest_reason": f"{reason} is {limits[reason]}"}
+
+
+def _compiled(case: ParityCase) -> list[ParityRow]:
+    """Engines that were compiled and cannot run here: listed, never passed."""
+    return [
+        ParityRow(
+            target=case.target,
+            runtime=case.runtime,
+            graph=graph,
+            precision=case.precision,
+            regime=graph,
+            status="compiled",
+        )
+        for graph in case.compiled
+    ]
+
+
+def _text_identity(windows: Windows) -> dict:
+    return {
+        "source": windows.text.source,
+        "sha256": windows.text.sha256,
+        "offset": windows.text.offset,
+        "tokens": len(windows.text),
+        "windows": windows.count,
+        "window": windows.length,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,78 @@
+"""The step chain on the half-precision PyTorch model: real FP16 arithmetic, which ONNX Runtime's CPU provider lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.errors import UnsupportedError
+from crt_export.model import model_from_checkpoint
+from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.report import ParityRow
+from crt_export.parity.rows import row_from_scores
+from crt_export.parity.scores import Scorer
+from crt_export.parity.tolerances import Tolerances
+from crt_export.progress import Progress
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+#: PyTorch multiplies FP16 on a CPU some ten times slower than FP32: larger models run fewer windows, and say so.
+_LARGE_MODEL = 20_000_000
+_WINDOWS_OF_LARGE_MODEL = 4
+
+
+def half_row(
+    checkpoint: Checkpoint,
+    reference: Reference,
+    residual_dtype: str,
+    tolerances: Tolerances,
+    progress: Progress,
+) -> tuple[ParityRow, list[str]]:
+    """Run the teacher-forced chain with FP16 weights and activations.
+
+    Args:
+        checkpoint: The weights.
+        reference: PyTorch FP32 on the same windows.
+        residual_dtype: Of the residual stream and state, ``float16`` or ``float32``.
+        tolerances: Those of ``fp16`` apply.
+        progress: Told what runs.
+
+    Returns:
+        The row, and notes on what was shortened.
+    """
+    progress(f"PyTorch FP16 with {residual_dtype} residual stream: {STEP}", 0, reference.windows.count)
+    reference, notes = _affordable(reference, checkpoint.config.parameter_count)
+    windows = reference.windows
+    row = ParityRow(
+        target="pytorch-half",
+        runtime="pytorch-half",
+        graph=f"model ({residual_dtype} residual stream)",
+        precision="fp16",
+        regime=STEP,
+        steps=windows.length,
+        arithmetic="fp16",
+    )
+    scorer = Scorer(reference, STEP, 1)
+    try:
+        model = model_from_checkpoint(checkpoint, torch.float16, _DTYPES[residual_dtype])
+    except UnsupportedError as error:
+        return row_from_scores(row, scorer.scores(), tolerances, [str(error)]), notes
+    half = Reference(model, windows, batch=windows.count)
+    block = max(1, 2_000_000 // (windows.count * checkpoint.config.vocab_size))
+    for first in range(0, windows.length, block):
+        last = min(first + block, windows.length)
+        scorer.add(slice(0, windows.count), first, half.logits(STEP, 1, slice(0, windows.count), slice(first, last)))
+    return row_from_scores(row, scorer.scores(), tolerances, scorer.problems), notes
+
+
+def _affordable(reference: Reference, parameters: int) -> tuple[Reference, list[str]]:
+    windows = reference.windows
+    if parameters <= _LARGE_MODEL or windows.count <= _WINDOWS_OF_LARGE_MODEL:
+        return reference, []
+    fewer = dataclasses.replace(windows, tokens=windows.tokens[:_WINDOWS_OF_LARGE_MODEL])
+    note = (
+        f"pytorch-half ran {fewer.count} of {windows.count} windows: half-precision matrix products of "
+        f"{parameters:,} parameters are slow on a CPU"
+    )
+    return Reference(reference.model, fewer, batch=fewer.count), [note]

@@ -1,0 +1,167 @@
+"""The result of a parity check: one row per target, graph and regime, and what was compared on what."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crt_export.errors import BundleError, problem_list
+
+RUN = "run"
+COMPILED = "compiled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """One comparison. Figures are None where there is nothing to state; a row that failed says why.
+
+    Attributes:
+        target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
+        runtime: What ran: ``onnxruntime``, ``pytorch``, ``pytorch-half``, or the runtime an engine was compiled for.
+        graph: The graph files that ran, joined with ``+``.
+        precision: Precision of the graph.
+        regime: ``step``, ``prefill``, ``prefill_pass``, ``handover``, or ``regime-gap`` (K passes against
+            the recurrence).
+        tokens: Predictions compared.
+        steps: Decode steps run per window, or parallel passes for the prefill regimes.
+        nll: Mean negative log-likelihood, nats per token.
+        reference_nll: The same of PyTorch FP32 in the same regime; for ``regime-gap`` of the target's own step chain.
+        delta_nll: ``nll - reference_nll``, paired.
+        delta_nll_ci: 95 % interval of delta_nll, windows as units.
+        perplexity: exp(nll).
+        reference_perplexity: exp(reference_nll).
+        max_abs_logit_error: Largest |logit difference|.
+        mean_abs_logit_error: Mean |logit difference|.
+        mean_kl: Mean Kullback-Leibler divergence, nats.
+        top1_agreement: Share of the counted tokens with the reference's best token.
+        top1_tokens: Tokens whose margin in the reference exceeds near_tie_margin.
+        near_tie_margin: That margin, logits.
+        arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU).
+        status: ``run``, or ``compiled`` for an engine that cannot run here.
+        passed: None where nothing is gated.
+        failures: Sentences, empty if none.
+        positions: Positions in the window the row covers, [first, last + 1].
+        excess_gap: ``regime-gap`` only: the gap beyond that of FP32, nats.
+        excess_gap_ci: Its 95 % interval.
+        largest_fp16: Largest |value| of any FP16 tensor of the graphs, FP16 graphs only.
+        largest_fp16_tensor: Which tensor.
+        inconsistency: Largest relative difference between two forms of the same computation inside the target.
+    """
+
+    target: str
+    runtime: str
+    graph: str
+    precision: str
+    regime: str
+    tokens: int = 0
+    steps: int = 0
+    nll: float | None = None
+    reference_nll: float | None = None
+    delta_nll: float | None = None
+    delta_nll_ci: tuple[float, float] | None = None
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    max_abs_logit_error: float | None = None
+    mean_abs_logit_error: float | None = None
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    top1_tokens: int | None = None
+    near_tie_margin: float | None = None
+    arithmetic: str | None = None
+    status: str = RUN
+    passed: bool | None = None
+    failures: tuple[str, ...] = ()
+    positions: tuple[int, int] | None = None
+    excess_gap: float | None = None
+    excess_gap_ci: tuple[float, float] | None = None
+    largest_fp16: float | None = None
+    largest_fp16_tensor: str | None = None
+    inconsistency: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; NaN and infinity, which JSON lacks, become None (the failures name them)."""
+        return {key: _json_value(value) for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParityRow:
+        """Read what to_dict wrote."""
+        fixed: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """Every row and what they stand on. Nothing in it is drawn at random, so there is no seed to record.
+
+    Attributes:
+        rows: All comparisons.
+        tolerances: The limits used, as ``Tolerances.to_dict`` gives them.
+        text: Source, sha256 of the token ids, offset and count of the tokens used, windows and their length.
+        notes: Sentences on what was shortened and why.
+        method: How the intervals are computed.
+        versions: Library versions that took part.
+        largest_fp16: Per target and graph, the largest |value| of the largest FP16 tensors.
+    """
+
+    rows: tuple[ParityRow, ...]
+    tolerances: Mapping[str, Any]
+    text: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    method: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    largest_fp16: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True if something was gated and every gate held."""
+        gates = [row.passed for row in self.rows if row.passed is not None]
+        return bool(gates) and all(gates)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What every failed row says, with the row's name in front."""
+        return tuple(
+            f"{row.target} {row.regime} ({row.graph}): {failure}" for row in self.rows for failure in row.failures
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of ``crt-export validate --json`` and of the manifest."""
+        return {"passed": self.passed, "rows": [row.to_dict() for row in self.rows]} | {
+            name.name: _json_value(getattr(self, name.name)) for name in dataclasses.fields(self) if name.name != "rows"
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ParityReport:
+        """Read what to_dict wrote.
+
+        Raises:
+            BundleError: Keys are missing or unknown.
+        """
+        known = {name.name for name in dataclasses.fields(cls)}
+        problems = [f"no {key!r}" for key in sorted({"rows", "tolerances", "text"} - set(values))]
+        problems += [f"unknown key {key!r}" for key in sorted(set(values) - known - {"passed"})]
+        if problems:
+            raise BundleError(problem_list("parity report", problems))
+        try:
+            rows = tuple(ParityRow.from_dict(row) for row in values["rows"])
+        except TypeError as error:
+            raise BundleError(f"parity report: a row cannot be read ({error})") from None
+        rest = {key: value for key, value in values.items() if key in known - {"rows", "notes"}}
+        return cls(rows=rows, notes=tuple(values.get("notes", ())), **rest)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [_json_value(item) for item in value]
+        # An interval with one unknown end is no interval.
+        return None if items and value and isinstance(value[0], float) and None in items else items
+    return value

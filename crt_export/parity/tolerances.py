@@ -1,0 +1,122 @@
+"""How far a deployed form may be from PyTorch FP32: ``validate/tolerances.toml``, where every limit has a reason."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from crt_export.catalog import definition_path
+from crt_export.errors import InputError, problem_list
+
+FILE = "tolerances.toml"
+PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
+#: Limits that a precision may leave out: nothing is gated then.
+_OPTIONAL = ("max_abs_logit_error",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Limits of one precision.
+
+    Attributes:
+        delta_nll: The 95 % interval of the paired difference in negative log-likelihood lies within +- this, nats.
+        top1_agreement: Smallest share of tokens with the reference's most likely token, where its margin counts.
+        gap_delta_nll: The same as ``delta_nll`` for how much further apart the two regimes are than in FP32, nats.
+        consistency: Largest |difference| between two forms of one computation inside a target (prefill against
+            calls of prefill_pass, its logits against head), relative to the largest |value|.
+        max_abs_logit_error: Largest |logit difference|; None is not gated.
+    """
+
+    delta_nll: float
+    top1_agreement: float
+    gap_delta_nll: float
+    consistency: float
+    max_abs_logit_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """All limits.
+
+    Attributes:
+        near_tie_margin: Tokens whose two most likely candidates are closer than this in the reference are near ties
+            and do not count for top-1 agreement, logits.
+        fp16_headroom: Largest |value| that any FP16 tensor may take.
+        precisions: Limits per precision.
+        reasons: Why each limit is what it is, by ``table.key``.
+    """
+
+    near_tie_margin: float
+    fp16_headroom: float
+    precisions: Mapping[str, Tolerance]
+    reasons: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values as they stand in the report."""
+        limits = {name: vars(tolerance).copy() for name, tolerance in self.precisions.items()}
+        return {"near_tie_margin": self.near_tie_margin, "fp16_headroom": self.fp16_headroom, **limits}
+
+
+def load_tolerances(path: Path | None = None) -> Tolerances:
+    """Read a tolerance file; None is the tracked one.
+
+    Raises:
+        InputError: The file is unreadable, a limit or its reason is missing, unknown or impossible; lists all problems.
+        MissingDependencyError: The installation lacks the tracked file.
+    """
+    path = definition_path("validate", FILE) if path is None else path
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: expected a TOML file of tolerances, found something unreadable ({error})") from None
+    limits, reasons, problems = _limits_from_tables(values)
+    if problems:
+        raise InputError(problem_list(str(path), problems))
+    precisions = {
+        name: Tolerance(**{key: value for (table, key), value in limits.items() if table == name})
+        for name in PRECISIONS
+    }
+    return Tolerances(
+        near_tie_margin=limits["shared", "near_tie_margin"],
+        fp16_headroom=limits["shared", "fp16_headroom"],
+        precisions=precisions,
+        reasons=reasons,
+    )
+
+
+def _limits_from_tables(
+    values: Mapping[str, Any],
+) -> tuple[dict[tuple[str, str], float], dict[str, str], list[str]]:
+    """Limits by (table, key), reasons by ``table.key``, and what is wrong with the file."""
+    keys = tuple(field.name for field in fields(Tolerance))
+    known = {"shared": ("near_tie_margin", "fp16_headroom"), **dict.fromkeys(PRECISIONS, keys)}
+    problems = [f"unknown table [{table}]; known: {', '.join(known)}" for table in values if table not in known]
+    limits: dict[tuple[str, str], float] = {}
+    reasons: dict[str, str] = {}
+    for table, names in known.items():
+        entries = values.get(table, {})
+        problems += [f"[{table}] unknown key {key!r}" for key in entries if key not in names]
+        problems += [f"[{table}] has no {key}" for key in names if key not in entries and key not in _OPTIONAL]
+        for key in (name for name in names if name in entries):
+            problems += _entry_problems(f"{table}.{key}", entries[key])
+            if isinstance(entries[key], dict):
+                limits[table, key] = entries[key].get("limit")
+                reasons[f"{table}.{key}"] = entries[key].get("reason")
+    return limits, reasons, problems
+
+
+def _entry_problems(label: str, entry: object) -> list[str]:
+    if not isinstance(entry, dict) or set(entry) != {"limit", "reason"}:
+        return [f"{label} must be {{ limit = NUMBER, reason = TEXT }}, found {entry!r}"]
+    problems = []
+    limit, reason = entry["limit"], entry["reason"]
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        problems.append(f"{label}: limit must be a number greater than 0, found {limit!r}")
+    elif label.endswith("top1_agreement") and limit > 1:
+        problems.append(f"{label}: limit is a share and at most 1, found {limit!r}")
+    if not isinstance(reason, str) or len(reason.split()) < 3:
+        problems.append(f"{label}: reason must say why, found {reason!r}")
+    return problems

@@ -1,0 +1,117 @@
+"""What is measured on: consecutive windows of held-out text, all of one length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crt_export.errors import InputError, problem_list
+from crt_export.text import VALIDATION_TOKENS, TokenText
+
+DEFAULT_WINDOW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions:
+    """How much is measured.
+
+    Attributes:
+        validation_tokens: Tokens scored in each regime, rounded up to whole windows.
+        window: Tokens per window, each a step of the teacher-forced chain; a smaller capacity shortens it.
+        window_batch: Most windows per call.
+        short_reason: Why fewer than 4,096 tokens or windows below 256 tokens are enough; part of the report.
+        threads: CPU threads, 0 for every core.
+
+    Raises:
+        InputError: A value is impossible, or a short run has no reason.
+    """
+
+    validation_tokens: int = VALIDATION_TOKENS
+    window: int = DEFAULT_WINDOW
+    window_batch: int = 32
+    short_reason: str = ""
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        problems = [
+            f"{name} must be an integer of at least {low}, found {getattr(self, name)!r}"
+            for name, low in (("validation_tokens", 2), ("window", 2), ("window_batch", 1), ("threads", 0))
+            if type(getattr(self, name)) is not int or getattr(self, name) < low
+        ]
+        if not problems and not self.short_reason.strip():
+            if self.validation_tokens < VALIDATION_TOKENS:
+                problems.append(
+                    f"validation_tokens {self.validation_tokens} is below {VALIDATION_TOKENS}: give short_reason"
+                )
+            if self.window < DEFAULT_WINDOW:
+                problems.append(f"window {self.window} is below {DEFAULT_WINDOW}: give short_reason")
+        if problems:
+            raise InputError(problem_list("parity options", problems))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Windows:
+    """Consecutive windows.
+
+    Attributes:
+        tokens: int64 [windows, length + 1]; the last token of a window is the first of the next, a target only.
+        text: The text they are from.
+        notes: Sentences on what was shortened and why.
+    """
+
+    tokens: np.ndarray
+    text: TokenText
+    notes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens fed, and predictions scored, per window."""
+        return self.tokens.shape[1] - 1
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """What is fed, int64 [windows, length]."""
+        return np.ascontiguousarray(self.tokens[:, :-1])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The token after each one that is fed, int64 [windows, length]."""
+        return np.ascontiguousarray(self.tokens[:, 1:])
+
+
+def windows_from_text(text: TokenText, options: ParityOptions, *, longest: int, longest_reason: str) -> Windows:
+    """Cut the text into consecutive windows.
+
+    Args:
+        text: Held-out text.
+        options: How much of it.
+        longest: Most tokens any form under test can take from position 0.
+        longest_reason: What sets that limit, for the report.
+
+    Raises:
+        InputError: The text is too short; the message says what is needed.
+    """
+    length = min(options.window, longest)
+    if length < 2:
+        raise InputError(
+            f"{longest_reason}: parity needs windows of at least 2 tokens, one for prefill and one to step"
+        )
+    count = max(2, -(-options.validation_tokens // length))
+    needed = count * length + 1
+    if len(text) < needed:
+        raise InputError(
+            f"{text.source}: {len(text)} tokens are too few to validate on: {count} windows of {length} tokens and one "
+            f"more to predict need {needed} (--text FILE or --tokens FILE.npy)"
+        )
+    notes = [f"windows of {length} tokens instead of {options.window}: {longest_reason}"] * (length < options.window)
+    if options.short_reason.strip():
+        notes.append(f"{count} windows of {length} tokens: {options.short_reason.strip()}")
+    starts = np.arange(count)[:, None] * length
+    return Windows(tokens=text.ids[starts + np.arange(length + 1)], text=text, notes=tuple(notes))

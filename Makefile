@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
-SOURCES := $(shell find crt_export -name '*.py') $(wildcard graphs/*.toml engines/*.toml validate/tolerances.toml)
+SOURCES := $(shell find crt_export -name "*.py") $(wildcard graphs/*.toml engines/*.toml \
+  validate/tolerances.toml examples/demo/heldout.txt)
 PACKAGING := pyproject.toml README.md LICENSE NOTICE
 
 # TensorRT-RTX has wheels for Linux on x86_64 only; elsewhere the demo leaves its targets out.

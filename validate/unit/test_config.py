@@ -1,0 +1,183 @@
+"""config.json: defaults, and every problem reported at once by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crt_export.checkpoint import tensor_shapes
+from crt_export.config import ModelConfig, load_config
+from crt_export.errors import CheckpointError, UnsupportedError
+
+# architecture.md of the format, word for word
+EXAMPLE = """
+{"model_type": "context_ready_transformer", "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 1,
+ "num_attention_heads": 4, "intermediate_size": 512, "correction_intermediate_size": 512,
+ "max_position_embeddings": 1024, "layer_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_layout": "interleaved",
+ "unroll_steps": 10, "tie_word_embeddings": false, "tokenizer": "byte"}
+"""
+
+
+def _example(**changes: Any) -> dict[str, Any]:
+    return json.loads(EXAMPLE) | changes
+
+
+def test_optional_keys_have_the_documented_defaults() -> None:
+    config = ModelConfig.from_dict(_example())
+    assert (config.format_version, config.head_dim, config.num_key_value_heads) == (1, 32, 4)
+    assert config.sliding_window is config.bos_token_id is config.eos_token_id is None
+    assert config.training_sequence_length is None
+    assert config.recurrent
+
+
+def test_plain_transformer_needs_no_correction_keys() -> None:
+    values = _example(model_type="transformer")
+    del values["correction_intermediate_size"], values["unroll_steps"]
+    assert not ModelConfig.from_dict(values).recurrent
+
+
+@pytest.mark.parametrize("key", sorted(json.loads(EXAMPLE)))
+def test_each_key_of_the_example_is_required(key) -> None:
+    values = _example()
+    del values[key]
+    with pytest.raises(CheckpointError, match=key):
+        ModelConfig.from_dict(values)
+
+
+def test_unknown_and_missing_keys_are_reported_together() -> None:
+    values = _example(hidden=1, dropout=0.1)
+    del values["rope_theta"], values["vocab_size"]
+    with pytest.raises(CheckpointError, match="4 problems") as caught:
+        ModelConfig.from_dict(values)
+    for name in ("unknown key 'hidden'", "unknown key 'dropout'", "key 'rope_theta'", "key 'vocab_size'"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be greater than 0"),
+        ({"vocab_size": "256"}, "vocab_size must be an integer, found '256'"),
+        ({"vocab_size": True}, "vocab_size must be an integer, found True"),
+        ({"hidden_size": 128.0}, "hidden_size must be an integer"),
+        ({"hidden_size": 130}, "not a multiple of num_attention_heads"),
+        ({"hidden_size": 12}, "head_dim must be even"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be greater than 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be greater than 0"),
+        ({"num_attention_heads": -4}, "num_attention_heads must be greater than 0"),
+        ({"intermediate_size": -1}, "intermediate_size must be greater than 0"),
+        ({"correction_intermediate_size": 0}, "correction_intermediate_size must be greater than 0"),
+        ({"correction_intermediate_size": None}, "correction_intermediate_size must be greater than 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be greater than 0"),
+        ({"unroll_steps": 0}, "unroll_steps must be greater than 0"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps must be greater than 0"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+        ({"rope_layout": "neox"}, "rope_layout must be one of interleaved, half"),
+        ({"rope_layout": ["half"]}, "rope_layout must be one of interleaved, half"),
+        ({"model_type": "gpt2"}, "model_type must be one of"),
+        ({"tokenizer": "bpe"}, "tokenizer must be one of byte, tokenizer.json, none"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"head_dim": -32}, "head_dim must be greater than 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1"),
+        ({"bos_token_id": 256}, "bos_token_id must be in"),
+        ({"eos_token_id": -1}, "eos_token_id must be in"),
+        ({"training_sequence_length": 1025}, "above max_position_embeddings"),
+        ({"training_sequence_length": 0}, "training_sequence_length must be greater than 0"),
+        ({"vocab_size": 255}, "the byte tokenizer needs vocab_size >= 256, found 255"),
+    ],
+)
+def test_impossible_values_are_named(changes, message) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_dict(_example(**changes))
+
+
+def test_impossible_values_are_reported_together() -> None:
+    with pytest.raises(CheckpointError, match="3 problems"):
+        ModelConfig.from_dict(_example(vocab_size=100, unroll_steps=0, rope_theta=-1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version 2"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2"),
+        ({"head_dim": 64}, "head_dim 64"),
+        ({"sliding_window": 512}, "sliding_window 512"),
+    ],
+)
+def test_known_values_this_version_cannot_do_are_unsupported(changes, message) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        ModelConfig.from_dict(_example(**changes))
+
+
+def test_a_vocabulary_below_256_needs_no_byte_tokenizer() -> None:
+    assert ModelConfig.from_dict(_example(vocab_size=11, tokenizer="none")).vocab_size == 11
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json: missing"),
+        (b"{", "expected a JSON object, found something unreadable"),
+        (b"\xff\xfe", "expected a JSON object, found something unreadable"),
+        (b"[" * 100_000, "expected a JSON object, found something unreadable"),
+        (b"[1]", "expected a JSON object, found list"),
+        (b"{}", "missing key 'hidden_size'"),
+        (json.dumps(_example(sliding_window=1)).encode(), "sliding_window 1"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path, content, message) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises((CheckpointError, UnsupportedError), match=message) as caught:
+        load_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_folder_and_file_in_its_place(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint folder .* found nothing"):
+        load_config(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint folder .* found a file"):
+        load_config(tmp_path / "file")
+
+
+def test_dictionary_round_trip_keeps_every_value(tiny_config: Callable[..., ModelConfig], tmp_path: Path) -> None:
+    for config in (tiny_config(), tiny_config(model_type="transformer", tie_word_embeddings=True)):
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({"hidden_size": 2048, "num_hidden_layers": 1}, 215_035_136),
+        ({"hidden_size": 1088, "num_hidden_layers": 6, "model_type": "transformer"}, 154_980_608),
+        ({"hidden_size": 1120, "num_hidden_layers": 5}, 157_094_080),
+        ({"hidden_size": 768, "num_hidden_layers": 12, "model_type": "transformer"}, 134_240_000),
+    ],
+)
+def test_parameter_count_of_the_published_models(tiny_config, changes, parameters) -> None:
+    inner = 4 * changes["hidden_size"]
+    sizes = {"intermediate_size": inner, "correction_intermediate_size": inner, "num_attention_heads": 16}
+    assert tiny_config(vocab_size=32000, **sizes, **changes).parameter_count == parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["context_ready_transformer", "transformer"])
+def test_parameter_count_is_that_of_the_tensors(tiny_config, random_tensors, tied, kind) -> None:
+    config = tiny_config(model_type=kind, tie_word_embeddings=tied)
+    assert config.parameter_count == sum(tensor.numel() for tensor in random_tensors(config).values())
+    assert set(tensor_shapes(config)) == set(random_tensors(config))
+
+
+def test_config_loads_neither_torch_nor_onnx() -> None:
+    code = "import sys, crt_export.config; sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

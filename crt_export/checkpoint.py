@@ -17,8 +17,9 @@ from crt_export.config import ModelConfig, load_config
 from crt_export.errors import CheckpointError, problem_list
 
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 #: What makes up a checkpoint, in the order of its content hash.
-CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, "tokenizer.json")
+CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, TOKENIZER_FILE)
 _DTYPES = {"F32", "F16", "BF16"}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -148,6 +149,12 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     for name in CHECKPOINT_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy ``tokenizer.json``, if the model has one."""
+    if checkpoint.config.tokenizer == TOKENIZER_FILE:
+        shutil.copyfile(checkpoint.path / TOKENIZER_FILE, folder / TOKENIZER_FILE)
 
 
 def _require_weights_file(file: Path) -> None:

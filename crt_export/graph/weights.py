@@ -82,7 +82,7 @@ def write_graph(graph: ir.Model, path: Path, weights: WeightFile) -> None:
             offset,
             length,
             tensor.dtype,
-            shape=ir.Shape(tuple(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=path.parent,
         )

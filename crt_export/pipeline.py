@@ -1,0 +1,92 @@
+"""The main job, from a checkpoint to a validated bundle: read this file first.
+
+::
+
+    folder --load_checkpoint--> Checkpoint --write_graphs--> graphs/*.onnx --build_target--> engines/
+           --check_parity--> ParityReport --Staging.commit--> bundle
+
+Every stage works in a staging folder beside the output. Only a complete bundle whose report passed takes the output's
+place; an error, Ctrl-C or a crash at any point leaves what was there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crt_export.stages.calibration import quantization_plan, read_build_text
+from crt_export.stages.graphs import write_graphs
+from crt_export.stages.manifest import manifest_from_build
+from crt_export.stages.options import BuildOptions, profiles_from_options
+from crt_export.stages.targets import BuiltTarget, build_target
+from crt_export.bundle import stage_bundle
+from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
+from crt_export.errors import ParityError, problem_list
+from crt_export.parity import ParityOptions, ParityReport, check_parity
+from crt_export.parity.bundle import REFERENCE_FOLDER
+from crt_export.progress import Progress, no_progress
+from crt_export.text import TokenText
+
+__all__ = ["BuildOptions", "BuildResult", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a build made: where it is, its targets, and how they agree with PyTorch (None: not validated)."""
+
+    path: Path
+    targets: tuple[BuiltTarget, ...]
+    report: ParityReport | None
+
+
+def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildResult:
+    """Take a checkpoint to a bundle.
+
+    Raises:
+        CheckpointError: The checkpoint is unusable; InputError: text, targets or an option is.
+        UnsupportedError: The model or a target needs what this version cannot do.
+        MissingDependencyError: A package or device that a target needs is absent.
+        BuildError: An export, a quantisation pass or an engine failed.
+        ParityError: A target does not agree with PyTorch; nothing is written.
+        BundleError: The output cannot be written.
+    """
+    progress("read the checkpoint", 0, 0)
+    checkpoint = load_checkpoint(options.checkpoint)
+    profiles = profiles_from_options(options, checkpoint.config)
+    text = read_build_text(checkpoint, profiles, options)
+    with stage_bundle(options.output) as staging:
+        plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress)
+        graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress)
+        targets = tuple(
+            build_target(profile, graphs, checkpoint.config, staging.path, progress) for profile in profiles
+        )
+        copy_tokenizer(checkpoint, staging.path)
+        if options.reference:
+            copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
+        report = None
+        if options.validated and text.validation is not None:
+            report = _validated(checkpoint, targets, text.validation, staging.path, options, progress)
+            (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        progress("write the bundle", 0, 0)
+        staging.commit(manifest_from_build(checkpoint, options, calibration, graphs.values(), targets, report))
+    return BuildResult(path=options.output, targets=targets, report=report)
+
+
+def _validated(
+    checkpoint: Checkpoint,
+    targets: Sequence[BuiltTarget],
+    text: TokenText,
+    folder: Path,
+    options: BuildOptions,
+    progress: Progress,
+) -> ParityReport:
+    cases = [target.parity_case(folder, checkpoint.config) for target in targets]
+    limits = ParityOptions(validation_tokens=options.validation_tokens)
+    report = check_parity(checkpoint, cases, text, options=limits, progress=progress)
+    if not report.passed:
+        raise ParityError(
+            problem_list("the built graphs do not agree with PyTorch FP32, no bundle was written", report.failures)
+        )
+    return report

@@ -1,0 +1,1 @@
+"""The stages of :func:`crt_export.pipeline.build`, one per file."""

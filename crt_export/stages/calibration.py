@@ -1,0 +1,80 @@
+"""Stage: the text of a build, and from its first part the quantisation of w8a8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crt_export.stages.options import BuildOptions
+from crt_export.checkpoint import Checkpoint
+from crt_export.model import model_from_checkpoint
+from crt_export.profile import EngineProfile
+from crt_export.progress import Progress
+from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.text import TokenText, read_text, split_text
+from crt_export.tokenizer import load_tokenizer
+
+_LONGEST_WINDOW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildText:
+    """The text of a build in two parts that never overlap.
+
+    Attributes:
+        calibration: For w8a8; None when no target needs it.
+        validation: For parity; None for an unvalidated build that needs no calibration either.
+    """
+
+    calibration: TokenText | None
+    validation: TokenText | None
+
+
+def read_build_text(checkpoint: Checkpoint, profiles: Sequence[EngineProfile], options: BuildOptions) -> BuildText:
+    """Read and split the text, if any stage needs it.
+
+    Raises:
+        InputError: The text is unreadable, too short or not for this model.
+    """
+    needs_calibration = any(profile.precision == "w8a8" for profile in profiles)
+    if not needs_calibration and not options.validated:
+        return BuildText(calibration=None, validation=None)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+    whole = read_text(checkpoint.config, tokenizer, text=options.text, tokens=options.tokens)
+    calibration, validation = split_text(whole, calibrate=needs_calibration)
+    return BuildText(calibration=calibration, validation=validation)
+
+
+def quantization_plan(
+    checkpoint: Checkpoint, profiles: Sequence[EngineProfile], text: TokenText | None, progress: Progress
+) -> tuple[W8A8Plan | None, dict[str, Any] | None]:
+    """Calibrate w8a8 on text; what was done goes into the manifest.
+
+    Returns:
+        The plan and a record of it, or (None, None) when no target needs one.
+
+    Raises:
+        InputError: The text is too short, or no text at all.
+        UnsupportedError: Folded values do not fit into FP16.
+    """
+    unrolls = [profile.unroll or 1 for profile in profiles if profile.precision == "w8a8"]
+    if not unrolls or text is None:
+        return None, None
+    progress("calibrate w8a8", 0, 0)
+    config = checkpoint.config
+    seq = min(config.training_sequence_length or _LONGEST_WINDOW, config.max_position_embeddings)
+    windows = calibration_windows(text.ids, seq=seq)
+    model = model_from_checkpoint(checkpoint)
+    statistics = calibrate(model, windows, unroll=max(unrolls))
+    plan = plan_w8a8(model, statistics)
+    record = {
+        "sha256": text.sha256,
+        "offset": text.offset,
+        "tokens": len(text),
+        "windows": list(windows.shape),
+        "unroll": statistics.unroll,
+        "evidence": {"repetition": statistics.evidence.repetition, "dependence": statistics.evidence.dependence},
+        "w8a8": plan.options.to_dict(),
+    }
+    return plan, record

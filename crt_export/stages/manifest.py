@@ -1,0 +1,68 @@
+"""Stage: everything a bundle says about itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from crt_export import __version__
+from crt_export.stages.graphs import GraphFile
+from crt_export.stages.options import BuildOptions
+from crt_export.stages.targets import BuiltTarget
+from crt_export.bundle import TOOL_NAME
+from crt_export.checkpoint import Checkpoint
+from crt_export.parity import ParityReport
+from crt_export.spec import graph_names, graph_spec
+
+_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")
+
+
+def manifest_from_build(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    calibration: dict[str, Any] | None,
+    graphs: Iterable[GraphFile],
+    targets: Sequence[BuiltTarget],
+    report: ParityReport | None,
+) -> dict[str, Any]:
+    """The manifest, but for schema version and files, which ``Staging.commit`` adds.
+
+    ``contract`` is the contract with float32 caches and symbolic capacity; each target states its cache dtype.
+    """
+    config = checkpoint.config
+    every = [*graphs, *(file for target in targets for file in target.files)]
+    return {
+        "tool": {"name": TOOL_NAME, "version": __version__},
+        "libraries": _library_versions(),
+        "validated": report is not None and report.passed,
+        "config": config.to_dict(),
+        "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
+        "options": {**options.to_dict(), "calibration": calibration},
+        "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
+        "graphs": [_graph_entry(file) for file in every],
+        "targets": {target.profile.name: target.to_dict(config) for target in targets},
+        "parity": None if report is None else report.to_dict(),
+    }
+
+
+def _graph_entry(file: GraphFile) -> dict[str, Any]:
+    return {
+        "file": file.file,
+        "graph": file.form.graph,
+        "precision": file.form.precision,
+        "unroll": file.form.unroll,
+        "weights": file.weights,
+        "quantized_matmuls": file.quantized_matmuls,
+    }
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,126 @@
+"""What the caller asks of a build, and what it comes to for this checkpoint on this machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crt_export.config import ModelConfig
+from crt_export.environment import target_status
+from crt_export.errors import InputError, MissingDependencyError, problem_list
+from crt_export.profile import EngineProfile, list_profiles, load_profile
+from crt_export.text import VALIDATION_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Options of one build; the command line has one flag for each.
+
+    Attributes:
+        checkpoint: Folder with config.json and model.safetensors.
+        output: Folder of the bundle; replaced only once the new bundle is complete.
+        targets: Names of tracked profiles or paths of users' own; empty: all that run or compile on this machine.
+        text: Held-out UTF-8 text for calibration and validation; None: the text that comes with the package.
+        tokens: Instead of text, a .npy file of token ids.
+        capacity: Tokens the cache holds; None: each profile's own, at most the model's max_position_embeddings.
+        unroll: Passes K of the prefill; None: each profile's own, else the checkpoint's unroll_steps.
+        validated: Compare with PyTorch before the bundle is written; without it loaders refuse the bundle.
+        reference: Put the checkpoint into the bundle, so that it can be validated anywhere.
+        validation_tokens: Tokens that every comparison scores.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    checkpoint: Path
+    output: Path
+    targets: tuple[str, ...] = ()
+    text: Path | None = None
+    tokens: Path | None = None
+    capacity: int | None = None
+    unroll: int | None = None
+    validated: bool = True
+    reference: bool = True
+    validation_tokens: int = VALIDATION_TOKENS
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the checkpoint."""
+        problems = []
+        if self.capacity is not None and self.capacity < 1:
+            problems.append(f"capacity must be at least 1 token, found {self.capacity}")
+        if self.unroll is not None and self.unroll < 1:
+            problems.append(f"unroll (number of prefill passes K) must be at least 1, found {self.unroll}")
+        if self.validation_tokens < VALIDATION_TOKENS:
+            problems.append(f"validation tokens must be at least {VALIDATION_TOKENS}, found {self.validation_tokens}")
+        if self.text is not None and self.tokens is not None:
+            problems.append("give a text or token ids, not both")
+        if problems:
+            raise InputError(problem_list("build options", problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest; file names without their folders, which mean nothing on another machine."""
+        return {
+            "targets": list(self.targets),
+            "text": self.text.name if self.text else None,
+            "tokens": self.tokens.name if self.tokens else None,
+            "capacity": self.capacity,
+            "unroll": self.unroll,
+            "validated": self.validated,
+            "reference": self.reference,
+            "validation_tokens": self.validation_tokens,
+        }
+
+
+def profiles_from_options(options: BuildOptions, config: ModelConfig) -> tuple[EngineProfile, ...]:
+    """The targets to build, each with its capacity and unroll fixed for this model.
+
+    Raises:
+        InputError: A target is unknown or named twice, or the capacity is beyond what the model can address.
+        MissingDependencyError: A named target cannot be built on this machine, or none can.
+    """
+    if options.capacity is not None and options.capacity > config.max_position_embeddings:
+        raise InputError(
+            f"capacity {options.capacity} is above max_position_embeddings {config.max_position_embeddings} "
+            "of the checkpoint: ask for less"
+        )
+    profiles = _named_profiles(options.targets) if options.targets else _default_profiles()
+    return tuple(_resolved(profile, options, config) for profile in profiles)
+
+
+def _named_profiles(targets: Sequence[str]) -> list[EngineProfile]:
+    profiles = [load_profile(target) for target in targets]
+    repeated = [name for name, count in Counter(profile.name for profile in profiles).items() if count > 1]
+    if repeated:
+        raise InputError(f"targets named more than once: {', '.join(repeated)}")
+    missing = [
+        f"{profile.name} needs {', '.join(status.needs)}"
+        for profile in profiles
+        if (status := target_status(profile)).status == "needs" and not _builds_anywhere(profile)
+    ]
+    if missing:
+        raise MissingDependencyError(problem_list("these targets cannot be built on this machine", missing))
+    return profiles
+
+
+def _builds_anywhere(profile: EngineProfile) -> bool:
+    """ONNX Runtime targets for a GPU are files only: they are written, and validated on the CPU provider."""
+    return profile.runtime == "onnxruntime" and profile.device != "cpu"
+
+
+def _default_profiles() -> list[EngineProfile]:
+    found = [profile for profile in list_profiles() if target_status(profile).status != "needs"]
+    if not found:
+        raise MissingDependencyError(
+            "no target runs or compiles on this machine: install a runtime, for example crt-export[cpu] or "
+            "crt-export[rtx] (crt-export doctor tells what each target needs)"
+        )
+    return found
+
+
+def _resolved(profile: EngineProfile, options: BuildOptions, config: ModelConfig) -> EngineProfile:
+    capacity = options.capacity or min(profile.capacity, config.max_position_embeddings)
+    unroll = options.unroll or profile.unroll or config.unroll_steps
+    return profile.with_capacity(capacity).with_unroll(unroll if config.recurrent else 1)

@@ -1,0 +1,156 @@
+"""Opening a bundle to run it: what is imported when, what is shared, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crt_export.errors import BundleError, ContractError, InputError, UnsupportedError
+from crt_export.runtime import load_bundle
+
+TARGET = "ort-cpu-fp32"
+
+
+@pytest.fixture
+def copied(crt: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(crt.bundle.files.path, tmp_path / "bundle"))
+
+
+def test_nothing_heavy_is_imported_before_a_session_is_opened(crt: Any) -> None:
+    code = f"""
+import sys
+from crt_export import load_bundle
+bundle = load_bundle({str(crt.bundle.files.path)!r}, allow_unvalidated=True)
+bundle.tokenizer.encode("a")
+heavy = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tokenizers", "click")
+print([name for name in heavy if name in sys.modules])
+bundle.session({TARGET!r}).prefill([[40]])
+print([name for name in heavy if name in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["[]", "['onnxruntime']"]
+
+
+def test_the_package_offers_the_runtime_at_its_top() -> None:
+    import crt_export
+
+    assert crt_export.load_bundle is load_bundle
+
+
+def test_an_unvalidated_bundle_is_refused_unless_asked_for(copied: Path) -> None:
+    with pytest.raises(BundleError, match="not validated"):
+        load_bundle(copied)
+
+
+@pytest.mark.parametrize("file", ["graphs/step.fp32.onnx", "graphs/fp32.weights"])
+def test_a_tampered_file_is_refused_before_a_runtime_opens_it(copied: Path, file: str) -> None:
+    path = copied / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with (
+        load_bundle(copied, allow_unvalidated=True) as bundle,
+        pytest.raises(BundleError, match=f"{file}.*SHA-256"),
+    ):
+        bundle.session(TARGET)
+
+
+def test_a_config_that_this_version_cannot_read_is_a_bundle_error(copied: Path) -> None:
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["hidden_size"] = "wide"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="hidden_size"):
+        load_bundle(copied, allow_unvalidated=True)
+
+
+def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
+    with pytest.raises(ContractError, match=r"prefill: input past_key_values\.0\.key.*float16"):
+        crt.bundle.session("broken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "ort-cpu-fp99"}, "unknown target 'ort-cpu-fp99'.*ort-cpu-fp32, chunked"),
+        ({"target": TARGET, "batch": 0}, "batch must be at least 1, found 0"),
+        ({"target": TARGET, "batch": 1.5}, "batch must be a whole number"),
+        ({"target": TARGET, "batch": True}, "batch must be a whole number"),
+        ({"target": TARGET, "capacity": 0}, "capacity must be at least 1 and at most 64"),
+        ({"target": TARGET, "capacity": 65}, "capacity must be at least 1 and at most 64.*found 65"),
+        ({"target": TARGET, "threads": -1}, "threads must be at least 0, found -1"),
+    ],
+)
+def test_impossible_sessions_are_refused(crt: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        crt.bundle.session(**arguments)
+
+
+def test_a_compiled_target_says_that_it_cannot_run_here(crt: Any) -> None:
+    with pytest.raises(UnsupportedError, match="rtx-sm80-fp16 is compiled for tensorrt-rtx"):
+        crt.bundle.session("rtx-sm80-fp16")
+
+
+def test_the_default_capacity_is_the_profiles_and_any_other_can_be_had(crt: Any) -> None:
+    assert crt.bundle.session(TARGET).capacity == 32
+    assert crt.bundle.session(TARGET, capacity=64).capacity == 64
+    assert crt.bundle.default_target() == TARGET
+
+
+def test_capacity_does_not_change_the_logits(either: Any) -> None:
+    prompt = [40, 41, 42, 43]
+    small, large = (either.bundle.session(TARGET, capacity=size).prefill([prompt]) for size in (4, 64))
+    np.testing.assert_allclose(small, large, rtol=0, atol=1e-5)
+
+
+def test_sessions_share_graphs_and_nothing_else(crt: Any) -> None:
+    first, second = crt.bundle.session(TARGET), crt.bundle.session(TARGET)
+    assert first._tensors._engine is second._tensors._engine
+    a = first.prefill([[40, 41]])
+    second.prefill([[90, 91, 92]])
+    b = first.step([42])
+    alone = crt.bundle.session(TARGET, threads=2)
+    assert alone._tensors._engine is not first._tensors._engine
+    np.testing.assert_allclose(alone.prefill([[40, 41]]), a, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(alone.step([42]), b, rtol=0, atol=1e-5)
+
+
+def test_sessions_of_one_bundle_run_in_several_threads(crt: Any) -> None:
+    prompts = [[40 + index, 60, 61] for index in range(4)]
+
+    def run(index: int, into: list[Any]) -> None:
+        with crt.bundle.session(TARGET) as session:
+            logits = [session.prefill([prompts[index]])]
+            logits += [session.step([70 + step]) for step in range(10)]
+            into[index] = np.concatenate(logits)
+
+    expected: list[Any] = [None] * 4
+    for index in range(4):
+        run(index, expected)
+    found: list[Any] = [None] * 4
+    threads = [threading.Thread(target=run, args=(index, found)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for wanted, result in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+def test_closing_a_bundle_closes_its_sessions(copied: Path) -> None:
+    bundle = load_bundle(copied, allow_unvalidated=True)
+    session = bundle.session(TARGET)
+    bundle.close()
+    bundle.close()
+    with pytest.raises(InputError, match="this session is closed"):
+        session.step([40])
+    with pytest.raises(InputError, match="this bundle is closed"):
+        bundle.session(TARGET)

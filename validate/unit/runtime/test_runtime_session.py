@@ -1,0 +1,293 @@
+"""A session gives what PyTorch gives, whoever shares its batch, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from crt_export.errors import ContractError, InputError
+from crt_export.runtime import Session
+
+TARGET = "ort-cpu-fp32"
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Ids above the special ones of the fixtures."""
+    return np.random.default_rng(seed).integers(32, 256, count).tolist()
+
+
+def reference_logits(runnable: Any, parts: list[list[int]], steps: list[int]) -> np.ndarray:
+    """Logits [vocab] of PyTorch after prefilling the parts one by one, then stepping."""
+    model, carry, h = runnable.model, None, None
+    with torch.no_grad():
+        for part in parts:
+            h, carry, _ = model.unroll(torch.tensor([part]), runnable.passes, carry)
+        for token in steps:
+            h, carry = model.step(torch.tensor([[token]]), carry if carry is not None else model.start(1))
+        assert h is not None
+        return model.head(h[:, -1]).float().numpy()[0]
+
+
+def cache_arrays(session: Session) -> list[np.ndarray]:
+    assert session._tensors is not None
+    return [cache.read() for cache in session._tensors._caches.values()]
+
+
+def test_prefill_and_steps_give_the_logits_of_pytorch(either: Any) -> None:
+    session = either.bundle.session(TARGET)
+    prompt, more = tokens(9), tokens(4, seed=1)
+    np.testing.assert_allclose(session.prefill([prompt])[0], reference_logits(either, [prompt], []), **CLOSE)
+    for index, token in enumerate(more):
+        expected = reference_logits(either, [prompt], more[: index + 1])
+        np.testing.assert_allclose(session.step([token])[0], expected, **CLOSE)
+    assert session.position.tolist() == [13]
+
+
+def test_steps_alone_give_the_sequential_recurrence(either: Any) -> None:
+    session = either.bundle.session(TARGET)
+    ids = tokens(6)
+    with torch.no_grad():
+        h, _ = either.model.sequential(torch.tensor([ids]))
+        expected = either.model.head(h).float().numpy()[0]
+    for index, token in enumerate(ids):
+        np.testing.assert_allclose(session.step([token])[0], expected[index], **CLOSE)
+
+
+def test_prefill_continues_an_earlier_prefill_and_step(either: Any) -> None:
+    session = either.bundle.session(TARGET)
+    first, second = tokens(5), tokens(7, seed=1)
+    session.prefill([first])
+    np.testing.assert_allclose(session.prefill([second])[0], reference_logits(either, [first, second], []), **CLOSE)
+    session.reset()
+    session.prefill([first])
+    session.step([50])
+    # A chunk of one token is a step: K passes over it change nothing after the first.
+    np.testing.assert_allclose(
+        session.prefill([second])[0], reference_logits(either, [first, [50], second], []), **CLOSE
+    )
+
+
+def test_rows_of_unequal_length_agree_with_each_row_alone(either: Any) -> None:
+    rows = [tokens(9), tokens(1, seed=1), tokens(5, seed=2)]
+    batch = either.bundle.session(TARGET, batch=3)
+    together = [batch.prefill(rows), batch.step([40, 41, 42]), batch.prefill([[60, 61], [62] * 4, [63]])]
+    for row, prompt in enumerate(rows):
+        alone = either.bundle.session(TARGET)
+        expected = [
+            alone.prefill([prompt]),
+            alone.step([40 + row]),
+            alone.prefill([[[60, 61], [62] * 4, [63]][row]]),
+        ]
+        for found, wanted in zip(together, expected, strict=True):
+            np.testing.assert_allclose(found[row], wanted[0], **CLOSE)
+    assert batch.position.tolist() == [12, 6, 7]
+
+
+def test_an_empty_row_keeps_its_logits_its_position_and_its_future(either: Any) -> None:
+    session, twin = (either.bundle.session(TARGET, batch=3) for _ in range(2))
+    rows = [tokens(3), tokens(4, seed=1), tokens(2, seed=2)]
+    before = session.prefill(rows)
+    twin.prefill(rows)
+    during = session.prefill([[80, 81], [], [82]])
+    np.testing.assert_array_equal(during[1], before[1])
+    assert session.position.tolist() == [5, 4, 3]
+    np.testing.assert_allclose(session.step([None, 90, None])[1], twin.step([91, 90, 92])[1], **CLOSE)
+
+
+def test_a_row_without_any_token_has_no_logits(crt: Any) -> None:
+    logits = crt.bundle.session(TARGET, batch=2).prefill([tokens(3), []])
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1]).all()
+
+
+def test_padding_never_passes_the_capacity_and_leaves_nothing_behind(either: Any) -> None:
+    session = either.bundle.session(TARGET, batch=3, capacity=8)
+    rows = [tokens(7), tokens(1, seed=1), tokens(2, seed=2)]
+    session.prefill(rows)
+    more = [[100], tokens(6, seed=3), tokens(6, seed=4)]  # padding row 0 to six would need 13 of 8
+    found = session.prefill(more)
+    assert session.position.tolist() == [8, 7, 8]
+    for row, prompt in enumerate(rows):
+        alone = either.bundle.session(TARGET, capacity=8)
+        alone.prefill([prompt])
+        np.testing.assert_allclose(found[row], alone.prefill([more[row]])[0], **CLOSE)
+    for cache in cache_arrays(session):
+        assert not cache[1, :, 7:].any()
+        assert cache[1, :, :7].any(axis=(0, 2)).all()
+
+
+def test_chunks_of_a_row_depend_on_its_own_tokens_only(either: Any) -> None:
+    prompt, short = tokens(10), tokens(3, seed=1)
+    batch = either.bundle.session("chunked", batch=2)
+    together = batch.prefill([prompt, short])
+    alone = either.bundle.session("chunked").prefill([prompt])
+    np.testing.assert_allclose(together[0], alone[0], **CLOSE)
+    parts = [prompt[:4], prompt[4:8], prompt[8:]]
+    np.testing.assert_allclose(together[0], reference_logits(either, parts, []), **CLOSE)
+    np.testing.assert_allclose(together[1], reference_logits(either, [short], []), **CLOSE)
+
+
+def test_chunking_matters_so_the_chunk_test_can_fail(crt: Any) -> None:
+    prompt = tokens(10)
+    whole, chunked = (crt.bundle.session(name).prefill([prompt]) for name in (TARGET, "chunked"))
+    assert np.abs(whole - chunked).max() > 1e-4
+
+
+def test_the_cache_can_be_filled_to_the_last_token_and_no_further(either: Any) -> None:
+    session = either.bundle.session(TARGET, capacity=6)
+    session.prefill([tokens(5)])
+    full = session.step([70])
+    for call in (lambda: session.step([71]), lambda: session.prefill([[71]])):
+        with pytest.raises(InputError, match=r"row 0: 6 tokens in the cache and 1 more exceed the capacity of 6"):
+            call()
+    assert session.position.tolist() == [6]
+    np.testing.assert_allclose(full[0], reference_logits(either, [tokens(5)], [70]), **CLOSE)
+
+
+Call = Callable[[Session], object]
+REFUSED: list[tuple[str, Call, str]] = [
+    ("no row has tokens", lambda s: s.prefill([[], []]), "empty prompt"),
+    ("one row of two", lambda s: s.prefill([[40]]), "batch is 2, found 1 rows"),
+    ("three rows of two", lambda s: s.prefill([[40], [41], [42]]), "batch is 2, found 3 rows"),
+    ("rows are numbers", lambda s: s.prefill([40, 41]), "row 0: expected a flat list of token ids, found a single"),  # type: ignore[list-item]
+    ("rows are a number", lambda s: s.prefill(40), "expected 2 rows of token ids"),  # type: ignore[arg-type]
+    ("text", lambda s: s.prefill(["ab", "cd"]), "encode it with bundle.tokenizer"),  # type: ignore[list-item]
+    ("nested", lambda s: s.prefill([[[40]], [41]]), r"found shape \[1, 1\]"),  # type: ignore[list-item]
+    ("ragged", lambda s: s.prefill([[40, [41]], [41]]), "row 0: expected a flat list"),  # type: ignore[list-item]
+    ("id too large", lambda s: s.prefill([[40], [41, 256]]), "row 1: token id 256 at index 1 is outside"),
+    ("id negative", lambda s: s.prefill([[-1], [41]]), "row 0: token id -1"),
+    ("id beyond int64", lambda s: s.prefill([[2**70], [41]]), "row 0"),
+    ("fractions", lambda s: s.prefill([[0.5], [41]]), "row 0: expected integers"),  # type: ignore[list-item]
+    ("both rows wrong", lambda s: s.prefill([[-1], [999]]), "2 problems"),
+    ("too long", lambda s: s.prefill([[40] * 30, [41]]), "row 0: 3 tokens in the cache and 30 more"),
+    ("step: one of two", lambda s: s.step([40]), "batch is 2, found 1"),
+    ("step: number", lambda s: s.step(40), "expected one token id per row"),  # type: ignore[arg-type]
+    ("step: id too large", lambda s: s.step([40, 256]), "row 1: token id 256"),
+    ("step: no token", lambda s: s.step([None, None]), "at least one row"),
+    ("generate: empty", lambda s: s.generate([[40], []]), "row 1: empty prompt"),
+    ("generate: too long", lambda s: s.generate([[40], [41]]), "prompt and new tokens exceed the capacity"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [entry[1:] for entry in REFUSED], ids=[e[0] for e in REFUSED])
+def test_a_refused_call_changes_nothing(crt: Any, call: Call, message: str) -> None:
+    session, twin = (crt.bundle.session(TARGET, batch=2) for _ in range(2))
+    for each in (session, twin):
+        each.prefill([tokens(3), tokens(3, seed=1)])
+    with pytest.raises(InputError, match=message):
+        call(session)
+    assert session.position.tolist() == [3, 3]
+    np.testing.assert_array_equal(session.step([50, 51]), twin.step([50, 51]))
+
+
+@pytest.mark.parametrize("call", ["prefill", "step"])
+def test_a_value_that_is_not_finite_poisons_until_reset(either: Any, overflowing_token: int, call: str) -> None:
+    session = either.bundle.session(TARGET, batch=2)
+    rows = [tokens(3), tokens(5, seed=1)]
+    fresh = session.prefill(rows)
+    failing = {
+        "step": lambda: session.step([60, overflowing_token]),
+        "prefill": lambda: session.prefill([[60], [61, overflowing_token]]),
+    }
+    with pytest.raises(ContractError, match=r"ort-cpu-fp32: \w+ is not finite: row 1 after position [56]"):
+        failing[call]()
+    assert session.position.tolist() == [3, 5]
+    for cache in cache_arrays(session):
+        assert not cache[0, :, 3:].any()
+        assert not cache[1, :, 5:].any()
+    for refused in (lambda: session.step([60, 61]), lambda: session.prefill([[60], [61]])):
+        with pytest.raises(InputError, match=r"earlier call of this session failed .* call reset\(\)"):
+            refused()
+    session.reset()
+    assert session.position.tolist() == [0, 0]
+    np.testing.assert_array_equal(session.prefill(rows), fresh)
+
+
+def test_padding_is_not_checked_but_real_tokens_before_it_are(crt: Any, overflowing_token: int) -> None:
+    session = crt.bundle.session(TARGET, batch=2)
+    with pytest.raises(ContractError, match=r"residual is not finite: row 0 after position 0"):
+        session.prefill([[overflowing_token], tokens(6)])
+
+
+def test_an_interrupt_in_the_middle_poisons_too(crt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = crt.bundle.session(TARGET)
+    session.prefill([tokens(3)])
+    run = session._tensors.step
+
+    def interrupted(*arguments: Any) -> None:
+        run(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._tensors, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.step([60])
+    assert all(not cache[0, :, 3:].any() for cache in cache_arrays(session))
+    with pytest.raises(InputError, match="KeyboardInterrupt"):
+        session.step([60])
+
+
+def test_reset_makes_a_session_new(either: Any) -> None:
+    session = either.bundle.session(TARGET)
+    first = session.prefill([tokens(6)])
+    session.step([90])
+    session.reset()
+    assert all(not cache.any() for cache in cache_arrays(session))
+    np.testing.assert_array_equal(session.prefill([tokens(6)]), first)
+
+
+def test_logits_are_copies_and_float32(crt: Any) -> None:
+    session = crt.bundle.session(TARGET)
+    first = session.prefill([tokens(3)])
+    kept = first.copy()
+    second = session.step([60])
+    np.testing.assert_array_equal(first, kept)
+    second[:] = 0
+    assert session.prefill([[61]]).any()
+    assert (first.dtype, first.shape) == (np.float32, (1, 256))
+    session.position[:] = 99
+    assert session.position.tolist() == [5]
+
+
+def test_caches_are_updated_in_place_and_the_state_never_is(crt: Any) -> None:
+    session = crt.bundle.session(TARGET)
+    session.prefill([tokens(3)])
+    addresses = [cache.ctypes.data for cache in cache_arrays(session)]
+    for token in tokens(12, seed=1):
+        session.step([token])
+    assert [cache.ctypes.data for cache in cache_arrays(session)] == addresses
+    assert all(cache[0, :, :15].any(axis=(0, 2)).all() for cache in cache_arrays(session))
+    # One launch per role of the two state buffers, bound once and used again for every step.
+    assert len(session._tensors._step_launches) == 2
+    first, second = (state.address for state in session._tensors._states)
+    assert abs(first - second) >= 32 * 4
+
+
+def test_every_slice_of_a_batch_can_step_again_and_again(plain: Any) -> None:
+    session = plain.bundle.session(TARGET, batch=12)
+    session.prefill([[40 + row] for row in range(12)])
+    for first in range(12):
+        for last in range(first, 12):
+            session.reset()
+            session.step([50 if first <= row <= last else None for row in range(12)])
+            assert session.position.sum() == last - first + 1
+    assert len(session._tensors._step_launches) <= 64
+
+
+def test_closed_sessions_are_refused_and_closing_twice_is_harmless(crt: Any) -> None:
+    with crt.bundle.session(TARGET) as session:
+        session.prefill([[40]])
+    session.close()
+    calls: list[Callable[[], object]] = [
+        lambda: session.prefill([[40]]),
+        lambda: session.step([40]),
+        lambda: session.generate([[40]]),
+        session.reset,
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="this session is closed"):
+            call()

@@ -1,0 +1,236 @@
+"""Observe what enters every linear while the FP32 model runs over real text, in every regime it is deployed in.
+
+Activations differ between the first pass (h = 0 everywhere), the later passes of a prefill and decoding, so all three
+are run and get equal shares of the sample. Folding rescales channels after the fact, which is why rows of activations
+are kept and not one histogram: any range can be computed for any folding without running the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crt_export.errors import InputError
+from crt_export.model import Model
+from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
+from crt_export.quantize.text import TextEvidence, check_is_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How much to observe.
+
+    Attributes:
+        windows: Text windows that :func:`calibration_windows` cuts.
+        minimum_tokens: Fewer tokens than this are refused.
+        sample_values: Values kept per activation, spread evenly over the regimes (4 bytes each).
+        minimum_rows: Rows kept however wide they are.
+        batch_tokens: Tokens that go through the model at once; bounds the memory, does not change the result's kind.
+        seed: Of the choice of rows.
+    """
+
+    windows: int = 32
+    minimum_tokens: int = 2048
+    sample_values: int = 4_000_000
+    minimum_rows: int = 1024
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Every count must be positive.
+
+        Raises:
+            InputError: One is not.
+        """
+        for name in ("windows", "minimum_tokens", "sample_values", "minimum_rows", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"calibration option {name} must be at least 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputStatistics:
+    """What was seen of one activation.
+
+    Attributes:
+        rows: Sampled rows, float32 [rows, channels].
+        low: Smallest value of each channel over all rows seen, float32 [channels].
+        high: Largest value likewise.
+        rows_seen: Number of rows the extremes are taken over.
+    """
+
+    rows: NDArray[np.float32]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    rows_seen: int
+
+    @property
+    def absmax(self) -> NDArray[np.float32]:
+        """Largest magnitude of each channel, float32 [channels]."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActivationStatistics:
+    """What was seen of every activation that enters a linear.
+
+    Attributes:
+        inputs: By name of the activation, see :func:`crt_export.quantize.linears.linear_inputs`.
+        unroll: Passes K of the unrolled regime.
+        evidence: Why the tokens were taken for text.
+    """
+
+    inputs: Mapping[str, InputStatistics]
+    unroll: int
+    evidence: TextEvidence
+
+
+def calibration_windows(
+    tokens: NDArray[np.int64], *, seq: int, options: CalibrationOptions | None = None
+) -> NDArray[np.int64]:
+    """Cut windows out of a text, evenly spread over all of it.
+
+    Args:
+        tokens: The text, int64 [tokens].
+        seq: Window length in tokens, at most the model's ``max_position_embeddings``.
+        options: Number of windows and the minimum of text.
+
+    Returns:
+        int64 [windows, seq], non-overlapping; fewer windows than asked if the text has no more.
+
+    Raises:
+        InputError: Too little text.
+    """
+    options = options or CalibrationOptions()
+    needed = max(options.minimum_tokens, seq)
+    available = tokens.size // seq
+    if tokens.ndim != 1 or available * seq < options.minimum_tokens:
+        raise InputError(
+            f"text too short to calibrate on: expected at least {-(-needed // seq) * seq} tokens "
+            f"({-(-needed // seq)} windows of {seq}), found {tokens.size}"
+        )
+    chosen = np.unique(np.linspace(0, available - 1, min(options.windows, available)).round().astype(np.int64))
+    enough = -(-options.minimum_tokens // seq)
+    if chosen.size < enough:
+        chosen = np.linspace(0, available - 1, enough).round().astype(np.int64)
+    return tokens[: available * seq].reshape(available, seq)[chosen].astype(np.int64)
+
+
+@torch.no_grad()
+def calibrate(
+    model: Model, tokens: NDArray[np.int64], *, unroll: int, options: CalibrationOptions | None = None
+) -> ActivationStatistics:
+    """Run the model over real text and record what enters its linears.
+
+    Args:
+        model: The FP32 reference model.
+        tokens: Real text, int64 [windows, seq].
+        unroll: Passes K of the prefill that will be deployed; a plain transformer always runs one.
+        options: How much to observe.
+
+    Returns:
+        Statistics over the first pass, passes 2 to K, and sequential decoding.
+
+    Raises:
+        InputError: The tokens are too few, too long, out of range, or not text.
+    """
+    options = options or CalibrationOptions()
+    if unroll < 1:
+        raise InputError(f"number of passes K must be at least 1, found {unroll}")
+    if tokens.ndim == 2 and tokens.shape[1] > model.config.max_position_embeddings:
+        raise InputError(
+            f"expected calibration windows of at most max_position_embeddings {model.config.max_position_embeddings} "
+            f"tokens, found {tokens.shape[1]}"
+        )
+    if tokens.size < options.minimum_tokens:
+        raise InputError(
+            f"text too short to calibrate on: expected at least {options.minimum_tokens} tokens, found {tokens.size}"
+        )
+    evidence = check_is_text(tokens, model.config.vocab_size)
+    passes = unroll if model.config.recurrent else 1
+    observer = _Observer(model, options)
+    with observer.watching(model):
+        for batch in _batches(tokens, options):
+            _run_regimes(model, batch, passes, tokens.size, observer)
+    return ActivationStatistics(inputs=observer.statistics(), unroll=passes, evidence=evidence)
+
+
+def _batches(tokens: NDArray[np.int64], options: CalibrationOptions) -> Iterator[torch.Tensor]:
+    windows = max(1, options.batch_tokens // tokens.shape[1])
+    for start in range(0, tokens.shape[0], windows):
+        yield torch.from_numpy(np.ascontiguousarray(tokens[start : start + windows], dtype=np.int64))
+
+
+def _run_regimes(model: Model, ids: torch.Tensor, passes: int, tokens: int, observer: _Observer) -> None:
+    """First pass, later passes, decoding; each regime is told how many rows it will deliver in total."""
+    regimes = 3 if passes > 1 else 2
+    hidden = None
+    for k in range(passes):
+        observer.expect(tokens if k == 0 else tokens * (passes - 1), regimes)
+        hidden, _, _ = model.unroll(ids, 1, hidden=hidden)
+        observer.observe(HEAD, model.final_norm(hidden))
+    observer.expect(tokens, regimes)
+    states, _ = model.sequential(ids)
+    observer.observe(HEAD, model.final_norm(states))
+
+
+class _Observer:
+    """Extremes of all rows, and a seeded random sample of them with equal shares for the regimes."""
+
+    def __init__(self, model: Model, options: CalibrationOptions) -> None:
+        self._options = options
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self._inputs = {group.name: group for group in linear_inputs(model.config)}
+        self._rows: dict[str, list[torch.Tensor]] = {name: [] for name in self._inputs}
+        self._low: dict[str, torch.Tensor] = {}
+        self._high: dict[str, torch.Tensor] = {}
+        self._seen = dict.fromkeys(self._inputs, 0)
+        self._total, self._regimes = 1, 1
+
+    def expect(self, total: int, regimes: int) -> None:
+        """Rows now come from a regime that delivers ``total`` of them, one of ``regimes`` with equal shares."""
+        self._total, self._regimes = total, regimes
+
+    @contextmanager
+    def watching(self, model: Model) -> Iterator[None]:
+        """Observe the input of one linear per activation; the head's is observed without computing its product."""
+        handles = [self._hook(model, group) for group in self._inputs.values() if group.name != HEAD]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, model: Model, group: LinearInput) -> torch.utils.hooks.RemovableHandle:
+        def before_forward(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self.observe(group.name, inputs[0])
+
+        return model.get_submodule(group.linears[0]).register_forward_pre_hook(before_forward)
+
+    def observe(self, name: str, x: torch.Tensor) -> None:
+        """Take in rows [..., channels] of one activation."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        low, high = rows.amin(0), rows.amax(0)
+        self._low[name] = torch.minimum(self._low[name], low) if name in self._low else low
+        self._high[name] = torch.maximum(self._high[name], high) if name in self._high else high
+        self._seen[name] += rows.shape[0]
+        keep = max(self._options.minimum_rows, self._options.sample_values // rows.shape[1])
+        chance = keep / self._regimes / self._total
+        chosen = torch.rand(rows.shape[0], generator=self._generator) < chance
+        if bool(chosen.any()):
+            self._rows[name].append(rows[chosen].clone())
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        return {
+            name: InputStatistics(
+                rows=torch.cat(self._rows[name]).numpy(),
+                low=self._low[name].numpy(),
+                high=self._high[name].numpy(),
+                rows_seen=self._seen[name],
+            )
+            for name in self._inputs
+        }

@@ -1,0 +1,89 @@
+"""SmoothQuant folding: move channel outliers from activations into weights (Xiao et al., arXiv 2211.10438).
+
+Channel j of an activation is divided by ``s_j = absmax(x_j)^alpha / absmax(W_j)^(1 - alpha)`` and row j of the weights
+that read it multiplied by it. The division goes into what produces the channel: gain and bias of a LayerNorm, or the
+output channels of v (attention mixes positions, never channels, so v and o may trade scale). Nothing can be folded
+through a GELU. All factors are powers of two, so the folded model computes bit for bit what the original does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crt_export.config import ModelConfig
+from crt_export.quantize.calibration import ActivationStatistics, InputStatistics
+from crt_export.quantize.linears import LinearInput, linear_inputs
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+#: Folded LayerNorm gains, biases and outputs stay below this, a quarter of the largest FP16 value.
+FP16_LIMIT = 65504 / 4
+#: No channel is rescaled by more than this, so that FP16 gains do not become subnormal.
+LARGEST_FACTOR = 2.0**12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Folded:
+    """The same function with smoother activations.
+
+    Attributes:
+        tensors: All tensors of the model, float32, linears as [in, out].
+        factors: What each activation's channels were divided by, float32 [channels], powers of two.
+    """
+
+    tensors: dict[str, NDArray[np.float32]]
+    factors: dict[str, NDArray[np.float32]]
+
+
+def fold(tensors: Arrays, config: ModelConfig, statistics: ActivationStatistics, *, alpha: float = 0.5) -> Folded:
+    """Fold smoothing factors into LayerNorms, v and the weights that read them.
+
+    Args:
+        tensors: State of the FP32 model by parameter name, linears as [in, out].
+        config: Architecture.
+        statistics: Calibrated on the same model.
+        alpha: 0 leaves outliers to the activations, 1 moves them to the weights entirely.
+
+    Returns:
+        New tensors and the factors; the input is not changed.
+    """
+    folded = {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
+    factors = {}
+    for group in linear_inputs(config):
+        seen = statistics.inputs[group.name]
+        if group.norm is None and group.producer is None:
+            factors[group.name] = np.ones(seen.absmax.shape, np.float32)
+            continue
+        factors[group.name] = factor = smoothing_factor(folded, group, seen, alpha)
+        for name in _producing_tensors(group):
+            folded[name] = folded[name] / factor
+        for linear in group.linears:
+            folded[f"{linear}.weight"] = folded[f"{linear}.weight"] * factor[:, None]
+    return Folded(tensors=folded, factors=factors)
+
+
+def smoothing_factor(tensors: Arrays, group: LinearInput, seen: InputStatistics, alpha: float) -> NDArray[np.float32]:
+    """The powers of two to divide one activation's channels by, float32 [channels], 1 for the median channel."""
+    activation = seen.absmax.astype(np.float64)
+    weight = np.max([np.abs(tensors[f"{linear}.weight"]).max(axis=1) for linear in group.linears], axis=0)
+    usable = (activation > 0) & (weight > 0)
+    exponent = np.zeros(activation.shape)
+    if usable.any():
+        log = alpha * np.log2(activation[usable]) - (1 - alpha) * np.log2(weight[usable].astype(np.float64))
+        exponent[usable] = log - np.median(log)
+    largest = np.log2(LARGEST_FACTOR)
+    exponent = np.clip(exponent.round(), -largest, largest)
+    produced = [np.abs(tensors[name]) for name in _producing_tensors(group) if group.norm is not None]
+    magnitude = np.max([activation, *produced], axis=0)
+    least = np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny) / FP16_LIMIT))
+    return np.exp2(np.maximum(exponent, least)).astype(np.float32)
+
+
+def _producing_tensors(group: LinearInput) -> tuple[str, ...]:
+    """Tensors whose last axis is the activation's channels."""
+    source = group.norm or group.producer
+    return (f"{source}.weight", f"{source}.bias")

@@ -201,8 +201,7 @@ class NoTokenizer:
             InputError: Always.
         """
         raise InputError(
-            "this model has no tokenizer (config.json: tokenizer = none); give token ids, "
-            "for example --tokens FILE.npy"
+            "this model has no tokenizer (config.json: tokenizer = none); give token ids, for example --tokens FILE.npy"
         )
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -215,9 +214,7 @@ class NoTokenizer:
         Raises:
             InputError: Always.
         """
-        raise InputError(
-            "this model has no tokenizer (config.json: tokenizer = none); use the token ids themselves"
-        )
+        raise InputError("this model has no tokenizer (config.json: tokenizer = none); use the token ids themselves")
 
     def stream(self) -> TextStream:
         """Refuse, as decode() does."""

@@ -35,9 +35,7 @@ _LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_FATAL = (
-    4  # ONNX Runtime's severity scale: errors reach the caller as exceptions, so nothing is printed as well
-)
+_FATAL = 4  # ONNX Runtime's severity scale: errors reach the caller as exceptions, so nothing is printed as well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,7 @@ class OrtSettings:
         if self.device not in _PROVIDERS:
             problems.append(f"device must be one of {', '.join(_PROVIDERS)}, found {self.device!r}")
         if type(self.threads) is not int or self.threads < 0:
-            problems.append(
-                f"threads must be a number of at least 0 (0 takes every core), found {self.threads!r}"
-            )
+            problems.append(f"threads must be a number of at least 0 (0 takes every core), found {self.threads!r}")
         if self.graph_optimization not in _LEVELS:
             levels = ", ".join(_LEVELS)
             problems.append(f"graph_optimization must be one of {levels}, found {self.graph_optimization!r}")
@@ -262,16 +258,12 @@ def _array_problems(spec: TensorSpec, array: np.ndarray, sizes: dict[str, tuple[
 
 def _load(library: Any, path: Path, settings: OrtSettings, *, stop_spinning: bool) -> OrtGraph:
     if not path.is_file():
-        raise ContractError(
-            f"{path}: expected an ONNX file, found {'a folder' if path.exists() else 'nothing'}"
-        )
+        raise ContractError(f"{path}: expected an ONNX file, found {'a folder' if path.exists() else 'nothing'}")
     options = library.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = getattr(
-        library.GraphOptimizationLevel, _LEVELS[settings.graph_optimization]
-    )
+    options.graph_optimization_level = getattr(library.GraphOptimizationLevel, _LEVELS[settings.graph_optimization])
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")

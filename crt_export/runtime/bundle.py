@@ -91,9 +91,7 @@ class Bundle:
             )
         return runnable[0].name
 
-    def session(
-        self, target: str, batch: int = 1, threads: int | None = None, capacity: int | None = None
-    ) -> Session:
+    def session(self, target: str, batch: int = 1, threads: int | None = None, capacity: int | None = None) -> Session:
         """Open a session on a target.
 
         Args:
@@ -178,10 +176,6 @@ def _number(name: str, value: int, *, least: int, most: int | None = None) -> in
 
 def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> None:
     if engine.fixed_capacity is not None and capacity != engine.fixed_capacity:
-        raise InputError(
-            f"{target.name} was compiled for a capacity of {engine.fixed_capacity}, found {capacity}"
-        )
+        raise InputError(f"{target.name} was compiled for a capacity of {engine.fixed_capacity}, found {capacity}")
     if engine.max_batch is not None and batch > engine.max_batch:
-        raise InputError(
-            f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}"
-        )
+        raise InputError(f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}")

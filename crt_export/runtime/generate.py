@@ -39,9 +39,7 @@ class GenerationOptions:
         problems = []
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, found {self.max_new_tokens!r}")
-        problems += [
-            f"stop token id {token!r} must be at least 0" for token in self.stop_token_ids if token < 0
-        ]
+        problems += [f"stop token id {token!r} must be at least 0" for token in self.stop_token_ids if token < 0]
         if problems:
             raise InputError(problem_list("generation options", problems))
 
@@ -73,9 +71,7 @@ class Generation(Iterator[list[int | None]]):
         prompt_tokens: Length of every prompt.
     """
 
-    def __init__(
-        self, session: GeneratingSession, prompts: Sequence[np.ndarray], options: GenerationOptions
-    ) -> None:
+    def __init__(self, session: GeneratingSession, prompts: Sequence[np.ndarray], options: GenerationOptions) -> None:
         """Prepare; the model runs when the iterator is read."""
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.stop_reasons: list[str | None] = [None for _ in prompts]

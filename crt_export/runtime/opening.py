@@ -130,9 +130,7 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         )
     missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
     if missing:
-        raise BundleError(
-            f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again"
-        )
+        raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
     paths = {graph: files.graph(target.graphs[graph]) for graph in SESSION_GRAPHS}
     from crt_export.engine.ort import OrtEngine, OrtSettings
 
@@ -156,20 +154,14 @@ def _check_contract(engine: Engine, target: Target, config: ModelConfig) -> None
             ("input", expected.inputs, program.inputs),
             ("output", expected.outputs, program.outputs),
         ):
-            problems += [
-                f"{graph}: {side} {text}" for text in _side_problems(wanted, found, target.cache_head_dim)
-            ]
+            problems += [f"{graph}: {side} {text}" for text in _side_problems(wanted, found, target.cache_head_dim)]
     if problems:
         raise ContractError(problem_list(f"the graphs of {target.name} break the contract", problems))
 
 
-def _side_problems(
-    wanted: Sequence[TensorSpec], found: Sequence[TensorSpec], cache_head_dim: int
-) -> list[str]:
+def _side_problems(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec], cache_head_dim: int) -> list[str]:
     loaded = {spec.name: spec for spec in found}
-    problems = [
-        f"{name} is not part of the contract" for name in loaded.keys() - {spec.name for spec in wanted}
-    ]
+    problems = [f"{name} is not part of the contract" for name in loaded.keys() - {spec.name for spec in wanted}]
     for spec in wanted:
         other = loaded.get(spec.name)
         if other is None:

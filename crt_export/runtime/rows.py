@@ -26,13 +26,9 @@ def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab:
         InputError: Not ``batch`` rows, not integers, or ids outside the vocabulary; lists every problem.
     """
     if isinstance(rows, str | bytes) or not hasattr(rows, "__len__"):
-        raise InputError(
-            f"expected {batch} rows of token ids such as [[1, 2, 3]], found {type(rows).__name__}"
-        )
+        raise InputError(f"expected {batch} rows of token ids such as [[1, 2, 3]], found {type(rows).__name__}")
     if len(rows) != batch:
-        raise InputError(
-            f"expected one row of token ids per sequence: batch is {batch}, found {len(rows)} rows"
-        )
+        raise InputError(f"expected one row of token ids per sequence: batch is {batch}, found {len(rows)} rows")
     arrays: list[np.ndarray] = []
     problems: list[str] = []
     for index, row in enumerate(rows):

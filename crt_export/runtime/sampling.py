@@ -80,9 +80,7 @@ def sample_token(logits: np.ndarray, options: SamplingOptions, *, row: int, step
     """
     largest = float(np.max(logits))
     if not math.isfinite(largest) or np.isnan(logits).any():
-        raise ContractError(
-            f"cannot choose a token for row {row}: its logits are not finite (largest: {largest})"
-        )
+        raise ContractError(f"cannot choose a token for row {row}: its logits are not finite (largest: {largest})")
     if options.greedy:
         return int(np.argmax(logits))
     ids = _ranked_ids(logits, options.top_k)

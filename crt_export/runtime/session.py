@@ -153,9 +153,7 @@ class Session:
     def _usable_tensors(self) -> SessionTensors:
         tensors = self._open_tensors()
         if self._failure:
-            raise InputError(
-                f"an earlier call of this session failed ({self._failure}); call reset() before going on"
-            )
+            raise InputError(f"an earlier call of this session failed ({self._failure}); call reset() before going on")
         return tensors
 
     def _check_capacity(self, lengths: Sequence[int]) -> None:
@@ -168,13 +166,21 @@ class Session:
             raise InputError(f"expected one token id per row such as [4], found {type(tokens).__name__}")
         if len(tokens) != self.batch:
             raise InputError(f"expected one token id per row: batch is {self.batch}, found {len(tokens)}")
-        rows = token_rows(
-            [[] if token is None else [token] for token in tokens], batch=self.batch, vocab=self.vocab_size
-        )
-        lengths = [row.size for row in rows]
+        ids, lengths, problems = np.zeros((self.batch, 1), np.int64), [0] * self.batch, []
+        for row, token in enumerate(tokens):
+            if token is None:
+                continue
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                problems.append(f"row {row}: expected an integer, found {token!r}")
+            elif not 0 <= token < self.vocab_size:
+                limit = self.vocab_size - 1
+                problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {limit})")
+            else:
+                ids[row, 0], lengths[row] = token, 1
+        if problems:
+            raise InputError(problem_list("token ids", problems))
         if not any(lengths):
             raise InputError("step needs a token in at least one row")
-        ids = np.array([[row[0] if row.size else 0] for row in rows], np.int64)
         return lengths, ids
 
     def _guarded(self, tensors: SessionTensors, call: Callable[[], None]) -> None:
@@ -198,9 +204,7 @@ class Session:
                 self._refuse_non_finite("residual", residual, group, lengths)
             self._finish(tensors, groups, lengths)
 
-    def _step(
-        self, tensors: SessionTensors, ids: np.ndarray, lengths: Sequence[int], groups: Sequence[Group]
-    ) -> None:
+    def _step(self, tensors: SessionTensors, ids: np.ndarray, lengths: Sequence[int], groups: Sequence[Group]) -> None:
         tensors.step(ids, self._position, groups)
         self._finish(tensors, groups, lengths)
 
@@ -216,9 +220,7 @@ class Session:
             self._logits[rows] = logits[rows]
         self._position += np.asarray(lengths, np.int64)
 
-    def _refuse_non_finite(
-        self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]
-    ) -> None:
+    def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
         if values is None or np.isfinite(values).all():
             return
         problems = [

@@ -111,9 +111,7 @@ class SessionTensors:
             values = state.read()
             state.write(np.where(fresh[:, None, None], np.float32(0), values))
 
-    def _clear_padding(
-        self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group]
-    ) -> None:
+    def _clear_padding(self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group]) -> None:
         """Leave no trace of padding: beyond the position a value that is not finite spoils later logits."""
         for group in groups:
             for row in range(group.start, group.stop):
@@ -143,9 +141,7 @@ class SessionTensors:
         if launch is None:
             if len(self._step_launches) >= _MOST_KEPT_LAUNCHES:
                 self._step_launches.clear()
-            launch = self._bind(
-                self._engine.program("step"), group, {"input_ids": self._rows(self._ids, group)}
-            )
+            launch = self._bind(self._engine.program("step"), group, {"input_ids": self._rows(self._ids, group)})
             self._step_launches[key] = launch
         return launch
 
@@ -173,9 +169,7 @@ class SessionTensors:
     def _bind(self, program: Program, group: Group, own: dict[str, Rows]) -> Launch:
         """Bind every input and output of the program by name, from ``own`` or from the session's tensors."""
         inputs = {spec.name: own.get(spec.name) or self._shared(spec.name, group) for spec in program.inputs}
-        outputs = {
-            spec.name: own.get(spec.name) or self._shared(spec.name, group) for spec in program.outputs
-        }
+        outputs = {spec.name: own.get(spec.name) or self._shared(spec.name, group) for spec in program.outputs}
         return program.bind(inputs, outputs)
 
     def _shared(self, name: str, group: Group) -> Rows:

@@ -168,6 +168,9 @@ REFUSED: list[tuple[str, Call, str]] = [
     ("step: one of two", lambda s: s.step([40]), "batch is 2, found 1"),
     ("step: number", lambda s: s.step(40), "expected one token id per row"),  # type: ignore[arg-type]
     ("step: id too large", lambda s: s.step([40, 256]), "row 1: token id 256"),
+    ("step: fraction", lambda s: s.step([40, 41.0]), "row 1: expected an integer, found 41.0"),  # type: ignore[list-item]
+    ("step: list", lambda s: s.step([40, [41]]), r"row 1: expected an integer, found \[41\]"),  # type: ignore[list-item]
+    ("step: true", lambda s: s.step([True, 41]), "row 0: expected an integer, found True"),
     ("step: no token", lambda s: s.step([None, None]), "at least one row"),
     ("generate: empty", lambda s: s.generate([[40], []]), "row 1: empty prompt"),
     ("generate: too long", lambda s: s.generate([[40], [41]]), "prompt and new tokens exceed the capacity"),

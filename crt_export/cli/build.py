@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -59,8 +60,10 @@ def build(
         validated=not unvalidated,
         reference=not no_reference,
     )
+    started = time.monotonic()
     with reserved_stdout(as_json), ProgressLine() as progress:
         build_bundle(options, progress=progress)
+    click.echo(f"built in {time.monotonic() - started:.0f} s", err=True)
     bundle = open_bundle(output, allow_unvalidated=True)
     if as_json:
         write_json(bundle_document(bundle))

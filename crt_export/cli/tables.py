@@ -59,7 +59,7 @@ def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(row["target"]),
         str(row["graph"]),
-        str(row["regime"] or "-"),
+        _regime(row),
         _figure(row["tokens"], ",d"),
         _figure(row["perplexity"], ".4f"),
         _figure(row["reference_perplexity"], ".4f"),
@@ -69,6 +69,12 @@ def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _figure(row["top1_agreement"], ".3%"),
         _result(row),
     )
+
+
+def _regime(row: Mapping[str, Any]) -> str:
+    """The regime, with the part of the window that a row covers where it is not all of it."""
+    positions = row.get("positions")
+    return str(row["regime"] or "-") + (f" {positions[0]}-{positions[1]}" if positions else "")
 
 
 def _figure(value: float | None, form: str) -> str:

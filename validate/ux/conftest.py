@@ -22,14 +22,14 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def python(tmp_path: Path) -> Run:
-    """``python(*arguments)``: run the interpreter in an empty folder."""
+@pytest.fixture(scope="session")
+def python_in() -> Run:
+    """``python_in(folder, *arguments)``: run the interpreter in a folder."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=child_environment(),
             capture_output=True,
             encoding="utf-8",
@@ -38,6 +38,18 @@ def python(tmp_path: Path) -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment variables for a process that a test starts itself."""
+    return child_environment()
+
+
+@pytest.fixture
+def python(python_in: Run, tmp_path: Path) -> Run:
+    """``python(*arguments)``: run the interpreter in an empty folder."""
+    return lambda *arguments: python_in(tmp_path, *arguments)
 
 
 @pytest.fixture

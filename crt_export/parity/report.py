@@ -26,7 +26,7 @@ class ParityRow:
         regime: ``step``, ``prefill``, ``prefill_pass``, ``handover``, or ``regime-gap`` (K passes against
             the recurrence).
         tokens: Predictions compared.
-        steps: Decode steps run per window, or parallel passes for the prefill regimes.
+        steps: Decode steps run per window, or parallel passes for the prefill regimes; less if one failed.
         nll: Mean negative log-likelihood, nats per token.
         reference_nll: The same of PyTorch FP32 in the same regime; for ``regime-gap`` of the target's own step chain.
         delta_nll: ``nll - reference_nll``, paired.

@@ -98,17 +98,26 @@ class Rollout:
         bound = BoundGraph(self.graph("step"), spec, self._sizes(rows), caches)
         if state is not None:
             bound.set(state=state)
-        block, first = self._new_block(rows), start
-        for position in range(start, ids.shape[1]):
-            bound.run(input_ids=ids[:, position : position + 1], position=np.full(len(ids), position))
-            logits = bound.read("logits")
-            self._check_token_outputs(bound, logits, position + 1, "step")
-            if bound.has("next_state"):
-                bound.set(state=bound.read("next_state"))
-            block[:, position - first] = logits
-            if position + 1 - first == block.shape[1] or position + 1 == ids.shape[1]:
-                scorer.add(rows, first, block[:, : position + 1 - first])
-                first = position + 1
+        block, first, position = self._new_block(rows), start, start
+        try:
+            for position in range(start, ids.shape[1]):
+                if position - first == block.shape[1]:
+                    scorer.add(rows, first, block)
+                    first = position
+                self._step(bound, ids[:, position : position + 1], position, block[:, position - first])
+            position = ids.shape[1]
+        finally:
+            # Also when a step fails: how far the chain came is part of the report.
+            if position > first:
+                scorer.add(rows, first, block[:, : position - first])
+
+    def _step(self, bound: BoundGraph, ids: np.ndarray, position: int, logits: np.ndarray) -> None:
+        """One token per window; fills ``logits`` [windows, vocab] and carries the state over."""
+        bound.run(input_ids=ids, position=np.full(len(ids), position))
+        logits[:] = bound.read("logits")
+        self._check_token_outputs(bound, logits, position + 1, "step")
+        if bound.has("next_state"):
+            bound.set(state=bound.read("next_state"))
 
     def _prefill(self, name: str, ids: np.ndarray, rows: slice, caches: Caches, calls: int) -> BoundGraph:
         spec, sizes = self.case.spec(name, self.config), {**self._sizes(rows), "seq": ids.shape[1]}

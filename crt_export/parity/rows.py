@@ -26,8 +26,8 @@ def row_from_scores(row: ParityRow, scores: Scores, tolerances: Tolerances, prob
         problems: What already went wrong while it ran.
 
     Returns:
-        The row with figures, ``passed`` and one sentence per failure. Where tokens are missing or not finite the
-        figures stay None, because a mean over what is left would describe something else.
+        The row with figures, the steps that every window took, ``passed`` and one sentence per failure. Where tokens
+        are missing or not finite the figures stay None: a mean over what is left would describe something else.
     """
     compared = scores.compared
     tokens, expected = int(compared.sum()), compared.size
@@ -39,6 +39,7 @@ def row_from_scores(row: ParityRow, scores: Scores, tolerances: Tolerances, prob
     row = dataclasses.replace(
         row,
         tokens=tokens,
+        steps=row.steps if tokens == expected else int(compared.sum(axis=1).min()),
         near_tie_margin=tolerances.near_tie_margin,
         positions=(scores.start, scores.start + compared.shape[1]),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -51,6 +52,7 @@ def paired_interval(differences: np.ndarray) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
+@cache
 def student_t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     """Two-sided quantile of Student's t: P(|T| <= t) = confidence.
 

@@ -1,0 +1,306 @@
+"""Faults written into the built ONNX files: each must be caught, by the sentence that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity
+from crt_export.text import TokenText
+
+LENGTH = 32
+OPTIONS = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="fault injection", threads=1)
+GRAPHS = ("step", "prefill", "prefill_pass", "head")
+Edit = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four FP32 graphs and their weight file."""
+    folder = tmp_path_factory.mktemp("built")
+    model = model_from_checkpoint(checkpoint)
+    graphs = {name: export_graph(model, name, unroll=2) for name in GRAPHS}
+    weights = write_weights(graphs, folder / "fp32.weights")
+    for name, graph in graphs.items():
+        write_graph(graph, folder / f"{name}.fp32.onnx", weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(heldout_text: Path) -> TokenText:
+    ids = np.frombuffer(heldout_text.read_bytes(), np.uint8).astype(np.int64)
+    return TokenText(ids=ids, source="heldout.txt")
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "graphs"))
+
+
+@pytest.fixture
+def check(checkpoint: Checkpoint, text: TokenText) -> Callable[..., ParityReport]:
+    def run(folder: Path, **changes: object) -> ParityReport:
+        case = ParityCase(
+            target="ort-cpu-fp32",
+            runtime="onnxruntime",
+            precision="fp32",
+            graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
+            unroll=2,
+            cache_dtype="float32",
+            cache_head_dim=checkpoint.config.head_dim,
+        )
+        return check_parity(checkpoint, [dataclasses.replace(case, **changes)], text, options=OPTIONS)
+
+    return run
+
+
+def _row(report: ParityReport, regime: str) -> ParityRow:
+    return next(row for row in report.rows if row.target == "ort-cpu-fp32" and row.regime == regime)
+
+
+def _edit(folder: Path, name: str, edit: Edit) -> None:
+    path = folder / f"{name}.fp32.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    onnx.save(model, path)
+
+
+def _reroute(name: str, *parts: onnx.NodeProto | onnx.TensorProto) -> Edit:
+    """Put nodes (and constants they use) between the producer of an output and the output; they read ``before``."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.output[:] = ["before" if output == name else output for output in node.output]
+            node.input[:] = ["before" if value == name else value for value in node.input]
+        model.graph.node.extend(part for part in parts if isinstance(part, onnx.NodeProto))
+        model.graph.initializer.extend(part for part in parts if isinstance(part, onnx.TensorProto))
+
+    return edit
+
+
+def _constant(name: str, values: np.ndarray) -> onnx.TensorProto:
+    return numpy_helper.from_array(values, name)
+
+
+def _set_weight(name: str, change: Callable[[np.ndarray], np.ndarray], weights: Path) -> Edit:
+    """Replace a weight of the shared file by a changed copy inside this graph."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, count = int(place["offset"]), int(place["length"])
+        values = np.frombuffer(weights.read_bytes()[start : start + count], np.float32).reshape(tensor.dims)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(values)), name))
+
+    return edit
+
+
+def test_sound_files_pass_in_every_regime(built: Path, check: Callable[..., ParityReport]) -> None:
+    report = check(built, compiled=("step", "prefill"), runtime="tensorrt-rtx")
+    assert report.passed, report.failures
+    rows = [row for row in report.rows if row.target == "ort-cpu-fp32"]
+    assert [row.regime for row in rows if row.status == "run"] == [
+        "step", "prefill", "prefill_pass", "handover", "regime-gap",
+    ]  # fmt: skip
+    assert [(row.runtime, row.passed, row.nll) for row in rows if row.status == "compiled"] == [
+        ("tensorrt-rtx", None, None)
+    ] * 2
+    step, handover = _row(report, "step"), _row(report, "handover")
+    assert (step.tokens, step.steps, handover.tokens, handover.steps) == (256, 32, 8 * 17, 16)
+    assert step.max_abs_logit_error is not None
+    assert 0 < step.max_abs_logit_error < 1e-5
+    assert _row(report, "prefill_pass").inconsistency is not None
+
+
+def test_windows_in_small_batches_give_the_same_figures(
+    built: Path, checkpoint: Checkpoint, text: TokenText, check: Callable[..., ParityReport]
+) -> None:
+    whole = _row(check(built), "handover")
+    case = ParityCase(
+        target="ort-cpu-fp32", runtime="onnxruntime", precision="fp32", unroll=2, cache_dtype="float32",
+        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS}, cache_head_dim=checkpoint.config.head_dim,
+    )  # fmt: skip
+    parts = check_parity(checkpoint, [case], text, options=dataclasses.replace(OPTIONS, window_batch=3))
+    assert _row(parts, "handover").nll == pytest.approx(whole.nll, abs=1e-6)
+    assert _row(parts, "handover").tokens == whole.tokens
+
+
+def _rename(model: onnx.ModelProto) -> None:
+    _reroute("logits", helper.make_node("Identity", ["before"], ["log_probabilities"]))(model)
+    next(output for output in model.graph.output if output.name == "logits").name = "log_probabilities"
+
+
+def _add_output(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["logits"], ["debug"]))
+    model.graph.output.append(helper.make_tensor_value_info("debug", TensorProto.FLOAT, ["batch", 256]))
+
+
+def _drop_output(model: onnx.ModelProto) -> None:
+    kept = [output for output in model.graph.output if output.name != "next_state"]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+
+
+def _halve_dtype(model: onnx.ModelProto) -> None:
+    _reroute("logits", helper.make_node("Cast", ["before"], ["logits"], to=TensorProto.FLOAT16))(model)
+    next(o for o in model.graph.output if o.name == "logits").type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def _nan_at_position_five(model: onnx.ModelProto) -> None:
+    nodes = (
+        _constant("five", np.array([5])),
+        helper.make_node("Equal", ["position", "five"], ["is_five"]),
+        _constant("column", np.array([1])),
+        helper.make_node("Unsqueeze", ["is_five", "column"], ["is_five_column"]),
+        _constant("nan", np.array(np.nan, np.float32)),
+        helper.make_node("Where", ["is_five_column", "nan", "before"], ["logits"]),
+    )
+    _reroute("logits", *nodes)(model)
+
+
+def _cut(end: int) -> Edit:
+    """Logits lose entries of axis 1 at run time, against the shape that the file declares."""
+    return _reroute(
+        "logits",
+        _constant("start", np.array([0])),
+        _constant("end", np.array([end])),
+        _constant("axis", np.array([1])),
+        helper.make_node("Slice", ["before", "start", "end", "axis"], ["logits"]),
+    )
+
+
+def _forget_state(model: onnx.ModelProto) -> None:
+    _reroute(
+        "next_state",
+        _constant("zero", np.array(0, np.float32)),
+        helper.make_node("Mul", ["before", "zero"], ["next_state"]),
+    )(model)
+
+
+def _stop_position(model: onnx.ModelProto) -> None:
+    _reroute("next_position", helper.make_node("Identity", ["position"], ["next_position"]))(model)
+
+
+def _wrong_token(model: onnx.ModelProto) -> None:
+    _reroute("next_token", helper.make_node("Identity", ["input_ids"], ["next_token"]))(model)
+
+
+@pytest.mark.parametrize(
+    ("graph", "edit", "regime", "sentence"),
+    [
+        ("step", _rename, "step", "missing ['logits'], unexpected ['log_probabilities']"),
+        ("step", _add_output, "step", "unexpected ['debug']"),
+        ("step", _drop_output, "step", "missing ['next_state']"),
+        ("prefill", _drop_output, "prefill", "missing ['next_state']"),
+        ("step", _halve_dtype, "step", "output logits: float32 [batch, 256]: found FLOAT16"),
+        ("head", _cut(0), "prefill", "nothing was compared"),
+        ("head", _cut(0), "prefill", "head: logits are float32 [8, 0, 256], expected float32 [8, 32, 256]"),
+        ("step", _cut(-1), "step", "ONNX Runtime failed in step.fp32.onnx"),
+        ("step", _nan_at_position_five, "step", "NaN or infinite, first in window 0 at position 5"),
+        ("step", _stop_position, "step", "next_position is 0 after token 0, expected 1"),
+        ("step", _wrong_token, "step", "next_token after token 0 is not the argmax"),
+        ("step", _forget_state, "handover", "largest |logit error|"),
+    ],
+)
+def test_a_fault_in_a_file_fails_its_row(
+    copy: Path, check: Callable[..., ParityReport], graph: str, edit: Edit, regime: str, sentence: str
+) -> None:
+    _edit(copy, graph, edit)
+    report = check(copy)
+    row = _row(report, regime)
+    assert not report.passed
+    assert row.passed is False
+    assert any(sentence in failure for failure in row.failures), row.failures
+
+
+def test_nan_weight_fails_every_regime_that_runs_it(copy: Path, check: Callable[..., ParityReport]) -> None:
+    weights = copy / "fp32.weights"
+    _edit(copy, "step", _set_weight("final_norm.bias", lambda values: values * np.nan, weights))
+    report = check(copy)
+    assert "NaN or infinite, first in window 0 at position 0" in _row(report, "step").failures[0]
+    assert _row(report, "step").nll is None
+    assert _row(report, "handover").passed is False
+    assert _row(report, "prefill").passed is True
+
+
+def test_nan_in_a_hidden_state_fails_prefill(copy: Path, check: Callable[..., ParityReport]) -> None:
+    weights = copy / "fp32.weights"
+    _edit(copy, "prefill", _set_weight("layers.0.mlp.down.bias", lambda values: values * np.nan, weights))
+    assert "prefill: residual is NaN" in _row(check(copy), "prefill").failures[0]
+
+
+def test_one_weight_off_by_one_percent_is_caught(copy: Path, check: Callable[..., ParityReport]) -> None:
+    _edit(copy, "step", _set_weight("lm_head.weight", lambda values: values * 1.01, copy / "fp32.weights"))
+    row = _row(check(copy), "step")
+    assert row.passed is False
+    assert row.max_abs_logit_error is not None
+    assert row.max_abs_logit_error > 1e-3
+
+
+def test_a_chain_that_stops_early_reports_how_far_it_came(copy: Path, check: Callable[..., ParityReport]) -> None:
+    for table in ("rope_cos", "rope_sin"):
+        _edit(copy, "step", _set_weight(table, lambda values: values[:20], copy / "fp32.weights"))
+    report = check(copy)
+    row = _row(report, "step")
+    assert (row.passed, row.steps, row.tokens, row.nll) == (False, 20, 160, None)
+    assert any("160 of 256 tokens were compared" in failure for failure in row.failures)
+    assert _row(report, "handover").passed is False
+
+
+def test_one_pass_too_few_is_caught(copy: Path, check: Callable[..., ParityReport]) -> None:
+    shutil.copyfile(copy / "prefill_pass.fp32.onnx", copy / "prefill.fp32.onnx")
+    report = check(copy)
+    assert any("largest |logit error|" in failure for failure in _row(report, "prefill").failures)
+    assert any("two forms of the same computation" in failure for failure in _row(report, "prefill_pass").failures)
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "weights missing"])
+def test_a_file_that_cannot_be_loaded_is_a_failed_row(
+    copy: Path, check: Callable[..., ParityReport], fault: str
+) -> None:
+    step = copy / "step.fp32.onnx"
+    if fault == "missing":
+        step.unlink()
+    elif fault == "truncated":
+        step.write_bytes(step.read_bytes()[:1000])
+    else:
+        (copy / "fp32.weights").unlink()
+    report = check(copy)
+    assert (_row(report, "step").passed, _row(report, "step").tokens) == (False, 0)
+    assert not report.passed
+
+
+def test_a_graph_that_the_target_lacks_is_a_failure(built: Path, check: Callable[..., ParityReport]) -> None:
+    report = check(built, graphs={"step": built / "step.fp32.onnx"})
+    assert _row(report, "step").passed is True
+    assert "has no prefill graph" in _row(report, "prefill").failures[0]
+    assert not report.passed
+
+
+def test_the_reference_does_not_import_the_exported_wrapper() -> None:
+    import ast
+
+    from crt_export.parity import reference
+
+    assert reference.__file__ is not None
+    tree = ast.parse(Path(reference.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name and name.startswith("crt_export")} == {
+        "crt_export.model",
+        "crt_export.parity.windows",
+    }

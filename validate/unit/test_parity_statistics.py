@@ -1,0 +1,214 @@
+"""Intervals, limits and gates, on numbers worked out elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crt_export.catalog import definition_path
+from crt_export.errors import BundleError, InputError
+from crt_export.parity import ParityReport, ParityRow, load_tolerances
+from crt_export.parity.rows import gate_gap, row_from_scores
+from crt_export.parity.scores import Scores
+from crt_export.parity.statistics import Interval, paired_interval, student_t_quantile
+
+# Two-sided 95 % quantiles as printed in any table of Student's t distribution.
+TABLE = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 15: 2.1314, 30: 2.0423, 120: 1.9799, 100_000: 1.9600}
+
+
+@pytest.mark.parametrize("freedom", TABLE)
+def test_student_quantiles_are_those_of_the_tables(freedom: int) -> None:
+    assert student_t_quantile(freedom) == pytest.approx(TABLE[freedom], abs=6e-5)
+
+
+def test_interval_of_known_window_means() -> None:
+    # Window means 1, 2, 3: mean 2, standard deviation 1, half-width t(2) / sqrt(3).
+    interval = paired_interval(np.array([[0.0, 2.0], [2.0, 2.0], [2.0, 4.0]]))
+    half = 4.3027 / math.sqrt(3)
+    assert interval.mean == 2
+    assert (interval.low, interval.high) == pytest.approx((2 - half, 2 + half), abs=1e-4)
+
+
+def test_tokens_of_one_window_are_not_counted_as_independent() -> None:
+    windows = np.repeat([[0.0], [1.0], [0.5]], 1000, axis=1)
+    assert paired_interval(windows).high - paired_interval(windows).low > 1
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(7)
+    intervals = [paired_interval(generator.normal(0.3, 1, (8, 5))) for _ in range(400)]
+    covered = np.mean([interval.low <= 0.3 <= interval.high for interval in intervals])
+    assert 0.92 < covered < 0.98
+
+
+def test_nan_is_within_no_limit() -> None:
+    interval = paired_interval(np.array([[0.0], [np.nan], [0.0]]))
+    assert math.isnan(interval.low)
+    assert not interval.within(1e9)
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (5, 0), (0, 0), (4,)])
+def test_too_few_windows_give_no_interval(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two windows"):
+        paired_interval(np.zeros(shape))
+
+
+def test_equivalence_needs_the_whole_interval_inside() -> None:
+    assert Interval(mean=0, low=-0.9, high=0.9).within(1)
+    assert not Interval(mean=0, low=-0.9, high=1.1).within(1)
+    assert not Interval(mean=0, low=-1.1, high=0.9).within(1)
+
+
+def _scores(windows: int = 4, positions: int = 8, **changes: Any) -> Scores:
+    full = {
+        "nll": 2.0, "reference_nll": 2.0, "kl": 0.0, "largest_error": 0.0, "mean_error": 0.0, "margin": 1.0,
+        "agrees": 1.0,
+    }  # fmt: skip
+    arrays = {name: np.full((windows, positions), changes.pop(name, value)) for name, value in full.items()}
+    return Scores(start=0, **arrays)
+
+
+def _row(precision: str = "fp32") -> ParityRow:
+    return ParityRow(
+        target="t", runtime="onnxruntime", graph="step", precision=precision, regime="step", steps=8, arithmetic="fp32"
+    )
+
+
+def test_equal_scores_pass_with_every_figure() -> None:
+    row = row_from_scores(_row(), _scores(), load_tolerances(), [])
+    assert row.passed is True
+    assert (row.tokens, row.delta_nll, row.top1_agreement, row.top1_tokens) == (32, 0, 1, 32)
+    assert row.perplexity == pytest.approx(math.exp(2))
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "sentence"),
+    [
+        ("fp32", {"nll": 2.00002}, "95 % interval of delta NLL"),
+        ("fp32", {"nll": 1.99998}, "95 % interval of delta NLL"),
+        ("fp16", {"nll": 2.0011}, "95 % interval of delta NLL"),
+        ("w8", {"nll": 2.0021}, "95 % interval of delta NLL"),
+        ("w8a8", {"nll": 2.0051}, "95 % interval of delta NLL"),
+        ("fp32", {"largest_error": 0.0011}, "largest |logit error|"),
+        ("fp16", {"agrees": 0.0}, "top-1 agreement 0.00%"),
+        ("fp16", {"margin": 0.001}, "top-1 was not compared"),
+    ],
+)
+def test_each_gate_fails_with_its_own_sentence(precision: str, change: dict[str, float], sentence: str) -> None:
+    row = row_from_scores(_row(precision), _scores(**change), load_tolerances(), [])
+    assert row.passed is False
+    assert len(row.failures) == 1
+    assert sentence in row.failures[0]
+
+
+def test_a_near_tie_does_not_count_for_top1() -> None:
+    scores = _scores()
+    scores.margin[0, 0], scores.agrees[0, 0] = 0.009, 0.0
+    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    assert (row.passed, row.top1_agreement, row.top1_tokens) == (True, 1.0, 31)
+
+
+def test_missing_tokens_fail_and_leave_no_figures() -> None:
+    scores = _scores()
+    for name in ("nll", "reference_nll", "margin"):
+        getattr(scores, name)[2, 5:] = np.nan
+    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    assert row.failures == ("29 of 32 tokens were compared",)
+    assert (row.passed, row.tokens, row.steps, row.nll) == (False, 29, 5, None)
+
+
+def test_nothing_compared_fails() -> None:
+    row = row_from_scores(_row(), _scores(nll=np.nan, margin=np.nan), load_tolerances(), [])
+    assert (row.passed, row.failures, row.tokens, row.steps) == (False, ("nothing was compared",), 0, 0)
+
+
+def test_a_nan_likelihood_fails_even_if_nobody_reported_it() -> None:
+    row = row_from_scores(_row(), _scores(nll=np.nan), load_tolerances(), [])
+    assert (row.passed, row.failures) == (False, ("logits are NaN or infinite",))
+
+
+def test_regime_gap_is_judged_against_the_gap_of_fp32() -> None:
+    own = np.full((4, 8), 0.5)
+    same = gate_gap(_row(), own, own.copy(), 1e-5)
+    assert (same.passed, same.excess_gap) == (True, 0)
+    wider = gate_gap(_row(), own, own - 1e-3, 1e-5)
+    assert wider.passed is False
+    assert "further apart than in FP32" in wider.failures[0]
+    assert gate_gap(_row(), own, own - 1e-3, None).passed is None
+
+
+def test_tolerances_are_those_the_project_promises() -> None:
+    limits = load_tolerances()
+    assert limits.precisions["fp32"].max_abs_logit_error == 1e-3
+    promised = {"fp16": (0.001, 0.995), "w8": (0.002, 0.98), "w8a8": (0.005, 0.975)}
+    for name, (delta_nll, top1) in promised.items():
+        assert limits.precisions[name].delta_nll <= delta_nll
+        assert limits.precisions[name].top1_agreement >= top1
+    assert limits.fp16_headroom <= 65504 / 4
+    assert all(len(reason) > 20 for reason in limits.reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("[fp16.delta_nll]", "[fp16.delta_nlll]", "unknown key 'delta_nlll'"),
+        ("[fp16.delta_nll]", "[fp16.delta_nlll]", "[fp16] has no delta_nll"),
+        ("limit = 0.995", "limit = 1.5", "a share and at most 1"),
+        ("limit = 1e-3", "limit = -1", "greater than 0"),
+        ("limit = 1e-3", 'limit = "small"', "greater than 0"),
+        ("[shared.near_tie_margin]", "[common.near_tie_margin]", "unknown table [common]"),
+        ('reason = "Nats per token, 0.1 % of perplexity."', 'reason = ""', "reason must say why"),
+        ('reason = "Nats per token, 0.1 % of perplexity."', "", "must be { limit = NUMBER, reason = TEXT }"),
+        ("[fp16.delta_nll]", "[fp16.delta_nll", "expected a TOML file of tolerances"),
+    ],
+)
+def test_a_bad_tolerance_file_is_refused(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    text = definition_path("validate", "tolerances.toml").read_text()
+    assert old in text
+    path = tmp_path / "tolerances.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError) as error:
+        load_tolerances(path)
+    assert problem in str(error.value)
+
+
+def _report(*rows: ParityRow) -> ParityReport:
+    return ParityReport(rows=rows, tolerances=load_tolerances().to_dict(), text={"sha256": "0"}, notes=("short",))
+
+
+def test_report_passes_only_if_something_was_gated_and_held() -> None:
+    good = row_from_scores(_row(), _scores(), load_tolerances(), [])
+    bad = row_from_scores(_row(), _scores(nll=3.0), load_tolerances(), [])
+    compiled = ParityRow(
+        target="t", runtime="tensorrt-rtx", graph="step", precision="fp16", regime="step", status="compiled"
+    )
+    assert _report(good, compiled).passed
+    assert not _report(good, bad).passed
+    assert not _report(compiled).passed
+    assert not _report().passed
+    assert _report(good, bad).failures[0].startswith("t step (step): 95 % interval")
+
+
+def test_report_survives_json_and_has_the_promised_keys() -> None:
+    good = row_from_scores(_row(), _scores(), load_tolerances(), [])
+    infinite = row_from_scores(_row(), _scores(largest_error=np.inf), load_tolerances(), ["overflow"])
+    document = json.loads(json.dumps(_report(good, infinite).to_dict(), allow_nan=False))
+    assert ParityReport.from_dict(document) == _report(good, infinite)
+    assert set(document) >= {"passed", "rows", "tolerances", "text"}
+    assert set(document["rows"][0]) >= {
+        "target", "runtime", "graph", "precision", "regime", "tokens", "steps", "nll", "reference_nll", "delta_nll",
+        "delta_nll_ci", "perplexity", "reference_perplexity", "max_abs_logit_error", "mean_kl", "top1_agreement",
+        "arithmetic", "status", "passed",
+    }  # fmt: skip
+
+
+def test_a_foreign_report_is_refused() -> None:
+    with pytest.raises(BundleError, match="3 problems"):
+        ParityReport.from_dict({"rows": [], "verdict": "fine"})
+    with pytest.raises(BundleError, match="a row cannot be read"):
+        ParityReport.from_dict({"rows": [{"target": "t"}], "tolerances": {}, "text": {}})

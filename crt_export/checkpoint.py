@@ -140,6 +140,8 @@ def write_checkpoint(folder: str | Path, config: ModelConfig, tensors: Mapping[s
     values = {key: value for key, value in config.to_dict().items() if value is not None}
     (path / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS_FILE)
+    # safetensors makes the file readable by its owner alone
+    (path / WEIGHTS_FILE).chmod((path / "config.json").stat().st_mode & 0o777)
     return path
 
 

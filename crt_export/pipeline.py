@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crt_export.stages.calibration import quantization_plan, read_build_text
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.manifest import manifest_from_build
-from crt_export.stages.options import BuildOptions, profiles_from_options
-from crt_export.stages.targets import BuiltTarget, build_target
 from crt_export.bundle import stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
 from crt_export.parity import ParityOptions, ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER
 from crt_export.progress import Progress, no_progress
+from crt_export.stages.calibration import quantization_plan, read_build_text
+from crt_export.stages.graphs import write_graphs
+from crt_export.stages.manifest import manifest_from_build
+from crt_export.stages.options import BuildOptions, profiles_from_options
+from crt_export.stages.targets import BuiltTarget, build_target
 from crt_export.text import TokenText
 
 __all__ = ["BuildOptions", "BuildResult", "build"]

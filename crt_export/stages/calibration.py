@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crt_export.stages.options import BuildOptions
 from crt_export.checkpoint import Checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.stages.options import BuildOptions
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import load_tokenizer
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from crt_export.stages.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
 from crt_export.graph import check_contract
@@ -21,6 +20,7 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
 from crt_export.spec import graph_spec
+from crt_export.stages.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
 
 ENGINES_FOLDER = "engines"
 #: The graphs an engine is compiled of; prefill_pass and head serve validation and stay ONNX.

@@ -30,7 +30,12 @@ def simplify(graph: ir.Model, *, keep: AbstractSet[str]) -> None:
     """
     common.InlinePass()(graph)
     used = {name for name, value in graph.graph.initializers.items() if name in keep and value.uses()}
-    optimizer.fold_constants(graph, input_size_limit=_CONSTANT_LIMIT, output_size_limit=_CONSTANT_LIMIT)
+    optimizer.fold_constants(
+        graph,
+        input_size_limit=_CONSTANT_LIMIT,
+        output_size_limit=_CONSTANT_LIMIT,
+        should_fold=lambda node: False if any(v is not None and v.name in keep for v in node.inputs) else None,
+    )
     common.RemoveUnusedNodesPass()(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     _merge_constants(graph, keep)

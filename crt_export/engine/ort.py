@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.engine.base import Buffer, Rows
-from crt_export.engine.ort_memory import CudaBuffer, HostBuffer
+from crt_export.engine.ort_memory import DeviceBuffer, HostBuffer
 from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels
 from crt_export.errors import (
     ContractError,
@@ -166,7 +166,7 @@ class OrtEngine:
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New zeroed memory where this engine computes."""
         if self._settings.device == "cuda":
-            return CudaBuffer(self._library, shape, dtype, 0)
+            return DeviceBuffer(self._library, self._settings.device, shape, dtype)
         return HostBuffer(shape, dtype)
 
     def close(self) -> None:

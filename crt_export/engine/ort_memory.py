@@ -36,18 +36,18 @@ class HostBuffer:
         self._array[row, :, begin:end] = 0
 
 
-class CudaBuffer:
-    """Device memory owned by an OrtValue.
+class DeviceBuffer:
+    """Memory of a device (``cuda``; ``cpu`` works too), owned by an OrtValue.
 
     ONNX Runtime copies whole values only, so changing part of one goes through the host: that happens after a
     padded prefill, a failure or a reset, never in a step over all rows.
     """
 
-    def __init__(self, library: Any, shape: tuple[int, ...], dtype: str, device_id: int) -> None:
+    def __init__(self, library: Any, device: str, shape: tuple[int, ...], dtype: str) -> None:
         """Allocate zeros."""
         self.shape = shape
         self.dtype = np.dtype(dtype)
-        self._value = library.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype), "cuda", device_id)
+        self._value = library.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype), device, 0)
         self.address = int(self._value.data_ptr())
 
     def read(self) -> np.ndarray:

@@ -13,8 +13,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from crt_export.engine.base import Rows
+from crt_export.engine.base import Buffer, Rows
 from crt_export.engine.ort import OrtEngine, OrtGraph, OrtSettings, import_onnxruntime, load_graph
+from crt_export.engine.ort_memory import DeviceBuffer
 from crt_export.errors import ContractError, InputError, MissingDependencyError, UnsupportedError
 
 HEADS, WIDTH = 2, 4
@@ -110,15 +111,23 @@ def test_a_failing_run_is_one_clear_error_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("memory", ["host", "device"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_bound_rows_are_updated_in_place_and_no_other(tmp_path: Path, dtype: str) -> None:
+def test_bound_rows_are_updated_in_place_and_no_other(tmp_path: Path, dtype: str, memory: str) -> None:
     kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[dtype]
     path = write_cache_graph(tmp_path / "cache.onnx", kind)
     engine = OrtEngine({"step": path}, OrtSettings(threads=1), max_tokens=8)
-    cache = engine.allocate((4, HEADS, 6, WIDTH), dtype)
-    update = engine.allocate((2, HEADS, 1, WIDTH), dtype)
-    position = engine.allocate((4,), "int64")
-    states = [engine.allocate((4, 1, WIDTH), "float32") for _ in range(2)]
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Buffer:
+        if memory == "host":
+            return engine.allocate(shape, dtype)
+        # The memory of a GPU session, on the one device that every machine has.
+        return DeviceBuffer(import_onnxruntime(), "cpu", shape, dtype)
+
+    cache = allocate((4, HEADS, 6, WIDTH), dtype)
+    update = allocate((2, HEADS, 1, WIDTH), dtype)
+    position = allocate((4,), "int64")
+    states = [allocate((4, 1, WIDTH), "float32") for _ in range(2)]
     update.write(np.ones((2, HEADS, 1, WIDTH)))
     position.write(np.array([0, 5, 2, 0]))
     states[0].write(np.full((4, 1, WIDTH), 3))
@@ -139,6 +148,8 @@ def test_bound_rows_are_updated_in_place_and_no_other(tmp_path: Path, dtype: str
     position.write(np.array([0, 0, 1, 0]))  # the launch sees what its buffers hold when it runs
     launch()
     assert cache.read()[1, :, 0].any()
+    states[0].copy_rows(states[1], slice(2, 4))
+    assert states[0].read()[:, 0, 0].tolist() == [3, 3, 6, 0]
     cache.clear(1, 0, 5)
     assert {(int(row), int(slot)) for row, _, slot, _ in np.argwhere(cache.read())} == {(1, 5), (2, 1), (2, 2)}
 

@@ -154,3 +154,27 @@ def test_closing_a_bundle_closes_its_sessions(copied: Path) -> None:
         session.step([40])
     with pytest.raises(InputError, match="this bundle is closed"):
         bundle.session(TARGET)
+
+
+def edit_targets(folder: Path, edit: Any) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest["targets"])
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_bundle_of_compiled_targets_only_says_what_to_build(copied: Path) -> None:
+    edit_targets(copied, lambda targets: [targets.pop(name) for name in (TARGET, "chunked", "broken")])
+    with load_bundle(copied, allow_unvalidated=True) as bundle:
+        assert bundle.targets == ("rtx-sm80-fp16",)
+        with pytest.raises(UnsupportedError, match=r"only rtx-sm80-fp16; build it with --target ort-cpu-fp32"):
+            bundle.default_target()
+
+
+def test_a_target_without_a_graph_is_named(copied: Path) -> None:
+    edit_targets(copied, lambda targets: targets[TARGET]["graphs"].pop("prefill"))
+    with (
+        load_bundle(copied, allow_unvalidated=True) as bundle,
+        pytest.raises(BundleError, match="ort-cpu-fp32 has no prefill graph"),
+    ):
+        bundle.session(TARGET)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from crt_export.engine.ort import OrtEngine, import_onnxruntime
+from crt_export.engine.ort_memory import DeviceBuffer
 from crt_export.errors import ContractError, InputError
 from crt_export.runtime import Session
 
@@ -294,3 +296,25 @@ def test_closed_sessions_are_refused_and_closing_twice_is_harmless(crt: Any) -> 
     for call in calls:
         with pytest.raises(InputError, match="this session is closed"):
             call()
+
+
+def test_a_session_in_device_memory_gives_the_same(crt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU session's buffers, here on the CPU device: whole values are copied in and out, addresses stay."""
+    rows = [tokens(6), tokens(2, seed=1)]
+
+    def logits(session: Session) -> list[np.ndarray]:
+        found = [
+            session.prefill(rows),
+            session.step([50, None]),
+            session.step([51, 52]),
+            session.prefill([[], [53, 54]]),
+        ]
+        session.reset()
+        return [*found, session.prefill(rows)]
+
+    expected = logits(crt.bundle.session(TARGET, batch=2))
+    monkeypatch.setattr(
+        OrtEngine, "allocate", lambda _, shape, dtype: DeviceBuffer(import_onnxruntime(), "cpu", shape, dtype)
+    )
+    for found, wanted in zip(logits(crt.bundle.session(TARGET, batch=2)), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)

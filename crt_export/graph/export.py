@@ -6,23 +6,26 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, InputError
 from crt_export.graph.contract import check_contract
 from crt_export.graph.modules import (
     HeadModule,
     PlainPrefillModule,
     PlainStepModule,
-    PrefillModule,
+    PrefillPassModule,
+    ReadingPassModule,
     StepModule,
 )
+from crt_export.graph.passes.cancel_casts import cancel_casts
 from crt_export.graph.passes.name_weights import name_weights
-from crt_export.graph.passes.simplify import simplify
+from crt_export.graph.passes.simplify import merge_repeats, simplify
+from crt_export.graph.passes.unroll import unroll_passes
 from crt_export.graph.scatter import translation_table
 from crt_export.model import Model
 from crt_export.spec import GraphSpec, graph_spec
@@ -34,31 +37,75 @@ _TORCH_DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torc
 _PER_LAYER_PREFIX = "past_key_values."
 
 
-def export_graph(model: Model, name: str, *, unroll: int = 1) -> ir.Model:
-    """Export one graph of the contract.
+class GraphExporter:
+    """Exports the graphs of one model; what several of them are made of is traced once.
 
     Args:
-        model: In evaluation mode; its weight dtype (float32 or float16) is the precision of the graph.
-        name: step, prefill, prefill_pass or head.
-        unroll: Passes K of ``prefill``; the other graphs have one.
-
-    Returns:
-        The graph with batch, seq and capacity symbolic, weights under their checkpoint names.
-
-    Raises:
-        InputError: ``unroll`` is below 1.
-        UnsupportedError: A model of this kind has no such graph.
-        BuildError: The exporter failed.
-        ContractError: The exported graph differs from ``graphs/*.toml``.
+        model: In evaluation mode; its weight dtype (float32 or float16) is the precision of the graphs.
     """
-    if unroll < 1:
-        raise InputError(f"unroll (number of passes K) must be at least 1, found {unroll}")
-    cache_dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
-    spec = graph_spec(name, model.config, cache_dtype)
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._weights = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+        self._cache_dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
+        self._traced: dict[str, ir.Model] = {}
+
+    def graph(self, name: str, *, unroll: int = 1) -> ir.Model:
+        """Export one graph of the contract.
+
+        Args:
+            name: step, prefill, prefill_pass or head.
+            unroll: Passes K of ``prefill``; the other graphs have one.
+
+        Returns:
+            The graph with batch, seq and capacity symbolic, weights under their checkpoint names.
+
+        Raises:
+            InputError: ``unroll`` is below 1.
+            UnsupportedError: A model of this kind has no such graph.
+            BuildError: The exporter failed.
+            ContractError: The exported graph differs from ``graphs/*.toml``.
+        """
+        if unroll < 1:
+            raise InputError(f"unroll (number of passes K) must be at least 1, found {unroll}")
+        spec = graph_spec(name, self._model.config, self._cache_dtype)
+        if name == "prefill" and self._model.config.recurrent:
+            graph = self._unrolled(spec, unroll)
+        else:
+            graph = self._trace(name, spec).clone()
+        graph.graph.name = name
+        check_contract(graph, spec)
+        return graph
+
+    def _unrolled(self, spec: GraphSpec, unroll: int) -> ir.Model:
+        graph = self._trace("prefill_pass", spec).clone()
+        if unroll > 1:
+            unroll_passes(graph, self._trace("reading_pass", _reading_spec(spec)), unroll - 1)
+            cancel_casts(graph)
+            merge_repeats(graph, keep=self._weights)
+        return graph
+
+    def _trace(self, name: str, spec: GraphSpec) -> ir.Model:
+        if name not in self._traced:
+            graph = _onnx_from_module(_module(self._model, name), spec)
+            graph.graph.name = name
+            name_weights(graph, self._model)
+            simplify(graph, keep=self._weights)
+            _name_values(graph, spec)
+            self._traced[name] = graph
+        return self._traced[name]
+
+
+def export_graph(model: Model, name: str, *, unroll: int = 1) -> ir.Model:
+    """Export a single graph, see :meth:`GraphExporter.graph`."""
+    return GraphExporter(model).graph(name, unroll=unroll)
+
+
+def _onnx_from_module(module: nn.Module, spec: GraphSpec) -> ir.Model:
     with _quiet_exporter():
         program = torch.onnx.export(
-            _module(model, name, unroll).eval(),
-            _example_inputs(spec, model.config),
+            module.eval(),
+            _example_inputs(spec),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=_dynamic_shapes(spec),
@@ -67,27 +114,31 @@ def export_graph(model: Model, name: str, *, unroll: int = 1) -> ir.Model:
             verbose=False,
         )
     if program is None:
-        raise BuildError(f"graph {name}: torch.onnx.export returned nothing")
-    graph = program.model
-    graph.graph.name = name
-    name_weights(graph, model)
-    simplify(graph, keep={parameter for parameter, _ in model.named_parameters()})
-    _name_outputs(graph, spec)
-    check_contract(graph, spec)
-    return graph
+        raise BuildError(f"graph {spec.name}: torch.onnx.export returned nothing")
+    return program.model
 
 
-def _module(model: Model, name: str, unroll: int) -> nn.Module:
+def _module(model: Model, name: str) -> nn.Module:
     if name == "head":
         return HeadModule(model)
     if name == "step":
         return StepModule(model) if model.config.recurrent else PlainStepModule(model)
-    if not model.config.recurrent:
-        return PlainPrefillModule(model)
-    return PrefillModule(model, unroll if name == "prefill" else 1)
+    if name == "reading_pass":
+        return ReadingPassModule(model)
+    return PrefillPassModule(model) if model.config.recurrent else PlainPrefillModule(model)
 
 
-def _example_inputs(spec: GraphSpec, config: ModelConfig) -> tuple[Tensor | list[Tensor], ...]:
+def _reading_spec(spec: GraphSpec) -> GraphSpec:
+    """What a pass before the last takes and gives: no length, no cache out, only the next iterate."""
+    return replace(
+        spec,
+        inputs=tuple(tensor for tensor in spec.inputs if tensor.name != "length"),
+        outputs=tuple(tensor for tensor in spec.outputs if tensor.name == "next_hidden"),
+        aliases=(),
+    )
+
+
+def _example_inputs(spec: GraphSpec) -> tuple[Tensor | list[Tensor], ...]:
     """One tensor per input, the caches gathered in one list."""
     single: list[Tensor | list[Tensor]] = []
     caches: list[Tensor] = []
@@ -110,7 +161,7 @@ def _dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, str] | list[dict[int, st
     return (*single, caches) if caches else tuple(single)
 
 
-def _name_outputs(graph: ir.Model, spec: GraphSpec) -> None:
+def _name_values(graph: ir.Model, spec: GraphSpec) -> None:
     """Give inputs and outputs the names, dtypes and dims of the contract, in its order."""
     for side, values, tensors in (
         ("inputs", graph.graph.inputs, spec.inputs),

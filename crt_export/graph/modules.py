@@ -51,36 +51,36 @@ class PlainStepModule(nn.Module):
         return (*_token_outputs(self.model, h), position + 1, *_interleave(cache))
 
 
-class PrefillModule(nn.Module):
-    """``prefill.onnx`` (K = ``passes``) and ``prefill_pass.onnx`` (K = 1); see graphs/prefill.toml."""
+class PrefillPassModule(nn.Module):
+    """``prefill_pass.onnx``: one pass that writes the cache, and everything the last pass of a prefill delivers."""
 
-    def __init__(self, model: Model, passes: int) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model, self.passes = model, passes
+        self.model = model
 
     def forward(
-        self,
-        input_ids: Tensor,
-        length: Tensor,
-        position: Tensor,
-        state: Tensor,
-        hidden: Tensor,
-        caches: list[Tensor],
+        self, input_ids: Tensor, length: Tensor, position: Tensor, state: Tensor, hidden: Tensor, caches: list[Tensor]
     ):
-        keys, values, seq = caches[0::2], caches[1::2], input_ids.shape[1]
-        state, h = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
-        reading, writing = (
-            AppendedCache(keys, values, position, seq),
-            ScatteredCache(keys, values, position, seq),
-        )
-        before = h
-        for k in range(self.passes):
-            cache = writing if k == self.passes - 1 else reading
-            before, h = h, self.model.run_pass(input_ids, shift(state, h), position, cache)
+        cache = ScatteredCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        state, before = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
+        h = self.model.run_pass(input_ids, shift(state, before), position, cache)
         last = _last_real(torch.cat([state, h], dim=1), length)
         residual = _residual(h.float() - before.float(), length)
         outputs = (*_token_outputs(self.model, last), position + length, last.float(), h.float(), residual)
-        return (*outputs, *_interleave(writing))
+        return (*outputs, *_interleave(cache))
+
+
+class ReadingPassModule(nn.Module):
+    """A pass before the last one: reads the cache, writes nothing, hands its h [batch, seq, hidden] on."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position: Tensor, state: Tensor, hidden: Tensor, caches: list[Tensor]):
+        cache = AppendedCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        state, before = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
+        return self.model.run_pass(input_ids, shift(state, before), position, cache).float()
 
 
 class PlainPrefillModule(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph import GraphExporter, write_graph, write_weights
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
@@ -114,10 +114,10 @@ def _export(
 ) -> dict[GraphForm, ir.Model]:
     graphs: dict[GraphForm, ir.Model] = {}
     for residual_dtype in sorted({form.residual_dtype for form in forms}):
-        model = model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype))
+        exporter = GraphExporter(model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype)))
         for form in (form for form in forms if form.residual_dtype == residual_dtype):
             progress(f"export {form.precision}", len(graphs), len(forms))
-            graphs[form] = export_graph(model, form.graph, unroll=form.unroll)
+            graphs[form] = exporter.graph(form.graph, unroll=form.unroll)
             progress(f"export {form.precision}", len(graphs), len(forms))
     return graphs
 

@@ -38,17 +38,26 @@ def simplify(graph: ir.Model, *, keep: AbstractSet[str]) -> None:
     )
     common.RemoveUnusedNodesPass()(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    _merge_constants(graph, keep)
-    common.CommonSubexpressionEliminationPass()(graph)
-    common.IdentityEliminationPass()(graph)
-    common.RemoveUnusedNodesPass()(graph)
+    merge_repeats(graph, keep=keep)
     common.RemoveUnusedFunctionsPass()(graph)
     common.RemoveUnusedOpsetsPass()(graph)
-    common.NameFixPass()(graph)
     common.ClearMetadataAndDocStringPass()(graph)
     lost = used - set(graph.graph.initializers)
     if lost:
         raise BuildError(f"graph {graph.graph.name}: weights folded away: {', '.join(sorted(lost))}")
+
+
+def merge_repeats(graph: ir.Model, *, keep: AbstractSet[str]) -> None:
+    """Merge equal constants and common subexpressions: what every pass of an unroll computes from the same inputs.
+
+    Requires: constants are initializers.
+    Ensures: one node for one value, unique names; weights (``keep``) are never merged with each other.
+    """
+    _merge_constants(graph, keep)
+    common.CommonSubexpressionEliminationPass()(graph)
+    common.IdentityEliminationPass()(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    common.NameFixPass()(graph)
 
 
 def _merge_constants(graph: ir.Model, keep: AbstractSet[str]) -> None:

@@ -1,0 +1,75 @@
+"""Pass: put K - 1 reading passes in front of the pass that writes the cache.
+
+Every pass of the unroll is the same function of ``hidden``, so it is exported once and repeated here: tracing K copies
+of the model takes K times as long and says nothing new.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from crt_export.errors import BuildError
+from crt_export.graph.weights import is_weight
+
+_ITERATE_IN, _ITERATE_OUT = "hidden", "next_hidden"
+
+
+def unroll_passes(graph: ir.Model, reading: ir.Model, count: int) -> None:
+    """Prepend ``count`` copies of ``reading``, each fed the ``next_hidden`` of the one before.
+
+    Requires: every input of ``reading`` is an input of ``graph`` of the same dtype; ``next_hidden`` is its one output.
+    Ensures: inputs and outputs of ``graph`` are as before; weights are shared by name.
+
+    Raises:
+        BuildError: The two graphs do not fit together.
+    """
+    inputs = {value.name: value for value in graph.graph.inputs}
+    problems = [
+        str(value.name)
+        for value in reading.graph.inputs
+        if value.name not in inputs or inputs[value.name].dtype != value.dtype
+    ]
+    if problems or [value.name for value in reading.graph.outputs] != [_ITERATE_OUT]:
+        raise BuildError(f"graph {graph.graph.name}: the reading pass does not fit, differing inputs: {problems}")
+    original = list(graph.graph)
+    iterate = inputs[_ITERATE_IN]
+    for index in range(count):
+        values: dict[ir.Value, ir.Value] = {value: inputs[value.name] for value in reading.graph.inputs}
+        values |= {value: _shared(graph.graph, value) for value in reading.graph.initializers.values()}
+        values |= {value: iterate for value in reading.graph.inputs if value.name == _ITERATE_IN}
+        nodes = [_copied(node, values, f"pass{index}_") for node in reading.graph]
+        graph.graph.insert_before(original[0], nodes)
+        iterate = values[reading.graph.outputs[0]]
+    for node in original:
+        for position, value in enumerate(node.inputs):
+            if value is inputs[_ITERATE_IN]:
+                node.replace_input_with(position, iterate)
+
+
+def _shared(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The initializer of that name in ``graph``; anonymous constants, numbered per graph, get a name of their own."""
+    assert value.name is not None
+    name = value.name if is_weight(value.name) else f"reading_{value.name}"
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name, type=value.type, shape=value.shape, const_value=value.const_value
+        )
+    return graph.initializers[name]
+
+
+def _copied(node: ir.Node, values: dict[ir.Value, ir.Value], prefix: str) -> ir.Node:
+    """The node with its inputs replaced; its outputs are added to ``values``."""
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        [None if value is None else values[value] for value in node.inputs],
+        node.attributes.values(),
+        overload=node.overload,
+        num_outputs=len(node.outputs),
+        version=node.version,
+        name=f"{prefix}{node.name}",
+    )
+    for old, new in zip(node.outputs, copy.outputs, strict=True):
+        new.name, new.type, new.shape = f"{prefix}{old.name}", old.type, old.shape
+        values[old] = new
+    return copy

@@ -68,19 +68,32 @@ def fold(tensors: Arrays, config: ModelConfig, statistics: ActivationStatistics,
 
 def smoothing_factor(tensors: Arrays, group: LinearInput, seen: InputStatistics, alpha: float) -> NDArray[np.float32]:
     """The powers of two to divide one activation's channels by, float32 [channels], 1 for the median channel."""
-    activation = seen.absmax.astype(np.float64)
     weight = np.max([np.abs(tensors[f"{linear}.weight"]).max(axis=1) for linear in group.linears], axis=0)
+    exponent = balancing_exponents(seen.absmax, weight, alpha)
+    produced = [np.abs(tensors[name]) for name in _producing_tensors(group) if group.norm is not None]
+    magnitude = np.max([seen.absmax, *produced], axis=0).astype(np.float64)
+    least = np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny) / FP16_LIMIT))
+    return np.exp2(np.maximum(exponent, least)).astype(np.float32)
+
+
+def balancing_exponents(
+    activation: NDArray[np.floating], weight: NDArray[np.floating], alpha: float
+) -> NDArray[np.float64]:
+    """``log2 s_j``, rounded, 0 for the median channel and for those that are zero on either side.
+
+    Args:
+        activation: Largest magnitude of each channel, [channels].
+        weight: Largest magnitude of the weights that read it, [channels].
+        alpha: 0 leaves outliers to the activations, 1 moves them to the weights entirely.
+    """
     usable = (activation > 0) & (weight > 0)
     exponent = np.zeros(activation.shape)
     if usable.any():
-        log = alpha * np.log2(activation[usable]) - (1 - alpha) * np.log2(weight[usable].astype(np.float64))
+        wide = activation[usable].astype(np.float64), weight[usable].astype(np.float64)
+        log = alpha * np.log2(wide[0]) - (1 - alpha) * np.log2(wide[1])
         exponent[usable] = log - np.median(log)
     largest = np.log2(LARGEST_FACTOR)
-    exponent = np.clip(exponent.round(), -largest, largest)
-    produced = [np.abs(tensors[name]) for name in _producing_tensors(group) if group.norm is not None]
-    magnitude = np.max([activation, *produced], axis=0)
-    least = np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny) / FP16_LIMIT))
-    return np.exp2(np.maximum(exponent, least)).astype(np.float32)
+    return np.clip(exponent.round(), -largest, largest)
 
 
 def _producing_tensors(group: LinearInput) -> tuple[str, ...]:

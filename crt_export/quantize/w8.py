@@ -12,7 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from crt_export.errors import BuildError, InputError
+from crt_export.errors import BuildError, InputError, problem_list
+from crt_export.quantize.norms import smooth_norms
 from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
 
 DOMAIN = "com.microsoft"
@@ -22,12 +23,13 @@ _ZERO = 128
 _INT8_ACCURACY = 4
 
 
-def quantize_w8(graph: ir.Model, block_size: int = 128) -> int:
+def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) -> int:
     """Replace every MatMul with a weight by MatMulNBits, in place.
 
     Args:
         graph: An FP32 graph with weights under their checkpoint names.
         block_size: Weights that share a scale.
+        smooth: Balance LayerNorms against the weights that read them first, see :mod:`crt_export.quantize.norms`.
 
     Returns:
         Number of replaced MatMuls, a weight used by K passes counted K times.
@@ -40,6 +42,9 @@ def quantize_w8(graph: ir.Model, block_size: int = 128) -> int:
         raise InputError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
     body = graph.graph
     matmuls = weight_matmuls(body)
+    _check_dtype(body, matmuls)
+    if smooth:
+        smooth_norms(matmuls)
     for name, node in matmuls:
         _replace(body, name, node, block_size)
     RemoveUnusedNodesPass()(graph)
@@ -68,8 +73,15 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
     low, high = padded.min(axis=2), padded.max(axis=2)
     scale = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-_ZERO)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    levels = np.rint(padded * inverse[:, :, None] + np.float32(_ZERO))
-    return np.clip(levels, 0, 255).astype(np.uint8), scale
+    levels = padded * inverse[:, :, None] + np.float32(_ZERO)
+    return np.clip(np.floor(levels + np.float32(0.5)), 0, 255).astype(np.uint8), scale
+
+
+def _check_dtype(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]]) -> None:
+    found = {f"{name}.weight": graph.initializers[f"{name}.weight"].dtype for name, _ in matmuls}
+    problems = [f"{name} is {dtype}" for name, dtype in sorted(found.items()) if dtype != ir.DataType.FLOAT]
+    if problems:
+        raise BuildError(problem_list(f"graph {graph.name}: weight-only quantisation expects FLOAT weights", problems))
 
 
 def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int) -> None:
@@ -77,8 +89,6 @@ def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int) -> None
     tensor = graph.initializers[f"{name}.weight"].const_value
     assert tensor is not None
     into, out = tensor.numpy().shape
-    if tensor.dtype != ir.DataType.FLOAT:
-        raise BuildError(f"graph {graph.name}: {name}.weight is {tensor.dtype}, weight-only quantisation expects FLOAT")
     if packed_name not in graph.initializers:
         packed, scales = quantize_blocks(tensor.numpy(), block_size)
         constant(graph, packed_name, packed)

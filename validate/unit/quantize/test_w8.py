@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.errors import BuildError, InputError
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8
+from crt_export.quantize.norms import smooth_norms
+from crt_export.quantize.weights import weight_matmuls
+
+Exported = Callable[[str, torch.dtype], ir.Model]
+RunGraph = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def _single(weight: np.ndarray) -> ir.Model:
+    """``y = x @ weight`` as a graph."""
+    x = ir.val("x", ir.DataType.FLOAT, ["batch", weight.shape[0]])
+    value = ir.val("linear.weight", const_value=ir.tensor(weight, name="linear.weight"))
+    node = ir.node("MatMul", [x, value], name="product")
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    node.outputs[0].shape = ir.Shape(["batch", weight.shape[1]])
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=[value], opset_imports={"": 24}, name="single")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "block"), [(256, 32, 128), (70, 33, 32), (128, 7, 128), (100, 5, 128), (48, 16, 16)]
+)
+def test_blocks_are_bit_equal_to_onnx_runtimes_quantiser(into: int, out: int, block: int) -> None:
+    native = pytest.importorskip("onnxruntime.capi._pybind_state").quantize_matmul_8bits
+    weight = np.random.default_rng(into).normal(size=(into, out)).astype(np.float32)
+    weight[:, 0] = 0
+    blocks = -(-into // block)
+    packed = np.zeros((out, blocks, block), np.uint8)
+    scales, zeros = np.zeros((out, blocks), np.float32), np.zeros((out, blocks), np.uint8)
+    padded = np.pad(weight, ((0, blocks * block - into), (0, 0)))
+    native(packed, padded, scales, zeros, block, out, into, True)
+    found, found_scales = quantize_blocks(weight, block)
+    assert np.array_equal(found_scales, scales)
+    # The native quantiser leaves the padding of the last block unset; the kernel never reads it.
+    real = np.arange(blocks * block).reshape(blocks, block) < into
+    assert np.array_equal(found[:, real], packed[:, real])
+
+
+@pytest.mark.parametrize("into", [64, 70, 300])
+def test_the_kernel_computes_what_the_blocks_say(into: int, run_graph: RunGraph) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(into, 24)).astype(np.float32)
+    weight[:, 3] = 0
+    weight[:128, 4] = 0
+    x = generator.normal(size=(3, into)).astype(np.float32)
+    packed, scales = quantize_blocks(weight, 128)
+    dequantized = ((packed.astype(np.float32) - 128) * scales[:, :, None]).reshape(24, -1)[:, :into]
+    graph = _single(weight)
+    assert quantize_w8(graph) == 1
+    y = run_graph(graph, {"x": x})["y"]
+    assert np.isfinite(y).all()
+    assert np.all(y[:, 3] == 0)
+    np.testing.assert_allclose(y, x @ dequantized.T, atol=0.02 * np.abs(y).max())
+    np.testing.assert_allclose(dequantized.T, weight, atol=np.abs(weight).max() / 200)
+
+
+@pytest.mark.parametrize("name", ["step", "head"])
+def test_every_linear_of_every_graph_is_replaced(name: str, exported: Exported, small: Checkpoint) -> None:
+    graph = exported(name, torch.float32)
+    count = quantize_w8(graph)
+    assert count == expected_matmuls(small.config, name, 2)
+    nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+    assert len(nodes) == count
+    assert not any(node.op_type == "MatMul" for node in graph.graph)
+    assert all(node.attributes["accuracy_level"].as_int() == 4 for node in nodes)
+    assert not any(f"{linear}.weight" in graph.graph.initializers for linear in linear_names(small.config))
+    assert graph.opset_imports["com.microsoft"] == 1
+
+
+def test_weights_are_the_same_by_name_in_every_graph(exported: Exported) -> None:
+    step, head = (exported(name, torch.float32) for name in ("step", "head"))
+    quantize_w8(step)
+    quantize_w8(head)
+    shared = [name for name in head.graph.initializers if "." in name]
+    assert {"lm_head.weight_blocks", "lm_head.weight_scales", "lm_head.bias"} < set(shared)
+    for name in shared:
+        values = [graph.graph.initializers[name].const_value for graph in (step, head)]
+        assert values[0].tobytes() == values[1].tobytes()  # type: ignore[union-attr]
+
+
+def test_passes_share_one_quantised_weight() -> None:
+    graph = _single(np.ones((32, 32), np.float32))
+    (first,) = graph.graph
+    second = ir.node("MatMul", [first.outputs[0], first.inputs[1]], name="second")
+    second.outputs[0].name, second.outputs[0].dtype = "z", ir.DataType.FLOAT
+    graph.graph.append(second)
+    graph.graph.outputs[0] = second.outputs[0]
+    assert quantize_w8(graph) == 2
+    assert set(graph.graph.initializers) == {"linear.weight_blocks", "linear.weight_scales"}
+    assert [node.name for node in graph.graph] == ["product", "second"]
+
+
+def test_the_step_chain_follows_pytorch(
+    exported: Exported, small: Checkpoint, step_chain: Callable[..., np.ndarray], text_tokens: np.ndarray
+) -> None:
+    model = model_from_checkpoint(small)
+    ids = text_tokens[: 4 * 24].reshape(4, 24)
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    graph = exported("step", torch.float32)
+    quantize_w8(graph)
+    error = np.abs(step_chain(graph, model, ids) - reference)
+    assert 0 < error.max() < 0.05 * reference.std()
+
+
+def test_half_precision_graphs_and_odd_blocks_are_refused(exported: Exported) -> None:
+    with pytest.raises(BuildError, match="weight-only quantisation expects FLOAT weights: lm_head"):
+        quantize_w8(exported("head", torch.float16))
+    with pytest.raises(InputError, match="block_size must be one of"):
+        quantize_w8(exported("head", torch.float32), block_size=100)
+
+
+def test_smoothing_levels_outliers_and_leaves_the_function_alone(
+    exported: Exported,
+    small: Checkpoint,
+    with_outliers: Callable[[Model, float], Model],
+    step_chain: Callable[..., np.ndarray],
+    text_tokens: np.ndarray,
+) -> None:
+    model = model_from_checkpoint(small)
+    ids = text_tokens[: 4 * 24].reshape(4, 24)
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    scaled = {name: tensor.numpy() for name, tensor in with_outliers(model, 50.0).state_dict().items()}
+    errors = {}
+    for smooth in (True, False):
+        graph = exported("step", torch.float32)
+        for name, value in graph.graph.initializers.items():
+            if name in scaled:
+                value.const_value = ir.tensor(scaled[name].copy(), name=name)
+        quantize_w8(graph, smooth=smooth)
+        errors[smooth] = np.sqrt(np.mean((step_chain(graph, model, ids) - reference) ** 2))
+    assert errors[True] < 0.02 * reference.std()
+    assert errors[False] > 5 * errors[True], "without smoothing this model shows nothing: it is no test"
+
+
+def test_smoothed_norms_are_the_same_in_every_graph_and_exact(exported: Exported, run_graph: RunGraph) -> None:
+    graphs = [exported(name, torch.float32) for name in ("step", "head")]
+    for graph in graphs:
+        gain = graph.graph.initializers["final_norm.weight"]
+        values = gain.const_value.numpy().copy()  # type: ignore[union-attr]
+        values[:3] *= 100
+        gain.const_value = ir.tensor(values, name=gain.name)
+    hidden = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
+    before = run_graph(graphs[1], {"hidden": hidden})["logits"]
+    for graph in graphs:
+        smooth_norms(weight_matmuls(graph.graph))
+    for name in ("final_norm.weight", "final_norm.bias", "lm_head.weight"):
+        one, other = (graph.graph.initializers[name].const_value.numpy() for graph in graphs)  # type: ignore[union-attr]
+        assert np.array_equal(one, other)
+    assert np.abs(graphs[1].graph.initializers["final_norm.weight"].const_value.numpy()).max() < 50  # type: ignore[union-attr]
+    after = run_graph(ir.from_proto(ir.to_proto(graphs[1])), {"hidden": hidden})["logits"]
+    assert np.array_equal(before, after)

@@ -1,0 +1,202 @@
+"""The fused layers of a compiled engine, read from the builder's detailed log or the engine inspector.
+
+TensorRT-RTX logs the list while it builds, so it can be had without a GPU; TensorRT gives the same text through
+``EngineInspector.get_engine_information(ONELINE)``. One line per layer::
+
+    Name: node_matmul_4+node_matmul_3_myl0_5, LayerType: gemm, Inputs: [ { Name: ..., Dimensions: [-1,128],
+    ..., Datatype: Half, ... }], Constants: [ ... ], Outputs: [ ... ], TacticName: ..., StreamId: 0,
+    Metadata: [ONNX Layer: node_matmul_4][ONNX Layer: node_matmul_3]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from crt_export.errors import BuildError, problem_list
+
+# Every spelling of a tensor type that layer lists have been seen with (Format/Datatype is TensorRT 10's field).
+_DTYPES = {
+    "Float": "float32",
+    "FP32": "float32",
+    "Half": "float16",
+    "FP16": "float16",
+    "BFloat16": "bfloat16",
+    "BF16": "bfloat16",
+    "Int8": "int8",
+    "INT8": "int8",
+    "UInt8": "uint8",
+    "Int32": "int32",
+    "INT32": "int32",
+    "Int64": "int64",
+    "INT64": "int64",
+    "Bool": "bool",
+    "BOOL": "bool",
+    "FP8": "float8",
+}
+_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$")
+_TENSOR_LIST = re.compile(r"(Inputs|Constants|Outputs): \[((?:\s*\{[^{}]*\},?)*)\]")
+_TENSOR = re.compile(r"\{ (.*?) ?\}")
+_TENSOR_NAME = re.compile(r"^Name: (.*?), (?:Location|Dimensions): ")
+_DIMENSIONS = re.compile(r"Dimensions: \[([-\d, ]*)\]")
+_DATATYPE = re.compile(r"(?:Datatype|Format/Datatype): (?:[^,{}]*?\b)?(" + "|".join(_DTYPES) + r")\b")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
+_TACTIC = re.compile(r"TacticName: (.*?), StreamId: ")
+
+# Words of a fused kernel's name (__myl_FcAddDivErf_myl0_2, _gemv_mha_v1_myl0_7) that stand for a matrix product.
+_GEMM_NAME = re.compile(r"Fc(?=[A-Z_]|$)|Dot(?=[A-Z_]|$)|[Gg]emm|[Gg]emv|[Mm]ma(?=[A-Z_]|$)|MatMul|mha")
+_GEMM_KINDS = {"gemm", "gemv", "matrixmultiply", "matrix_multiply", "fullyconnected", "fused_mha", "mha"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensor:
+    """One tensor that a layer reads or writes.
+
+    Attributes:
+        name: The builder's name for it.
+        dtype: NumPy-like name, ``float16`` for the log's ``Half``.
+        dims: Sizes, -1 where dynamic.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of an engine: a kernel, as a rule.
+
+    Attributes:
+        name: The builder's name; a fusion spells the operations in it.
+        kind: The builder's layer type, such as ``gemm``, ``kgen`` or ``runtime_fusion``.
+        inputs: Activations read.
+        constants: Weights read, scalars such as a GEMM's alpha included.
+        outputs: Activations written.
+        onnx_nodes: Names of the ONNX nodes that this layer computes, wholly or in part.
+        tactic: The kernel's name, may be empty.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[LayerTensor, ...]
+    constants: tuple[LayerTensor, ...]
+    outputs: tuple[LayerTensor, ...]
+    onnx_nodes: tuple[str, ...]
+    tactic: str
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether the layer multiplies matrices, alone, fused with other work or as attention."""
+        return self.kind.lower() in _GEMM_KINDS or _GEMM_NAME.search(self.name) is not None
+
+    @property
+    def weights(self) -> tuple[LayerTensor, ...]:
+        """The constant matrices that an input of fitting width is multiplied with; empty in attention."""
+        widths = {tensor.dims[-1] for tensor in self.inputs if tensor.dims}
+        return tuple(t for t in self.constants if _is_matrix(t.dims) and widths & set(t.dims[-2:]))
+
+    @property
+    def operand_dtypes(self) -> frozenset[str]:
+        """Types of the matrices multiplied: of the weights, or of all inputs where there are none."""
+        matrices = self.weights or tuple(t for t in self.inputs if len(t.dims) > 1)
+        return frozenset(t.dtype for t in matrices if t.dtype in {"float32", "float16", "bfloat16", "int8"})
+
+    def signature(self) -> str:
+        """One word for a summary: ``gemm int8 -> float32`` or the layer's kind."""
+        if not self.is_gemm:
+            return self.kind
+        kind = "attention" if "mha" in self.name or "mha" in self.kind else "gemm"
+        written = "+".join(sorted({tensor.dtype for tensor in self.outputs}))
+        return f"{kind} {'+'.join(sorted(self.operand_dtypes))} -> {written}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; :func:`layers_from_dicts` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def layers_from_text(text: str) -> tuple[Layer, ...]:
+    """Parse a layer list, from its ``Layers:`` heading (or the first layer) to the list of bindings.
+
+    Raises:
+        BuildError: The text holds no layer, or a line that cannot be understood: a check over a list that
+            was half read would prove nothing.
+    """
+    body = re.split(r"^(?:I/O Tensors|Bindings):", text, maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line.strip() for line in body.splitlines() if line.strip() and line.strip() != "Layers:"]
+    layers, problems = [], []
+    for line in lines:
+        try:
+            layers.append(_layer_from_line(line))
+        except ValueError as error:
+            problems.append(f"{error} in: {line[:200]}")
+    if not lines:
+        problems.append("no layer in the builder's detailed log")
+    if problems:
+        raise BuildError(problem_list("the builder's layer list is not understood", problems))
+    return tuple(layers)
+
+
+def layers_from_dicts(items: Iterable[Mapping[str, Any]]) -> tuple[Layer, ...]:
+    """Read layers back from the JSON that :meth:`Layer.to_dict` made."""
+
+    def tensors(values: Iterable[Mapping[str, Any]]) -> tuple[LayerTensor, ...]:
+        return tuple(LayerTensor(name=v["name"], dtype=v["dtype"], dims=tuple(v["dims"])) for v in values)
+
+    return tuple(
+        Layer(
+            name=item["name"],
+            kind=item["kind"],
+            inputs=tensors(item["inputs"]),
+            constants=tensors(item["constants"]),
+            outputs=tensors(item["outputs"]),
+            onnx_nodes=tuple(item["onnx_nodes"]),
+            tactic=item["tactic"],
+        )
+        for item in items
+    )
+
+
+def summarize_layers(layers: Iterable[Layer]) -> dict[str, int]:
+    """Count layers by :meth:`Layer.signature`, most frequent first."""
+    return dict(Counter(layer.signature() for layer in layers).most_common())
+
+
+def _is_matrix(dims: tuple[int, ...]) -> bool:
+    return len(dims) >= 2 and dims[-1] > 1 and dims[-2] > 1
+
+
+def _layer_from_line(line: str) -> Layer:
+    head = _LAYER.match(line)
+    if head is None:
+        raise ValueError("no 'Name: ..., LayerType: ...'")
+    metadata = head["rest"].rpartition("Metadata:")
+    lists = {key: _tensors_from_text(body) for key, body in _TENSOR_LIST.findall(metadata[0])}
+    if not {"Inputs", "Outputs"} <= lists.keys():
+        raise ValueError("no Inputs and Outputs")
+    tactic = _TACTIC.search(metadata[0])
+    return Layer(
+        name=head["name"],
+        kind=head["kind"],
+        inputs=lists["Inputs"],
+        constants=lists.get("Constants", ()),
+        outputs=lists["Outputs"],
+        onnx_nodes=tuple(_ONNX_NODE.findall(metadata[2])),
+        tactic=tactic[1] if tactic else "",
+    )
+
+
+def _tensors_from_text(text: str) -> tuple[LayerTensor, ...]:
+    return tuple(_tensor_from_text(body) for body in _TENSOR.findall(text))
+
+
+def _tensor_from_text(text: str) -> LayerTensor:
+    name, dims, dtype = (pattern.search(text) for pattern in (_TENSOR_NAME, _DIMENSIONS, _DATATYPE))
+    if name is None or dims is None or dtype is None:
+        raise ValueError(f"a tensor without name, dimensions or known datatype ({text[:120]})")
+    sizes = tuple(int(size) for size in dims[1].split(",") if size.strip())
+    return LayerTensor(name=name[1], dtype=_DTYPES[dtype[1]], dims=sizes)

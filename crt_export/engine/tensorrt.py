@@ -1,0 +1,139 @@
+"""Compile an ONNX graph with TensorRT (10.16 or newer, 11.x) or TensorRT-RTX, and check what came out.
+
+TensorRT-RTX compiles without a GPU; TensorRT times kernels on the GPU it builds for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crt_export import errors
+from crt_export.engine.layer_check import check_layers
+from crt_export.engine.layers import Layer, layers_from_text, summarize_layers
+from crt_export.engine.source_graph import source_graph_from_file
+from crt_export.engine.tensorrt_builder import HEADER_LENGTH, BuildAnswer, BuildJob
+from crt_export.errors import BuildError
+from crt_export.profile import EngineProfile
+from crt_export.spec import TensorSpec
+
+_DELIBERATE = {cls.__name__: cls for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledEngine:
+    """An engine that passed every check.
+
+    Attributes:
+        plan: The serialised engine.
+        layers: Its fused layers, for the bundle (``Layer.to_dict``).
+        warnings: The builder's warnings, each of them on the allowlist.
+        sidecar: JSON-ready facts that a runtime checks before it loads the plan.
+    """
+
+    plan: bytes
+    layers: tuple[Layer, ...]
+    warnings: tuple[str, ...]
+    sidecar: dict[str, Any]
+
+
+def build_engine(
+    graph_path: Path, profile: EngineProfile, *, graph_name: str, unroll: int, linears: int
+) -> CompiledEngine:
+    """Compile one graph for one profile and check the result.
+
+    Args:
+        graph_path: ONNX file in the TensorRT dialect, capacity fixed, weights beside it.
+        profile: A profile whose runtime is ``tensorrt`` or ``tensorrt-rtx``.
+        graph_name: ``step``, ``prefill``, ``prefill_pass`` or ``head``, for messages and the sidecar.
+        unroll: Passes in the graph.
+        linears: How many MatMuls by a weight the graph must hold: the model's linears times the passes.
+
+    Raises:
+        MissingDependencyError: The runtime, its version or the GPU that it needs is absent.
+        UnsupportedError: The runtime cannot compile for the profile's architecture.
+        BuildError: The graph is not what TensorRT compiles correctly, the builder failed, crashed or warned, or
+            the fused layers are not what the precision promises.
+    """
+    source = source_graph_from_file(graph_path)
+    if len(source.linears) != linears:
+        raise BuildError(f"{graph_path}: {linears} MatMuls by a weight expected, {len(source.linears)} found")
+    label = f"{profile.name} {graph_name}"
+    shapes = {spec.name: _shapes_of(spec, profile, graph_path) for spec in source.contract.inputs}
+    job = BuildJob(path=graph_path, label=label, profile=profile, contract=source.contract, shapes=shapes)
+    answer = _answer_from_builder(job)
+    layers = layers_from_text(answer.layer_text)
+    check_layers(layers, precision=profile.precision, linears=source.linears, products=source.products, engine=label)
+    sidecar = {
+        "graph": graph_name,
+        "unroll": unroll,
+        "linears": linears,
+        "runtime_version": answer.version,
+        **_sidecar(job),
+        "layers": summarize_layers(layers),
+    }
+    return CompiledEngine(plan=answer.plan, layers=layers, warnings=tuple(answer.warnings), sidecar=sidecar)
+
+
+def _shapes_of(spec: TensorSpec, profile: EngineProfile, path: Path) -> list[list[int]]:
+    """Return the min, opt and max shape of one input."""
+    ranges = {"batch": profile.batch, "seq": profile.seq}
+    unknown = [dim for dim in spec.dims if isinstance(dim, str) and dim not in ranges]
+    if unknown:
+        fix = "pass fix_capacity does that" if "capacity" in unknown else "batch and seq may be symbolic"
+        raise BuildError(f"{path}: input {spec}: {', '.join(unknown)} must be a number for TensorRT ({fix})")
+    sizes = [ranges[dim] if isinstance(dim, str) else (dim, dim, dim) for dim in spec.dims]
+    return [[size[i] for size in sizes] for i in range(3)]
+
+
+def _answer_from_builder(job: BuildJob) -> BuildAnswer:
+    """Run the builder in a process of its own and take its answer."""
+    paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
+    # utf-8: the job may hold any path. The path list: the very package that runs here, however it was found.
+    result = subprocess.run(
+        [sys.executable, "-m", "crt_export.engine.tensorrt_builder"],
+        input=job.to_json().encode(),
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
+    )
+    if result.returncode != 0 or len(result.stdout) < HEADER_LENGTH.size:
+        raise BuildError(_crash_message(job, result.returncode, result.stderr.decode(errors="replace")))
+    start = HEADER_LENGTH.size
+    end = start + HEADER_LENGTH.unpack_from(result.stdout)[0]
+    header = json.loads(result.stdout[start:end])
+    if "error" in header:
+        raise _DELIBERATE.get(header["error"], BuildError)(header["message"])
+    return BuildAnswer(plan=result.stdout[end:], **header)
+
+
+def _crash_message(job: BuildJob, code: int, printed: str) -> str:
+    """Say how the builder's process died, with the last of what it printed."""
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    tail = "\n".join(printed.strip().splitlines()[-10:]) or "it printed nothing"
+    return f"building {job.label}: the {job.profile.runtime} builder died with {cause} on {job.path}\n{tail}"
+
+
+def _sidecar(job: BuildJob) -> dict[str, Any]:
+    profile, contract = job.profile, job.contract.to_dict()
+    inputs = []
+    for entry in contract["inputs"]:
+        least, best, most = job.shapes[entry["name"]]
+        inputs.append({**entry, "min": least, "opt": best, "max": most})
+    return {
+        "target": profile.name,
+        "runtime": profile.runtime,
+        "compute_capability": profile.compute_capability,
+        "precision": profile.precision,
+        "capacity": profile.capacity,
+        "options": profile.to_dict()["options"],
+        "inputs": inputs,
+        "outputs": contract["outputs"],
+        "aliases": contract["aliases"],
+    }

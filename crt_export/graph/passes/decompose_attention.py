@@ -12,9 +12,9 @@ from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, UnsupportedError, problem_list
 from crt_export.profile import EngineProfile
 
-# Measured with TensorRT-RTX 1.7.1 for SM 8.0: no fused kernel for head_dim 8 (prefill), 68 and 70, or 1 to 3 heads.
+# Measured with TensorRT-RTX 1.7.1 for SM 8.0: no fused kernel for head_dim 8, 68, 70 and 512, or for 1 to 3 heads.
 _HEAD_DIM_MULTIPLE = 8
-_LEAST_HEAD_DIM = 16
+_HEAD_DIMS = range(16, 257)
 _FEWEST_HEADS = 4
 
 
@@ -35,8 +35,8 @@ def attention_form(profile: EngineProfile, config: ModelConfig) -> Literal["fuse
         obstacles.append(f"precision {profile.precision} computes attention in {profile.cache_dtype}, not float16")
     if config.head_dim % _HEAD_DIM_MULTIPLE:
         obstacles.append(f"head_dim {config.head_dim} is no multiple of {_HEAD_DIM_MULTIPLE}")
-    if config.head_dim < _LEAST_HEAD_DIM:
-        obstacles.append(f"head_dim {config.head_dim} is below {_LEAST_HEAD_DIM}")
+    if config.head_dim not in _HEAD_DIMS:
+        obstacles.append(f"head_dim {config.head_dim} is outside {_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}")
     if config.num_attention_heads < _FEWEST_HEADS:
         obstacles.append(f"{config.num_attention_heads} heads are fewer than {_FEWEST_HEADS}")
     if profile.attention == "fused" and obstacles:

@@ -110,7 +110,7 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
     builder: Builder = _builder(api, job, logger, log)
     flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network: INetworkDefinition = builder.create_network(flags)
-    parser: OnnxParser = _parse(api, job, network, logger)
+    parser: OnnxParser = _parse(api, job, network, logger, log)
     _check_network(api, job, network)
     config: IBuilderConfig = builder.create_builder_config()
     _configure(api, config, job.profile)
@@ -136,13 +136,13 @@ def _builder(api: Api, job: BuildJob, logger: ILogger, log: BuildLog) -> Builder
         raise MissingDependencyError(f"{need}; its builder does not start: {reason}") from error
 
 
-def _parse(api: Api, job: BuildJob, network: INetworkDefinition, logger: ILogger) -> OnnxParser:
+def _parse(api: Api, job: BuildJob, network: INetworkDefinition, logger: ILogger, log: BuildLog) -> OnnxParser:
     parser: OnnxParser = api.OnnxParser(network, logger)
     if not parser.parse_from_file(str(job.path)):
-        problems = []
+        problems = list(log.errors)
         for index in range(parser.num_errors):
             error: ParserError = parser.get_error(index)
-            problems.append(error.desc())
+            problems.append(f"node {error.node_name()} ({error.node_operator()}): {error.desc()}")
         raise BuildError(problem_list(f"parsing {job.path} for {job.label}", problems or ["no reason given"]))
     return parser
 

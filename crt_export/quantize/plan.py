@@ -19,7 +19,7 @@ from crt_export.quantize.smooth import FP16_LIMIT, Folded, fold
 
 @dataclass(frozen=True, kw_only=True)
 class W8A8Options:
-    """How W8A8 is done; the defaults are those that lost least on the demo (see the tests).
+    """How W8A8 is done; the defaults lost least on the demo (mean KL over its held-out text).
 
     Attributes:
         smooth: Fold channel outliers into the weights.

@@ -23,7 +23,7 @@ from crt_export.quantize import (
 )
 
 Exported = Callable[[str, torch.dtype], ir.Model]
-GRAPHS = ("step", "prefill", "prefill_pass", "head")
+GRAPHS = ("step", "prefill", "head")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_step_chain_is_the_emulated_half_precision_model(
     assert np.sqrt(np.mean((found - reference) ** 2)) < 0.02 * spread
 
 
-def test_one_pass_of_one_token_is_the_step(
+def test_a_prefill_of_one_token_is_the_step_at_any_number_of_passes(
     quantized: dict[str, tuple[ir.Model, int]], small: Checkpoint, run_graph: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     config = small.config
@@ -131,7 +131,7 @@ def test_one_pass_of_one_token_is_the_step(
     common = {"input_ids": np.array([[65], [66]]), "position": np.zeros(2, np.int64), "state": state, **caches}
     chunk = {"length": np.ones(2, np.int64), "hidden": np.zeros_like(state)}
     step = run_graph(quantized["step"][0], common)
-    prefill = run_graph(quantized["prefill_pass"][0], {**common, **chunk})
+    prefill = run_graph(quantized["prefill"][0], {**common, **chunk})
     assert np.array_equal(step["logits"], prefill["logits"])
     assert np.array_equal(step["next_state"], prefill["next_state"])
 

@@ -1,0 +1,190 @@
+"""The passes that give a graph its TensorRT form: they change the form and not the function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from crt_export.checkpoint import load_checkpoint
+from crt_export.config import ModelConfig
+from crt_export.errors import BuildError, UnsupportedError
+from crt_export.graph import check_contract, export_graph
+from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
+from crt_export.graph.passes.fix_capacity import fix_capacity
+from crt_export.graph.passes.separate_rotation import separate_rotation
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.profile import load_profile
+from crt_export.spec import graph_spec
+
+CAPACITY, SEQ, UNROLL, LAYERS = 12, 5, 3, 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Model:
+    return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def exported(model: Model) -> dict[str, ir.Model]:
+    return {name: export_graph(model, name, unroll=UNROLL) for name in ("step", "prefill", "head")}
+
+
+@pytest.fixture
+def graph(exported: dict[str, ir.Model]) -> Callable[[str], ir.Model]:
+    """``graph(name)``: a fresh copy."""
+    return lambda name: exported[name].clone()
+
+
+def inputs_of(graph: ir.Model) -> dict[str, np.ndarray]:
+    """Two rows in the middle of a text: caches, state and first iterate are not zero."""
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 2, "seq": SEQ, "capacity": CAPACITY}
+    special = {"position": np.array([3, 7]), "length": np.array([5, 2])}
+    values = {}
+    for value in graph.graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+        random = rng.integers(0, 255, shape) if value.dtype == ir.DataType.INT64 else rng.normal(size=shape)
+        values[value.name] = special.get(
+            value.name, random.astype(np.int64 if random.dtype.kind == "i" else np.float32)
+        )
+    return values
+
+
+def run(graph: ir.Model) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return {name: np.asarray(value) for name, value in zip(names, session.run(names, inputs_of(graph)), strict=True)}
+
+
+def operators(graph: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in graph.graph.all_nodes())
+
+
+def test_fixed_capacity_is_in_every_dim(graph: Callable[[str], ir.Model], model: Model) -> None:
+    for name in ("step", "prefill"):
+        fixed = graph(name)
+        fix_capacity(fixed, CAPACITY)
+        check_contract(fixed, graph_spec(name, model.config, "float32", CAPACITY))
+        assert "capacity" not in str(ir.to_proto(fixed).graph)
+        before, after = run(graph(name)), run(fixed)
+        assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_fixing_the_capacity_needs_one(graph: Callable[[str], ir.Model]) -> None:
+    with pytest.raises(BuildError, match="no input has the dim capacity"):
+        fix_capacity(graph("head"), CAPACITY)
+    with pytest.raises(BuildError, match="capacity must be at least 1 token, not 0"):
+        fix_capacity(graph("step"), 0)
+    fixed = graph("step")
+    fix_capacity(fixed, CAPACITY)
+    with pytest.raises(BuildError, match="no input has the dim capacity"):
+        fix_capacity(fixed, CAPACITY + 1)
+
+
+def test_decomposed_attention_computes_the_same(graph: Callable[[str], ir.Model]) -> None:
+    for name, nodes in (("step", LAYERS), ("prefill", LAYERS * UNROLL)):
+        decomposed = graph(name)
+        assert decompose_attention(decomposed) == nodes
+        found, original = operators(decomposed), operators(graph(name))
+        assert (found["Attention"], found["Softmax"]) == (0, nodes)
+        assert found["MatMul"] == original["MatMul"] + 2 * nodes
+        before, after = run(graph(name)), run(decomposed)
+        for key in before:
+            np.testing.assert_allclose(after[key], before[key], atol=2e-5, rtol=0, err_msg=key)
+
+
+def test_decomposed_half_attention_stays_finite_under_the_mask(tiny_checkpoint: Path) -> None:
+    half = export_graph(model_from_checkpoint(load_checkpoint(tiny_checkpoint), dtype=torch.float16), "step")
+    decompose_attention(half)
+    lowest = [
+        v.const_value.numpy() for name, v in half.graph.initializers.items() if v.const_value and "lowest" in name
+    ]
+    assert len(lowest) == LAYERS
+    assert all(value.dtype == np.float16 and value == np.float16(-65504) for value in lowest)
+
+
+def attention_of(graph: ir.Model) -> ir.Node:
+    return next(node for node in graph.graph if node.op_type == "Attention")
+
+
+def test_attention_of_another_form_is_refused_and_left_alone(graph: Callable[[str], ir.Model]) -> None:
+    def without_scale(node: ir.Node) -> None:
+        del node.attributes["scale"]
+
+    def causal(node: ir.Node) -> None:
+        node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+
+    def without_mask(node: ir.Node) -> None:
+        node.replace_input_with(3, None)
+
+    for edit, complaint in (
+        (without_scale, "no explicit scale"),
+        (causal, "is_causal = 1 is not supported"),
+        (without_mask, "3 inputs and 1 outputs"),
+    ):
+        edited = graph("step")
+        edit(attention_of(edited))
+        with pytest.raises(BuildError, match=complaint):
+            decompose_attention(edited)
+        assert operators(edited)["Attention"] == LAYERS
+
+
+def test_the_last_pass_gets_a_look_up_of_its_own(graph: Callable[[str], ir.Model]) -> None:
+    separated, original = graph("prefill"), graph("prefill")
+    moved = separate_rotation(separated)
+    assert moved == 8 * LAYERS  # cos and sin, each twice, for queries and keys of every layer
+    assert operators(separated)["Gather"] == operators(original)["Gather"] + 2
+    assert operators(separated)["Min"] == 1
+    before, after = run(original), run(separated)
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_one_pass_needs_no_look_up_of_its_own(graph: Callable[[str], ir.Model]) -> None:
+    step = graph("step")
+    before = operators(step)
+    assert separate_rotation(step) == 0
+    assert operators(step) == before
+
+
+def test_separating_a_rotation_needs_one(graph: Callable[[str], ir.Model]) -> None:
+    with pytest.raises(BuildError, match="no Gather from rope_cos or rope_sin"):
+        separate_rotation(graph("head"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({}, "decomposed"),  # head_dim 8
+        ({"hidden_size": 64}, "fused"),
+        ({"hidden_size": 128, "num_attention_heads": 8}, "fused"),
+        ({"hidden_size": 280}, "decomposed"),  # head_dim 70
+        ({"hidden_size": 128, "num_attention_heads": 2}, "decomposed"),
+        ({"hidden_size": 1024}, "fused"),  # head_dim 256
+        ({"hidden_size": 2048}, "decomposed"),  # head_dim 512
+    ],
+)
+def test_auto_takes_the_fused_form_where_there_is_a_kernel(
+    tiny_config: Callable[..., ModelConfig], changes: dict[str, int], form: str
+) -> None:
+    config = tiny_config(**changes)
+    profile = load_profile("rtx-sm80-fp16")
+    assert attention_form(profile, config) == form
+    assert attention_form(load_profile("rtx-sm80-int8"), config) == form
+    assert attention_form(load_profile("ort-cpu-fp32"), config) == "fused"
+    assert attention_form(dataclasses.replace(profile, attention="decomposed"), config) == "decomposed"
+    insisting = dataclasses.replace(profile, attention="fused")
+    if form == "fused":
+        assert attention_form(insisting, config) == "fused"
+        return
+    with pytest.raises(UnsupportedError, match='no kernel for attention = "fused"'):
+        attention_form(insisting, config)

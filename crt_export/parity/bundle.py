@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
 from crt_export.progress import Progress, no_progress
-from crt_export.text import TokenText, read_text, split_text
+from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import load_tokenizer
 
 REFERENCE_FOLDER = "reference"
@@ -65,7 +65,7 @@ def validate_bundle(
     reference = _reference(files, checkpoint)
     tokenizer = load_tokenizer(reference.path, reference.config)
     whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
-    held_out = _held_out(whole, files.manifest)
+    held_out = held_out_text(whole, files.manifest)
     return check_parity(reference, cases, held_out, options=options, tolerances=tolerances, progress=progress)
 
 
@@ -164,15 +164,28 @@ def _reference(files: BundleFiles, folder: Path | None) -> Checkpoint:
     return checkpoint
 
 
-def _held_out(whole: TokenText, manifest: dict[str, Any]) -> TokenText:
-    """The part of a text that this bundle was not calibrated on."""
-    recorded = (manifest["parity"] or {}).get("text", {})
-    offset, count = int(recorded.get("offset", 0)), int(recorded.get("tokens", 0))
-    part = TokenText(ids=np.ascontiguousarray(whole.ids[offset : offset + count]), source=whole.source, offset=offset)
-    if count and part.sha256 == recorded.get("sha256"):
-        return part
-    calibrated = any(target["profile"].get("precision") == "w8a8" for target in manifest["targets"].values())
-    if recorded or not calibrated:
+def held_out_text(whole: TokenText, manifest: Mapping[str, Any]) -> TokenText:
+    """The part of a text that a bundle was not calibrated on.
+
+    Args:
+        whole: The text to validate on.
+        manifest: The bundle's; its report names the part that was validated on, its options the calibrated one.
+    """
+    validated = _recognised((manifest["parity"] or {}).get("text"), whole)
+    if validated is not None:
+        return validated
+    calibrated = _recognised(manifest["options"].get("calibration"), whole)
+    if calibrated is None:
         return whole
-    # No report says what was calibrated on, so leave out what build would have taken of this text.
-    return split_text(whole, calibrate=True)[1]
+    # Build calibrates on the start of its text.
+    end = calibrated.offset + len(calibrated)
+    return TokenText(ids=np.ascontiguousarray(whole.ids[end:]), source=whole.source, offset=end)
+
+
+def _recognised(record: Mapping[str, Any] | None, whole: TokenText) -> TokenText | None:
+    """The part of a text that a record of offset, tokens and sha256 describes, if it is that text."""
+    if not record:
+        return None
+    offset, count = int(record.get("offset", 0)), int(record.get("tokens", 0))
+    part = TokenText(ids=np.ascontiguousarray(whole.ids[offset : offset + count]), source=whole.source, offset=offset)
+    return part if len(part) and part.sha256 == record.get("sha256") else None

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from crt_export.errors import ContractError
 from crt_export.parity.case import ParityCase
 from crt_export.parity.headroom import OBSERVED, largest_fp16_values
@@ -54,7 +56,9 @@ def check_target(
         progress: Told what runs and how many windows are done.
     """
     config, windows = reference.model.config, reference.windows
-    rollout = Rollout(case, config, windows, window_batch=options.window_batch, threads=options.threads)
+    # PyTorch's count honours OMP_NUM_THREADS, so that checks that run side by side do not fight for the cores.
+    threads = options.threads or torch.get_num_threads()
+    rollout = Rollout(case, config, windows, window_batch=options.window_batch, threads=threads)
     rows: dict[str, ParityRow] = {}
     scores: dict[str, Scores] = {}
     for regime in (STEP, PREFILL, PREFILL_PASS, HANDOVER):
@@ -75,7 +79,7 @@ def check_target(
     if case.half:
         for name in OBSERVED:
             progress(f"{case.target}: FP16 values of {name}", 0, windows.count)
-            rows[name], largest[name] = _with_headroom(rows[name], case, name, rollout, tolerances, options.threads)
+            rows[name], largest[name] = _with_headroom(rows[name], case, name, rollout, tolerances, threads)
     return TargetResult(rows=tuple(rows.values()), scores=scores, largest_fp16=largest)
 
 

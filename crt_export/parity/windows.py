@@ -21,7 +21,7 @@ class ParityOptions:
         window: Tokens per window, each a step of the teacher-forced chain; a smaller capacity shortens it.
         window_batch: Most windows per call.
         short_reason: Why fewer than 4,096 tokens or windows below 256 tokens are enough; part of the report.
-        threads: CPU threads, 0 for every core.
+        threads: CPU threads of ONNX Runtime, 0 for as many as PyTorch uses.
 
     Raises:
         InputError: A value is impossible, or a short run has no reason.

@@ -6,15 +6,14 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.graph import export_graph, write_graph, write_weights
-from crt_export.model import model_from_checkpoint
+from crt_export.checkpoint import Checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity
 from crt_export.text import TokenText
 
@@ -24,27 +23,10 @@ GRAPHS = ("step", "prefill", "prefill_pass", "head")
 Edit = Callable[[onnx.ModelProto], object]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
-    return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
-
-
-@pytest.fixture(scope="module")
-def built(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four FP32 graphs and their weight file."""
-    folder = tmp_path_factory.mktemp("built")
-    model = model_from_checkpoint(checkpoint)
-    graphs = {name: export_graph(model, name, unroll=2) for name in GRAPHS}
-    weights = write_weights(graphs, folder / "fp32.weights")
-    for name, graph in graphs.items():
-        write_graph(graph, folder / f"{name}.fp32.onnx", weights)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(heldout_text: Path) -> TokenText:
-    ids = np.frombuffer(heldout_text.read_bytes(), np.uint8).astype(np.int64)
-    return TokenText(ids=ids, source="heldout.txt")
+@pytest.fixture
+def built(parity_bundle: Path) -> Path:
+    """The four FP32 graphs of a bundle and their weight file."""
+    return parity_bundle / "graphs"
 
 
 @pytest.fixture
@@ -53,8 +35,8 @@ def copy(built: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(checkpoint: Checkpoint, text: TokenText) -> Callable[..., ParityReport]:
-    def run(folder: Path, **changes: object) -> ParityReport:
+def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., ParityReport]:
+    def run(folder: Path, **changes: Any) -> ParityReport:
         case = ParityCase(
             target="ort-cpu-fp32",
             runtime="onnxruntime",
@@ -62,9 +44,9 @@ def check(checkpoint: Checkpoint, text: TokenText) -> Callable[..., ParityReport
             graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
             unroll=2,
             cache_dtype="float32",
-            cache_head_dim=checkpoint.config.head_dim,
+            cache_head_dim=parity_checkpoint.config.head_dim,
         )
-        return check_parity(checkpoint, [dataclasses.replace(case, **changes)], text, options=OPTIONS)
+        return check_parity(parity_checkpoint, [dataclasses.replace(case, **changes)], real_text, options=OPTIONS)
 
     return run
 
@@ -128,14 +110,14 @@ def test_sound_files_pass_in_every_regime(built: Path, check: Callable[..., Pari
 
 
 def test_windows_in_small_batches_give_the_same_figures(
-    built: Path, checkpoint: Checkpoint, text: TokenText, check: Callable[..., ParityReport]
+    built: Path, parity_checkpoint: Checkpoint, real_text: TokenText, check: Callable[..., ParityReport]
 ) -> None:
     whole = _row(check(built), "handover")
     case = ParityCase(
         target="ort-cpu-fp32", runtime="onnxruntime", precision="fp32", unroll=2, cache_dtype="float32",
-        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS}, cache_head_dim=checkpoint.config.head_dim,
+        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS}, cache_head_dim=parity_checkpoint.config.head_dim,
     )  # fmt: skip
-    parts = check_parity(checkpoint, [case], text, options=dataclasses.replace(OPTIONS, window_batch=3))
+    parts = check_parity(parity_checkpoint, [case], real_text, options=dataclasses.replace(OPTIONS, window_batch=3))
     assert _row(parts, "handover").nll == pytest.approx(whole.nll, abs=1e-6)
     assert _row(parts, "handover").tokens == whole.tokens
 

@@ -64,12 +64,12 @@ def test_equivalence_needs_the_whole_interval_inside() -> None:
     assert not Interval(mean=0, low=-1.1, high=0.9).within(1)
 
 
-def _scores(windows: int = 4, positions: int = 8, **changes: Any) -> Scores:
+def _scores(**changes: Any) -> Scores:
     full = {
         "nll": 2.0, "reference_nll": 2.0, "kl": 0.0, "largest_error": 0.0, "mean_error": 0.0, "margin": 1.0,
         "agrees": 1.0,
     }  # fmt: skip
-    arrays = {name: np.full((windows, positions), changes.pop(name, value)) for name, value in full.items()}
+    arrays = {name: np.full((4, 8), changes.pop(name, value)) for name, value in full.items()}
     return Scores(start=0, **arrays)
 
 
@@ -144,7 +144,7 @@ def test_regime_gap_is_judged_against_the_gap_of_fp32() -> None:
 
 def test_tolerances_are_those_the_project_promises() -> None:
     limits = load_tolerances()
-    assert limits.precisions["fp32"].max_abs_logit_error == 1e-3
+    assert (limits.precisions["fp32"].max_abs_logit_error or 1) <= 1e-3
     promised = {"fp16": (0.001, 0.995), "w8": (0.002, 0.98), "w8a8": (0.005, 0.975)}
     for name, (delta_nll, top1) in promised.items():
         assert limits.precisions[name].delta_nll <= delta_nll
@@ -158,12 +158,12 @@ def test_tolerances_are_those_the_project_promises() -> None:
     [
         ("[fp16.delta_nll]", "[fp16.delta_nlll]", "unknown key 'delta_nlll'"),
         ("[fp16.delta_nll]", "[fp16.delta_nlll]", "[fp16] has no delta_nll"),
-        ("limit = 0.995", "limit = 1.5", "a share and at most 1"),
-        ("limit = 1e-3", "limit = -1", "greater than 0"),
-        ("limit = 1e-3", 'limit = "small"', "greater than 0"),
+        ("limit = 0.998", "limit = 1.5", "a share and at most 1"),
+        ("limit = 5e-4", "limit = -1", "greater than 0"),
+        ("limit = 5e-4", 'limit = "small"', "greater than 0"),
         ("[shared.near_tie_margin]", "[common.near_tie_margin]", "unknown table [common]"),
-        ('reason = "Nats per token, 0.1 % of perplexity."', 'reason = ""', "reason must say why"),
-        ('reason = "Nats per token, 0.1 % of perplexity."', "", "must be { limit = NUMBER, reason = TEXT }"),
+        ("reason = ", 'reason = ""  # ', "reason must say why"),
+        ("reason = ", "# ", "must be { limit = NUMBER, reason = TEXT }"),
         ("[fp16.delta_nll]", "[fp16.delta_nll", "expected a TOML file of tolerances"),
     ],
 )

@@ -15,6 +15,7 @@ from crt_export.errors import BuildError
 from crt_export.graph import check_contract
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
+from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.parity import ParityCase, case_from_profile
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
@@ -131,6 +132,7 @@ def _write_target_form(
     """Write the graph as this target compiles it; it shares the weight file of its precision."""
     graph = ir.load(folder / file.file)
     fix_capacity(graph, profile.capacity)
+    separate_rotation(graph)
     if attention == "decomposed":
         decompose_attention(graph)
     check_contract(graph, graph_spec(file.form.graph, config, profile.cache_dtype, profile.capacity))

@@ -18,7 +18,8 @@ A message says what was expected, what was found, where, and how to fix it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class CrtExportError(Exception):
@@ -52,9 +53,17 @@ class BuildError(CrtExportError):
 
 
 class ParityError(CrtExportError):
-    """The built result does not agree with PyTorch within its tolerance."""
+    """The built result does not agree with PyTorch within its tolerance.
+
+    Attributes:
+        report: The parity report as JSON-ready values, every row of it; empty if there is none.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = dict(report or {})
 
 
 class MissingDependencyError(CrtExportError):

@@ -86,7 +86,6 @@ def _validated(
     limits = ParityOptions(validation_tokens=options.validation_tokens)
     report = check_parity(checkpoint, cases, text, options=limits, progress=progress)
     if not report.passed:
-        raise ParityError(
-            problem_list("the built graphs do not agree with PyTorch FP32, no bundle was written", report.failures)
-        )
+        heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"
+        raise ParityError(problem_list(heading, report.failures), report.to_dict())
     return report

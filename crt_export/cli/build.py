@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
-from crt_export.cli.options import PATH, json_option, require_one_text, text_options
-from crt_export.cli.tables import bundle_document, write_bundle_tables
+from crt_export.cli.options import PATH, json_option, require_one_text, text_options, validation_tokens_option
+from crt_export.cli.tables import bundle_document, write_bundle_tables, write_parity_table
 
 
 @click.command()
@@ -25,6 +25,7 @@ from crt_export.cli.tables import bundle_document, write_bundle_tables
 @text_options
 @click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds.")
 @click.option("--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps.")
+@validation_tokens_option
 @click.option("--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle.")
 @click.option("--no-reference", is_flag=True, help="Leave the checkpoint out of the bundle.")
 @json_option
@@ -36,6 +37,7 @@ def build(
     tokens: Path | None,
     capacity: int | None,
     unroll: int | None,
+    validation_tokens: int,
     unvalidated: bool,
     no_reference: bool,
     as_json: bool,
@@ -46,6 +48,7 @@ def build(
     """
     require_one_text(text, tokens)
     from crt_export.bundle import open_bundle
+    from crt_export.errors import ParityError
     from crt_export.pipeline import BuildOptions
     from crt_export.pipeline import build as build_bundle
 
@@ -59,10 +62,18 @@ def build(
         unroll=unroll,
         validated=not unvalidated,
         reference=not no_reference,
+        validation_tokens=validation_tokens,
     )
     started = time.monotonic()
-    with reserved_stdout(as_json), ProgressLine() as progress:
-        build_bundle(options, progress=progress)
+    try:
+        with reserved_stdout(as_json), ProgressLine() as progress:
+            build_bundle(options, progress=progress)
+    except ParityError as error:
+        if as_json:
+            write_json(error.report)
+        else:
+            write_parity_table(error.report)
+        raise
     click.echo(f"built in {time.monotonic() - started:.0f} s", err=True)
     bundle = open_bundle(output, allow_unvalidated=True)
     if as_json:

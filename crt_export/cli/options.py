@@ -26,6 +26,18 @@ def text_options(command: Command) -> Command:
     return text(tokens(command))
 
 
+def validation_tokens_option(command: Command) -> Command:
+    """``--validation-tokens``; the package checks the number."""
+    return click.option(
+        "--validation-tokens",
+        type=int,
+        default=4096,
+        show_default=True,
+        metavar="N",
+        help="Held-out tokens that every comparison scores, at least 4096.",
+    )(command)
+
+
 def require_one_text(text: Path | None, tokens: Path | None) -> None:
     """Refuse ``--text`` together with ``--tokens``."""
     if text is not None and tokens is not None:

@@ -68,6 +68,7 @@ def check_parity(
         row, note = half_row(checkpoint, reference, residual_dtype, tolerances, progress)
         rows.append(row)
         notes += note
+    progress("PyTorch FP32: regime gap", 0, windows.count)
     gaps = {count: reference_gap_rows(reference, count) for count in sorted(passes)}
     rows += [row for count in gaps for row, _ in gaps[count]]
     largest = {}

@@ -19,9 +19,9 @@ from crt_export.engine.layer_check import check_layers
 from crt_export.engine.layers import Layer, layers_from_text, summarize_layers
 from crt_export.engine.source_graph import source_graph_from_file
 from crt_export.engine.tensorrt_builder import HEADER_LENGTH, BuildAnswer, BuildJob
-from crt_export.errors import BuildError
+from crt_export.errors import BuildError, problem_list
 from crt_export.profile import EngineProfile
-from crt_export.spec import TensorSpec
+from crt_export.spec import GraphSpec, TensorSpec
 
 _DELIBERATE = {cls.__name__: cls for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError)}
 
@@ -64,6 +64,7 @@ def build_engine(
     source = source_graph_from_file(graph_path)
     if len(source.linears) != linears:
         raise BuildError(f"{graph_path}: {linears} MatMuls by a weight expected, {len(source.linears)} found")
+    _check_capacity(source.contract, profile, graph_path)
     label = f"{profile.name} {graph_name}"
     shapes = {spec.name: _shapes_of(spec, profile, graph_path) for spec in source.contract.inputs}
     job = BuildJob(path=graph_path, label=label, profile=profile, contract=source.contract, shapes=shapes)
@@ -81,13 +82,21 @@ def build_engine(
     return CompiledEngine(plan=answer.plan, layers=layers, warnings=tuple(answer.warnings), sidecar=sidecar)
 
 
+def _check_capacity(contract: GraphSpec, profile: EngineProfile, path: Path) -> None:
+    caches = {past for _, past in contract.aliases}
+    wrong = [str(spec) for spec in contract.inputs if spec.name in caches and spec.dims[-2] != profile.capacity]
+    if wrong:
+        raise BuildError(
+            problem_list(f"{path}: caches for {profile.capacity} tokens expected (pass fix_capacity)", wrong)
+        )
+
+
 def _shapes_of(spec: TensorSpec, profile: EngineProfile, path: Path) -> list[list[int]]:
     """Return the min, opt and max shape of one input."""
     ranges = {"batch": profile.batch, "seq": profile.seq}
     unknown = [dim for dim in spec.dims if isinstance(dim, str) and dim not in ranges]
     if unknown:
-        fix = "pass fix_capacity does that" if "capacity" in unknown else "batch and seq may be symbolic"
-        raise BuildError(f"{path}: input {spec}: {', '.join(unknown)} must be a number for TensorRT ({fix})")
+        raise BuildError(f"{path}: input {spec}: {', '.join(unknown)} must be a number for TensorRT")
     sizes = [ranges[dim] if isinstance(dim, str) else (dim, dim, dim) for dim in spec.dims]
     return [[size[i] for size in sizes] for i in range(3)]
 

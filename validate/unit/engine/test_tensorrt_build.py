@@ -197,12 +197,25 @@ def test_the_count_of_linears_is_checked_first(tmp_path: Path) -> None:
         build_engine(path, fp16(), graph_name="step", unroll=1, linears=3)
 
 
-def test_a_symbolic_capacity_is_refused(tmp_path: Path) -> None:
+def test_a_symbolic_dim_without_a_range_is_refused(tmp_path: Path) -> None:
     network = Network()
-    x = network.input("x", HALF, ["capacity", WIDTH])
+    x = network.input("x", HALF, ["beam", WIDTH])
     path = network.write(tmp_path / "open.onnx", network.linear("up", x, HALF), HALF)
-    with pytest.raises(BuildError, match="capacity must be a number for TensorRT"):
+    with pytest.raises(BuildError, match="beam must be a number for TensorRT"):
         build_engine(path, fp16(), graph_name="step", unroll=1, linears=1)
+
+
+@pytest.mark.parametrize("capacity", ["capacity", 16])
+def test_a_cache_of_another_capacity_is_refused(tmp_path: Path, capacity: str | int) -> None:
+    network = Network()
+    past = network.input("past", HALF, ["batch", 4, capacity, 16])
+    update = network.input("update", HALF, ["batch", 4, 1, 16])
+    network.node("TensorScatter", [past, update, network.input("position", TensorProto.INT64, ["batch"])], "present")
+    path = network.write(tmp_path / "cache.onnx", "present", HALF, ("batch", 4, capacity, 16))
+    with pytest.raises(
+        BuildError, match=rf"caches for 32 tokens expected .*: past: float16 \[batch, 4, {capacity}, 16\]"
+    ):
+        build_engine(path, fp16(), graph_name="step", unroll=1, linears=0)
 
 
 def test_products_need_names_of_their_own(tmp_path: Path) -> None:

@@ -14,12 +14,10 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.layer_check import is_int8_gemm
 from crt_export.engine.tensorrt import CompiledEngine, build_engine
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter, write_graph, write_weights
-from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
+from crt_export.graph import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.graph.passes.separate_rotation import separate_rotation
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.profile import EngineProfile, load_profile
+from crt_export.model import model_from_checkpoint
+from crt_export.profile import load_profile
 from crt_export.quantize import calibrate, calibration_windows, expected_matmuls, plan_w8a8, quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
@@ -28,23 +26,6 @@ UNROLL = 2
 # Four heads of 16: the smallest size with a fused attention kernel. Two layers: what the builder's cycle needs.
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "unroll_steps": UNROLL}
 Compile = Callable[..., CompiledEngine]
-
-
-def written(graph: ir.Model, folder: Path) -> Path:
-    path = folder / f"{graph.graph.name}.onnx"
-    write_graph(graph, path, write_weights({path.name: graph}, folder / f"{path.stem}.weights"))
-    return path
-
-
-def compile_graph(graph: ir.Model, model: Model, profile: EngineProfile, folder: Path) -> CompiledEngine:
-    """Give a graph the target's form and compile it."""
-    name, unroll = str(graph.graph.name), UNROLL if graph.graph.name == "prefill" else 1
-    fix_capacity(graph, profile.capacity)
-    separate_rotation(graph)
-    if attention_form(profile, model.config) == "decomposed":
-        decompose_attention(graph)
-    linears = expected_matmuls(model.config, name, unroll)
-    return build_engine(written(graph, folder), profile, graph_name=name, unroll=unroll, linears=linears)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +39,13 @@ def graphs(small: Path) -> dict[str, ir.Model]:
     return {name: exporter.graph(name, unroll=UNROLL if name == "prefill" else 1) for name in ("step", "prefill")}
 
 
-def test_fp16_step_and_prefill(small: Path, graphs: dict[str, ir.Model], tmp_path: Path) -> None:
+def test_fp16_step_and_prefill(
+    small: Path, graphs: dict[str, ir.Model], compile_graph: Compile, tmp_path: Path
+) -> None:
     model = model_from_checkpoint(load_checkpoint(small))
     profile = load_profile("rtx-sm80-fp16").with_capacity(32)
     for name, attentions in (("step", 2), ("prefill", 2 * UNROLL)):
-        engine = compile_graph(graphs[name].clone(), model, profile, tmp_path)
+        engine = compile_graph(graphs[name].clone(), model.config, profile, tmp_path)
         assert engine.sidecar["layers"]["attention float16 -> float16"] == attentions
         assert engine.sidecar["aliases"] == [
             [f"present_key_values.{i}.{side}", f"past_key_values.{i}.{side}"]
@@ -74,7 +57,9 @@ def test_fp16_step_and_prefill(small: Path, graphs: dict[str, ir.Model], tmp_pat
         assert seq == (([1, 1], [4, 1]) if name == "step" else ([1, 1], [4, 32]))
 
 
-def test_int8_step_and_prefill(small: Path, graphs: dict[str, ir.Model], train_text: Path, tmp_path: Path) -> None:
+def test_int8_step_and_prefill(
+    small: Path, graphs: dict[str, ir.Model], train_text: Path, compile_graph: Compile, tmp_path: Path
+) -> None:
     model = model_from_checkpoint(load_checkpoint(small))
     tokens = np.frombuffer(train_text.read_bytes(), np.uint8).astype(np.int64)
     plan = plan_w8a8(model, calibrate(model, calibration_windows(tokens, seq=32), unroll=UNROLL))
@@ -82,7 +67,7 @@ def test_int8_step_and_prefill(small: Path, graphs: dict[str, ir.Model], train_t
     for name in ("step", "prefill"):
         graph = graphs[name].clone()
         count = quantize_w8a8(graph, plan)
-        engine = compile_graph(graph, model, profile, tmp_path)
+        engine = compile_graph(graph, model.config, profile, tmp_path)
         assert engine.sidecar["linears"] == count
         gemms = [layer for layer in engine.layers if is_int8_gemm(layer)]
         # One GEMM serves query, key and value, so there are two fewer per layer and pass than linears.
@@ -92,7 +77,7 @@ def test_int8_step_and_prefill(small: Path, graphs: dict[str, ir.Model], train_t
 
 
 def test_the_builder_still_needs_a_rotation_of_the_last_pass_own(
-    graphs: dict[str, ir.Model], small: Path, tmp_path: Path
+    graphs: dict[str, ir.Model], small: Path, write_alone: Callable[[ir.Model, Path], Path], tmp_path: Path
 ) -> None:
     """Without the pass separate_rotation it crashes; its death is an error here, not the end of the process."""
     graph = graphs["prefill"].clone()
@@ -100,25 +85,4 @@ def test_the_builder_still_needs_a_rotation_of_the_last_pass_own(
     fix_capacity(graph, profile.capacity)
     linears = expected_matmuls(load_checkpoint(small).config, "prefill", UNROLL)
     with pytest.raises(BuildError, match=r"(died with signal|uses before defs)"):
-        build_engine(written(graph, tmp_path), profile, graph_name="prefill", unroll=UNROLL, linears=linears)
-
-
-def test_the_published_size_with_70_wide_heads(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """D=5, C=1120, 16 heads: no fused kernel, so attention is decomposed. Random weights, small vocabulary."""
-    checkpoint = make_checkpoint(
-        hidden_size=1120,
-        num_hidden_layers=5,
-        num_attention_heads=16,
-        intermediate_size=4480,
-        correction_intermediate_size=4480,
-        vocab_size=256,
-        unroll_steps=UNROLL,
-    )
-    model = model_from_checkpoint(load_checkpoint(checkpoint), torch.float16)
-    assert model.config.head_dim == 70
-    exporter = GraphExporter(model)
-    profile = load_profile("rtx-sm80-fp16").with_capacity(64)
-    for name, gemms in (("step", 23), ("prefill", 22 * UNROLL + 1)):
-        graph = exporter.graph(name, unroll=UNROLL if name == "prefill" else 1)
-        engine = compile_graph(graph, model, profile, tmp_path)
-        assert engine.sidecar["layers"]["gemm float16 -> float16"] == gemms
+        build_engine(write_alone(graph, tmp_path), profile, graph_name="prefill", unroll=UNROLL, linears=linears)

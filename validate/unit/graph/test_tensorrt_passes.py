@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
+from onnx import TensorProto, helper
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
@@ -103,14 +103,25 @@ def test_decomposed_attention_computes_the_same(graph: Callable[[str], ir.Model]
             np.testing.assert_allclose(after[key], before[key], atol=2e-5, rtol=0, err_msg=key)
 
 
-def test_decomposed_half_attention_stays_finite_under_the_mask(tiny_checkpoint: Path) -> None:
-    half = export_graph(model_from_checkpoint(load_checkpoint(tiny_checkpoint), dtype=torch.float16), "step")
-    decompose_attention(half)
-    lowest = [
-        v.const_value.numpy() for name, v in half.graph.initializers.items() if v.const_value and "lowest" in name
-    ]
-    assert len(lowest) == LAYERS
-    assert all(value.dtype == np.float16 and value == np.float16(-65504) for value in lowest)
+def test_decomposed_half_attention_stays_finite_under_the_mask() -> None:
+    """Scores near the end of FP16 on both sides of a mask, and a query that may attend to nothing."""
+    names = ("q", "k", "v")
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, 1, 2, 4]) for name in names]
+    inputs.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, [1, 1, 2, 2]))
+    node = helper.make_node("Attention", [*names, "mask"], ["y"], name="attention", scale=1.0)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 1, 2, 4])
+    proto = helper.make_graph([node], "half", inputs, [output])
+    opset = [helper.make_opsetid("", 24)]
+    graph = ir.from_proto(helper.make_model(proto, opset_imports=opset, ir_version=10))
+    assert decompose_attention(graph) == 1
+    values = {name: np.full((1, 1, 2, 4), 100, np.float16) for name in names}
+    values["k"][0, 0, 0] = -100  # the score of the allowed key is -40000, of the masked one +40000
+    values["v"][0, 0, 1] = 7
+    values["mask"] = np.array([[[[True, False], [False, False]]]])
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = (np.asarray(value) for value in session.run(None, values))
+    assert y.dtype == np.float16
+    assert y[0, 0, :, 0].tolist() == [100, 53.5]  # the allowed value; the mean of both where nothing is allowed
 
 
 def attention_of(graph: ir.Model) -> ir.Node:

@@ -72,7 +72,7 @@ def target_gap_rows(
         span = slice(*reference_row.positions)
         own, gap = gap_row(row, result.scores[STEP], result.scores[PREFILL], span)
         trained = config.training_sequence_length
-        gated = trained is None or span.stop <= trained
+        gated = result.scores[STEP].better_than_chance and (trained is None or span.stop <= trained)
         rows.append(gate_gap(own, gap, reference_gap, limit if gated else None))
     return rows
 

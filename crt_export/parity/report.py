@@ -35,12 +35,15 @@ class ParityRow:
         reference_perplexity: exp(reference_nll).
         max_abs_logit_error: Largest |logit difference|.
         mean_abs_logit_error: Mean |logit difference|.
+        relative_logit_error: mean_abs_logit_error over the standard deviation of the reference's logits.
         mean_kl: Mean Kullback-Leibler divergence, nats.
         top1_agreement: Share of the counted tokens with the reference's best token.
         top1_tokens: Tokens whose margin in the reference exceeds near_tie_margin.
         near_tie_margin: That margin, logits.
         arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU).
         status: ``run``, or ``compiled`` for an engine that cannot run here.
+        better_than_chance: Whether the reference predicts the text better than a uniform guess. Where it does not,
+            delta_nll is reported and not gated: errors cancel to first order only in a model that fits the text.
         passed: None where nothing is gated.
         failures: Sentences, empty if none.
         positions: Positions in the window the row covers, [first, last + 1].
@@ -66,12 +69,14 @@ class ParityRow:
     reference_perplexity: float | None = None
     max_abs_logit_error: float | None = None
     mean_abs_logit_error: float | None = None
+    relative_logit_error: float | None = None
     mean_kl: float | None = None
     top1_agreement: float | None = None
     top1_tokens: int | None = None
     near_tie_margin: float | None = None
     arithmetic: str | None = None
     status: str = RUN
+    better_than_chance: bool | None = None
     passed: bool | None = None
     failures: tuple[str, ...] = ()
     positions: tuple[int, int] | None = None

@@ -99,7 +99,9 @@ def _with_figures(row: ParityRow, scores: Scores, margin: float) -> tuple[Parity
         **_likelihoods(scores.nll, scores.reference_nll, interval),
         max_abs_logit_error=float(scores.largest_error.max()),
         mean_abs_logit_error=float(scores.mean_error.mean()),
+        relative_logit_error=float(scores.mean_error.mean() / max(scores.spread.mean(), np.finfo(np.float32).tiny)),
         mean_kl=float(scores.kl.mean()),
+        better_than_chance=scores.better_than_chance,
         top1_tokens=int(counted.sum()),
         top1_agreement=float(scores.agrees[counted].mean()) if counted.any() else None,
     ), interval
@@ -123,7 +125,7 @@ def _perplexity(nll: float) -> float:
 
 def _gate_failures(row: ParityRow, interval: Interval, limits: Tolerance) -> list[str]:
     failures = []
-    if not interval.within(limits.delta_nll):
+    if row.better_than_chance and not interval.within(limits.delta_nll):
         failures.append(
             f"95 % interval of delta NLL [{interval.low:.3g}, {interval.high:.3g}] nat is not within "
             f"+-{limits.delta_nll:g}"
@@ -133,6 +135,12 @@ def _gate_failures(row: ParityRow, interval: Interval, limits: Tolerance) -> lis
     elif row.top1_agreement < limits.top1_agreement:
         failures.append(
             f"top-1 agreement {row.top1_agreement:.2%} of {row.top1_tokens} tokens is below {limits.top1_agreement:.2%}"
+        )
+    relative = row.relative_logit_error
+    if relative is not None and not relative <= limits.relative_logit_error:
+        failures.append(
+            f"mean |logit error| is {relative:.3g} of the logits' standard deviation, above "
+            f"{limits.relative_logit_error:g}"
         )
     error = row.max_abs_logit_error
     if limits.max_abs_logit_error is not None and error is not None and not error <= limits.max_abs_logit_error:

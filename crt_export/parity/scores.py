@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +23,20 @@ class Scores:
         kl: Kullback-Leibler divergence of the reference's distribution from this one, nats.
         largest_error: Largest |logit difference|.
         mean_error: Mean |logit difference| over the vocabulary.
+        spread: Standard deviation of the reference's logits over the vocabulary.
         margin: Distance of the reference's two best logits.
         agrees: 1.0 where both have the same best token, else 0.0.
+        vocab: Size of the vocabulary.
     """
 
     start: int
+    vocab: int
     nll: np.ndarray
     reference_nll: np.ndarray
     kl: np.ndarray
     largest_error: np.ndarray
     mean_error: np.ndarray
+    spread: np.ndarray
     margin: np.ndarray
     agrees: np.ndarray
 
@@ -39,6 +44,11 @@ class Scores:
     def compared(self) -> np.ndarray:
         """Which tokens were compared, bool [windows, positions]; a comparison that gave NaN does count."""
         return ~np.isnan(self.margin)
+
+    @property
+    def better_than_chance(self) -> bool:
+        """Whether the reference predicts this text better than a uniform guess would."""
+        return float(self.reference_nll.mean()) < math.log(self.vocab)
 
 
 class Scorer:
@@ -49,7 +59,7 @@ class Scorer:
         self.reference, self.regime, self.passes = reference, regime, passes
         self.start = first_position(regime, reference.windows.length)
         shape = (reference.windows.count, reference.windows.length - self.start)
-        names = ("nll", "reference_nll", "kl", "largest_error", "mean_error", "margin", "agrees")
+        names = ("nll", "reference_nll", "kl", "largest_error", "mean_error", "spread", "margin", "agrees")
         self._arrays = {name: np.full(shape, np.nan) for name in names}
         self._targets = torch.from_numpy(reference.windows.targets)
         self.problems: list[str] = []
@@ -73,7 +83,7 @@ class Scorer:
 
     def scores(self) -> Scores:
         """Everything compared so far."""
-        return Scores(start=self.start, **self._arrays)
+        return Scores(start=self.start, vocab=self.reference.model.config.vocab_size, **self._arrays)
 
     def _note_non_finite(self, found: Tensor, windows: slice, position: int) -> None:
         bad = ~torch.isfinite(found).all(dim=-1)
@@ -96,6 +106,7 @@ def _token_scores(found: Tensor, expected: Tensor, targets: Tensor) -> dict[str,
         "kl": (log_expected.exp() * (log_expected - log_found)).sum(dim=-1),
         "largest_error": error.amax(dim=-1).double(),
         "mean_error": error.mean(dim=-1).double(),
+        "spread": expected.double().std(dim=-1),
         "margin": (best.values[..., 0] - best.values[..., 1]).double(),
         "agrees": (found.argmax(dim=-1) == best.indices[..., 0]).double(),
     }

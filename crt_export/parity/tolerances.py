@@ -27,6 +27,8 @@ class Tolerance:
         gap_delta_nll: The same as ``delta_nll`` for how much further apart the two regimes are than in FP32, nats.
         consistency: Largest |difference| between two forms of one computation inside a target (prefill against
             calls of prefill_pass, its logits against head), relative to the largest |value|.
+        relative_logit_error: Largest mean |logit difference| in units of the standard deviation of the reference's
+            logits. Independent of what the text says, so it also judges models that predict it worse than chance.
         max_abs_logit_error: Largest |logit difference|; None is not gated.
     """
 
@@ -34,6 +36,7 @@ class Tolerance:
     top1_agreement: float
     gap_delta_nll: float
     consistency: float
+    relative_logit_error: float
     max_abs_logit_error: float | None = None
 
 

@@ -66,11 +66,11 @@ def test_equivalence_needs_the_whole_interval_inside() -> None:
 
 def _scores(**changes: Any) -> Scores:
     full = {
-        "nll": 2.0, "reference_nll": 2.0, "kl": 0.0, "largest_error": 0.0, "mean_error": 0.0, "margin": 1.0,
-        "agrees": 1.0,
+        "nll": 2.0, "reference_nll": 2.0, "kl": 0.0, "largest_error": 0.0, "mean_error": 0.0, "spread": 1.0,
+        "margin": 1.0, "agrees": 1.0,
     }  # fmt: skip
     arrays = {name: np.full((4, 8), changes.pop(name, value)) for name, value in full.items()}
-    return Scores(start=0, **arrays)
+    return Scores(start=0, vocab=256, **arrays)
 
 
 def _row(precision: str = "fp32") -> ParityRow:
@@ -212,3 +212,25 @@ def test_a_foreign_report_is_refused() -> None:
         ParityReport.from_dict({"rows": [], "verdict": "fine"})
     with pytest.raises(BundleError, match="a row cannot be read"):
         ParityReport.from_dict({"rows": [{"target": "t"}], "tolerances": {}, "text": {}})
+
+
+def test_likelihood_gates_only_models_that_predict_better_than_chance() -> None:
+    """A random model is worse than a uniform guess: there an error of the logits shifts the mean to first order."""
+    noise = np.random.default_rng(0).normal(0.01, 1e-4, (4, 8))
+    fits, guesses = 5.0, 6.0  # a uniform guess over 256 tokens costs ln 256 = 5.545 nat
+    row = row_from_scores(_row("w8"), _scores(nll=fits + noise, reference_nll=fits), load_tolerances(), ())
+    assert row.better_than_chance
+    assert "delta NLL" in row.failures[0]
+    row = row_from_scores(_row("w8"), _scores(nll=guesses + noise, reference_nll=guesses), load_tolerances(), ())
+    assert not row.better_than_chance
+    assert row.passed
+    assert row.delta_nll == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("reference_nll", [2.0, 9.0])
+def test_relative_logit_error_gates_every_model(reference_nll: float) -> None:
+    scores = _scores(nll=reference_nll, reference_nll=reference_nll, mean_error=0.1, spread=2.0)
+    row = row_from_scores(_row("w8a8"), scores, load_tolerances(), ())
+    assert row.relative_logit_error == pytest.approx(0.05)
+    assert row.passed is False
+    assert "standard deviation" in row.failures[0]

@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 # --- tests ----------------------------------------------------------------------------------------------------
 # One thread per worker: two test processes that each use every core are slower than one.
 test: lint $(VENV)/.installed bindings
-	CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" OMP_NUM_THREADS=1 \
+	CRT_EXPORT_REQUIRE_BINDINGS=1 CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev

@@ -50,7 +50,8 @@ class Exported:
         session = self.sessions[name]
         known = {value.name for value in session.get_inputs()}
         names = [value.name for value in session.get_outputs()]
-        return dict(zip(names, session.run(names, {k: v for k, v in inputs.items() if k in known}), strict=True))
+        values = session.run(names, {k: v for k, v in inputs.items() if k in known})
+        return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
     def caches(self, batch: int) -> Arrays:
         config = self.model.config
@@ -165,6 +166,7 @@ def test_repeated_pass_is_the_unrolled_prefill(exported: Exported, ids: np.ndarr
         pytest.skip("a plain transformer has one pass")
     feed = {"input_ids": ids, "length": np.array([9, 4, 0]), **exported.start(3, 9)}
     expected = exported.run("prefill", **feed)
+    out: Arrays = {}
     for _ in range(UNROLL):
         out = exported.run("prefill_pass", **feed)
         feed["hidden"] = out["next_hidden"]
@@ -201,6 +203,8 @@ def test_all_graphs_share_one_weight_file(exported: Exported) -> None:
             if not isinstance(tensor, ir.ExternalTensor):
                 assert not is_weight(weight), f"{name}: {weight} is stored inline"
                 continue
+            assert tensor.offset is not None
+            assert tensor.length is not None
             digest = hashlib.sha256(data[tensor.offset : tensor.offset + tensor.length]).hexdigest()
             entry = (tensor.location, tensor.offset, tensor.length, digest)
             assert seen.setdefault(weight, entry) == entry, f"{name}: {weight}"

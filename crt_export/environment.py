@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,6 +121,17 @@ def environment_problems() -> list[str]:
                 f"pip install --upgrade 'crt-export[{dependency.extra}]'"
             )
     return problems
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed, by name."""
+    versions: dict[str, str] = {}
+    for name in distributions:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def find_dependency(distribution: str) -> Dependency:

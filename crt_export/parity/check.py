@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
+from crt_export.environment import installed_versions
 from crt_export.errors import InputError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.case import ParityCase
@@ -83,7 +83,7 @@ def check_parity(
         text=_text_identity(windows),
         notes=tuple(notes),
         method=METHOD,
-        versions=_versions(),
+        versions=installed_versions(_LIBRARIES),
         largest_fp16=largest,
     )
 
@@ -120,13 +120,3 @@ def _text_identity(windows: Windows) -> dict:
         "windows": windows.count,
         "window": windows.length,
     }
-
-
-def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

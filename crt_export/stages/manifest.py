@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from crt_export import __version__
 from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
+from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
 from crt_export.spec import graph_names, graph_spec
 from crt_export.stages.graphs import GraphFile
@@ -35,7 +35,7 @@ def manifest_from_build(
     every = [*graphs, *(file for target in targets for file in target.files)]
     return {
         "tool": {"name": TOOL_NAME, "version": __version__},
-        "libraries": _library_versions(),
+        "libraries": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
         "validated": report is not None and report.passed,
         "config": config.to_dict(),
         "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
@@ -56,13 +56,3 @@ def _graph_entry(file: GraphFile) -> dict[str, Any]:
         "weights": file.weights,
         "quantized_matmuls": file.quantized_matmuls,
     }
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

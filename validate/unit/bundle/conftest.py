@@ -172,3 +172,9 @@ def run_script(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str
         return output
 
     return run
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, build: Callable[..., Path]) -> Path:
+    """A sound bundle."""
+    return build(tmp_path / "demo")

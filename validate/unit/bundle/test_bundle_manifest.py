@@ -1,0 +1,170 @@
+"""Every rule of manifest.json's schema is enforced when a bundle is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crt_export.bundle import open_bundle
+from crt_export.errors import BundleError
+
+Manifest = dict[str, Any]
+Build = Callable[..., Path]
+Edit = Callable[[Path, Callable[[Manifest], object]], None]
+
+
+def test_missing_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", r"not UTF-8 \(byte 0\)"),
+        (b"{", "not JSON"),
+        (b"", "not JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b'{"schema_version": 1, "schema_version": 1}', "stands twice"),
+        (b'{"schema_version": NaN}', "NaN is not a JSON number"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"schema_version": ' + b"9" * 10_000 + b"}", "not JSON"),
+        (b"{}", "expected an integer 'schema_version'"),
+        (b'{"schema_version": true}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": "1"}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": 0}', "expected an integer 'schema_version'"),
+        (b'{"schema_version": 2}', "reads up to version 1: upgrade crt-export"),
+    ],
+)
+def test_unreadable_manifest(content: bytes, message: str, bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_newer_schema_is_reported_before_anything_else_in_it(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(schema_version=2, files=[], validated="yes"))
+    with pytest.raises(BundleError, match=r"schema version 2; .* upgrade crt-export") as caught:
+        open_bundle(bundle)
+    assert "validated" not in str(caught.value)
+
+
+def test_manifest_that_is_a_link_or_a_pipe_or_huge(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    elsewhere = bundle.parent / "elsewhere.json"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(BundleError, match=r"cannot read .*manifest\.json"):
+        open_bundle(bundle)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match=r"cannot read .*manifest\.json"):
+        open_bundle(bundle)
+    path.unlink()
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole, no room taken
+    with pytest.raises(BundleError, match="a manifest has at most"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "tool",
+        "libraries",
+        "validated",
+        "config",
+        "checkpoint",
+        "options",
+        "contract",
+        "graphs",
+        "targets",
+        "files",
+        "parity",
+    ],
+)
+@pytest.mark.parametrize("change", ["missing", "mistyped"])
+def test_each_key_is_required_and_typed(key: str, change: str, bundle: Path, edit_manifest: Edit) -> None:
+    def apply(manifest: Manifest) -> None:
+        if change == "missing":
+            del manifest[key]
+        else:
+            manifest[key] = 7
+
+    edit_manifest(bundle, apply)
+    with pytest.raises(BundleError, match=f"lacks '{key}'" if change == "missing" else f"'{key}' must be"):
+        open_bundle(bundle)
+
+
+def _set(*path: Any) -> Callable[[Manifest], None]:
+    *keys, last, value = path
+
+    def apply(manifest: Any) -> None:
+        for key in keys:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    return apply
+
+
+FILE = {"size": 0, "sha256": "0" * 64}
+INNER = [
+    (_set("tool", "name", "other"), "tool.name must be 'crt-export'"),
+    (_set("checkpoint", {}), "checkpoint lacks 'sha256'"),
+    (_set("parity", None), "no parity report that passed"),
+    (_set("parity", "passed", False), "no parity report that passed"),
+    (_set("graphs", 0, []), r"graphs\[0\] must be an object"),
+    (_set("graphs", 0, "weights", "graphs/absent"), "'graphs/absent', which is not listed in 'files'"),
+    (_set("graphs", 0, "quantized_matmuls", True), "'quantized_matmuls' must be an integer, found True"),
+    (_set("targets", "t", {}), r"targets\['t'\] lacks 'profile'"),
+    (
+        _set("targets", "ort-cpu-fp32", "engines", "step", "x"),
+        r"engines\['step'\] is 'x', which is not listed",
+    ),
+    (_set("targets", "ort-cpu-fp32", "graphs", "step", 3), r"graphs\['step'\] must be a file name"),
+    (_set("contract", "step", 1), r"contract\['step'\] must be an object"),
+    (_set("contract", "step", "inputs", [1]), r"inputs\[0\] must be an object"),
+    (_set("contract", "step", "aliases", [["a"]]), r"aliases\[0\] must be a pair"),
+    (_set("files", "report.md", "size", -1), "'size' must be 0 or more"),
+    (_set("files", "report.md", "size", 1.5), "'size' must be an integer"),
+    (_set("files", "report.md", "sha256", "A" * 64), "64 lower-case hex digits"),
+    (_set("files", "report.md", None), r"files\['report.md'\] must be an object"),
+    (_set("files", "/etc/passwd", FILE), "absolute path"),
+    (_set("files", "../secret", FILE), r"component '\.\.'"),
+    (_set("files", "graphs/../../secret", FILE), r"component '\.\.'"),
+    (_set("files", "graphs//x", FILE), "component ''"),
+    (_set("files", "./x", FILE), r"component '\.'"),
+    (_set("files", "", FILE), "must have 1 to"),
+    (_set("files", "graphs\\x", FILE), "use '/' between folders"),
+    (_set("files", "C:x", FILE), "no drive letter"),
+    (_set("files", "a\0b", FILE), "control character"),
+    (_set("files", "\ud800", FILE), "not valid Unicode"),
+    (_set("files", "x" * 2000, FILE), "must have 1 to 1024"),
+    (_set("files", "x. ", FILE), "ends in a dot or a space"),
+    (_set("files", "manifest.json", FILE), "cannot list itself"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), INNER, ids=[message for _, message in INNER])
+def test_each_rule_of_the_schema(
+    change: Callable[[Manifest], None], message: str, bundle: Path, edit_manifest: Edit
+) -> None:
+    edit_manifest(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_all_schema_problems_are_reported_at_once(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: [change(manifest) for change, _ in (INNER[0], INNER[5], INNER[17])])
+    with pytest.raises(BundleError, match="3 problems"):
+        open_bundle(bundle)
+
+
+def test_unknown_keys_are_allowed(bundle: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(note="added by a later 0.x"))
+    open_bundle(bundle)

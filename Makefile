@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 # One thread per worker: two test processes that each use every core are slower than one.
 test: lint $(VENV)/.installed bindings
 	CRT_EXPORT_REQUIRE_BINDINGS=1 CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" OMP_NUM_THREADS=1 \
-	  $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	  $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -69,6 +69,12 @@ def _random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
     return {name: weight(name, shape) for name, shape in tensor_shapes(config).items()}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test first, so that no worker is left with one at the end; needs --no-loadscope-reorder."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     """``tiny_config(**changes) -> ModelConfig``: see ``TINY`` for the defaults."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -24,15 +29,31 @@ ROW_KEYS = {
 }  # fmt: skip
 
 
+def readme_commands(root: Path) -> list[list[str]]:
+    """The arguments of every crt-export command of the README, as they stand there."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)).splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ crt-export ")]
+
+
 @pytest.fixture(scope="module")
 def built(
-    python_in: Run, tiny_checkpoint: Path, heldout_text: Path, tmp_path_factory: pytest.TempPathFactory
+    python_in: Run,
+    make_checkpoint: Callable[..., Path],
+    heldout_text: Path,
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A validated bundle of one target, and what building it wrote."""
+    """The README's build command, verbatim, where a smaller model stands in for the demo; all default targets."""
     folder = tmp_path_factory.mktemp("job")
-    arguments = ("--output", "bundle", "--target", "ort-cpu-fp32", "--text", str(heldout_text), "--capacity", "64")
-    result = python_in(folder, "-m", "crt_export", "build", str(tiny_checkpoint), *arguments, "--json")
-    return folder / "bundle", result
+    demo = folder / "examples" / "demo"
+    demo.mkdir(parents=True)
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "unroll_steps": 2, "max_position_embeddings": 300}
+    shutil.copytree(make_checkpoint(**small), demo / "checkpoint")
+    shutil.copyfile(heldout_text, demo / "heldout.txt")
+    command = next(arguments for arguments in readme_commands(root) if arguments[0] == "build")
+    result = python_in(folder, "-m", "crt_export", *command, "--json")
+    return folder / "build" / "demo", result
 
 
 @pytest.fixture
@@ -69,10 +90,50 @@ def test_build_json_is_one_document_and_progress_goes_to_stderr(
     document = json.loads(result.stdout)
     assert Path(document["path"]) == path.resolve()
     assert document["validated"] is True
-    assert list(document["targets"]) == ["ort-cpu-fp32"]
-    assert document["targets"]["ort-cpu-fp32"]["capacity"] == 64
+    assert {"ort-cpu-fp32", "ort-cpu-int8"} <= set(document["targets"])
+    assert document["targets"]["ort-cpu-fp32"]["capacity"] == 300
     assert "built in" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
+    """Also: what TensorRT compiles is what was compared, and every linear is quantised in every graph."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    linears = 2 + 6 + 1
+    counts = {
+        (entry["graph"], entry["precision"]): entry["quantized_matmuls"]
+        for entry in manifest["graphs"]
+        if entry["precision"] in ("w8", "w8a8")
+    }
+    for precision in ("w8", "w8a8"):
+        assert counts["step", precision] == counts["prefill_pass", precision] == linears
+        assert counts["prefill", precision] == 2 * (linears - 1) + 1
+        assert counts["head", precision] == 1
+    for target in ("rtx-sm80-fp16", "rtx-sm80-int8"):
+        entry = manifest["targets"][target]
+        rows = [row for row in manifest["parity"]["rows"] if row["target"] == target]
+        compiled = [row for row in rows if row["status"] == "compiled"]
+        assert {row["graph"] for row in compiled} == {"step", "prefill"} == set(entry["engines"])
+        assert all(row["passed"] is None and row["nll"] is None for row in compiled)
+        assert any(row["status"] == "run" and row["arithmetic"] == "fp32-emulated" and row["passed"] for row in rows)
+        for graph, engine in entry["engines"].items():
+            assert entry["graphs"][graph] == f"graphs/{graph}.{target}.onnx"
+            assert (bundle / engine).stat().st_size > 1000
+            sidecar = json.loads((bundle / engine).with_suffix(".json").read_text(encoding="utf-8"))
+            assert (sidecar["compute_capability"], sidecar["capacity"]) == (80, 300)
+            gemms = {name: n for name, n in sidecar["layers"].items() if name.startswith("gemm")}
+            kind = "gemm int8 -> float32" if target.endswith("int8") else "gemm float16 -> float16"
+            assert set(gemms) == {kind}
+
+
+def test_every_other_readme_command_works(built: tuple[Path, Any], bundle: Path, root: Path, python_in: Run) -> None:
+    folder = built[0].parent.parent
+    for command in readme_commands(root):
+        if command[0] not in ("build", "doctor"):
+            result = python_in(folder, "-m", "crt_export", *command)
+            assert result.returncode == 0, f"{command}: {result.stderr}"
+            assert result.stdout
 
 
 def test_validate_json_has_the_promised_rows(crt_export: Run, bundle: Path, heldout_text: Path) -> None:
@@ -108,7 +169,7 @@ def test_generate_streams_the_same_text_for_the_same_seed(crt_export: Run, bundl
     ("arguments", "message"),
     [
         (("--prompt", ""), "empty prompt"),
-        (("--prompt", "a", "--max-new-tokens", "64"), "exceeds the capacity of 64"),
+        (("--prompt", "a", "--max-new-tokens", "300"), "exceeds the capacity of 300"),
         (("--prompt", "a", "--target", "ort-cpu-fp16"), "ort-cpu-fp16"),
     ],
 )

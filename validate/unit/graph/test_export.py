@@ -20,6 +20,8 @@ from crt_export.graph.weights import is_weight
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.spec import graph_names, graph_spec
 
+pytestmark = pytest.mark.slow
+
 UNROLL = 3
 CAPACITY = 16
 KINDS = {

@@ -9,6 +9,7 @@
     ├── UnsupportedError           2   understood, but this version (or this target) cannot do it
     ├── BundleError                2   a bundle folder is missing, incomplete, tampered with or too new
     ├── BuildError                 2   a graph or an engine could not be produced from valid input
+    │   └── NoEngineError          2   the compiler refused or crashed, so there is nothing to check
     ├── ParityError                1   the result was produced and does not agree with PyTorch
     └── MissingDependencyError     3   a package, library or device that this operation needs is absent
 
@@ -50,6 +51,10 @@ class BundleError(CrtExportError):
 
 class BuildError(CrtExportError):
     """A graph or engine could not be produced from valid input."""
+
+
+class NoEngineError(BuildError):
+    """The compiler made no engine: it refused the graph or crashed on it."""
 
 
 class ParityError(CrtExportError):

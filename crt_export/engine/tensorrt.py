@@ -19,11 +19,14 @@ from crt_export.engine.layer_check import check_layers
 from crt_export.engine.layers import Layer, layers_from_text, summarize_layers
 from crt_export.engine.source_graph import source_graph_from_file
 from crt_export.engine.tensorrt_builder import HEADER_LENGTH, BuildAnswer, BuildJob
-from crt_export.errors import BuildError, problem_list
+from crt_export.errors import BuildError, NoEngineError, problem_list
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, TensorSpec
 
-_DELIBERATE = {cls.__name__: cls for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError)}
+_DELIBERATE = {
+    cls.__name__: cls
+    for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError, errors.NoEngineError)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def _answer_from_builder(job: BuildJob) -> BuildAnswer:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
     )
     if result.returncode != 0 or len(result.stdout) < HEADER_LENGTH.size:
-        raise BuildError(_crash_message(job, result.returncode, result.stderr.decode(errors="replace")))
+        raise NoEngineError(_crash_message(job, result.returncode, result.stderr.decode(errors="replace")))
     start = HEADER_LENGTH.size
     end = start + HEADER_LENGTH.unpack_from(result.stdout)[0]
     header = json.loads(result.stdout[start:end])

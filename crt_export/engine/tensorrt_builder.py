@@ -39,7 +39,7 @@ from crt_export.engine.tensorrt_api import (
     load_api,
     need_of_profile,
 )
-from crt_export.errors import BuildError, CrtExportError, MissingDependencyError, problem_list
+from crt_export.errors import BuildError, CrtExportError, MissingDependencyError, NoEngineError, problem_list
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import TensorRTOptions
 from crt_export.spec import GraphSpec
@@ -118,8 +118,10 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
     plan: IHostMemory | None = builder.build_serialized_network(network, config)
     del parser  # it maps the weights that the network reads: not to be freed before the build
     problems = [*log.errors, *(f"warning: {warning}" for warning in log.unexpected_warnings())]
-    if plan is None or problems:
-        raise BuildError(problem_list(f"building {job.label}", problems or ["no engine and no reason given"]))
+    if plan is None:
+        raise NoEngineError(problem_list(f"building {job.label}", problems or ["no engine and no reason given"]))
+    if problems:
+        raise BuildError(problem_list(f"building {job.label}", problems))
     data = bytes(memoryview(plan))
     # TensorRT-RTX logs the layers while it builds; TensorRT must load the engine, which needs its GPU, to list them.
     rtx = job.profile.runtime == "tensorrt-rtx"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from crt_export.config import ModelConfig
-from crt_export.errors import BuildError
+from crt_export.errors import NoEngineError
 from crt_export.graph import check_contract
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
@@ -37,6 +37,7 @@ class BuiltTarget:
         graphs: ONNX file per graph name, relative to the bundle; what is validated.
         engines: Engine file per compiled graph.
         attention: ``fused`` or ``decomposed``.
+        refused: What the compiler said to the fused form, where that is why attention is decomposed; else empty.
         files: Entries for the manifest of graph files made for this target only.
         layers: Fused layers per compiled graph, counted by signature.
     """
@@ -45,6 +46,7 @@ class BuiltTarget:
     graphs: Mapping[str, str]
     engines: Mapping[str, str]
     attention: str
+    refused: str
     files: tuple[GraphFile, ...]
     layers: Mapping[str, Mapping[str, int]]
 
@@ -68,6 +70,7 @@ class BuiltTarget:
             "capacity": self.profile.capacity,
             "unroll": self.profile.unroll,
             "attention": self.attention,
+            "attention_refused": self.refused,
             "head_dim": config.head_dim,
             "cache_head_dim": config.head_dim,
             "cache_dtype": self.profile.cache_dtype,
@@ -92,14 +95,17 @@ def build_target(
     form = attention_form(profile, config)
     if not profile.compiled:
         graphs = {name: file.file for name, file in shared.items()}
-        return BuiltTarget(profile=profile, graphs=graphs, engines={}, attention=form, files=(), layers={})
+        return BuiltTarget(profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={})
     try:
         return _build_compiled(profile, shared, form, config, folder, progress)
-    except BuildError:
+    except NoEngineError as error:
         # Which shapes have a fused kernel is known to the compiler alone: "auto" means to try, then to do without.
+        # Any other BuildError (a warning, a layer of the wrong precision) is final.
         if form == "decomposed" or profile.attention != "auto":
             raise
-    return _build_compiled(profile, shared, "decomposed", config, folder, progress)
+        refused = str(error)
+    built = _build_compiled(profile, shared, "decomposed", config, folder, progress)
+    return replace(built, refused=refused)
 
 
 def _build_compiled(
@@ -122,7 +128,13 @@ def _build_compiled(
     progress(f"compile {profile.name}, {attention} attention", len(COMPILED_GRAPHS), len(COMPILED_GRAPHS))
     graphs = {name: file.file for name, file in shared.items()} | {file.form.graph: file.file for file in own}
     return BuiltTarget(
-        profile=profile, graphs=graphs, engines=engines, attention=attention, files=tuple(own), layers=layers
+        profile=profile,
+        graphs=graphs,
+        engines=engines,
+        attention=attention,
+        refused="",
+        files=tuple(own),
+        layers=layers,
     )
 
 

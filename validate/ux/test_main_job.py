@@ -128,9 +128,10 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
 
 
 def test_every_other_readme_command_works(built: tuple[Path, Any], bundle: Path, root: Path, python_in: Run) -> None:
+    """``doctor`` judges the machine; the long validation is the short one with another number."""
     folder = built[0].parent.parent
     for command in readme_commands(root):
-        if command[0] not in ("build", "doctor"):
+        if command[0] not in ("build", "doctor") and "--validation-tokens" not in command:
             result = python_in(folder, "-m", "crt_export", *command)
             assert result.returncode == 0, f"{command}: {result.stderr}"
             assert result.stdout

@@ -34,7 +34,7 @@ KINDS = {
         "tie_word_embeddings": True,
         "vocab_size": 300,
     },
-    "transformer": {"model_type": "transformer", "num_hidden_layers": 2},
+    "transformer": {"model_type": "transformer", "num_hidden_layers": 1},
 }
 Arrays = dict[str, np.ndarray]
 

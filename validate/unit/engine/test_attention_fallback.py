@@ -1,0 +1,73 @@
+"""``attention = "auto"``: without a fused kernel attention is decomposed; any other failure of a build is final."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.engine import tensorrt
+from crt_export.errors import BuildError, NoEngineError
+from crt_export.profile import DimRange, EngineProfile, load_profile
+from crt_export.progress import no_progress
+from crt_export.stages import targets
+from crt_export.stages.graphs import GraphFile, GraphForm, write_graphs
+
+Prepared = tuple[Checkpoint, EngineProfile, dict[GraphForm, GraphFile], Path]
+
+
+@pytest.fixture(scope="module")
+def prepared(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A model with head_dim 8, for which there is a fused kernel in a step and none in a prefill."""
+    checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1, unroll_steps=2))
+    profile = load_profile("rtx-sm80-fp16").with_capacity(32).with_unroll(2)
+    profile = dataclasses.replace(profile, seq=DimRange(1, 8, 16))
+    folder = tmp_path_factory.mktemp("bundle")
+    return checkpoint, profile, write_graphs(checkpoint, [profile], None, folder, no_progress), folder
+
+
+@pytest.fixture
+def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
+    monkeypatch.setattr(targets, "attention_form", lambda profile, config: "fused")
+
+
+@pytest.mark.usefixtures("fused_first")
+def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepared) -> None:
+    checkpoint, profile, written, folder = prepared
+    built = targets.build_target(profile, written, checkpoint.config, folder, no_progress)
+    assert built.attention == "decomposed"
+    assert "Attention" in built.refused
+    assert set(built.engines) == {"step", "prefill"}
+    entry = built.to_dict(checkpoint.config)
+    assert (entry["attention"], entry["attention_refused"]) == ("decomposed", built.refused)
+
+
+@pytest.mark.usefixtures("fused_first")
+def test_an_explicit_fused_is_not_replaced(prepared: Prepared) -> None:
+    checkpoint, profile, written, folder = prepared
+    with pytest.raises(NoEngineError, match="prefill"):
+        targets.build_target(
+            dataclasses.replace(profile, attention="fused"), written, checkpoint.config, folder, no_progress
+        )
+
+
+@pytest.mark.usefixtures("fused_first")
+def test_an_engine_that_fails_its_check_is_final(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is really built; the first finding about its layers must end the build, not start another."""
+    checkpoint, profile, written, folder = prepared
+    checked: list[str] = []
+
+    def refuse(*_: object, engine: str, **__: object) -> None:
+        checked.append(engine)
+        raise BuildError(f"{engine}: layers of the wrong precision")
+
+    monkeypatch.setattr(tensorrt, "check_layers", refuse)
+    with pytest.raises(BuildError, match="wrong precision"):
+        targets.build_target(profile, written, checkpoint.config, folder, no_progress)
+    assert checked == ["rtx-sm80-fp16 step"]

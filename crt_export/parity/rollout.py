@@ -127,8 +127,10 @@ class Rollout:
             bound.run()
             self._check_token_outputs(bound, bound.read("logits"), ids.shape[1], name)
             if bound.has("residual"):
-                self._check_residual(bound.read("residual"), name)
+                _check_finite(bound.read("residual"), f"{name}: residual is NaN or infinite, so a hidden state is")
                 bound.set(hidden=bound.read("next_hidden"))
+            # The scorer sees the head's logits of every position, not these of the last one.
+            _check_finite(bound.read("logits"), f"{name}: logits are NaN or infinite")
         self._check_last_state(bound, name)
         return bound
 
@@ -160,11 +162,6 @@ class Rollout:
         if np.isfinite(logits).all() and (bound.read("next_token")[:, 0] != best).any():
             raise ContractError(f"{name}: next_token after token {position - 1} is not the argmax of logits")
 
-    @staticmethod
-    def _check_residual(residual: np.ndarray, name: str) -> None:
-        if not np.isfinite(residual).all():
-            raise ContractError(f"{name}: residual is NaN or infinite, so a hidden state is")
-
     def _check_last_state(self, bound: BoundGraph, name: str) -> None:
         """next_state is h of the last token; in these calls nothing is padded."""
         if bound.has("next_state") and not np.array_equal(bound.read("next_state"), bound.read("next_hidden")[:, -1:]):
@@ -175,11 +172,12 @@ class Rollout:
         return bound.read("next_state").copy() if bound.has("next_state") else None
 
     def _note(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
-        """Remember the largest relative difference between two forms of the same computation."""
+        """Remember the largest relative difference between two forms of the same computation, NaN above all."""
         with np.errstate(invalid="ignore"):
             scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
             difference = float(np.abs(found - expected).max()) / scale
-        self.inconsistency[name] = max(self.inconsistency.get(name, 0.0), difference)
+        # maximum, unlike max, keeps NaN, and NaN is within no limit.
+        self.inconsistency[name] = float(np.maximum(self.inconsistency.get(name, 0.0), difference))
 
     def _new_block(self, rows: slice) -> np.ndarray:
         """Room for the logits of some positions, float32 [windows, positions, vocab]."""
@@ -203,3 +201,8 @@ class Rollout:
         # Scores of one layer's attention in prefill, and about as much again for its mask and softmax.
         scores = 2 * 4 * config.num_attention_heads * length * (self.capacity + length)
         return max(1, cache + scores)
+
+
+def _check_finite(values: np.ndarray, problem: str) -> None:
+    if not np.isfinite(values).all():
+        raise ContractError(problem)

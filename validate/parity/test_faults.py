@@ -155,6 +155,14 @@ def _nan_at_position_five(model: onnx.ModelProto) -> None:
     _reroute("logits", *nodes)(model)
 
 
+def _nan_logits(model: onnx.ModelProto) -> None:
+    _reroute(
+        "logits",
+        _constant("nan", np.array(np.nan, np.float32)),
+        helper.make_node("Mul", ["before", "nan"], ["logits"]),
+    )(model)
+
+
 def _cut(end: int) -> Edit:
     """Logits lose entries of axis 1 at run time, against the shape that the file declares."""
     return _reroute(
@@ -194,6 +202,9 @@ def _wrong_token(model: onnx.ModelProto) -> None:
         ("head", _cut(0), "prefill", "head: logits are float32 [8, 0, 256], expected float32 [8, 32, 256]"),
         ("step", _cut(-1), "step", "ONNX Runtime failed in step.fp32.onnx"),
         ("step", _nan_at_position_five, "step", "NaN or infinite, first in window 0 at position 5"),
+        ("prefill", _nan_logits, "prefill", "prefill: logits are NaN or infinite"),
+        ("prefill", _nan_logits, "handover", "prefill: logits are NaN or infinite"),
+        ("prefill_pass", _nan_logits, "prefill_pass", "prefill_pass: logits are NaN or infinite"),
         ("step", _stop_position, "step", "next_position is 0 after token 0, expected 1"),
         ("step", _wrong_token, "step", "next_token after token 0 is not the argmax"),
         ("step", _forget_state, "handover", "largest |logit error|"),

@@ -46,18 +46,17 @@ def built(parity_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[[Path], ParityReport]:
-    def run(folder: Path) -> ParityReport:
+def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., ParityReport]:
+    def run(folder: Path, *, without: str = "") -> ParityReport:
         case = ParityCase(
             target="rtx-sm80-fp16",
             runtime="tensorrt-rtx",
             precision="fp16",
             # With K = 1 the prefill is the pass.
             graphs={
-                "step": folder / "step.onnx",
-                "prefill": folder / "prefill_pass.onnx",
-                "prefill_pass": folder / "prefill_pass.onnx",
-                "head": folder / "head.onnx",
+                name: folder / f"{'prefill_pass' if name == 'prefill' else name}.onnx"
+                for name in ("step", "prefill", "prefill_pass", "head")
+                if name != without
             },
             unroll=1,
             cache_dtype="float16",
@@ -82,9 +81,7 @@ def _replace_bias(path: Path, name: str, value: float) -> None:
     onnx.save(model, path)
 
 
-def test_sound_files_pass_and_say_what_kind_of_evidence_it_is(
-    built: Path, check: Callable[[Path], ParityReport]
-) -> None:
+def test_sound_files_pass_and_say_what_kind_of_evidence_it_is(built: Path, check: Callable[..., ParityReport]) -> None:
     report = check(built)
     assert report.passed, report.failures
     step, half = _row(report, "step"), _row(report, "step", "pytorch-half")
@@ -104,7 +101,7 @@ def test_sound_files_pass_and_say_what_kind_of_evidence_it_is(
 
 @pytest.mark.parametrize("graph", ["step", "prefill_pass"])
 def test_an_overflow_that_the_cpu_hides_fails(
-    built: Path, tmp_path: Path, check: Callable[[Path], ParityReport], graph: str
+    built: Path, tmp_path: Path, check: Callable[..., ParityReport], graph: str
 ) -> None:
     folder = Path(shutil.copytree(built, tmp_path / "graphs"))
     # GELU(30000) = 30000, and 32 of them times the down weights leave the FP16 range.
@@ -115,7 +112,13 @@ def test_an_overflow_that_the_cpu_hides_fails(
     assert any("the limit is 16376" in failure for failure in row.failures), row.failures
 
 
-def test_nan_counts_as_infinite(built: Path, tmp_path: Path, check: Callable[[Path], ParityReport]) -> None:
+def test_a_missing_graph_fails_with_its_sentence(built: Path, check: Callable[..., ParityReport]) -> None:
+    row = _row(check(built, without="prefill"), "prefill")
+    assert row.passed is False
+    assert "has no prefill graph" in row.failures[0]
+
+
+def test_nan_counts_as_infinite(built: Path, tmp_path: Path, check: Callable[..., ParityReport]) -> None:
     folder = Path(shutil.copytree(built, tmp_path / "graphs"))
     _replace_bias(folder / "step.onnx", "layers.0.attn.v.bias", np.nan)
     failures = _row(check(folder), "step").failures

@@ -88,11 +88,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         with safe_open(file, framework="pt") as reader:
             dtypes = {name: reader.get_slice(name).get_dtype() for name in reader.keys()}
             shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}
-            problems = [*_layout_problems(config, shapes, dtypes)]
-            tensors: dict[str, torch.Tensor] = {}
-            if not problems:
-                tensors = {name: reader.get_tensor(name).to(torch.float32) for name in sorted(shapes)}
-                problems = [*_value_problems(tensors)]
+            # Values are checked whatever the layout, so that one error names everything there is to mend.
+            tensors = {
+                name: reader.get_tensor(name).to(torch.float32) for name in sorted(shapes) if dtypes[name] in _DTYPES
+            }
+        problems = [*_layout_problems(config, shapes, dtypes), *_value_problems(tensors)]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: expected a complete safetensors file, found something unreadable ({error}); copy or save it again"
@@ -160,14 +160,17 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _require_weights_file(file: Path) -> None:
-    if not file.is_file():
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+    except (FileNotFoundError, IsADirectoryError):
         pickles = [entry.name for entry in sorted(file.parent.iterdir()) if entry.suffix in _PICKLE_SUFFIXES]
         found = f"only {', '.join(pickles)}, which may run code when loaded" if pickles else "no weights"
         raise CheckpointError(
             f"{file}: missing, found {found}; save the weights with safetensors.torch.save_file(state_dict, ...)"
-        )
-    with file.open("rb") as stream:
-        start = stream.read(2)
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); change its permissions or copy it") from None
     if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         raise CheckpointError(
             f"{file}: expected safetensors, found a pickle; pickles may run code and are never loaded: "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ PLAIN = "transformer"
 TOKENIZERS = ("byte", "tokenizer.json", "none")
 ROPE_LAYOUTS = ("interleaved", "half")
 BYTE_VOCABULARY = 256
+#: The rotary tables of every graph hold one row per position: 2**20 rows are half a GiB at a head_dim of 128.
+MOST_POSITIONS = 2**20
+#: Every layer is written once per pass into the unrolled prefill.
+MOST_LAYERS = MOST_PASSES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +62,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Fill derived defaults, then check types, ranges and support."""
-        problems = [*_type_problems(self)]
-        if not problems:
-            self._derive_head_sizes()
-            problems = [*_range_problems(self)]
+        problems = _value_problems(asdict(self))
         if problems:
             raise CheckpointError(problem_list("config.json", problems))
+        self._derive_head_sizes()
         unsupported = [*_unsupported(self)]
         if unsupported:
             raise UnsupportedError(problem_list("config.json asks for what this version cannot do", unsupported))
 
     def _derive_head_sizes(self) -> None:
-        if self.head_dim == 0 and self.num_attention_heads > 0:
+        if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_key_value_heads == 0:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
@@ -84,7 +86,8 @@ class ModelConfig:
         """Check the keys and build the configuration.
 
         Raises:
-            CheckpointError: Unknown or missing keys, or what the class itself raises.
+            CheckpointError: Unknown or missing keys and impossible values of the others, all at once.
+            UnsupportedError: A value is valid in the format and not implemented by this version.
         """
         known = {field.name: field for field in fields(cls)}
         required = {name for name, field in known.items() if field.default is MISSING}
@@ -94,13 +97,13 @@ class ModelConfig:
             f"unknown key {key!r}; known keys: {', '.join(sorted(known))}" for key in values if key not in known
         ]
         problems += [f"missing key {key!r}" for key in sorted(required - set(values))]
+        given = {key: value for key, value in values.items() if key in known}
+        given = {key: value for key, value in given.items() if not (key in _DERIVED and value is None)}
+        # In a file 0 is a value like any other; in the class it asks for the derived one.
+        problems += [f"{key} must be at least 1, found 0" for key in _DERIVED if _is_integer_zero(given.get(key))]
+        problems += _value_problems(given)
         if problems:
             raise CheckpointError(problem_list("config.json", problems))
-        derived = ("head_dim", "num_key_value_heads")
-        given = {k: v for k, v in values.items() if not (k in derived and v is None)}
-        zeros = [f"{k} must be at least 1, found {given[k]!r}" for k in derived if k in given and given[k] == 0]
-        if zeros:
-            raise CheckpointError(problem_list("config.json", zeros))
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,19 +133,19 @@ def load_config(folder: str | Path) -> ModelConfig:
         UnsupportedError: It asks for a feature this version lacks.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: expected a checkpoint folder with config.json and model.safetensors, "
-            f"found {'a file' if path.exists() else 'nothing'}"
-        )
     file = path / "config.json"
     try:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: expected a checkpoint folder with config.json and model.safetensors, "
+                f"found {'a file' if path.exists() else 'nothing'}"
+            )
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or an integer of thousands of digits
         raise CheckpointError(f"{file}: expected a JSON object, found something unreadable ({error})") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
@@ -175,57 +178,104 @@ _OPTIONAL_INTEGERS = (
 )
 
 
+_CHOICES = {"model_type": (RECURRENT, PLAIN), "rope_layout": ROPE_LAYOUTS, "tokenizer": TOKENIZERS}
+_POSITIVE = (
+    *(name for name in _INTEGERS if name != "format_version"),
+    "training_sequence_length",
+    "sliding_window",
+    "layer_norm_eps",
+    "rope_theta",
+)
+_DERIVED = ("head_dim", "num_key_value_heads")
+_MINIMA = {"vocab_size": 2}  # one token leaves nothing to predict
+_MAXIMA = {"max_position_embeddings": MOST_POSITIONS, "num_hidden_layers": MOST_LAYERS, "unroll_steps": MOST_PASSES}
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _type_problems(config: ModelConfig):
-    for name in (*_INTEGERS, *_OPTIONAL_INTEGERS):
-        value = getattr(config, name)
-        if not _is_integer(value) and not (value is None and name in _OPTIONAL_INTEGERS):
-            yield f"{name} must be an integer, found {value!r}"
-    for name in ("layer_norm_eps", "rope_theta"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            yield f"{name} must be a finite number, found {value!r}"
-    if not isinstance(config.tie_word_embeddings, bool):
-        yield f"tie_word_embeddings must be true or false, found {config.tie_word_embeddings!r}"
-    for name, allowed in (
-        ("model_type", (RECURRENT, PLAIN)),
-        ("rope_layout", ROPE_LAYOUTS),
-        ("tokenizer", TOKENIZERS),
-    ):
-        if getattr(config, name) not in allowed:
-            yield f"{name} must be one of {', '.join(allowed)}, found {getattr(config, name)!r}"
+def _is_integer_zero(value: object) -> bool:
+    return _is_integer(value) and value == 0
 
 
-def _range_problems(config: ModelConfig):
-    positive = [name for name in _INTEGERS if name != "format_version"]
-    positive += ["training_sequence_length", "sliding_window", "layer_norm_eps", "rope_theta"]
-    if config.recurrent:
-        positive.append("correction_intermediate_size")
-    for name in positive:
-        value = getattr(config, name)
-        if value is None and name != "correction_intermediate_size":
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _value_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values that are there: types first, then the ranges of those of the right type."""
+    wrong_type = _type_problems(values)
+    sound = {name: value for name, value in values.items() if name not in wrong_type}
+    return [*wrong_type.values(), *_range_problems(sound), *_relation_problems(sound)]
+
+
+def _type_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """One problem per key of a wrong type."""
+    problems = {}
+    for name, value in values.items():
+        shown = _shown(value)
+        if name in _INTEGERS or name in _OPTIONAL_INTEGERS:
+            if not _is_integer(value) and not (value is None and name in _OPTIONAL_INTEGERS):
+                problems[name] = f"{name} must be an integer, found {shown}"
+        elif name in ("layer_norm_eps", "rope_theta"):
+            if not _is_finite_number(value):
+                problems[name] = f"{name} must be a finite number, found {shown}"
+        elif name == "tie_word_embeddings":
+            if not isinstance(value, bool):
+                problems[name] = f"{name} must be true or false, found {shown}"
+        elif value not in _CHOICES[name]:
+            problems[name] = f"{name} must be one of {', '.join(_CHOICES[name])}, found {shown}"
+    return problems
+
+
+def _range_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    for name in _POSITIVE:
+        value, least = values.get(name), _MINIMA.get(name)
+        if value is None or (value == 0 and name in _DERIVED):
             continue
-        if value is None or value <= 0:
-            yield f"{name} must be greater than 0, found {value!r}"
-    if config.num_attention_heads > 0 and config.hidden_size % config.num_attention_heads:
-        yield f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
-    if config.head_dim % 2:
-        yield f"head_dim must be even for rotary embedding, found {config.head_dim}"
+        if least is not None and value < least:
+            yield f"{name} must be at least {least}, found {_shown(value)}"
+        elif value <= 0:
+            yield f"{name} must be greater than 0, found {_shown(value)}"
+        elif value > _MAXIMA.get(name, value):
+            yield f"{name} must be at most {_MAXIMA[name]} in this version, found {_shown(value)}"
+    name = "correction_intermediate_size"
+    if values.get("model_type") == RECURRENT and name in values and (values[name] is None or values[name] <= 0):
+        yield f"{name} must be greater than 0, found {_shown(values[name])}"
+
+
+def _relation_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Values that contradict each other, as far as they are there and of the right type."""
+    hidden, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0)
+    head_dim = values.get("head_dim", 0)
+    if heads > 0 and hidden % heads:
+        yield f"hidden_size {_shown(hidden)} is not a multiple of num_attention_heads {_shown(heads)}"
+    elif (head_dim or (hidden // heads if heads > 0 else 0)) % 2:
+        yield f"head_dim must be even for rotary embedding, found {_shown(head_dim or hidden // heads)}"
+    vocabulary = values.get("vocab_size")
     for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < config.vocab_size:
-            yield f"{name} must be in [0, vocab_size = {config.vocab_size}), found {value}"
-    if config.tokenizer == "byte" and config.vocab_size < BYTE_VOCABULARY:
-        yield f"the byte tokenizer needs vocab_size >= {BYTE_VOCABULARY}, found {config.vocab_size}"
-    trained = config.training_sequence_length
-    if trained is not None and trained > config.max_position_embeddings:
-        yield f"training_sequence_length {trained} is above max_position_embeddings {config.max_position_embeddings}"
+        token = values.get(name)
+        if token is not None and vocabulary is not None and not 0 <= token < vocabulary:
+            yield f"{name} must be in [0, vocab_size = {_shown(vocabulary)}), found {_shown(token)}"
+    if values.get("tokenizer") == "byte" and vocabulary is not None and vocabulary < BYTE_VOCABULARY:
+        yield f"the byte tokenizer needs vocab_size >= {BYTE_VOCABULARY}, found {vocabulary}"
+    trained, positions = values.get("training_sequence_length"), values.get("max_position_embeddings")
+    if trained is not None and positions is not None and trained > positions:
+        yield f"training_sequence_length {_shown(trained)} is above max_position_embeddings {positions}"
 
 
-def _unsupported(config: ModelConfig):
+def _unsupported(config: ModelConfig) -> Iterator[str]:
     if config.format_version != FORMAT_VERSION:
         yield f"format_version {config.format_version} (this version reads {FORMAT_VERSION}; upgrade crt-export)"
     if config.num_key_value_heads != config.num_attention_heads:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +89,22 @@ def test_missing_weights(make_checkpoint: Make) -> None:
     folder = make_checkpoint()
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(CheckpointError, match="missing, found no weights; save the weights with safetensors"):
+        load_checkpoint(folder)
+
+
+def test_unreadable_weights(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint()
+    (folder / WEIGHTS_FILE).chmod(0)
+    if os.geteuid() == 0:  # the superuser may read everything: refuse on behalf of the system
+        open_file = Path.open
+
+        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == WEIGHTS_FILE:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return open_file(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Permission denied\)"):
         load_checkpoint(folder)
 
 
@@ -193,6 +211,25 @@ def test_values_that_are_not_finite_are_counted_by_tensor(make_checkpoint: Make,
         load_checkpoint(make_checkpoint(dtype=dtype, edit=edit))
     assert "tensor embed.weight has 2 of 8192 values that are NaN or infinite" in str(caught.value)
     assert "tensor layers.1.mlp.down.bias has 1 of 32 values" in str(caught.value)
+
+
+def test_values_that_are_not_finite_are_reported_with_layout_problems(make_checkpoint: Make) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["final_norm.bias"]
+        tensors["extra"] = torch.full((3,), torch.nan)
+        tensors["embed.weight"] = tensors["embed.weight"].double()
+        tensors["lm_head.weight"][0, 0] = torch.inf
+
+    with pytest.raises(CheckpointError, match="5 problems") as caught:
+        load_checkpoint(_rewrite(make_checkpoint(), edit))
+    for problem in (
+        "missing tensor final_norm.bias",
+        "unexpected tensor extra [3]",
+        "tensor embed.weight has dtype F64",
+        "tensor extra has 3 of 3 values that are NaN or infinite",
+        "tensor lm_head.weight has 1 of 8192 values that are NaN or infinite",
+    ):
+        assert problem in str(caught.value)
 
 
 # --- tokenizer and configuration

@@ -62,7 +62,8 @@ def test_unknown_and_missing_keys_are_reported_together() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size must be greater than 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 2"),
+        ({"vocab_size": 1, "tokenizer": "none"}, "vocab_size must be at least 2, found 1"),
         ({"vocab_size": "256"}, "vocab_size must be an integer, found '256'"),
         ({"vocab_size": True}, "vocab_size must be an integer, found True"),
         ({"hidden_size": 128.0}, "hidden_size must be an integer"),
@@ -79,6 +80,11 @@ def test_unknown_and_missing_keys_are_reported_together() -> None:
         ({"layer_norm_eps": 0}, "layer_norm_eps must be greater than 0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a finite number"),
         ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+        ({"rope_theta": 10**400}, r"rope_theta must be a finite number, found 1000*\.\.\.$"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps must be a finite number"),
+        ({"max_position_embeddings": 2**20 + 1}, "max_position_embeddings must be at most 1048576 in this version"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096 in this version, found 1000000000"),
+        ({"unroll_steps": 10**9}, "unroll_steps must be at most 4096 in this version"),
         ({"rope_layout": "neox"}, "rope_layout must be one of interleaved, half"),
         ({"rope_layout": ["half"]}, "rope_layout must be one of interleaved, half"),
         ({"model_type": "gpt2"}, "model_type must be one of"),
@@ -102,6 +108,24 @@ def test_impossible_values_are_named(changes, message) -> None:
 def test_impossible_values_are_reported_together() -> None:
     with pytest.raises(CheckpointError, match="3 problems"):
         ModelConfig.from_dict(_example(vocab_size=100, unroll_steps=0, rope_theta=-1.0))
+
+
+def test_key_type_and_range_problems_are_reported_together() -> None:
+    values = _example(dropout=0.1, rope_layout="neox", vocab_size=100, unroll_steps=0, eos_token_id=100, head_dim=0)
+    del values["rope_theta"], values["num_attention_heads"]
+    with pytest.raises(CheckpointError, match="8 problems") as caught:
+        ModelConfig.from_dict(values)
+    for problem in (
+        "unknown key 'dropout'",
+        "missing key 'rope_theta'",
+        "missing key 'num_attention_heads'",
+        "rope_layout must be one of",
+        "unroll_steps must be greater than 0",
+        "eos_token_id must be in [0, vocab_size = 100)",
+        "the byte tokenizer needs vocab_size >= 256",
+        "head_dim must be at least 1, found 0",
+    ):
+        assert str(caught.value).count(problem) == 1
 
 
 @pytest.mark.parametrize(
@@ -130,6 +154,7 @@ def test_a_vocabulary_below_256_needs_no_byte_tokenizer() -> None:
         (b"\xff\xfe", "expected a JSON object, found something unreadable"),
         (b"[" * 100_000, "expected a JSON object, found something unreadable"),
         (b"[1]", "expected a JSON object, found list"),
+        (b'{"rope_theta": ' + b"9" * 5000 + b"}", "expected a JSON object, found something unreadable"),
         (b"{}", "missing key 'hidden_size'"),
         (json.dumps(_example(sliding_window=1)).encode(), "sliding_window 1"),
     ],

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.tensorrt import CompiledEngine
 from crt_export.graph import GraphExporter
-from crt_export.model import model_from_checkpoint
+from crt_export.model import Model, model_from_checkpoint
 from crt_export.profile import load_profile
+from crt_export.quantize import CalibrationOptions, W8A8Plan, calibrate, plan_w8a8, quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 
@@ -21,10 +23,13 @@ UNROLL = 2
 
 @pytest.mark.slow
 def test_the_published_size_with_70_wide_heads(
-    make_checkpoint: Callable[..., Path], compile_graph: Callable[..., CompiledEngine], tmp_path: Path
+    make_checkpoint: Callable[..., Path],
+    compile_graph: Callable[..., CompiledEngine],
+    heldout_text: Path,
+    tmp_path: Path,
 ) -> None:
     """D=5, C=1120, 16 heads: no fused kernel, so attention is decomposed. Random weights, small vocabulary."""
-    checkpoint = make_checkpoint(
+    folder = make_checkpoint(
         hidden_size=1120,
         num_hidden_layers=5,
         num_attention_heads=16,
@@ -33,12 +38,26 @@ def test_the_published_size_with_70_wide_heads(
         vocab_size=256,
         unroll_steps=UNROLL,
     )
-    model = model_from_checkpoint(load_checkpoint(checkpoint), torch.float16)
-    assert model.config.head_dim == 70
-    exporter = GraphExporter(model)
-    profile = load_profile("rtx-sm80-fp16").with_capacity(64)
+    checkpoint = load_checkpoint(folder)
+    config = checkpoint.config
+    assert config.head_dim == 70
+    plan = _plan(model_from_checkpoint(checkpoint), heldout_text)
+    exporter = GraphExporter(model_from_checkpoint(checkpoint, torch.float16))
+    fp16, int8 = (load_profile(name).with_capacity(64) for name in ("rtx-sm80-fp16", "rtx-sm80-int8"))
+    step, prefill = exporter.graph("step"), exporter.graph("prefill", unroll=UNROLL)
+    quantized = step.clone()
+    quantize_w8a8(quantized, plan)
     # Per layer: query, key and value in one GEMM, output, up, down; the correction's two; the head once.
-    for name, gemms in (("step", 23), ("prefill", 22 * UNROLL + 1)):
-        graph = exporter.graph(name, unroll=UNROLL if name == "prefill" else 1)
-        engine = compile_graph(graph, model.config, profile, tmp_path)
-        assert engine.sidecar["layers"]["gemm float16 -> float16"] == gemms
+    for graph, profile, kind, gemms in (
+        (step, fp16, "float16 -> float16", 23),
+        (quantized, int8, "int8 -> float32", 23),
+        (prefill, fp16, "float16 -> float16", 22 * UNROLL + 1),
+    ):
+        engine = compile_graph(graph, config, profile, tmp_path)
+        assert engine.sidecar["layers"][f"gemm {kind}"] == gemms
+
+
+def _plan(model: Model, text: Path) -> W8A8Plan:
+    """Little real text, enough for scales that are real; how well they fit is no matter of compiling."""
+    ids = np.frombuffer(text.read_bytes()[:512], np.uint8).astype(np.int64).reshape(16, 32)
+    return plan_w8a8(model, calibrate(model, ids, unroll=UNROLL, options=CalibrationOptions(minimum_tokens=512)))

@@ -28,6 +28,7 @@ from crt_export.stages.manifest import manifest_from_build
 from crt_export.stages.options import BuildOptions, profiles_from_options
 from crt_export.stages.targets import BuiltTarget, build_target
 from crt_export.text import TokenText
+from crt_export.tokenizer import load_tokenizer
 
 __all__ = ["BuildOptions", "BuildResult", "build"]
 
@@ -54,8 +55,10 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
     """
     progress("read the checkpoint", 0, 0)
     checkpoint = load_checkpoint(options.checkpoint)
+    # Also for a build without text: the bundle carries the tokenizer, and its ids must have embeddings.
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     profiles = profiles_from_options(options, checkpoint.config)
-    text = read_build_text(checkpoint, profiles, options)
+    text = read_build_text(checkpoint, tokenizer, profiles, options, progress)
     with stage_bundle(options.output) as staging:
         plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress)
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress)
@@ -70,7 +73,17 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
             report = _validated(checkpoint, targets, text.validation, staging.path, options, progress)
             (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
-        staging.commit(manifest_from_build(checkpoint, options, calibration, graphs.values(), targets, report))
+        staging.commit(
+            manifest_from_build(
+                checkpoint,
+                options,
+                text=text.identity,
+                calibration=calibration,
+                graphs=graphs.values(),
+                targets=targets,
+                report=report,
+            )
+        )
     return BuildResult(path=options.output, targets=targets, report=report)
 
 

@@ -72,28 +72,35 @@ def read_text(
     return TokenText(ids=_checked_ids(ids, config, source), source=source)
 
 
-def split_text(text: TokenText, *, calibrate: bool) -> tuple[TokenText | None, TokenText]:
+def split_text(
+    text: TokenText, *, calibrate: bool, validate: bool = True, validation_tokens: int = VALIDATION_TOKENS
+) -> tuple[TokenText | None, TokenText]:
     """Split off a calibration part at the start, so that no token is calibrated and validated on.
 
     Args:
         text: The whole text.
         calibrate: Whether a calibration part is needed at all; if not, everything validates.
+        validate: Whether a validation part is needed; if not, it may be as short as it happens to be.
+        validation_tokens: Tokens to predict in the validation part, at least.
 
     Returns:
         The calibration part (a quarter of the text within ``CALIBRATION_TOKENS``) or None, and the validation part.
 
     Raises:
-        InputError: The text is too short for both.
+        InputError: The text is too short for what is needed.
     """
+    low, high = CALIBRATION_TOKENS
+    first, second = low if calibrate else 0, validation_tokens + 1 if validate else 0
+    if len(text) < first + second:
+        purposes = [f"calibration needs {first}"] if first else []
+        purposes += [f"validation needs {second}{' of its own' if first else ''}"] if second else []
+        raise InputError(
+            f"{text.source}: {len(text)} tokens are too few: {' and '.join(purposes)}, so give at least "
+            f"{first + second} (--text FILE or --tokens FILE.npy)"
+        )
     if not calibrate:
         return None, text
-    low, high = CALIBRATION_TOKENS
-    count, needed = min(max(len(text) // 4, low), high), low + VALIDATION_TOKENS + 1
-    if len(text) < needed:
-        raise InputError(
-            f"{text.source}: {len(text)} tokens are too few: calibration needs {low} and validation another "
-            f"{VALIDATION_TOKENS + 1}, so give at least {needed} (--text FILE or --tokens FILE.npy)"
-        )
+    count = min(max(len(text) // 4, low), high, len(text) - second)
     return _part(text, 0, count), _part(text, count, len(text))
 
 

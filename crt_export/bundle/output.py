@@ -100,7 +100,10 @@ def _check_replaceable(target: Path) -> None:
     except BundleError as error:
         shown = sorted(entry.name for entry in target.iterdir())
         names = ", ".join(shown[:_SHOWN_NAMES]) + (", ..." if len(shown) > _SHOWN_NAMES else "")
-        raise BundleError(f"the output {target} (holding {names}) cannot be replaced, {keep}: {error}") from error
+        # The reader's own message ends with how to build a bundle, which is what the caller is doing.
+        absent = not os.path.lexists(target / MANIFEST_NAME)
+        reason = f"it is not a bundle, it has no {MANIFEST_NAME}" if absent else str(error)
+        raise BundleError(f"the output {target} (holding {names}) cannot be replaced, {keep}: {reason}") from error
     except OSError as error:
         raise BundleError(f"cannot read the output {error.filename}: {error.strerror}") from error
     listed = {MANIFEST_NAME, *manifest["files"]}

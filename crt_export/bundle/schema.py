@@ -65,7 +65,7 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     problems += _file_problems(manifest["files"])
     problems += _graph_problems(manifest["graphs"], manifest["files"])
     problems += _target_problems(manifest["targets"], manifest["files"])
-    if manifest["validated"] and (manifest["parity"] is None or manifest["parity"].get("passed") is False):
+    if manifest["validated"] and (manifest["parity"] is None or manifest["parity"].get("passed") is not True):
         problems.append("validated is true, but there is no parity report that passed")
     return problems
 

@@ -37,6 +37,7 @@ def generate(
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     options = GenerationOptions(max_new_tokens=max_new_tokens, sampling=sampling)
+    _require_validated(bundle)
     with load_bundle(bundle) as opened:
         generation = generate_text(opened, prompt, options, target=target)
         click.echo(prompt, nl=False, err=True)
@@ -45,3 +46,15 @@ def generate(
         write_text("")
     result = generation.result
     click.echo(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}]", err=True)
+
+
+def _require_validated(bundle: Path) -> None:
+    """What the loader refuses too, in the words of the command line."""
+    from crt_export.bundle import open_bundle
+    from crt_export.errors import BundleError
+
+    if not open_bundle(bundle, allow_unvalidated=True).manifest["validated"]:
+        raise BundleError(
+            f"{bundle} is not validated: its agreement with PyTorch was never shown; build it again without "
+            "--unvalidated ('crt-export validate' shows whether it agrees)"
+        )

@@ -44,8 +44,15 @@ def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:
     from crt_export.checkpoint import CHECKPOINT_FILES, load_checkpoint
+    from crt_export.errors import MissingDependencyError
+    from crt_export.tokenizer import load_tokenizer
 
     checkpoint = load_checkpoint(path)
+    unchecked = ""
+    try:
+        load_tokenizer(path, checkpoint.config)
+    except MissingDependencyError as error:  # the weights can be shown without it
+        unchecked = str(error)
     size = sum((path / name).stat().st_size for name in CHECKPOINT_FILES if (path / name).is_file())
     document = {
         "kind": "checkpoint",
@@ -55,7 +62,10 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
         "dtypes": list(checkpoint.stored_dtypes),
         "parameters": checkpoint.config.parameter_count,
         "config": checkpoint.config.to_dict(),
+        "tokenizer_checked": not unchecked,
     }
+    if unchecked:
+        click.echo(f"tokenizer not checked: {unchecked}", err=True)
     if as_json:
         write_json(document)
     else:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.checkpoint import Checkpoint
+from crt_export.config import ModelConfig
 from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityOptions
+from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
-from crt_export.progress import Progress
+from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
 from crt_export.stages.options import BuildOptions
 from crt_export.text import TokenText, read_text, split_text
-from crt_export.tokenizer import load_tokenizer
+from crt_export.tokenizer import Tokenizer
 
 _LONGEST_WINDOW = 256
 
@@ -24,14 +27,22 @@ class BuildText:
 
     Attributes:
         calibration: For w8a8; None when no target needs it.
-        validation: For parity; None for an unvalidated build that needs no calibration either.
+        validation: For parity; None for an unvalidated build.
+        identity: Name and content hash of the whole text, for the manifest; None when no stage needs text.
     """
 
     calibration: TokenText | None
     validation: TokenText | None
+    identity: dict[str, str] | None
 
 
-def read_build_text(checkpoint: Checkpoint, profiles: Sequence[EngineProfile], options: BuildOptions) -> BuildText:
+def read_build_text(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    profiles: Sequence[EngineProfile],
+    options: BuildOptions,
+    progress: Progress = no_progress,
+) -> BuildText:
     """Read and split the text, if any stage needs it.
 
     Raises:
@@ -39,11 +50,38 @@ def read_build_text(checkpoint: Checkpoint, profiles: Sequence[EngineProfile], o
     """
     needs_calibration = any(profile.precision == "w8a8" for profile in profiles)
     if not needs_calibration and not options.validated:
-        return BuildText(calibration=None, validation=None)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+        return BuildText(calibration=None, validation=None, identity=None)
+    given = options.text or options.tokens
+    if given is None:
+        progress("no --text given: the packaged default text is used", 0, 0)
     whole = read_text(checkpoint.config, tokenizer, text=options.text, tokens=options.tokens)
-    calibration, validation = split_text(whole, calibrate=needs_calibration)
-    return BuildText(calibration=calibration, validation=validation)
+    calibration, validation = split_text(
+        whole,
+        calibrate=needs_calibration,
+        validate=options.validated,
+        validation_tokens=options.validation_tokens,
+    )
+    if options.validated:
+        _check_windows(validation, profiles, checkpoint.config, options)
+    return BuildText(
+        calibration=calibration,
+        validation=validation if options.validated else None,
+        # The name alone: a folder means nothing on another machine.
+        identity={"name": "default text" if given is None else given.name, "sha256": whole.sha256},
+    )
+
+
+def _check_windows(
+    text: TokenText, profiles: Sequence[EngineProfile], config: ModelConfig, options: BuildOptions
+) -> None:
+    """Cut the parity windows once before any work, because a text too short for them would fail the last stage."""
+    capacities = [profile.capacity for profile in profiles if profile.compiled]
+    windows_from_text(
+        text,
+        ParityOptions(validation_tokens=options.validation_tokens),
+        longest=min([config.max_position_embeddings, *capacities]),
+        longest_reason="the smallest capacity or max_position_embeddings",
+    )
 
 
 def quantization_plan(

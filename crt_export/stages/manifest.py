@@ -22,6 +22,8 @@ _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxrunt
 def manifest_from_build(
     checkpoint: Checkpoint,
     options: BuildOptions,
+    *,
+    text: dict[str, str] | None,
     calibration: dict[str, Any] | None,
     graphs: Iterable[GraphFile],
     targets: Sequence[BuiltTarget],
@@ -39,11 +41,28 @@ def manifest_from_build(
         "validated": report is not None and report.passed,
         "config": config.to_dict(),
         "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
-        "options": {**options.to_dict(), "calibration": calibration},
+        "options": _resolved_options(options, text, calibration, targets),
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
         "graphs": [_graph_entry(file) for file in every],
         "targets": {target.profile.name: target.to_dict(config) for target in targets},
         "parity": None if report is None else report.to_dict(),
+    }
+
+
+def _resolved_options(
+    options: BuildOptions,
+    text: dict[str, str] | None,
+    calibration: dict[str, Any] | None,
+    targets: Sequence[BuiltTarget],
+) -> dict[str, Any]:
+    """What the options came to; capacity and unroll differ by target and stand there."""
+    return {
+        "targets": [target.profile.name for target in targets],
+        "text": text,
+        "validated": options.validated,
+        "reference": options.reference,
+        "validation_tokens": options.validation_tokens if options.validated else None,
+        "calibration": calibration,
     }
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from crt_export.config import ModelConfig
 from crt_export.environment import target_status
@@ -59,19 +58,6 @@ class BuildOptions:
             problems.append("give a text or token ids, not both")
         if problems:
             raise InputError(problem_list("build options", problems))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the manifest; file names without their folders, which mean nothing on another machine."""
-        return {
-            "targets": list(self.targets),
-            "text": self.text.name if self.text else None,
-            "tokens": self.tokens.name if self.tokens else None,
-            "capacity": self.capacity,
-            "unroll": self.unroll,
-            "validated": self.validated,
-            "reference": self.reference,
-            "validation_tokens": self.validation_tokens,
-        }
 
 
 def profiles_from_options(options: BuildOptions, config: ModelConfig) -> tuple[EngineProfile, ...]:

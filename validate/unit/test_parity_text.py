@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,14 +111,33 @@ def test_split_never_overlaps(count: int, calibration: int) -> None:
 
 
 def test_split_without_calibration_validates_on_everything() -> None:
-    calibration, validation = split_text(_text(100), calibrate=False)
+    calibration, validation = split_text(_text(5000), calibrate=False)
     assert calibration is None
-    assert (len(validation), validation.offset) == (100, 0)
+    assert (len(validation), validation.offset) == (5000, 0)
 
 
-def test_split_says_how_much_text_is_needed() -> None:
-    with pytest.raises(InputError, match="give at least 8193"):
-        split_text(_text(8192), calibrate=True)
+@pytest.mark.parametrize(
+    ("needs", "least"),
+    [
+        ({"calibrate": True}, 8193),
+        ({"calibrate": True, "validate": False}, 4096),
+        ({"calibrate": False}, 4097),
+        ({"calibrate": False, "validation_tokens": 5000}, 5001),
+        ({"calibrate": True, "validation_tokens": 5000}, 9097),
+    ],
+)
+def test_split_says_how_much_text_is_needed(needs: dict[str, Any], least: int) -> None:
+    with pytest.raises(InputError, match=f"{least - 1} tokens are too few: .* give at least {least}"):
+        split_text(_text(least - 1), **needs)
+    first, second = split_text(_text(least), **needs)
+    assert (0 if first is None else len(first)) == (4096 if needs["calibrate"] else 0)
+    assert len(second) == least - (4096 if needs["calibrate"] else 0)
+
+
+def test_calibration_leaves_as_much_as_validation_asks_for() -> None:
+    first, second = split_text(_text(40_000), calibrate=True, validation_tokens=35_000)
+    assert first is not None
+    assert (len(first), len(second)) == (4999, 35_001)
 
 
 def test_windows_are_consecutive_and_predict_every_token_once() -> None:
@@ -142,6 +162,8 @@ def test_too_short_text_says_how_much_is_needed() -> None:
 def test_a_short_run_needs_a_reason_and_records_it() -> None:
     with pytest.raises(InputError, match="2 problems"):
         ParityOptions(validation_tokens=512, window=64)
+    with pytest.raises(InputError, match=r"validation_tokens must be at least 4096, found 100: fewer say too little"):
+        ParityOptions(validation_tokens=100)
     options = ParityOptions(validation_tokens=512, window=64, short_reason="size test")
     windows = windows_from_text(_text(600), options, longest=64, longest_reason="")
     assert windows.notes == ("8 windows of 64 tokens: size test",)

@@ -34,7 +34,8 @@ def validation_tokens_option(command: Command) -> Command:
         default=4096,
         show_default=True,
         metavar="N",
-        help="Held-out tokens that every comparison scores, at least 4096.",
+        help="Held-out tokens, at least 4096: scored by step and prefill; "
+        "hand-over scores the second half of each window.",
     )(command)
 
 

@@ -14,6 +14,12 @@ PARITY_COLUMNS = (
 )  # fmt: skip
 
 
+_GAP_NOTE = (
+    "regime-gap compares K passes with the steps of the same target (reference column); excess is how much wider that "
+    "gap is than in PyTorch FP32, and is what its gate judges"
+)
+
+
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
     """What ``build --json`` and ``inspect --json`` print: where the bundle is, and its manifest."""
     return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle_bytes(bundle), **bundle.manifest}
@@ -50,9 +56,14 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
 
 
 def write_parity_table(report: Mapping[str, Any]) -> None:
-    """Write the rows of a parity report."""
-    rows = [_parity_cells(row) for row in report.get("rows", [])]
-    write_table(PARITY_COLUMNS, rows, title="agreement with PyTorch FP32")
+    """Write the rows of a parity report, and below them what the report says about them."""
+    rows = report.get("rows", [])
+    write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
+    notes = list(report.get("notes", ()))
+    if any(row.get("excess_gap") is not None for row in rows):
+        notes.append(_GAP_NOTE)
+    for note in notes:
+        write_text(f"note: {note}")
 
 
 def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -62,8 +73,8 @@ def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _regime(row),
         _figure(row["tokens"], ",d"),
         _figure(row["perplexity"], ".4f"),
-        _figure(row["reference_perplexity"], ".4f"),
-        _interval(row["delta_nll"], row["delta_nll_ci"]),
+        _reference(row),
+        _difference(row),
         _figure(row["max_abs_logit_error"], ".2g"),
         _figure(row["mean_kl"], ".2g"),
         _figure(row["top1_agreement"], ".3%"),
@@ -75,6 +86,19 @@ def _regime(row: Mapping[str, Any]) -> str:
     """The regime, with the part of the window that a row covers where it is not all of it."""
     positions = row.get("positions")
     return str(row["regime"] or "-") + (f" {positions[0]}-{positions[1]}" if positions else "")
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+    """The perplexity compared with; a regime gap has the target's own steps there, not PyTorch FP32."""
+    text = _figure(row["reference_perplexity"], ".4f")
+    return f"step {text}" if row["regime"] == "regime-gap" else text
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    """What the likelihood gate judges: of a target's regime gap the excess over that of PyTorch FP32."""
+    if row.get("excess_gap") is not None:
+        return f"excess {_interval(row['excess_gap'], row['excess_gap_ci'])}"
+    return _interval(row["delta_nll"], row["delta_nll_ci"])
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -92,6 +116,8 @@ def _interval(value: float | None, interval: Any) -> str:
 
 def _result(row: Mapping[str, Any]) -> str:
     words = [str(row["status"]) if row["passed"] is None else "passed" if row["passed"] else "FAILED"]
+    if row.get("better_than_chance") is False:
+        words.append("nll not gated")
     if "emulated" in (row["arithmetic"] or ""):
         words.append(row["arithmetic"])
     return ", ".join(words)

@@ -12,7 +12,7 @@ from crt_export.model import model_from_checkpoint
 from crt_export.parity.case import ParityCase
 from crt_export.parity.gap import reference_gap_rows, target_gap_rows
 from crt_export.parity.half import half_row
-from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
+from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference, first_position
 from crt_export.parity.report import ParityReport, ParityRow
 from crt_export.parity.statistics import METHOD
 from crt_export.parity.target import check_target
@@ -54,38 +54,78 @@ def check_parity(
         raise InputError("parity needs at least one target")
     options = options or ParityOptions()
     tolerances = tolerances or load_tolerances()
-    config = checkpoint.config
-    windows = windows_from_text(text, options, **_longest_window(cases, config))
-    reference = Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch)
-    passes = {case.unroll for case in cases}
-    for regime in (STEP, PREFILL, HANDOVER):
-        progress(f"PyTorch FP32: {regime}", 0, windows.count)
-        for count in sorted(passes):
-            reference.hidden(regime, count)
-    rows: list[ParityRow] = []
-    notes = [*windows.notes]
-    for residual_dtype in sorted({case.residual_dtype for case in cases if case.half}):
-        row, note = half_row(checkpoint, reference, residual_dtype, tolerances, progress)
-        rows.append(row)
-        notes += note
+    windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
+    reference = _reference(checkpoint, cases, windows, options, progress)
+    rows, notes = _half_rows(checkpoint, cases, reference, tolerances, progress)
     progress("PyTorch FP32: regime gap", 0, windows.count)
-    gaps = {count: reference_gap_rows(reference, count) for count in sorted(passes)}
-    rows += [row for count in gaps for row, _ in gaps[count]]
+    gaps = {passes: reference_gap_rows(reference, passes) for passes in sorted({case.unroll for case in cases})}
+    rows += [row for gap in gaps.values() for row, _ in gap]
     largest = {}
     for case in cases:
         result = check_target(case, reference, options, tolerances, progress)
-        rows += [*result.rows, *target_gap_rows(case, result, gaps[case.unroll], tolerances, config), *_compiled(case)]
+        own_gaps = target_gap_rows(case, result, gaps[case.unroll], tolerances, checkpoint.config)
+        rows += [*result.rows, *own_gaps, *_compiled(case)]
         if result.largest_fp16:
             largest[case.target] = result.largest_fp16
     return ParityReport(
         rows=tuple(rows),
         tolerances=tolerances.to_dict(),
         text=_text_identity(windows),
-        notes=tuple(notes),
+        notes=(*windows.notes, *notes, *_coverage_notes(rows, windows)),
         method=METHOD,
         versions=installed_versions(_LIBRARIES),
         largest_fp16=largest,
     )
+
+
+def _reference(
+    checkpoint: Checkpoint,
+    cases: Sequence[ParityCase],
+    windows: Windows,
+    options: ParityOptions,
+    progress: Progress,
+) -> Reference:
+    """PyTorch FP32 with the hidden states of every regime that a target will be compared in."""
+    reference = Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch)
+    for regime in (STEP, PREFILL, HANDOVER):
+        progress(f"PyTorch FP32: {regime}", 0, windows.count)
+        for passes in sorted({case.unroll for case in cases}):
+            reference.hidden(regime, passes)
+    return reference
+
+
+def _half_rows(
+    checkpoint: Checkpoint,
+    cases: Sequence[ParityCase],
+    reference: Reference,
+    tolerances: Tolerances,
+    progress: Progress,
+) -> tuple[list[ParityRow], list[str]]:
+    """One row of real FP16 arithmetic per residual dtype that a half-precision target has, and notes on them."""
+    rows, notes = [], []
+    for residual_dtype in sorted({case.residual_dtype for case in cases if case.half}):
+        row, found = half_row(checkpoint, reference, residual_dtype, tolerances, progress)
+        rows.append(row)
+        notes += found
+    return rows, notes
+
+
+def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:
+    """What the rows do not cover: the first half of the windows in the hand-over, likelihoods that gate nothing."""
+    positions = windows.length - first_position(HANDOVER, windows.length)
+    notes = [
+        f"handover rows score the second half of each window, from the last token of prefill on: "
+        f"{windows.count * positions:,} of {windows.count * windows.length:,} tokens"
+    ]
+    ungated = [row for row in rows if row.better_than_chance is False]
+    if ungated:
+        worst = max(row.reference_nll or 0.0 for row in ungated)
+        notes.append(
+            f"delta nll is reported but not gated in {len(ungated)} rows, nor in their regime gaps: PyTorch FP32 "
+            f"predicts this text worse than a uniform guess would (up to {worst:.3f} nat per token), and there a "
+            "rounding error shifts the mean to first order; logit errors and top-1 are gated"
+        )
+    return notes
 
 
 def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:

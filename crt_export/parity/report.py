@@ -36,8 +36,10 @@ class ParityRow:
         max_abs_logit_error: Largest |logit difference|.
         mean_abs_logit_error: Mean |logit difference|.
         relative_logit_error: mean_abs_logit_error over the standard deviation of the reference's logits.
+        relative_logit_error_ci: Its 95 % interval, windows as units; the gate is on the value.
         mean_kl: Mean Kullback-Leibler divergence, nats.
         top1_agreement: Share of the counted tokens with the reference's best token.
+        top1_ci: Its 95 % interval, windows as units; the gate is on the share.
         top1_tokens: Tokens whose margin in the reference exceeds near_tie_margin.
         near_tie_margin: That margin, logits.
         arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU).
@@ -70,8 +72,10 @@ class ParityRow:
     max_abs_logit_error: float | None = None
     mean_abs_logit_error: float | None = None
     relative_logit_error: float | None = None
+    relative_logit_error_ci: tuple[float, float] | None = None
     mean_kl: float | None = None
     top1_agreement: float | None = None
+    top1_ci: tuple[float, float] | None = None
     top1_tokens: int | None = None
     near_tie_margin: float | None = None
     arithmetic: str | None = None
@@ -107,7 +111,7 @@ class ParityReport:
         rows: All comparisons.
         tolerances: The limits used, as ``Tolerances.to_dict`` gives them.
         text: Source, sha256 of the token ids, offset and count of the tokens used, windows and their length.
-        notes: Sentences on what was shortened and why.
+        notes: Sentences on what was shortened, left out or not gated, and why.
         method: How the intervals are computed.
         versions: Library versions that took part.
         largest_fp16: Per target and graph, the largest |value| of the largest FP16 tensors.

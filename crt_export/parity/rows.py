@@ -10,7 +10,7 @@ import numpy as np
 
 from crt_export.parity.report import ParityRow
 from crt_export.parity.scores import Scores
-from crt_export.parity.statistics import Interval, paired_interval
+from crt_export.parity.statistics import Interval, paired_interval, ratio_interval
 from crt_export.parity.tolerances import Tolerance, Tolerances
 
 GAP = "regime-gap"
@@ -93,18 +93,26 @@ def gate_gap(row: ParityRow, gap: np.ndarray, reference_gap: np.ndarray, limit: 
 
 def _with_figures(row: ParityRow, scores: Scores, margin: float) -> tuple[ParityRow, Interval]:
     interval = paired_interval(scores.nll - scores.reference_nll)
-    counted = scores.margin > margin
+    relative = ratio_interval(scores.mean_error, np.maximum(scores.spread, np.finfo(np.float32).tiny))
     return dataclasses.replace(
         row,
         **_likelihoods(scores.nll, scores.reference_nll, interval),
+        **_top1(scores, margin),
         max_abs_logit_error=float(scores.largest_error.max()),
         mean_abs_logit_error=float(scores.mean_error.mean()),
-        relative_logit_error=float(scores.mean_error.mean() / max(scores.spread.mean(), np.finfo(np.float32).tiny)),
+        relative_logit_error=relative.mean,
+        relative_logit_error_ci=(relative.low, relative.high),
         mean_kl=float(scores.kl.mean()),
         better_than_chance=scores.better_than_chance,
-        top1_tokens=int(counted.sum()),
-        top1_agreement=float(scores.agrees[counted].mean()) if counted.any() else None,
     ), interval
+
+
+def _top1(scores: Scores, margin: float) -> dict:
+    counted = (scores.margin > margin).astype(np.float64)
+    if not counted.any():
+        return {"top1_tokens": 0}
+    share = ratio_interval(scores.agrees * counted, counted)
+    return {"top1_tokens": int(counted.sum()), "top1_agreement": share.mean, "top1_ci": (share.low, share.high)}
 
 
 def _likelihoods(found: np.ndarray, expected: np.ndarray, interval: Interval) -> dict:

@@ -12,7 +12,10 @@ from functools import cache
 
 import numpy as np
 
-METHOD = "mean over windows of the paired difference, 95 % Student t interval with windows as units"
+METHOD = (
+    "mean over windows of the paired difference, 95 % Student t interval with windows as units; top1_ci and "
+    "relative_logit_error_ci: the same of a ratio of sums, linearised"
+)
 CONFIDENCE = 0.95
 _GRID = 200_001
 
@@ -50,6 +53,28 @@ def paired_interval(differences: np.ndarray) -> Interval:
         return Interval(mean=math.nan, low=math.nan, high=math.nan)
     half = student_t_quantile(len(units) - 1) * float(units.std(ddof=1)) / math.sqrt(len(units))
     return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def ratio_interval(parts: np.ndarray, wholes: np.ndarray) -> Interval:
+    """Interval of a ratio of two sums over all windows, windows as units.
+
+    Args:
+        parts: What is summed above the line, float [units, positions].
+        wholes: Below the line, same shape; a share over counted tokens has 1 where a token counts and 0 elsewhere.
+
+    Returns:
+        The ratio and its interval from the windows' linearised deviations; the ratio may have an interval of width 0,
+        where all windows agree, and its bounds are not cut to what is possible.
+
+    Raises:
+        ValueError: Fewer than two units, no positions, or nothing below the line.
+    """
+    whole = float(wholes.sum())
+    if not whole > 0:
+        raise ValueError(f"a ratio needs something to divide by, found {whole}")
+    ratio = float(parts.sum()) / whole
+    spread = paired_interval((parts - ratio * wholes) * (wholes.size / whole))
+    return Interval(mean=ratio, low=ratio + spread.low, high=ratio + spread.high)
 
 
 @cache

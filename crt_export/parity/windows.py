@@ -41,12 +41,15 @@ class ParityOptions:
             if type(getattr(self, name)) is not int or getattr(self, name) < low
         ]
         if not problems and not self.short_reason.strip():
-            if self.validation_tokens < VALIDATION_TOKENS:
-                problems.append(
-                    f"validation_tokens {self.validation_tokens} is below {VALIDATION_TOKENS}: give short_reason"
+            problems = [
+                f"{name} must be at least {low}, found {value}: fewer say too little about a model "
+                "(from Python, short_reason can state why fewer are enough)"
+                for name, value, low in (
+                    ("validation_tokens", self.validation_tokens, VALIDATION_TOKENS),
+                    ("window", self.window, DEFAULT_WINDOW),
                 )
-            if self.window < DEFAULT_WINDOW:
-                problems.append(f"window {self.window} is below {DEFAULT_WINDOW}: give short_reason")
+                if value < low
+            ]
         if problems:
             raise InputError(problem_list("parity options", problems))
 

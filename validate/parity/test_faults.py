@@ -107,6 +107,14 @@ def test_sound_files_pass_in_every_regime(built: Path, check: Callable[..., Pari
     assert step.max_abs_logit_error is not None
     assert 0 < step.max_abs_logit_error < 1e-5
     assert _row(report, "prefill_pass").inconsistency is not None
+    assert any("second half of each window" in note and "136 of 256 tokens" in note for note in report.notes)
+
+
+def test_a_model_worse_than_chance_is_noted(built: Path, check: Callable[..., ParityReport]) -> None:
+    report = check(built)
+    ungated = [row for row in report.rows if row.better_than_chance is False]
+    assert ungated, "a random model does not fit the text"
+    assert any(f"not gated in {len(ungated)} rows" in note for note in report.notes)
 
 
 def test_windows_in_small_batches_give_the_same_figures(

@@ -44,7 +44,7 @@ def test_token_file_and_target_can_be_chosen(parity_bundle: Path, tmp_path: Path
     np.save(tmp_path / "tokens.npy", real_text.ids[20_000:20_200])
     report = validate_bundle(parity_bundle, tokens=tmp_path / "tokens.npy", targets=("ort-cpu-fp32",), options=SHORT)
     assert report.passed
-    assert report.notes[-1].endswith("test of the way there")
+    assert report.notes[0].endswith("test of the way there")
 
 
 def test_unknown_targets_are_refused_by_name(parity_bundle: Path) -> None:

@@ -15,7 +15,7 @@ from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityReport, ParityRow, load_tolerances
 from crt_export.parity.rows import gate_gap, row_from_scores
 from crt_export.parity.scores import Scores
-from crt_export.parity.statistics import Interval, paired_interval, student_t_quantile
+from crt_export.parity.statistics import Interval, paired_interval, ratio_interval, student_t_quantile
 
 # Two-sided 95 % quantiles as printed in any table of Student's t distribution.
 TABLE = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 15: 2.1314, 30: 2.0423, 120: 1.9799, 100_000: 1.9600}
@@ -52,6 +52,30 @@ def test_nan_is_within_no_limit() -> None:
     assert not interval.within(1e9)
 
 
+def test_ratio_interval_of_known_sums() -> None:
+    # 1 + 3 of 2 + 2: ratio 1, deviations -1 and +1 in units of the mean whole 2, half-width t(1) / 2.
+    interval = ratio_interval(np.array([[1.0], [3.0]]), np.array([[2.0], [2.0]]))
+    assert interval.mean == 1
+    assert (interval.low, interval.high) == pytest.approx((1 - 12.7062 / 2, 1 + 12.7062 / 2), abs=1e-4)
+
+
+def test_ratio_interval_covers_a_share_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(8)
+    covered = 0
+    for _ in range(400):
+        counted = (generator.random((16, 40)) < 0.8).astype(float)
+        agrees = (generator.random((16, 40)) < 0.9).astype(float)
+        interval = ratio_interval(agrees * counted, counted)
+        assert interval.mean == pytest.approx((agrees * counted).sum() / counted.sum())
+        covered += interval.low <= 0.9 <= interval.high
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_a_ratio_over_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="something to divide by"):
+        ratio_interval(np.ones((2, 2)), np.zeros((2, 2)))
+
+
 @pytest.mark.parametrize("shape", [(1, 10), (5, 0), (0, 0), (4,)])
 def test_too_few_windows_give_no_interval(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least two windows"):
@@ -84,6 +108,19 @@ def test_equal_scores_pass_with_every_figure() -> None:
     assert row.passed is True
     assert (row.tokens, row.delta_nll, row.top1_agreement, row.top1_tokens) == (32, 0, 1, 32)
     assert row.perplexity == pytest.approx(math.exp(2))
+    assert (row.top1_ci, row.relative_logit_error_ci) == ((1, 1), (0, 0))
+
+
+def test_point_gates_report_their_interval_over_windows() -> None:
+    scores = _scores()
+    scores.agrees[0, :4] = 0.0  # one window of four agrees in half of its tokens
+    scores.mean_error[0] = 0.4
+    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    half = 3.1824 * 0.25 / 2  # t(3) * standard deviation 0.25 of (0.5, 1, 1, 1) / sqrt(4)
+    assert row.top1_agreement == 0.875
+    assert row.top1_ci == pytest.approx((0.875 - half, 0.875 + half), abs=1e-4)
+    assert row.relative_logit_error == pytest.approx(0.1)
+    assert row.relative_logit_error_ci == pytest.approx((0.1 - 3.1824 * 0.1, 0.1 + 3.1824 * 0.1), abs=1e-4)
 
 
 @pytest.mark.parametrize(

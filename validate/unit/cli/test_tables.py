@@ -59,6 +59,33 @@ def test_emulated_arithmetic_is_named(capsys: pytest.CaptureFixture[str]) -> Non
     assert parity_lines({**ROW, "arithmetic": "fp32-emulated"}, capsys).endswith("passed, fp32-emulated")
 
 
+def test_likelihood_that_gates_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity_lines({**ROW, "better_than_chance": False}, capsys).endswith("passed, nll not gated")
+    assert parity_lines({**ROW, "better_than_chance": True}, capsys).endswith("passed")
+
+
+def test_regime_gap_shows_the_gated_excess_and_what_it_is_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    gap = {**ROW, "regime": "regime-gap", "excess_gap": 2e-4, "excess_gap_ci": [-3e-4, 7e-4], "positions": [0, 128]}
+    write_parity_table({"passed": True, "rows": [ROW, gap]})
+    line, note = capsys.readouterr().out.splitlines()[-2:]
+    assert "regime-gap 0-128" in line
+    assert "step 3.4903  excess +2.0e-04 [-3.0e-04, +7.0e-04]" in line
+    assert "+1.0e-06" not in line
+    assert note.startswith("note: regime-gap compares K passes with the steps of the same target")
+
+
+def test_regime_gap_of_the_model_itself_has_no_excess(capsys: pytest.CaptureFixture[str]) -> None:
+    line = parity_lines({**ROW, "regime": "regime-gap", "excess_gap": None, "passed": None}, capsys)
+    assert "step 3.4903  +1.0e-06 [-1.0e-06, +3.0e-06]" in line
+    assert line.endswith("run")
+
+
+def test_notes_of_the_report_follow_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = ["windows of 100 tokens instead of 256: capacity of x is 100", "pytorch-half ran [4] of 16 windows"]
+    write_parity_table({"passed": True, "rows": [ROW], "notes": notes})
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"note: {note}" for note in notes]
+
+
 def test_plain_table_is_aligned_and_free_of_drawing(capsys: pytest.CaptureFixture[str]) -> None:
     write_table(("name", "size>"), [("a", "1"), ("long", "1000")], title="sizes")
     assert capsys.readouterr().out == "sizes\nname  size\na        1\nlong  1000\n"

@@ -42,13 +42,17 @@ def figures() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def losses(demo_checkpoint: Path, heldout_text: Path) -> dict[str, torch.Tensor]:
+def losses(demo_checkpoint: Path, heldout_text: Path, figures: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Mean loss per consecutive 128-byte window, measured here without the demo's own script."""
     model = model_from_checkpoint(load_checkpoint(demo_checkpoint))
     tokens = torch.tensor(list(heldout_text.read_bytes()))
     count = (len(tokens) - 1) // 128
     ids, targets = tokens[: count * 128].view(count, 128), tokens[1 : count * 128 + 1].view(count, 128)
-    regimes = {"sequential": model.sequential(ids)[0], "10": model.unroll(ids, 10)[0]}
+    regimes, h = {"sequential": model.sequential(ids)[0]}, None
+    for k in range(1, 17):
+        h = model.unroll(ids, 1, hidden=h)[0]
+        if str(k) in figures["perplexity"]:
+            regimes[str(k)] = h
     return {
         name: F.cross_entropy(model.head(h).transpose(1, 2), targets, reduction="none").double().mean(dim=1)
         for name, h in regimes.items()
@@ -89,6 +93,7 @@ def test_perplexities_reach_the_target(losses) -> None:
 def test_figures_file_holds_what_is_measured(losses, figures, demo_checkpoint) -> None:
     assert figures["checkpoint_sha256"] == load_checkpoint(demo_checkpoint).sha256
     assert (figures["text"]["windows"], figures["text"]["tokens"]) == (364, 364 * 128)
+    assert losses.keys() == figures["perplexity"].keys()
     for name, values in losses.items():
         assert figures["perplexity"][name] == pytest.approx(math.exp(values.mean().item()), abs=1e-4)
     difference, gap = losses["sequential"] - losses["10"], figures["sequential_minus_k10"]
@@ -113,6 +118,18 @@ def test_readme_quotes_the_figures_file(figures) -> None:
     assert f"{gap['perplexity']:+.5f} ± {gap['perplexity_half_width_95']:.5f}" in readme
     assert figures["date"] in readme
     assert figures["hardware"] in readme
+
+
+def test_the_projects_readme_quotes_them_too(figures) -> None:
+    text = " ".join((DEMO.parents[1] / "README.md").read_text().split())
+    quoted = dict(re.findall(r"(?:K=(?=\d+ \d))?(\d+|sequential) (\d+\.\d{3,4})[,;]", text))
+    expected = {
+        name: f"{figures['perplexity'][name]:.{len(quoted[name]) - 2}f}"[: len(quoted[name])] for name in quoted
+    }
+    assert {"1", "2", "5", "10", "sequential"} <= quoted.keys()
+    assert quoted == expected
+    gap = figures["sequential_minus_k10"]
+    assert f"{gap['perplexity']:.5f} +- {gap['perplexity_half_width_95']:.5f}" in text
 
 
 # --- scripts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,7 +99,10 @@ def target_status(profile: EngineProfile) -> TargetStatus:
         needs = _ort_needs(profile)
         ability = "run"
     else:
-        needs = _tensorrt_needs(profile)
+        dependency = find_dependency(profile.runtime)
+        importable = importlib.util.find_spec(dependency.module) is not None
+        obstacle = compile_obstacle(profile, dependency.version if importable else None, gpus())
+        needs = [obstacle] if obstacle else []
         ability = "compile"
     return TargetStatus(profile=profile, status="needs" if needs else ability, needs=tuple(needs))
 
@@ -137,6 +140,57 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 def find_dependency(distribution: str) -> Dependency:
     """Return the optional package of this name."""
     return next(dependency for dependency in DEPENDENCIES if dependency.distribution == distribution)
+
+
+def compile_need(profile: EngineProfile) -> str:
+    """Say what compiling a TensorRT or TensorRT-RTX profile takes: package, oldest version, and GPU."""
+    dependency = find_dependency(profile.runtime)
+    package = f"{dependency.distribution} {'.'.join(map(str, dependency.minimum))} or newer"
+    install = f"pip install 'crt-export[{dependency.extra}]'"
+    if profile.runtime == "tensorrt-rtx":
+        return f"{package} on Linux x86_64 ({install}; no GPU needed to compile)"
+    newer = " or newer" if is_ampere_plus(profile) else ""
+    return (
+        f"{package} ({install}) and an NVIDIA GPU of compute capability {_dotted(profile.compute_capability)}{newer}, "
+        "because TensorRT times kernels on it while it builds (rtx-* targets compile without a GPU)"
+    )
+
+
+def compile_obstacle(profile: EngineProfile, version: str | None, devices: Sequence[Gpu]) -> str | None:
+    """What keeps a TensorRT or TensorRT-RTX profile from being compiled, after what it takes.
+
+    Args:
+        profile: The profile.
+        version: Installed version of its compiler, None where it is absent.
+        devices: The GPUs of the machine; TensorRT builds on the first one.
+
+    Returns:
+        One sentence, None where nothing is in the way.
+    """
+    dependency = find_dependency(profile.runtime)
+    found = []
+    if version is None:
+        found.append(f"{dependency.distribution} is not installed")
+    elif _numbers(version) < dependency.minimum:
+        found.append(f"found {dependency.distribution} {version}")
+    if profile.runtime == "tensorrt":
+        found += _gpu_obstacle(profile, devices)
+    return f"{compile_need(profile)}; {' and '.join(found)}" if found else None
+
+
+def is_ampere_plus(profile: EngineProfile) -> bool:
+    """Whether the engine must also run on GPUs newer than SM 8.0, and may be built on one."""
+    return isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
+
+
+def _gpu_obstacle(profile: EngineProfile, devices: Sequence[Gpu]) -> list[str]:
+    if not devices:
+        return ["this machine has no usable NVIDIA GPU"]
+    found, wanted = devices[0].compute_capability, profile.compute_capability
+    newer_will_do = is_ampere_plus(profile) and wanted is not None and found > wanted
+    return (
+        [] if found == wanted or newer_will_do else [f"this machine's first GPU is {devices[0].name}, {_dotted(found)}"]
+    )
 
 
 def missing_module_error(module: str | None, purpose: str) -> MissingDependencyError | None:
@@ -181,28 +235,8 @@ def _ort_needs(profile: EngineProfile) -> list[str]:
     return needs
 
 
-def _tensorrt_needs(profile: EngineProfile) -> list[str]:
-    dependency = find_dependency(profile.runtime)
-    least = ".".join(map(str, dependency.minimum))
-    needs = []
-    if not dependency.usable:
-        needs.append(f"{dependency.distribution} >= {least}: pip install 'crt-export[{dependency.extra}]'")
-    if profile.runtime == "tensorrt" and not any(_can_build_for(profile, gpu) for gpu in gpus()):
-        needs.append(_gpu_need(profile))
-    return needs
-
-
-def _can_build_for(profile: EngineProfile, gpu: Gpu) -> bool:
-    """TensorRT builds for the GPU at hand; with ampere_plus for SM 8.0 and newer at once."""
-    newer = isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
-    wanted = profile.compute_capability or 0
-    return gpu.compute_capability >= wanted if newer else gpu.compute_capability == wanted
-
-
-def _gpu_need(profile: EngineProfile) -> str:
-    major, minor = divmod(profile.compute_capability or 0, 10)
-    newer = isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
-    return f"an NVIDIA GPU of SM {major}.{minor}{' or newer' if newer else ''} to build on"
+def _dotted(capability: int | None) -> str:
+    return "unknown" if capability is None else f"{capability // 10}.{capability % 10}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from crt_export.environment import compile_need, compile_obstacle, find_dependency
+from crt_export.environment import is_ampere_plus as is_ampere_plus
 from crt_export.errors import MissingDependencyError, UnsupportedError
 from crt_export.gpu import list_gpus
 from crt_export.profile import EngineProfile
-from crt_export.profile_options import TensorRTOptions
 
 #: The module itself, tensorrt or tensorrt_rtx.
 Api = Any
@@ -31,9 +32,6 @@ OnnxParser = Any
 ParserError = Any
 Runtime = Any
 
-# Runtime of a profile -> (module, oldest version whose in-place cache update this package relies on).
-_MODULES = {"tensorrt": ("tensorrt", (10, 16)), "tensorrt-rtx": ("tensorrt_rtx", (1, 7))}
-
 
 def load_api(profile: EngineProfile) -> Api:
     """Import the runtime that a profile compiles with, after checking that it can compile here.
@@ -42,17 +40,15 @@ def load_api(profile: EngineProfile) -> Api:
         MissingDependencyError: The package, its version or the GPU is missing; says what is needed.
         UnsupportedError: The runtime has no such architecture.
     """
-    name, floor = _MODULES[profile.runtime]
-    need = need_of_profile(profile)
+    name = find_dependency(profile.runtime).module
     try:
         api: Api = importlib.import_module(name)
     except ImportError as error:
-        raise MissingDependencyError(f"{need}; {name} cannot be imported ({error})") from error
-    if tuple(int(part) for part in api.__version__.split(".")[:2]) < floor:
-        raise MissingDependencyError(f"{need}; found {name} {api.__version__}")
-    if profile.runtime == "tensorrt":
-        _require_gpu(profile)
-    else:
+        raise MissingDependencyError(f"{need_of_profile(profile)}; {name} cannot be imported ({error})") from error
+    obstacle = compile_obstacle(profile, api.__version__, list_gpus())
+    if obstacle:
+        raise MissingDependencyError(f"target {profile.name} needs {obstacle}")
+    if profile.runtime == "tensorrt-rtx":
         _require_architecture_rtx(api, profile)
     return api
 
@@ -68,36 +64,4 @@ def _require_architecture_rtx(api: Api, profile: EngineProfile) -> None:
 
 def need_of_profile(profile: EngineProfile) -> str:
     """Say what compiling a TensorRT or TensorRT-RTX profile needs."""
-    version = ".".join(map(str, _MODULES[profile.runtime][1]))
-    if profile.runtime == "tensorrt-rtx":
-        return (
-            f"target {profile.name} needs tensorrt-rtx {version} or newer: pip install 'crt-export[rtx]' on "
-            "Linux x86_64 (no GPU needed to compile)"
-        )
-    newer = " or newer" if is_ampere_plus(profile) else ""
-    return (
-        f"target {profile.name} needs tensorrt {version} or newer (pip install 'crt-export[tensorrt]') and an "
-        f"NVIDIA GPU of compute capability {_dotted(profile.compute_capability)}{newer}, because TensorRT times "
-        "kernels on it while it builds (rtx-* targets compile without a GPU)"
-    )
-
-
-def is_ampere_plus(profile: EngineProfile) -> bool:
-    """Whether the engine must also run on GPUs newer than SM 8.0, and may be built on one."""
-    return isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
-
-
-def _require_gpu(profile: EngineProfile) -> None:
-    gpus, wanted = list_gpus(), profile.compute_capability
-    if not gpus:
-        raise MissingDependencyError(f"{need_of_profile(profile)}; this machine has no usable NVIDIA GPU")
-    found = gpus[0].compute_capability  # TensorRT builds on the current device, which is the first one
-    newer_will_do = is_ampere_plus(profile) and wanted is not None and found > wanted
-    if found != wanted and not newer_will_do:
-        raise MissingDependencyError(
-            f"{need_of_profile(profile)}; this machine's first GPU is {gpus[0].name}, {_dotted(found)}"
-        )
-
-
-def _dotted(capability: int | None) -> str:
-    return "unknown" if capability is None else f"{capability // 10}.{capability % 10}"
+    return f"target {profile.name} needs {compile_need(profile)}"

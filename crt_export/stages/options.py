@@ -81,13 +81,16 @@ def _named_profiles(targets: Sequence[str]) -> list[EngineProfile]:
     repeated = [name for name, count in Counter(profile.name for profile in profiles).items() if count > 1]
     if repeated:
         raise InputError(f"targets named more than once: {', '.join(repeated)}")
-    missing = [
-        f"{profile.name} needs {', '.join(status.needs)}"
+    missing = {
+        profile.name: f"{profile.name} needs {', '.join(status.needs)}"
         for profile in profiles
         if (status := target_status(profile)).status == "needs" and not _builds_anywhere(profile)
-    ]
+    }
     if missing:
-        raise MissingDependencyError(problem_list("these targets cannot be built on this machine", missing))
+        message = problem_list("cannot be built on this machine", [*missing.values()])
+        if len(missing) < len(profiles):
+            message += f"\nnothing was built; leave out {' and '.join(missing)} and the rest builds"
+        raise MissingDependencyError(message)
     return profiles
 
 

@@ -69,18 +69,34 @@ def test_cuda_target_names_wheel_and_gpu(machine: Install) -> None:
 def test_tensorrt_needs_the_gpu_it_builds_for(machine: Install) -> None:
     profile = load_profile("trt-sm80-fp16")
     machine(tensorrt="11.4.0.12")
-    assert target_status(profile).needs == ("an NVIDIA GPU of SM 8.0 or newer to build on",)
-    machine(T4, tensorrt="11.4.0.12")
-    assert target_status(profile).status == "needs"
-    machine(T4, H200, tensorrt="11.4.0.12")
+    (need,) = target_status(profile).needs
+    for part in (
+        "tensorrt 10.16 or newer",
+        "crt-export[tensorrt]",
+        "compute capability 8.0 or newer,",
+        "rtx-* targets compile without a GPU",
+        "; this machine has no usable NVIDIA GPU",
+    ):
+        assert part in need
+    machine(T4, H200, tensorrt="11.4.0.12")  # TensorRT builds on the first one
+    assert target_status(profile).needs[0].endswith("; this machine's first GPU is T4, 7.5")
+    machine(H200, T4, tensorrt="11.4.0.12")
     assert target_status(profile).status == "compile"
     exact = dataclasses.replace(profile, options=dataclasses.replace(profile.options, ampere_plus=False))
-    assert target_status(exact).needs == ("an NVIDIA GPU of SM 8.0 to build on",)
+    assert "compute capability 8.0, because" in target_status(exact).needs[0]
+
+
+def test_everything_that_tensorrt_lacks_is_named_at_once(machine: Install) -> None:
+    machine()
+    (need,) = target_status(load_profile("trt-sm80-int8")).needs
+    assert need.endswith("; tensorrt is not installed and this machine has no usable NVIDIA GPU")
 
 
 def test_too_old_packages_do_not_count(machine: Install) -> None:
     machine(A100, tensorrt="10.9.0", onnxruntime="1.31.1")
-    assert "tensorrt >= 10.16" in target_status(load_profile("trt-sm80-fp16")).needs[0]
+    (need,) = target_status(load_profile("trt-sm80-fp16")).needs
+    assert need.startswith("tensorrt 10.16 or newer")
+    assert need.endswith("; found tensorrt 10.9.0")
     assert environment.environment_problems() == [
         "tensorrt 10.9.0 is too old, 10.16 is needed: pip install --upgrade 'crt-export[tensorrt]'"
     ]

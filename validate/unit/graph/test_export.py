@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from crt_export.spec import graph_names, graph_spec
 
 pytestmark = pytest.mark.slow
 
+SNAPSHOTS = Path(__file__).resolve().parents[3] / "graphs" / "snapshots"
 UNROLL = 3
 CAPACITY = 16
 KINDS = {
@@ -233,6 +235,28 @@ def test_weights_are_right_hand_sides_as_in_out(exported: Exported) -> None:
             assert weight.endswith(".weight")
             shape = tuple(exported.model.state_dict()[weight].shape)
             assert tuple(graph.graph.initializers[weight].shape or ()) == shape
+
+
+def printed(graph: ir.Model) -> str:
+    """One line per node: operator, weights it reads, what it delivers; other names are the exporter's own."""
+    body = graph.graph
+    lines = [f"{side} {v.name}: {v.dtype} {v.shape}" for side in ("inputs", "outputs") for v in getattr(body, side)]
+    for node in body:
+        weights = [v.name for v in node.inputs if v is not None and v.name and v.is_initializer() and is_weight(v.name)]
+        results = [v.name if v.is_graph_output() else str(v.dtype) for v in node.outputs]
+        lines.append(" ".join([node.op_type, *weights, "->", *map(str, results)]))
+    return "\n".join(lines) + "\n"
+
+
+def test_graphs_print_as_committed(exported: Exported) -> None:
+    """A change of exporter or passes shows as a readable diff; if meant, set CRT_EXPORT_UPDATE_SNAPSHOTS=1 once."""
+    if not exported.model.config.tie_word_embeddings:
+        pytest.skip("the tied CRT with rope layout half is the one that is committed")
+    for name, graph in exported.graphs.items():
+        found, path = printed(graph), SNAPSHOTS / f"{name}.txt"
+        if os.environ.get("CRT_EXPORT_UPDATE_SNAPSHOTS") == "1":
+            path.write_text(found, encoding="utf-8")
+        assert found == path.read_text(encoding="utf-8"), f"{path.name} differs"
 
 
 def test_nothing_of_the_exporting_machine_is_left(exported: Exported) -> None:

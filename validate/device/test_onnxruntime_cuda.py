@@ -12,6 +12,7 @@ from crt_export import load_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.environment import target_status
 from crt_export.model import model_from_checkpoint
+from crt_export.parity import load_tolerances
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(STATUS.status != "run", reason=f"{TARGET} needs 
 
 
 def test_prefill_and_steps_agree_with_pytorch(demo_checkpoint: Path, heldout_text: Path, tmp_path: Path) -> None:
-    """Top-1 and logits of a real prompt, continued by real text, in FP16 arithmetic."""
+    """Logits after a real prompt, continued by real text, in FP16 arithmetic, within the gate of fp16."""
     build(BuildOptions(checkpoint=demo_checkpoint, output=tmp_path / "demo", targets=(TARGET,), text=heldout_text))
     ids = np.frombuffer(heldout_text.read_bytes()[-192:], np.uint8).astype(np.int64)
     model = model_from_checkpoint(load_checkpoint(demo_checkpoint))
@@ -31,6 +32,5 @@ def test_prefill_and_steps_agree_with_pytorch(demo_checkpoint: Path, heldout_tex
     with load_bundle(tmp_path / "demo") as bundle:
         session = bundle.session(TARGET)
         found = [session.prefill([ids[:128].tolist()]), *(session.step([int(token)]) for token in ids[128:])]
-    error = np.abs(np.concatenate(found) - expected)
-    assert np.isfinite(error).all()
-    assert error.max() < 0.2, f"largest |logit error| {error.max():.3g}"
+    relative = np.abs(np.concatenate(found) - expected).mean() / expected.std(axis=-1).mean()
+    assert relative <= load_tolerances().precisions["fp16"].relative_logit_error

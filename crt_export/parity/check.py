@@ -19,6 +19,7 @@ from crt_export.parity.target import check_target
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
+from crt_export.quantize.plan import W8A8Plan
 from crt_export.text import TokenText
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -31,6 +32,7 @@ def check_parity(
     *,
     options: ParityOptions | None = None,
     tolerances: Tolerances | None = None,
+    plan: W8A8Plan | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Run every target through every regime and compare it with the same regime in PyTorch FP32.
@@ -41,6 +43,7 @@ def check_parity(
         text: Held-out text; none of it may have been calibrated on.
         options: How much to measure.
         tolerances: Limits; None reads ``validate/tolerances.toml``.
+        plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
         progress: Told what runs and how many windows are done.
 
     Returns:
@@ -56,7 +59,7 @@ def check_parity(
     tolerances = tolerances or load_tolerances()
     windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
     reference = _reference(checkpoint, cases, windows, options, progress)
-    rows, notes = _half_rows(checkpoint, cases, reference, tolerances, progress)
+    rows, notes = _half_rows(checkpoint, cases, reference, tolerances, plan, progress)
     progress("PyTorch FP32: regime gap", 0, windows.count)
     gaps = {passes: reference_gap_rows(reference, passes) for passes in sorted({case.unroll for case in cases})}
     rows += [row for gap in gaps.values() for row, _ in gap]
@@ -99,14 +102,25 @@ def _half_rows(
     cases: Sequence[ParityCase],
     reference: Reference,
     tolerances: Tolerances,
+    plan: W8A8Plan | None,
     progress: Progress,
 ) -> tuple[list[ParityRow], list[str]]:
-    """One row of real FP16 arithmetic per residual dtype that a half-precision target has, and notes on them."""
+    """A row of real FP16 arithmetic per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
+    quantized = {case.residual_dtype for case in cases if case.precision == "w8a8"}
+    wanted: list[tuple[str, W8A8Plan | None]] = [
+        (dtype, None) for dtype in sorted({case.residual_dtype for case in cases if case.half})
+    ]
+    wanted += [(dtype, plan) for dtype in sorted(quantized) if plan is not None]
     rows, notes = [], []
-    for residual_dtype in sorted({case.residual_dtype for case in cases if case.half}):
-        row, found = half_row(checkpoint, reference, residual_dtype, tolerances, progress)
+    for residual_dtype, form in wanted:
+        row, found = half_row(checkpoint, reference, residual_dtype, tolerances, progress, plan=form)
         rows.append(row)
-        notes += found
+        notes += [note for note in found if note not in notes]
+    if quantized and plan is None:
+        notes.append(
+            "pytorch-half ran plain FP16 and not W8A8: a bundle holds the graphs, not the plan they were made of; "
+            "the largest FP16 values of the W8A8 graphs were observed all the same"
+        )
     return rows, notes
 
 

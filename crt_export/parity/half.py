@@ -15,6 +15,8 @@ from crt_export.parity.rows import row_from_scores
 from crt_export.parity.scores import Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
+from crt_export.quantize.emulation import emulate_w8a8
+from crt_export.quantize.plan import W8A8Plan
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 #: PyTorch multiplies FP16 on a CPU some ten times slower than FP32: larger models run fewer windows, and say so.
@@ -28,36 +30,42 @@ def half_row(
     residual_dtype: str,
     tolerances: Tolerances,
     progress: Progress,
+    *,
+    plan: W8A8Plan | None = None,
 ) -> tuple[ParityRow, list[str]]:
-    """Run the teacher-forced chain with FP16 weights and activations.
+    """Run the teacher-forced chain with FP16 activations, and FP16 weights or the INT8 linears of a plan.
 
     Args:
         checkpoint: The weights.
         reference: PyTorch FP32 on the same windows.
         residual_dtype: Of the residual stream and state, ``float16`` or ``float32``.
-        tolerances: Those of ``fp16`` apply.
+        tolerances: Those of ``fp16`` apply, with a plan those of ``w8a8``.
         progress: Told what runs.
+        plan: The W8A8 plan that the graphs were made of; None runs plain FP16.
 
     Returns:
         The row, and notes on what was shortened.
     """
-    progress(f"PyTorch FP16 with {residual_dtype} residual stream: {STEP}", 0, reference.windows.count)
+    form = f"{residual_dtype} residual stream" + (", W8A8" if plan else "")
+    progress(f"PyTorch FP16 with {form}: {STEP}", 0, reference.windows.count)
     reference, notes = _affordable(reference, checkpoint.config.parameter_count)
     windows = reference.windows
     row = ParityRow(
         target="pytorch-half",
         runtime="pytorch-half",
-        graph=f"model ({residual_dtype} residual stream)",
-        precision="fp16",
+        graph=f"model ({form})",
+        precision="w8a8" if plan else "fp16",
         regime=STEP,
         steps=windows.length,
-        arithmetic="fp16",
+        arithmetic="int8-emulated+fp16" if plan else "fp16",
     )
     scorer = Scorer(reference, STEP, 1)
     try:
         model = model_from_checkpoint(checkpoint, torch.float16, _DTYPES[residual_dtype])
     except UnsupportedError as error:
         return row_from_scores(row, scorer.scores(), tolerances, [str(error)]), notes
+    if plan is not None:
+        model = emulate_w8a8(model, plan)
     half = Reference(model, windows, batch=windows.count)
     block = max(1, 2_000_000 // (windows.count * checkpoint.config.vocab_size))
     for first in range(0, windows.length, block):

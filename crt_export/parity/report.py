@@ -42,7 +42,8 @@ class ParityRow:
         top1_ci: Its 95 % interval, windows as units; the gate is on the share.
         top1_tokens: Tokens whose margin in the reference exceeds near_tie_margin.
         near_tie_margin: That margin, logits.
-        arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU).
+        arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU),
+            ``int8-emulated+fp16`` (the W8A8 plan in half-precision PyTorch).
         status: ``run``, or ``compiled`` for an engine that cannot run here.
         better_than_chance: Whether the reference predicts the text better than a uniform guess. Where it does not,
             delta_nll is reported and not gated: errors cancel to first order only in a model that fits the text.

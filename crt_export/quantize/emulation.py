@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU kernels hide FP16 overflow, and an engine for another device does not run where it is compiled. The
 half-precision model with emulated linears rounds where the graph rounds, so it shows both what quantisation costs and
-how large every FP16 tensor gets.
+how large every FP16 tensor gets. Parity runs its step chain as ``pytorch-half``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from crt_export.parity.observers import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
+from crt_export.quantize import CalibrationOptions, W8A8Options, W8A8Plan, calibrate, calibration_windows, plan_w8a8
 from crt_export.text import TokenText
 
 OPTIONS = ParityOptions(validation_tokens=128, window=16, short_reason="overflow test", threads=1)
@@ -47,11 +49,11 @@ def built(parity_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., ParityReport]:
-    def run(folder: Path, *, without: str = "") -> ParityReport:
+    def run(folder: Path, *, without: str = "", precision: str = "fp16", plan: W8A8Plan | None = None) -> ParityReport:
         case = ParityCase(
             target="rtx-sm80-fp16",
             runtime="tensorrt-rtx",
-            precision="fp16",
+            precision=precision,
             # With K = 1 the prefill is the pass.
             graphs={
                 name: folder / f"{'prefill_pass' if name == 'prefill' else name}.onnx"
@@ -65,7 +67,7 @@ def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., 
             residual_dtype="float16",
             compiled=("step", "prefill"),
         )
-        return check_parity(parity_checkpoint, [case], real_text, options=OPTIONS)
+        return check_parity(parity_checkpoint, [case], real_text, options=OPTIONS, plan=plan)
 
     return run
 
@@ -150,10 +152,48 @@ def test_a_graph_without_fp16_is_refused_as_evidence() -> None:
         observe_fp16(helper.make_model(graph))
 
 
-def _half(checkpoint: Checkpoint, text: TokenText) -> ParityRow:
+def _half(checkpoint: Checkpoint, text: TokenText, plan: W8A8Plan | None = None) -> ParityRow:
     windows = windows_from_text(text, OPTIONS, longest=64, longest_reason="")
     reference = Reference(model_from_checkpoint(checkpoint), windows, batch=8)
-    return half_row(checkpoint, reference, "float16", load_tolerances(), no_progress)[0]
+    return half_row(checkpoint, reference, "float16", load_tolerances(), no_progress, plan=plan)[0]
+
+
+@pytest.fixture(scope="module")
+def plan(parity_checkpoint: Checkpoint, train_text: Path) -> W8A8Plan:
+    model, options = model_from_checkpoint(parity_checkpoint), CalibrationOptions(windows=64, minimum_tokens=512)
+    tokens = np.frombuffer(train_text.read_bytes(), np.uint8).astype(np.int64)
+    windows = calibration_windows(tokens, seq=16, options=options)
+    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options), W8A8Options())
+
+
+def test_w8a8_runs_in_real_half_arithmetic_under_its_own_gate(
+    parity_checkpoint: Checkpoint, real_text: TokenText, plan: W8A8Plan
+) -> None:
+    row = _half(parity_checkpoint, real_text, plan)
+    assert (row.precision, row.arithmetic, row.tokens) == ("w8a8", "int8-emulated+fp16", 128)
+    assert row.passed, row.failures
+    fp16 = _half(parity_checkpoint, real_text)
+    assert row.relative_logit_error is not None
+    assert fp16.relative_logit_error is not None
+    assert row.relative_logit_error > 3 * fp16.relative_logit_error, "nothing was quantised"
+
+
+def test_a_wrong_w8a8_scale_fails_the_half_precision_chain(
+    parity_checkpoint: Checkpoint, real_text: TokenText, plan: W8A8Plan
+) -> None:
+    linears = dict(plan.linears)
+    linears["lm_head"] = dataclasses.replace(linears["lm_head"], weight_scale=linears["lm_head"].weight_scale * 1.2)
+    assert _half(parity_checkpoint, real_text, dataclasses.replace(plan, linears=linears)).passed is False
+
+
+def test_a_w8a8_target_gets_its_half_precision_row_or_a_note(
+    built: Path, check: Callable[..., ParityReport], plan: W8A8Plan
+) -> None:
+    with_plan, without = (check(built, precision="w8a8", plan=given) for given in (plan, None))
+    rows = [row.precision for row in with_plan.rows if row.target == "pytorch-half"]
+    assert rows == ["fp16", "w8a8"]
+    assert [row.precision for row in without.rows if row.target == "pytorch-half"] == ["fp16"]
+    assert [any("not W8A8" in note for note in report.notes) for report in (with_plan, without)] == [False, True]
 
 
 def test_real_half_arithmetic_overflows_and_fails(make_checkpoint: Callable[..., Path], real_text: TokenText) -> None:

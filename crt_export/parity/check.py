@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
@@ -60,16 +60,8 @@ def check_parity(
     windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
     reference = _reference(checkpoint, cases, windows, options, progress)
     rows, notes = _half_rows(checkpoint, cases, reference, tolerances, plan, progress)
-    progress("PyTorch FP32: regime gap", 0, windows.count)
-    gaps = {passes: reference_gap_rows(reference, passes) for passes in sorted({case.unroll for case in cases})}
-    rows += [row for gap in gaps.values() for row, _ in gap]
-    largest = {}
-    for case in cases:
-        result = check_target(case, reference, options, tolerances, progress)
-        own_gaps = target_gap_rows(case, result, gaps[case.unroll], tolerances, checkpoint.config)
-        rows += [*result.rows, *own_gaps, *_compiled(case)]
-        if result.largest_fp16:
-            largest[case.target] = result.largest_fp16
+    target_rows, largest = _target_rows(cases, reference, options, tolerances, progress)
+    rows += target_rows
     return ParityReport(
         rows=tuple(rows),
         tolerances=tolerances.to_dict(),
@@ -122,6 +114,27 @@ def _half_rows(
             "the largest FP16 values of the W8A8 graphs were observed all the same"
         )
     return rows, notes
+
+
+def _target_rows(
+    cases: Sequence[ParityCase],
+    reference: Reference,
+    options: ParityOptions,
+    tolerances: Tolerances,
+    progress: Progress,
+) -> tuple[list[ParityRow], dict[str, Mapping[str, Mapping[str, float]]]]:
+    """The reference's own regime gap, every target's rows, and the largest FP16 values by target."""
+    progress("PyTorch FP32: regime gap", 0, reference.windows.count)
+    gaps = {passes: reference_gap_rows(reference, passes) for passes in sorted({case.unroll for case in cases})}
+    rows = [row for gap in gaps.values() for row, _ in gap]
+    largest = {}
+    for case in cases:
+        result = check_target(case, reference, options, tolerances, progress)
+        own_gaps = target_gap_rows(case, result, gaps[case.unroll], tolerances, reference.model.config)
+        rows += [*result.rows, *own_gaps, *_compiled(case)]
+        if result.largest_fp16:
+            largest[case.target] = result.largest_fp16
+    return rows, largest
 
 
 def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:

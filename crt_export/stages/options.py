@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crt_export.config import ModelConfig
+from crt_export.config import MOST_PASSES, ModelConfig
 from crt_export.environment import target_status
 from crt_export.errors import InputError, MissingDependencyError, problem_list
 from crt_export.profile import EngineProfile, list_profiles, load_profile
@@ -52,6 +52,8 @@ class BuildOptions:
             problems.append(f"capacity must be at least 1 token, found {self.capacity}")
         if self.unroll is not None and self.unroll < 1:
             problems.append(f"unroll (number of prefill passes K) must be at least 1, found {self.unroll}")
+        if self.unroll is not None and self.unroll > MOST_PASSES:
+            problems.append(f"unroll (number of prefill passes K) must be at most {MOST_PASSES}, found {self.unroll}")
         if self.validation_tokens < VALIDATION_TOKENS:
             problems.append(f"validation tokens must be at least {VALIDATION_TOKENS}, found {self.validation_tokens}")
         if self.text is not None and self.tokens is not None:

@@ -17,11 +17,15 @@ import torch
 
 from crt_export import catalog
 from crt_export.bundle import open_bundle
+from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
 from crt_export.errors import BundleError, InputError
 from crt_export.parity.bundle import validate_bundle
 from crt_export.pipeline import BuildOptions, BuildResult, build
+from crt_export.profile import load_profile
 from crt_export.runtime import load_bundle
+from crt_export.stages.calibration import read_build_text
+from crt_export.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +41,41 @@ ONE_LAYER: dict[str, Any] = {
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---------------------------------------------------------------- text, before anything is exported
+
+
+@pytest.mark.parametrize(("target", "validated"), [("rtx-sm80-int8", False), ("ort-cpu-int8", True)])
+def test_only_the_text_that_is_needed_is_asked_for(
+    tiny_checkpoint: Path, heldout_text: Path, tmp_path: Path, target: str, validated: bool
+) -> None:
+    """w8a8 calibrates on 4096 tokens and, unvalidated, needs no others; w8 needs none but those to validate on."""
+    loaded = load_checkpoint(tiny_checkpoint)
+    tokenizer = load_tokenizer(tiny_checkpoint, loaded.config)
+    text = tmp_path / "short.txt"
+    text.write_bytes(heldout_text.read_bytes()[: 4097 if validated else 4096])
+    options = BuildOptions(checkpoint=tiny_checkpoint, output=tmp_path / "out", text=text, validated=validated)
+    found = read_build_text(loaded, tokenizer, [load_profile(target).with_capacity(64)], options)
+    assert (found.calibration is None, found.validation is None) == (validated, not validated)
+    part = found.validation if validated else found.calibration
+    assert part is not None
+    assert len(part) == len(text.read_bytes())
+
+
+def test_default_text_is_announced_and_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(tiny_checkpoint)
+    stages: list[str] = []
+    found = read_build_text(
+        loaded,
+        load_tokenizer(tiny_checkpoint, loaded.config),
+        [load_profile("ort-cpu-fp32")],
+        BuildOptions(checkpoint=tiny_checkpoint, output=tmp_path / "out"),
+        lambda stage, done, total: stages.append(stage),
+    )
+    assert stages == ["no --text given: the packaged default text is used"]
+    assert found.identity is not None
+    assert found.identity["name"] == "default text"
 
 
 # ---------------------------------------------------------------- validated, without reference, for a user's target

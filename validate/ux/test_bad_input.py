@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,7 @@ from tokenizers import Tokenizer, models
 
 from crt_export import environment
 from crt_export.checkpoint import WEIGHTS_FILE
-from crt_export.cli.app import app
-from crt_export.cli.failures import run_app
+from crt_export.cli import main
 
 Make = Callable[..., Path]
 
@@ -43,7 +43,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     def run(*arguments: object) -> Outcome:
         before = sorted(folder.rglob("*"))
-        code = run_app(app, [str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         assert sorted(folder.rglob("*")) == before
         assert captured.out == ""
@@ -65,6 +65,7 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     ("arguments", "message"),
     [
         (["--unroll", 0], "unroll (number of prefill passes K) must be at least 1, found 0"),
+        (["--unroll", 4097], "unroll (number of prefill passes K) must be at most 4096, found 4097"),
         (["--capacity", 0], "capacity must be at least 1 token, found 0"),
         (["--capacity", 65], "capacity 65 is above max_position_embeddings 64"),
         (["--validation-tokens", 4095], "validation tokens must be at least 4096, found 4095"),
@@ -192,6 +193,19 @@ class TestCheckpoints:
         words = {"a": 0, "b": 1, "c": 2, "d": 3}
         Tokenizer(models.WordLevel(words, unk_token="a")).save(str(checkpoint / "tokenizer.json"))
         self.check(refuse, verb, checkpoint, "has 4 tokens, more than the model's vocab_size 3")
+
+
+def test_tokenizer_that_cannot_be_checked_is_said_and_the_rest_shown(
+    make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_checkpoint(vocab_size=3, tokenizer="tokenizer.json")
+    (checkpoint / "tokenizer.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokenizer_checked"] is False
+    assert "tokenizer not checked" in captured.err
+    assert "crt-export[text]" in captured.err
 
 
 @pytest.fixture

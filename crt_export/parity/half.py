@@ -46,8 +46,8 @@ def half_row(
     Returns:
         The row, and notes on what was shortened.
     """
-    form = f"{residual_dtype} residual stream" + (", W8A8" if plan else "")
-    progress(f"PyTorch FP16 with {form}: {STEP}", 0, reference.windows.count)
+    form = f"W8A8, {residual_dtype} residual" if plan else f"{residual_dtype} residual stream"
+    progress(f"PyTorch FP16 ({form}): {STEP}", 0, reference.windows.count)
     reference, notes = _affordable(reference, checkpoint.config.parameter_count)
     windows = reference.windows
     row = ParityRow(

@@ -22,6 +22,7 @@ from crt_export.errors import ParityError, problem_list
 from crt_export.parity import ParityOptions, ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER
 from crt_export.progress import Progress, no_progress
+from crt_export.quantize import W8A8Plan
 from crt_export.stages.calibration import quantization_plan, read_build_text
 from crt_export.stages.graphs import write_graphs
 from crt_export.stages.manifest import manifest_from_build
@@ -70,7 +71,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
         report = None
         if options.validated and text.validation is not None:
-            report = _validated(checkpoint, targets, text.validation, staging.path, options, progress)
+            report = _validated(checkpoint, targets, text.validation, plan, staging.path, options, progress)
             (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
         staging.commit(
@@ -91,13 +92,14 @@ def _validated(
     checkpoint: Checkpoint,
     targets: Sequence[BuiltTarget],
     text: TokenText,
+    plan: W8A8Plan | None,
     folder: Path,
     options: BuildOptions,
     progress: Progress,
 ) -> ParityReport:
     cases = [target.parity_case(folder, checkpoint.config) for target in targets]
     limits = ParityOptions(validation_tokens=options.validation_tokens)
-    report = check_parity(checkpoint, cases, text, options=limits, progress=progress)
+    report = check_parity(checkpoint, cases, text, options=limits, plan=plan, progress=progress)
     if not report.passed:
         heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"
         raise ParityError(problem_list(heading, report.failures), report.to_dict())

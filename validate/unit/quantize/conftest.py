@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.graph.export import export_graph
+from crt_export.graph import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs
 
@@ -50,11 +50,13 @@ def small(make_checkpoint: Callable[..., Path]) -> Checkpoint:
 def exported(small: Checkpoint) -> Callable[[str, torch.dtype], ir.Model]:
     """``exported(graph, dtype)``: a fresh copy of the small model's graph, exported once per session."""
     kept: dict[tuple[str, torch.dtype], bytes] = {}
+    exporters: dict[torch.dtype, GraphExporter] = {}
 
     def export(graph: str, dtype: torch.dtype) -> ir.Model:
         if (graph, dtype) not in kept:
-            model = model_from_checkpoint(small, dtype)
-            whole = export_graph(model, graph, unroll=UNROLL if graph == "prefill" else 1)
+            if dtype not in exporters:
+                exporters[dtype] = GraphExporter(model_from_checkpoint(small, dtype))
+            whole = exporters[dtype].graph(graph, unroll=UNROLL if graph == "prefill" else 1)
             kept[graph, dtype] = ir.to_proto(whole).SerializeToString()
         return ir.from_proto(onnx.load_model_from_string(kept[graph, dtype]))
 

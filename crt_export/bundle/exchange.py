@@ -74,10 +74,10 @@ def replace_folder(new: Path, output: Path, previous: Path) -> Path | None:
         output.rename(previous)
         sync_folder(output.parent)
         new.rename(output)
-    except BaseException:
+    finally:
+        # Between the two renames there is no output: whatever ended the second one, the old output goes back.
         if previous.exists() and not output.exists():
             previous.rename(output)
-        raise
     sync_folder(output.parent)
     return previous
 

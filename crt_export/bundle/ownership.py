@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from crt_export.errors import BundleError
@@ -36,11 +36,10 @@ def lock_folder(folder: Path) -> int:
     if sys.platform == "win32":
         raise OSError(errno.ENOTSUP, "folders cannot be locked on Windows", str(folder))
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as unless_locked:
+        unless_locked.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
+        unless_locked.pop_all()
     return descriptor
 
 

@@ -1,0 +1,50 @@
+// From logits to a token, by the specification in crt_export/runtime/sampling.py: the same tokens in both languages.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace crt {
+
+/// How the next token is chosen. Order: repetition penalty, temperature, top-k, top-p, min-p; ties to the lower id.
+struct SamplingOptions {
+  double temperature = 0.0;         ///< 0 is greedy; above 0 divides the logits before the softmax
+  std::int64_t top_k = 0;           ///< keep that many of the likeliest tokens; 0 keeps all
+  double top_p = 1.0;               ///< keep the likeliest tokens that together reach this probability
+  double min_p = 0.0;               ///< drop tokens less likely than this fraction of the likeliest
+  double repetition_penalty = 1.0;  ///< above 1 makes tokens that the row has seen less likely
+  std::uint32_t seed = 0;           ///< key of the random numbers
+
+  bool greedy() const noexcept { return temperature == 0.0; }
+  /// Throws Error(input) listing every value that is out of its range.
+  void check() const;
+};
+
+/// Philox4x32-10: four random words for a counter and a key.
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept;
+
+/// Random number of one draw, [0, 1), from the top 53 bits of the first two words; counter (step low, step high, 0, 0).
+double uniform(std::uint32_t seed, std::uint32_t row, std::uint64_t step) noexcept;
+
+/// exp(x) for x <= 0 in IEEE double operations of a fixed order, so that every language gets the same bits.
+double specified_exp(double x) noexcept;
+
+/// Chooses tokens; keeps its scratch memory, so that choosing allocates nothing after construction.
+class Sampler {
+ public:
+  explicit Sampler(std::size_t vocab);
+  /// logits: float32 [vocab]; seen: uint8 [vocab], 1 for tokens the penalty applies to (nullptr: none);
+  /// step: number of tokens that this row has drawn before. Throws Error(contract) if no logit is finite or one is NaN
+  /// or +inf.
+  std::int64_t sample(const float* logits, const std::uint8_t* seen, const SamplingOptions& options, std::uint32_t row,
+                      std::uint64_t step);
+
+ private:
+  std::vector<double> values_;
+  std::vector<std::int64_t> ids_;
+  std::vector<double> cumulative_;
+};
+
+}  // namespace crt

@@ -63,6 +63,11 @@ class Session {
   /// Append one token per row, kNoToken for none. Returns logits().
   const float* step(const std::int64_t* tokens, std::size_t count);
   const float* step(const std::vector<std::int64_t>& tokens) { return step(tokens.data(), tokens.size()); }
+  /// As step(), but the logits stay where the engine computes until logits() asks for them: with next_tokens() a greedy
+  /// loop on a GPU copies one id per row to the host.
+  void advance(const std::int64_t* tokens, std::size_t count);
+  /// The engine's argmax after each row's last token, int64 [batch]; kNoToken for a row without tokens.
+  const std::int64_t* next_tokens();
   /// Forget every token, zero caches and state, lift a poisoning.
   void reset();
 

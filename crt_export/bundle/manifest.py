@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,8 +30,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         BundleError: It is missing, unreadable, not JSON, of a newer schema, or breaks the schema (all
             problems listed).
     """
+    return read_manifest_and_identity(folder)[0]
+
+
+def read_manifest_and_identity(folder: Path) -> tuple[dict[str, Any], str]:
+    """As :func:`read_manifest`, with the SHA-256 (hex) of the very bytes it was parsed from.
+
+    The manifest holds the SHA-256 of every other file, so its own stands for the whole bundle.
+    """
     path = folder / MANIFEST_NAME
-    manifest = _parse(path, _read(path))
+    content = _read(path)
+    manifest = _parse(path, content)
     version = manifest.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(
@@ -45,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problems = manifest_problems(manifest)
     if problems:
         raise BundleError(problem_list(f"{path} breaks schema version {version}", problems))
-    return manifest
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:

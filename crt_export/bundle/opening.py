@@ -11,7 +11,7 @@ from typing import Any
 
 from crt_export.bundle.external_data import external_tensors
 from crt_export.bundle.leftovers import find_leftovers, parse_leftover, restore_previous
-from crt_export.bundle.manifest import read_manifest
+from crt_export.bundle.manifest import read_manifest_and_identity
 from crt_export.bundle.ownership import folder_lock
 from crt_export.bundle.paths import FileState, file_problem, file_state, hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME
@@ -28,9 +28,10 @@ class BundleFiles:
     bundles in folders that only trusted users can write to.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], identity: str) -> None:
         self._path = path
         self._manifest = manifest
+        self._identity = identity
         self._verified: dict[str, FileState] = {}
         self._scanned: dict[str, FileState] = {}
 
@@ -43,6 +44,11 @@ class BundleFiles:
     def manifest(self) -> dict[str, Any]:
         """The checked manifest; treat it as read-only."""
         return self._manifest
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of ``manifest.json``, hex: the same for copies of a bundle, another for every other bundle."""
+        return self._identity
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,7 +194,7 @@ def open_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
             f"{folder} is what an interrupted or running build left behind, not a bundle: "
             f"open {folder.parent / leftover.name}, or build it again (that removes leftovers)"
         )
-    bundle = BundleFiles(folder, _manifest_of(folder))
+    bundle = BundleFiles(folder, *_manifest_of(folder))
     if not bundle.manifest["validated"] and not allow_unvalidated:
         raise BundleError(
             f"{folder} is not validated: its agreement with PyTorch was never shown; build it without "
@@ -197,13 +203,13 @@ def open_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
     return bundle
 
 
-def _manifest_of(folder: Path) -> dict[str, Any]:
+def _manifest_of(folder: Path) -> tuple[dict[str, Any], str]:
     restore_previous(folder)
     with suppress(BundleError):
-        return read_manifest(folder)
+        return read_manifest_and_identity(folder)
     with folder_lock(folder.parent):  # a build may have been between its two renames just then
         _check_folder(folder)
-        return read_manifest(folder)
+        return read_manifest_and_identity(folder)
 
 
 def _check_folder(folder: Path) -> None:

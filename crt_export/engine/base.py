@@ -97,8 +97,15 @@ class Program(Protocol):
         """What it writes."""
         ...
 
-    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> Launch:
-        """Fix the memory of every input and output; the buffers must outlive the launch."""
+    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False) -> Launch:
+        """Fix the memory of every input and output; the buffers must outlive the launch.
+
+        Args:
+            inputs: Input name to the rows it reads.
+            outputs: Output name to the rows it writes.
+            repeated: The launch runs many times over, as a step does, so work that makes every further run
+                cheaper (a CUDA graph) pays.
+        """
         ...
 
 
@@ -120,11 +127,21 @@ class Engine(Protocol):
         """The only cache capacity it runs with; None where any capacity runs."""
         ...
 
+    @property
+    def host_memory(self) -> bool:
+        """Whether it computes in host memory, so that reading a buffer costs nothing."""
+        ...
+
     def program(self, graph: str) -> Program:
-        """The loaded graph of this name (``step``, ``prefill``).
+        """The loaded graph of this name (``step``, ``prefill``, ``prefill_pass``).
+
+        ``step`` and ``prefill`` are loaded with the engine; ``prefill_pass``, which most applications never
+        run, on first use. May be called from several threads at once.
 
         Raises:
             UnsupportedError: The target has no such graph.
+            BundleError: A file that is loaded on first use is missing or differs from what was built.
+            ContractError: It cannot be loaded or breaks the contract.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,14 @@ class OrtGraph:
         values = self._guarded(lambda: self._session.run(names, dict(inputs)))
         return dict(zip(names, values, strict=True))
 
-    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> Callable[[], None]:
-        """Fix the memory of inputs and outputs; an output at its input's address is updated in place."""
+    def bind(
+        self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False
+    ) -> Callable[[], None]:
+        """Fix the memory of inputs and outputs; an output at its input's address is updated in place.
+
+        ``repeated`` changes nothing here: a bound call costs the same every time.
+        """
+        del repeated
         binding = self._session.io_binding()
         place = (self._device, 0)
         for name, rows in inputs.items():
@@ -132,13 +139,23 @@ class OrtEngine:
     max_batch: int | None = None
     fixed_capacity: int | None = None
 
-    def __init__(self, graphs: Mapping[str, Path], settings: OrtSettings, *, max_tokens: int) -> None:
-        """Load every graph.
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        settings: OrtSettings,
+        *,
+        max_tokens: int,
+        on_demand: Mapping[str, Callable[[], Path]] | None = None,
+        check: Callable[[str, OrtGraph], None] | None = None,
+    ) -> None:
+        """Load every graph but those on demand.
 
         Args:
             graphs: Graph name to ONNX file.
             settings: How to load them.
             max_tokens: Longest chunk of one prefill call.
+            on_demand: Graphs that are loaded on first use: name to a call that checks and gives the file.
+            check: Called with every graph loaded on demand, before it is used; raises what is wrong with it.
 
         Raises:
             MissingDependencyError: ONNX Runtime or its GPU build is not installed, or installed twice.
@@ -147,6 +164,9 @@ class OrtEngine:
         self.max_tokens = max_tokens
         self._settings = settings
         self._library = import_onnxruntime(settings.device)
+        self._on_demand = dict(on_demand or {})
+        self._check = check
+        self._lock = threading.Lock()
         self._graphs = {
             # Only the step's threads spin on between calls: two spinning pools in one thread double its time.
             name: _load(self._library, path, settings, stop_spinning=name != "step")
@@ -158,10 +178,20 @@ class OrtEngine:
 
         Raises:
             UnsupportedError: The target has no such graph.
+            ContractError: A graph on demand cannot be loaded; ``check`` may raise others.
         """
-        if graph not in self._graphs:
-            raise UnsupportedError(f"this target has no {graph} graph, only {', '.join(self._graphs)}")
-        return self._graphs[graph]
+        loaded = self._graphs.get(graph)
+        if loaded is not None:
+            return loaded
+        with self._lock:
+            if graph not in self._graphs:
+                self._graphs[graph] = self._load_on_demand(graph)
+            return self._graphs[graph]
+
+    @property
+    def host_memory(self) -> bool:
+        """Whether it computes in host memory."""
+        return self._settings.device == "cpu"
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """New zeroed memory where this engine computes."""
@@ -172,6 +202,16 @@ class OrtEngine:
     def close(self) -> None:
         """Release the graphs."""
         self._graphs = {}
+        self._on_demand = {}
+
+    def _load_on_demand(self, graph: str) -> OrtGraph:
+        if graph not in self._on_demand:
+            known = ", ".join((*self._graphs, *self._on_demand)) or "none: it is closed"
+            raise UnsupportedError(f"this target has no {graph} graph, only {known}")
+        loaded = _load(self._library, self._on_demand[graph](), self._settings, stop_spinning=True)
+        if self._check is not None:
+            self._check(graph, loaded)
+        return loaded
 
 
 def load_graph(

@@ -1,6 +1,7 @@
 // What a runtime must offer so that a session can run on it: the C++ twin of crt_export/engine/base.py.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -96,6 +97,8 @@ class Engine {
   virtual std::optional<std::int64_t> max_batch() const noexcept = 0;
   /// The only cache capacity it runs with; unset where any capacity runs.
   virtual std::optional<std::int64_t> fixed_capacity() const noexcept = 0;
+  /// Whether it computes in host memory, so that reading a buffer costs nothing.
+  virtual bool host_memory() const noexcept = 0;
   /// The loaded graph "step", "prefill" or "prefill_pass" (loaded on first use); throws Error(unsupported) if the
   /// target has none.
   virtual Program& program(const std::string& graph) = 0;

@@ -13,6 +13,9 @@
 
 namespace crt {
 
+class History;
+struct ModelConfig;
+
 /// A row that a step leaves as it is, and a row of a generation that has stopped.
 inline constexpr std::int64_t kNoToken = -1;
 
@@ -86,6 +89,12 @@ class Session {
   friend class Generation;
   class Impl;
   explicit Session(std::unique_ptr<Impl> impl);
+  // For Generation; generate() itself is defined in generation.cpp.
+  History& history() noexcept;
+  const ModelConfig& config() const noexcept;
+  bool slides() const noexcept;
+  /// Throws Error(input) if an earlier call failed or another thread's call runs.
+  void require_usable() const;
   std::unique_ptr<Impl> impl_;
 };
 

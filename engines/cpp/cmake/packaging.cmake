@@ -1,0 +1,40 @@
+# Installation and the package that find_package(crt_runtime) finds.
+include(CMakePackageConfigHelpers)
+
+set(package_folder "${CMAKE_INSTALL_LIBDIR}/cmake/crt_runtime")
+
+# A library is found beside this one wherever the folder is moved to; otherwise where it was found at build time.
+set_target_properties(crt_runtime PROPERTIES INSTALL_RPATH "\$ORIGIN")
+if(CRT_RUNTIME_INSTALL_ONNXRUNTIME AND CRT_RUNTIME_WITH_ONNXRUNTIME)
+  get_filename_component(onnxruntime_file "${ONNXRuntime_LIBRARY}" REALPATH)
+  install(FILES "${onnxruntime_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}" RENAME libonnxruntime.so.1)
+else()
+  set_target_properties(crt_runtime PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+endif()
+
+install(TARGETS crt_runtime EXPORT crt_runtime-targets)
+install(DIRECTORY include/crt_runtime DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(EXPORT crt_runtime-targets NAMESPACE crt_runtime:: DESTINATION "${package_folder}")
+
+set(CRT_RUNTIME_STATIC_DEPENDENCIES "")
+if(NOT BUILD_SHARED_LIBS)
+  set(CRT_RUNTIME_STATIC_DEPENDENCIES
+    "find_dependency(OpenSSL COMPONENTS Crypto)\nfind_dependency(Threads)\n")
+  if(CRT_RUNTIME_WITH_ONNXRUNTIME)
+    string(APPEND CRT_RUNTIME_STATIC_DEPENDENCIES "find_dependency(ONNXRuntime)\n")
+  endif()
+  if(CRT_RUNTIME_WITH_TENSORRT)
+    string(APPEND CRT_RUNTIME_STATIC_DEPENDENCIES "find_dependency(TensorRT COMPONENTS tensorrt)\n")
+  endif()
+  if(CRT_RUNTIME_WITH_TENSORRT_RTX)
+    string(APPEND CRT_RUNTIME_STATIC_DEPENDENCIES "find_dependency(TensorRT COMPONENTS rtx)\n")
+  endif()
+  install(FILES cmake/FindONNXRuntime.cmake cmake/FindTensorRT.cmake cmake/shared_library.cmake
+    DESTINATION "${package_folder}")
+endif()
+configure_package_config_file(cmake/crt_runtime-config.cmake.in crt_runtime-config.cmake
+  INSTALL_DESTINATION "${package_folder}")
+# Before 1.0 a minor version may break what it offers.
+write_basic_package_version_file(crt_runtime-config-version.cmake COMPATIBILITY SameMinorVersion)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/crt_runtime-config.cmake"
+  "${CMAKE_CURRENT_BINARY_DIR}/crt_runtime-config-version.cmake" DESTINATION "${package_folder}")

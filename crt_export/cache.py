@@ -2,7 +2,8 @@
 
 A cache is made for one pass. ``extend`` takes a layer's new keys and values, [batch, heads, seq, head_dim], and returns
 all keys and values to attend over; ``mask`` says which of them each query sees (None: all); ``keys`` and ``values``
-then hold, per layer, what the next chunk continues from.
+then hold, per layer, what the next chunk continues from. With an attention ``window`` of W (``sliding_window`` of the
+configuration) a query at position p sees the keys at p - W + 1 to p, itself included; None lets it see all.
 """
 
 from __future__ import annotations
@@ -45,14 +46,27 @@ class AppendedCache:
         past_values: Likewise.
         position: Valid entries of the past per row, int64 [batch].
         seq: Tokens of the chunk, causal among themselves.
+        window: Keys that a query sees, itself included; None: all.
     """
 
-    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], position: Tensor, seq: int) -> None:
+    def __init__(
+        self,
+        past_keys: Sequence[Tensor],
+        past_values: Sequence[Tensor],
+        position: Tensor,
+        seq: int,
+        window: int | None = None,
+    ) -> None:
         self._past = list(zip(past_keys, past_values, strict=True))
         past = past_keys[0].shape[2]
         index = torch.arange(seq, device=position.device)
-        seen = (torch.arange(past, device=position.device) < position[:, None])[:, None, None, :]
+        slot = torch.arange(past, device=position.device)
+        seen = (slot < position[:, None])[:, None, None, :]
         causal = (index <= index[:, None])[None, None]
+        if window is not None:
+            query = position[:, None] + index
+            seen = seen & (query[:, :, None] - window < slot)[:, None]
+            causal = causal & (index[:, None] - window < index)[None, None]
         batch = position.shape[0]
         self.mask: Tensor | None = torch.cat(
             [seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1
@@ -68,10 +82,13 @@ class AppendedCache:
 
 
 class GrowingCache:
-    """Room for ``seq`` more tokens, filled one call after another without copying; needs no mask. Inference only."""
+    """Room for ``seq`` more tokens, filled one token a call without copying; needs no mask. Inference only."""
 
-    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int) -> None:
+    def __init__(
+        self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int, window: int | None = None
+    ) -> None:
         self.mask: Tensor | None = None
+        self._window = window
         self._used = [tensor.shape[2] for tensor in past_keys]
         self._keys = [self._with_room(tensor, seq) for tensor in past_keys]
         self._values = [self._with_room(tensor, seq) for tensor in past_values]
@@ -81,7 +98,8 @@ class GrowingCache:
         self._keys[layer][:, :, start:end] = keys
         self._values[layer][:, :, start:end] = values
         self._used[layer] = end
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+        first = 0 if self._window is None else max(0, end - self._window)
+        return self._keys[layer][:, :, first:end], self._values[layer][:, :, first:end]
 
     @property
     def keys(self) -> list[Tensor]:

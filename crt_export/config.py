@@ -31,7 +31,8 @@ class ModelConfig:
     """Architecture of one checkpoint. Sizes are counts; ``rope_theta`` is the rotary base.
 
     ``training_sequence_length`` is the context length the model was trained at (None: not known);
-    ``unroll_steps`` is the K the model was trained for and the default K of its prefill.
+    ``unroll_steps`` is the K the model was trained for and the default K of its prefill. ``sliding_window`` is the number
+    of keys that attention sees, the token itself included (None: all).
 
     Raises:
         CheckpointError: A value has the wrong type, is out of range or contradicts another.
@@ -282,5 +283,3 @@ def _unsupported(config: ModelConfig) -> Iterator[str]:
         yield f"num_key_value_heads {config.num_key_value_heads} different from num_attention_heads (grouped queries)"
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         yield f"head_dim {config.head_dim} x {config.num_attention_heads} heads different from hidden_size"
-    if config.sliding_window is not None:
-        yield f"sliding_window {config.sliding_window}"

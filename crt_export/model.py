@@ -10,8 +10,9 @@ Written from the equations of M. Godavarti, "The Context-Ready Transformer", arX
     h_t  = z^D                                                un-normalised: the recurrent state, h_{-1} = 0
     logits_t = W_head LN_f(h_t) + b_head
 
-A plain transformer is the same with c_t = 0 and no state. This one model is what parity is measured against, what
-calibration observes and what the graphs are exported from. Linears hold their weight as [in, out].
+A plain transformer is the same with c_t = 0 and no state. With a sliding window of W, attention sees the latest W
+tokens, the token itself included. This one model is what parity is measured against, what calibration observes and
+what the graphs are exported from. Linears hold their weight as [in, out].
 """
 
 from __future__ import annotations
@@ -205,15 +206,16 @@ class Model(nn.Module):
             raise InputError(f"number of passes K must be at least 1, found {passes}")
         carry = self.start(ids.shape[0]) if carry is None else carry
         h = carry.state.new_zeros(*ids.shape, self.config.hidden_size) if hidden is None else hidden
-        before, cache = h, AppendedCache(carry.keys, carry.values, carry.position, ids.shape[1])
+        seq, window = ids.shape[1], self.config.sliding_window
+        before, cache = h, AppendedCache(carry.keys, carry.values, carry.position, seq, window)
         for _ in range(passes):
-            cache = AppendedCache(carry.keys, carry.values, carry.position, ids.shape[1])
+            cache = AppendedCache(carry.keys, carry.values, carry.position, seq, window)
             before, h = h, self.run_pass(ids, shift(carry.state, h), carry.position, cache)
         after = Carry(
             state=h[:, -1:],
             keys=tuple(cache.keys),
             values=tuple(cache.values),
-            position=carry.position + ids.shape[1],
+            position=carry.position + seq,
         )
         return h, after, (h - before).abs().amax(dim=(1, 2))
 
@@ -221,7 +223,7 @@ class Model(nn.Module):
     def sequential(self, ids: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
         """The exact recurrence, one token at a time: h [batch, seq, hidden] and the carry after it."""
         carry = self.start(ids.shape[0]) if carry is None else carry
-        cache = GrowingCache(carry.keys, carry.values, ids.shape[1])
+        cache = GrowingCache(carry.keys, carry.values, ids.shape[1], self.config.sliding_window)
         state, position, states = carry.state, carry.position, []
         for t in range(ids.shape[1]):
             state = self.run_pass(ids[:, t : t + 1], state, position, cache)

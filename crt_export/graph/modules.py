@@ -33,7 +33,7 @@ class StepModule(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position: Tensor, state: Tensor, caches: list[Tensor]):
-        cache = ScatteredCache(caches[0::2], caches[1::2], position, 1)
+        cache = _scattered(self.model, caches, position, 1)
         h = self.model.run_pass(input_ids, state.to(self.model.residual_dtype), position, cache)
         return (*_token_outputs(self.model, h), position + 1, h.float(), *_interleave(cache))
 
@@ -46,7 +46,7 @@ class PlainStepModule(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position: Tensor, caches: list[Tensor]):
-        cache = ScatteredCache(caches[0::2], caches[1::2], position, 1)
+        cache = _scattered(self.model, caches, position, 1)
         h = self.model.run_pass(input_ids, None, position, cache)
         return (*_token_outputs(self.model, h), position + 1, *_interleave(cache))
 
@@ -61,7 +61,7 @@ class PrefillPassModule(nn.Module):
     def forward(
         self, input_ids: Tensor, length: Tensor, position: Tensor, state: Tensor, hidden: Tensor, caches: list[Tensor]
     ):
-        cache = ScatteredCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        cache = _scattered(self.model, caches, position, input_ids.shape[1])
         state, before = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
         h = self.model.run_pass(input_ids, shift(state, before), position, cache)
         last = _last_real(torch.cat([state, h], dim=1), length)
@@ -78,7 +78,8 @@ class ReadingPassModule(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position: Tensor, state: Tensor, hidden: Tensor, caches: list[Tensor]):
-        cache = AppendedCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        seq, window = input_ids.shape[1], self.model.config.sliding_window
+        cache = AppendedCache(caches[0::2], caches[1::2], position, seq, window)
         state, before = state.to(self.model.residual_dtype), hidden.to(self.model.residual_dtype)
         return self.model.run_pass(input_ids, shift(state, before), position, cache).float()
 
@@ -91,10 +92,14 @@ class PlainPrefillModule(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, length: Tensor, position: Tensor, caches: list[Tensor]):
-        cache = ScatteredCache(caches[0::2], caches[1::2], position, input_ids.shape[1])
+        cache = _scattered(self.model, caches, position, input_ids.shape[1])
         h = self.model.run_pass(input_ids, None, position, cache)
         last = _last_real(h, (length - 1).clamp(min=0))
         return (*_token_outputs(self.model, last), position + length, h.float(), *_interleave(cache))
+
+
+def _scattered(model: Model, caches: list[Tensor], position: Tensor, seq: int) -> ScatteredCache:
+    return ScatteredCache(caches[0::2], caches[1::2], position, seq, model.config.sliding_window)
 
 
 def _last_real(h: Tensor, index: Tensor) -> Tensor:

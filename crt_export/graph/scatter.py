@@ -50,14 +50,25 @@ class ScatteredCache:
         past_values: Likewise.
         position: Tokens already in the cache, int64 [batch].
         seq: Tokens of the chunk.
+        window: Keys that a query sees, itself included; None: all.
     """
 
-    def __init__(self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], position: Tensor, seq: int) -> None:
+    def __init__(
+        self,
+        past_keys: Sequence[Tensor],
+        past_values: Sequence[Tensor],
+        position: Tensor,
+        seq: int,
+        window: int | None = None,
+    ) -> None:
         self._past = list(zip(past_keys, past_values, strict=True))
         self._position = position
         slot = torch.arange(past_keys[0].shape[2], device=position.device)
         query = position[:, None] + torch.arange(seq, device=position.device)
-        self.mask: Tensor | None = (slot <= query[:, :, None])[:, None]
+        seen = slot <= query[:, :, None]
+        if window is not None:
+            seen = seen & (query[:, :, None] - window < slot)
+        self.mask: Tensor | None = seen[:, None]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 

@@ -249,7 +249,7 @@ def test_named_tokenizer_file_must_exist(make_checkpoint: Make) -> None:
     [
         ({"dropout": 0.1}, CheckpointError, "unknown key 'dropout'"),
         ({"unroll_steps": 0}, CheckpointError, "unroll_steps must be greater than 0"),
-        ({"sliding_window": 16}, UnsupportedError, "sliding_window 16"),
+        ({"sliding_window": 0}, CheckpointError, "sliding_window must be greater than 0"),
         ({"num_key_value_heads": 2}, UnsupportedError, "num_key_value_heads 2"),
     ],
 )

@@ -39,6 +39,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "rope_theta": draw(st.sampled_from([100.0, 10000.0])),
         "rope_layout": draw(st.sampled_from(["interleaved", "half"])),
         "tie_word_embeddings": draw(st.booleans()),
+        "sliding_window": draw(st.none() | st.integers(1, 6)),
         "tokenizer": "none",
     }
 
@@ -122,12 +123,13 @@ def oracle(
             q, k, v = (_linear(y, w, f"{layer}.attn.{p}").reshape(heads, -1) for p in "qkv")
             keys[i].append(np.stack([_rotated(head, t, config) for head in k]))
             values[i].append(v)
+            first = max(0, t + 1 - (config.sliding_window or t + 1))
             mixed = []
             for n in range(heads):
                 query = _rotated(q[n], t, config)
-                scores = np.array([query @ key[n] for key in keys[i]]) / math.sqrt(config.head_dim)
+                scores = np.array([query @ key[n] for key in keys[i][first:]]) / math.sqrt(config.head_dim)
                 weights = np.exp(scores - scores.max())
-                mixed.append(weights / weights.sum() @ np.stack([value[n] for value in values[i]]))
+                mixed.append(weights / weights.sum() @ np.stack([value[n] for value in values[i][first:]]))
             a = z + _linear(np.concatenate(mixed), w, f"{layer}.attn.o")
             z = a + _ffn(_layer_norm(a, w, f"{layer}.mlp_norm", eps), w, f"{layer}.mlp")
         states.append(z)

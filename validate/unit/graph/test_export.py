@@ -27,7 +27,7 @@ SNAPSHOTS = Path(__file__).resolve().parents[3] / "graphs" / "snapshots"
 UNROLL = 3
 CAPACITY = 16
 KINDS = {
-    "crt-interleaved": {"num_hidden_layers": 2},
+    "crt-interleaved-window": {"num_hidden_layers": 2, "sliding_window": 5},
     "crt-half-tied-70": {
         "num_hidden_layers": 1,
         "num_attention_heads": 2,

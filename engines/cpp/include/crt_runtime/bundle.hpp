@@ -6,10 +6,11 @@
 #include <vector>
 
 #include "crt_runtime/config.hpp"
+#include "crt_runtime/export.h"
 #include "crt_runtime/session.hpp"
 #include "crt_runtime/tokenizer.hpp"
 
-namespace crt {
+namespace crt CRT_RUNTIME_API {
 
 /// Sessions of the same target and thread count share the loaded graphs, weights and threads; they keep them alive.
 class Bundle {
@@ -34,7 +35,7 @@ class Bundle {
   Session session(const std::string& target, const SessionOptions& options = {});
 
  private:
-  class Impl;
+  class CRT_RUNTIME_LOCAL Impl;
   explicit Bundle(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };

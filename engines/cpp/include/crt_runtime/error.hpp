@@ -4,7 +4,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace crt {
+#include "crt_runtime/export.h"
+
+namespace crt CRT_RUNTIME_API {
 
 /// What went wrong, in the terms of crt_export.errors; the comments name the Python class.
 enum class ErrorKind {

@@ -8,9 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "crt_runtime/export.h"
 #include "crt_runtime/sampling.hpp"
 
-namespace crt {
+namespace crt CRT_RUNTIME_API {
 
 class Session;
 
@@ -54,7 +55,7 @@ class Generation {
   StopReason stop_reason(std::size_t row) const;
 
  private:
-  struct State;
+  struct CRT_RUNTIME_LOCAL State;
   std::unique_ptr<State> state_;
 };
 

@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace crt {
+#include "crt_runtime/export.h"
+
+namespace crt CRT_RUNTIME_API {
 
 /// How the next token is chosen. Order: repetition penalty, temperature, top-k, top-p, min-p; ties to the lower id.
 struct SamplingOptions {

@@ -8,10 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "crt_runtime/export.h"
 #include "crt_runtime/generation.hpp"
 #include "crt_runtime/snapshot.hpp"
 
-namespace crt {
+namespace crt CRT_RUNTIME_API {
 
 class History;
 struct ModelConfig;
@@ -87,7 +88,7 @@ class Session {
  private:
   friend class Bundle;
   friend class Generation;
-  class Impl;
+  class CRT_RUNTIME_LOCAL Impl;
   explicit Session(std::unique_ptr<Impl> impl);
   // For Generation; generate() itself is defined in generation.cpp.
   History& history() noexcept;

@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
-namespace crt {
+#include "crt_runtime/export.h"
+
+namespace crt CRT_RUNTIME_API {
 
 /// One tensor of a snapshot, bytes little-endian in row-major order.
 struct SnapshotTensor {

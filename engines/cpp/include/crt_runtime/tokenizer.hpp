@@ -6,8 +6,9 @@
 #include <vector>
 
 #include "crt_runtime/config.hpp"
+#include "crt_runtime/export.h"
 
-namespace crt {
+namespace crt CRT_RUNTIME_API {
 
 /// Turns ids into text as they arrive and never splits a UTF-8 character; invalid bytes become U+FFFD, one for each
 /// maximal subpart of an ill-formed sequence (Unicode 15, section 3.9, as Python's incremental decoder does).

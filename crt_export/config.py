@@ -31,8 +31,8 @@ class ModelConfig:
     """Architecture of one checkpoint. Sizes are counts; ``rope_theta`` is the rotary base.
 
     ``training_sequence_length`` is the context length the model was trained at (None: not known);
-    ``unroll_steps`` is the K the model was trained for and the default K of its prefill. ``sliding_window`` is the number
-    of keys that attention sees, the token itself included (None: all).
+    ``unroll_steps`` is the K the model was trained for and the default K of its prefill;
+    ``sliding_window`` is the number of latest tokens that attention sees, the token itself included (None: all).
 
     Raises:
         CheckpointError: A value has the wrong type, is out of range or contradicts another.

@@ -51,7 +51,7 @@ def _function(name: str) -> str:
     before, after = name.split(LAYER)
     identifier = f"{before}{after}".replace("..", ".").replace(".", "_")
     value = f'"{before}" + std::to_string(layer) + "{after}"'
-    return f"inline std::string {identifier}(std::int64_t layer) {{ return {value}; }}"
+    return f"inline std::string {identifier}(std::int64_t layer) {{\n  return {value};\n}}"
 
 
 if __name__ == "__main__":

@@ -27,9 +27,17 @@ inline constexpr char kNextHidden[] = "next_hidden";
 inline constexpr char kResidual[] = "residual";
 
 // --- tensors of one layer
-inline std::string past_key_values_key(std::int64_t layer) { return "past_key_values." + std::to_string(layer) + ".key"; }
-inline std::string past_key_values_value(std::int64_t layer) { return "past_key_values." + std::to_string(layer) + ".value"; }
-inline std::string present_key_values_key(std::int64_t layer) { return "present_key_values." + std::to_string(layer) + ".key"; }
-inline std::string present_key_values_value(std::int64_t layer) { return "present_key_values." + std::to_string(layer) + ".value"; }
+inline std::string past_key_values_key(std::int64_t layer) {
+  return "past_key_values." + std::to_string(layer) + ".key";
+}
+inline std::string past_key_values_value(std::int64_t layer) {
+  return "past_key_values." + std::to_string(layer) + ".value";
+}
+inline std::string present_key_values_key(std::int64_t layer) {
+  return "present_key_values." + std::to_string(layer) + ".key";
+}
+inline std::string present_key_values_value(std::int64_t layer) {
+  return "present_key_values." + std::to_string(layer) + ".value";
+}
 
 }  // namespace crt::names

@@ -38,15 +38,20 @@ class Sampler {
  public:
   explicit Sampler(std::size_t vocab);
   /// logits: float32 [vocab]; seen: uint8 [vocab], 1 for tokens the penalty applies to (nullptr: none);
-  /// step: number of tokens that this row has drawn before. Throws Error(contract) if no logit is finite or one is NaN
-  /// or +inf.
+  /// step: number of tokens that this row has drawn before. options must have passed check(). Throws Error(contract) if
+  /// a logit is NaN or +inf, none is finite, or the penalty makes one infinite.
   std::int64_t sample(const float* logits, const std::uint8_t* seen, const SamplingOptions& options, std::uint32_t row,
                       std::uint64_t step);
 
  private:
-  std::vector<double> values_;
-  std::vector<std::int64_t> ids_;
-  std::vector<double> cumulative_;
+  /// Ids by falling value into ids_, top-k applied; how many.
+  std::size_t rank(double largest, const SamplingOptions& options);
+  /// Running sums of the weights into cumulative_; the last place that top-p and min-p keep.
+  std::size_t accumulate(std::size_t kept, double largest, const SamplingOptions& options);
+
+  std::vector<double> values_;      // by id: the logit after the penalty
+  std::vector<std::int64_t> ids_;   // by rank
+  std::vector<double> cumulative_;  // by rank
 };
 
 }  // namespace crt

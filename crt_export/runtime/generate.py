@@ -1,115 +1,253 @@
-"""Token by token: the loop around a session, and the same as text."""
+"""Token by token: the loop around a session.
+
+A row ends for one of four reasons, looked at in this order for every token it draws:
+
+* ``stop_token``: the token is a stop token. It is not given out and not part of the row.
+* ``stop_string``: the row's new text contains a stop string. The token counts and is given out; the text ends
+  before the stop string.
+* ``max_new_tokens``: it was the last token allowed.
+* ``callback``: the application said so.
+
+The text of a row comes in whole characters, and what may still become a stop string is held back. When the row
+ends, what is left comes out; should a stop string turn up in it, the text ends before it and the reason is
+``stop_string`` (unless the callback had ended the row).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from crt_export.errors import InputError, problem_list
-from crt_export.runtime.sampling import SamplingOptions, sample_token
+from crt_export.errors import InputError, MissingDependencyError
+from crt_export.runtime.generation_options import GenerationOptions
+from crt_export.runtime.history import NO_TOKEN, History
+from crt_export.runtime.row_text import RowText
+from crt_export.runtime.sampling import sample_token
+from crt_export.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = "max_new_tokens"
 STOP_TOKEN = "stop_token"
+STOP_STRING = "stop_string"
+CALLBACK = "callback"
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How far a generation goes and how it chooses.
-
-    Attributes:
-        max_new_tokens: Most tokens per row.
-        sampling: How a token is chosen; greedy by default.
-        stop_token_ids: Tokens that end a row, besides the model's end-of-sequence token.
-        ignore_eos: Go on after the model's end-of-sequence token.
-
-    Raises:
-        InputError: A value is out of its range; lists every problem.
-    """
-
-    max_new_tokens: int = 64
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        problems = []
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens must be at least 1, found {self.max_new_tokens!r}")
-        problems += [f"stop token id {token!r} must be at least 0" for token in self.stop_token_ids if token < 0]
-        if problems:
-            raise InputError(problem_list("generation options", problems))
+#: Called with row, token and the text that it completes; ``False`` ends the row, anything else goes on.
+TokenCallback = Callable[[int, int | None, str], Any]
 
 
 class GeneratingSession(Protocol):
     """What a generation needs of a session."""
 
-    batch: int
-    eos_token_id: int | None
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a sequence."""
+        ...
 
-    def prefill(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None if it has none."""
+        ...
+
+    @property
+    def history(self) -> History:
+        """Draws, pending and seen tokens; the session feeds it, the generation draws from it."""
+        ...
+
+    @property
+    def logits(self) -> np.ndarray:
+        """After each row's last token, float32 [batch, vocab]; NaN where there is none."""
+        ...
+
+    @property
+    def next_tokens(self) -> np.ndarray:
+        """The engine's argmax after each row's last token, int64 [batch]; -1 where there is none."""
+        ...
+
+    def prefill(self, rows: Sequence[np.ndarray], *, passes: int | None = None) -> np.ndarray:
         """Append tokens to every row; logits [batch, vocab]."""
         ...
 
-    def step(self, tokens: Sequence[int | None] | np.ndarray) -> np.ndarray:
+    def step(self, tokens: Sequence[int | None]) -> np.ndarray:
         """Append one token per row, None for none; logits [batch, vocab]."""
+        ...
+
+    def advance(self, tokens: Sequence[int | None]) -> None:
+        """As step(), without reading the logits."""
         ...
 
 
 class Generation(Iterator[list[int | None]]):
-    """Each ``next()`` gives one new token per row, None for a row that has stopped.
+    """Each ``next()`` runs the model once and gives one new token per row, None for a row that has stopped.
 
-    A stop token ends its row and is not given out. A stopped row is frozen: nothing of it is written any
-    more. The last token given out has not been fed to the model.
+    A stopped row is frozen: nothing of it is written any more. The last token given out has not been fed to the
+    model; the session remembers it and feeds it first when it goes on. The last list may hold None for every
+    row, where a stop token lets out text that was held back. Leave the session alone while its generation is
+    being read: a token fed by hand takes the place of the one that was drawn last.
 
     Attributes:
         tokens: The new tokens of every row so far.
-        stop_reasons: Per row ``max_new_tokens`` or ``stop_token``; None while it runs.
+        stop_reasons: Per row ``stop_token``, ``stop_string``, ``max_new_tokens`` or ``callback``; None while it
+            runs.
+        stopped_by: Per row the stop token's id or the stop string that ended it; else None.
         prompt_tokens: Length of every prompt.
+        pieces: Per row the text that the last ``next()`` completed.
     """
 
-    def __init__(self, session: GeneratingSession, prompts: Sequence[np.ndarray], options: GenerationOptions) -> None:
-        """Prepare; the model runs when the iterator is read."""
+    def __init__(
+        self,
+        session: GeneratingSession,
+        prompts: Sequence[np.ndarray],
+        options: GenerationOptions,
+        on_token: TokenCallback | None = None,
+    ) -> None:
+        """Prepare; the model runs when the iterator is read. Applications call ``session.generate()``.
+
+        Args:
+            session: The session, whose rows have room for what is to come.
+            prompts: Checked tokens of every row, int64 [length]; a row without any goes on from what the session
+                holds.
+            options: How many tokens, how they are chosen and where to stop.
+            on_token: Called for every new token, after the whole batch has drawn; and with None as token where a
+                stop token lets out text that was held back.
+
+        Raises:
+            InputError: Stop strings, but a model without tokenizer.
+            MissingDependencyError: Stop strings need the ``tokenizers`` library, which is not installed.
+        """
+        tokenizer = _tokenizer(session, options)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.stop_reasons: list[str | None] = [None for _ in prompts]
+        self.stopped_by: list[int | str | None] = [None for _ in prompts]
         self.prompt_tokens = [len(prompt) for prompt in prompts]
+        self.pieces = ["" for _ in prompts]
         self._session = session
         self._options = options
-        stops = set(options.stop_token_ids)
-        if session.eos_token_id is not None and not options.ignore_eos:
-            stops.add(session.eos_token_id)
-        self._stops = frozenset(stops)
+        self._on_token = on_token
+        self._texts = [RowText(tokenizer, options.stop_strings) for _ in prompts]
+        self._stops = _stop_tokens(session, options)
         self._prompts: Sequence[np.ndarray] | None = prompts
-        self._last: list[int | None] = []
+        # The engine's argmax is the same choice, and saves the way of the logits to the host.
+        self._argmax = options.sampling.greedy and not options.sampling.penalises
+
+    @property
+    def texts(self) -> list[str]:
+        """The new text of every row so far; empty for a model without tokenizer."""
+        return [text.text for text in self._texts]
 
     def __next__(self) -> list[int | None]:
         """Run the model once and choose a token per row."""
         if all(self.stop_reasons):
             raise StopIteration
-        if self._prompts is not None:
-            logits = self._session.prefill(self._prompts)
-            self._prompts = None
-        else:
-            logits = self._session.step(self._last)
-        given = [self._choose(row, logits[row]) for row in range(len(self.tokens))]
-        # A row that has just used up its tokens gives its last one out and is not fed any more.
-        self._last = [None if self.stop_reasons[row] else token for row, token in enumerate(given)]
-        if all(token is None for token in given):
+        drawn = self._draw(self._run())
+        self.pieces = ["" for _ in drawn]
+        given = [None if token is None else self._take(row, token) for row, token in enumerate(drawn)]
+        self._report(given)
+        if all(token is None for token in given) and not any(self.pieces):
             raise StopIteration
         return given
 
-    def _choose(self, row: int, logits: np.ndarray) -> int | None:
+    def _run(self) -> np.ndarray:
+        """Feed what is pending, and the prompts at first; next tokens [batch] or logits [batch, vocab]."""
+        pending = [
+            None if reason or token == NO_TOKEN else token
+            for reason, token in zip(self.stop_reasons, self._session.history.pending.tolist(), strict=True)
+        ]
+        if self._prompts is None:
+            return self._step(pending)
+        rows = [
+            prompt if token is None else np.concatenate(([token], prompt))
+            for token, prompt in zip(pending, self._prompts, strict=True)
+        ]
+        if max(len(row) for row in rows) > 1:
+            logits = self._session.prefill(rows, passes=self._options.passes)
+            found = self._session.next_tokens if self._argmax else logits
+        else:
+            # A step, so that going on gives what an unbroken generation gives, to the last bit.
+            found = self._step([int(row[0]) if len(row) else None for row in rows])
+        self._prompts = None
+        return found
+
+    def _step(self, tokens: list[int | None]) -> np.ndarray:
+        feeds = any(token is not None for token in tokens)
+        if self._argmax:
+            if feeds:
+                self._session.advance(tokens)
+            return self._session.next_tokens
+        return self._session.step(tokens) if feeds else self._session.logits
+
+    def _draw(self, found: np.ndarray) -> list[int | None]:
+        """Choose for every running row before anything is changed: a choice may fail."""
+        if self._argmax:
+            return [self._found_token(row, token) for row, token in enumerate(found.tolist())]
+        return [self._sampled_token(row, logits) for row, logits in enumerate(found)]
+
+    def _found_token(self, row: int, token: int) -> int | None:
         if self.stop_reasons[row]:
             return None
-        drawn = len(self.tokens[row])
-        token = sample_token(logits, self._options.sampling, row=row, step=drawn)
-        if token in self._stops:
-            self.stop_reasons[row] = STOP_TOKEN
+        if token == NO_TOKEN:
+            raise InputError(f"row {row} holds no token: its session was reset while a generation was being read")
+        return token
+
+    def _sampled_token(self, row: int, logits: np.ndarray) -> int | None:
+        if self.stop_reasons[row]:
+            return None
+        history, sampling = self._session.history, self._options.sampling
+        return sample_token(logits, sampling, row=row, step=int(history.drawn[row]), seen=history.seen[row])
+
+    def _take(self, row: int, token: int) -> int | None:
+        """Make a drawn token part of its row, or end the row; the token if it is given out."""
+        text = self._texts[row]
+        keep = token not in self._stops
+        self._session.history.draw(row, token, keep)
+        if not keep:
+            self.pieces[row] = text.finish()
+            self._stop(row, STOP_TOKEN, token)
             return None
         self.tokens[row].append(token)
-        if drawn + 1 == self._options.max_new_tokens:
-            self.stop_reasons[row] = MAX_NEW_TOKENS
+        self.pieces[row] = text.push(token)
+        if text.stop_string is not None:
+            self._stop(row, STOP_STRING, text.stop_string)
+        elif len(self.tokens[row]) >= self._options.max_new_tokens:
+            self.pieces[row] += text.finish()
+            self._stop(row, MAX_NEW_TOKENS, None)
         return token
+
+    def _stop(self, row: int, reason: str, what: int | str | None) -> None:
+        found = self._texts[row].stop_string
+        self.stop_reasons[row] = reason if found is None else STOP_STRING
+        self.stopped_by[row] = what if found is None else found
+
+    def _report(self, given: Sequence[int | None]) -> None:
+        if self._on_token is None:
+            return
+        for row, token in enumerate(given):
+            if token is None and not self.pieces[row]:
+                continue
+            goes_on = self._on_token(row, token, self.pieces[row])
+            if goes_on is False and self.stop_reasons[row] is None:
+                self.stop_reasons[row] = CALLBACK
+                self.pieces[row] += self._texts[row].finish()
+
+
+def _stop_tokens(session: GeneratingSession, options: GenerationOptions) -> frozenset[int]:
+    stops = set(options.stop_token_ids)
+    if session.eos_token_id is not None and not options.ignore_eos:
+        stops.add(session.eos_token_id)
+    return frozenset(stops)
+
+
+def _tokenizer(session: GeneratingSession, options: GenerationOptions) -> Tokenizer | None:
+    """The session's tokenizer; None where text is not asked for and cannot be had."""
+    try:
+        tokenizer = session.tokenizer
+    except MissingDependencyError:
+        if options.stop_strings:
+            raise
+        return None
+    if tokenizer is None and options.stop_strings:
+        raise InputError(
+            "stop strings need text, and this model has no tokenizer (config.json: tokenizer = none); "
+            "give stop_token_ids instead"
+        )
+    return tokenizer

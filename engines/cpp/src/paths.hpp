@@ -1,0 +1,72 @@
+// Names of files inside a bundle, and how a name becomes a file that is safe to open: the twin of
+// crt_export/bundle/paths.py. POSIX only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace crt {
+
+/// A call to the system failed; what() is its reason.
+class SystemError : public std::runtime_error {
+ public:
+  explicit SystemError(int error_number);
+  int number() const noexcept { return number_; }
+
+ private:
+  int number_;
+};
+
+/// What stat says about a file; if any of it changes, the file must be hashed again.
+struct FileState {
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  std::uint64_t size = 0;
+  std::int64_t modified_ns = 0;
+  std::int64_t changed_ns = 0;
+
+  bool operator==(const FileState& other) const noexcept;
+  bool operator!=(const FileState& other) const noexcept { return !(*this == other); }
+};
+
+/// A regular file that is open for reading.
+class RegularFile {
+ public:
+  /// Follows no link in the last component and does not block on a pipe. Throws SystemError: the file cannot be
+  /// opened, is a link (ELOOP), or is not a regular file (EINVAL).
+  explicit RegularFile(const std::string& path);
+  ~RegularFile();
+  RegularFile(const RegularFile&) = delete;
+  RegularFile& operator=(const RegularFile&) = delete;
+
+  FileState state() const;
+  /// Up to count bytes at offset into buffer; fewer only at the end of the file.
+  std::size_t read(void* buffer, std::size_t count, std::uint64_t offset) const;
+
+ private:
+  int descriptor_;
+};
+
+struct HashedFile {
+  std::string sha256;
+  FileState state;  // of the very file that was hashed
+};
+
+/// Why name cannot be a file of a bundle; unset if it can.
+std::optional<std::string> name_problem(const std::string& name);
+/// Walk from folder to name without following links; what is wrong. name must have passed name_problem.
+std::optional<std::string> file_problem(const std::string& folder, const std::string& name);
+/// Throws SystemError.
+FileState file_state(const std::string& path);
+/// Throws SystemError; ESTALE if the file changed while it was read.
+HashedFile hash_file(const std::string& path);
+/// The whole file; unset if it has more than most bytes. Takes no more memory than the file has. Throws SystemError.
+std::optional<std::string> read_file(const std::string& path, std::size_t most);
+/// Absolute, links resolved as far as the path exists; the twin of os.path.realpath.
+std::string real_path(const std::string& path);
+
+}  // namespace crt

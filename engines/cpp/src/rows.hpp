@@ -1,0 +1,36 @@
+// Rows of a batch: which tokens each brings, and which neighbours can share one call of the engine.
+// The C++ twin of crt_export/runtime/rows.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace crt {
+
+/// Neighbouring rows start to stop that run in one call, right-padded to seq tokens.
+struct Group {
+  std::int64_t start = 0;
+  std::int64_t stop = 0;
+  std::int64_t seq = 0;
+};
+
+/// Tokens of one row; the memory belongs to the caller.
+struct TokenSpan {
+  const std::int64_t* tokens = nullptr;
+  std::int64_t count = 0;
+};
+
+/// Throws Error(input) listing every problem: not batch rows, or ids outside the vocabulary.
+void check_token_rows(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t batch, std::int64_t vocab);
+
+/// Throws Error(input) if a row's new tokens do not fit behind those already in the cache; lists every such row.
+void check_capacity(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                    std::int64_t capacity);
+
+/// Join neighbouring rows with tokens, as long as the padding fits behind every one of them; rows without tokens take
+/// no part. Fills groups, and allocates nothing if its capacity is the batch.
+void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                         std::int64_t capacity, std::vector<Group>& groups);
+
+}  // namespace crt

@@ -60,11 +60,17 @@ def _stop_string_problems(strings: object) -> list[str]:
     # A string is a sequence of strings too: each of its characters would stop the text.
     if isinstance(strings, str | bytes) or not isinstance(strings, Sequence):
         return [f"stop_strings must be a list of strings such as ('###',), found {strings!r}"]
-    return [
-        f"stop string {stop!r} must be a string of at least one character"
-        for stop in strings
-        if not isinstance(stop, str) or not stop
-    ]
+    return [f"stop string {stop!r} must be {wanted}" for stop in strings if (wanted := _wanted_of_a_string(stop))]
+
+
+def _wanted_of_a_string(stop: object) -> str:
+    if not isinstance(stop, str) or not stop:
+        return "a string of at least one character"
+    try:
+        stop.encode("utf-8")
+    except UnicodeEncodeError:
+        return "valid Unicode: it holds a lone surrogate, which no text can contain"
+    return ""
 
 
 def _whole(value: object, *, least: int) -> bool:

@@ -221,8 +221,9 @@ typedef struct crt_sampling_options {
 } crt_sampling_options;
 CRT_API void crt_sampling_options_init(crt_sampling_options* options, size_t struct_size);
 
-/* Called for every new token: its row, its id, and the text that it completes (text_bytes bytes and a NUL; empty for
- * models without byte tokenizer). Return 0 to stop the row, anything else to go on. It must not call the session. */
+/* Called for every new token, after the whole batch has drawn: its row, its id, and the text that it completes
+ * (text_bytes bytes and a NUL; empty for models without byte tokenizer). The id is CRT_NO_TOKEN where a stop token lets
+ * out text that was held back. Return 0 to stop the row, anything else to go on. It must not call the session. */
 typedef int32_t (*crt_token_callback)(void* user, int64_t row, int64_t token, const char* text, size_t text_bytes);
 
 typedef struct crt_generation_options {
@@ -246,7 +247,8 @@ CRT_API void crt_generation_options_init(crt_generation_options* options, size_t
 CRT_API crt_status crt_session_generate(crt_session* session, const int64_t* ids, const int64_t* lengths, size_t rows,
                                         const crt_generation_options* options, crt_generation** generation);
 /* One new token per row into tokens, int64 [count], CRT_NO_TOKEN for a stopped row; count: the batch. *more is
- * set to 1, or to 0 when every row has stopped (tokens then holds nothing but CRT_NO_TOKEN). */
+ * set to 1, or to 0 when every row has stopped (tokens then holds nothing but CRT_NO_TOKEN). The last 1 may come with
+ * no token at all, where a stop token lets out text that was held back. */
 CRT_API crt_status crt_generation_next(crt_generation* generation, int64_t* tokens, size_t count, int32_t* more);
 /* New tokens of a row so far; valid until the generation's next call. */
 CRT_API crt_status crt_generation_tokens(const crt_generation* generation, size_t row, const int64_t** tokens,

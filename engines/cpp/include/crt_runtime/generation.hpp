@@ -32,26 +32,42 @@ struct GenerationOptions {
   void check() const;
 };
 
-/// Called for every new token with (row, token, text that it completes); false stops the row.
+/// Called for every new token, after the whole batch has drawn, with (row, token, text that it completes); with
+/// kNoToken where a stop token lets out text that was held back. false stops the row.
 using TokenCallback = std::function<bool(std::int64_t row, std::int64_t token, const std::string& piece)>;
 
-/// Reads like an iterator: next() runs the model once. The session must outlive it.
-/// A stop token ends its row and is not given out; a stopped row is frozen. The last token given out has not been fed
-/// to the model: the session remembers it and feeds it first when it goes on.
+/// Reads like an iterator: next() runs the model once. The session must outlive it and must not be moved; leave it
+/// alone while its generation is being read. A row ends for one of four reasons, looked at in this order for every token:
+///   stop_token      it is a stop token: not given out and not part of the row;
+///   stop_string     the row's new text contains a stop string: the token counts, the text ends before the string;
+///   max_new_tokens  it was the last token allowed;
+///   callback        the application said so.
+/// Text comes in whole characters, and what may still become a stop string is held back until the row ends; should a
+/// stop string turn up in that rest, the reason is stop_string. A stopped row is frozen. The last token given out has
+/// not been fed to the model: the session remembers it and feeds it first when it goes on.
 class Generation {
  public:
+  /// As Session::generate(). Throws Error(input) if the options or prompts are refused, the session does, a row neither
+  /// holds a token nor gets one, or prompt and new tokens do not fit; Error(unsupported) for stop strings where this
+  /// library has no tokenizer for the model.
   Generation(Session& session, std::vector<std::vector<std::int64_t>> prompts, GenerationOptions options,
              TokenCallback callback);
   ~Generation();
   Generation(Generation&&) noexcept;
   Generation& operator=(Generation&&) noexcept;
 
-  /// One new token per row into tokens[batch], kNoToken for a stopped row; false when every row has stopped.
+  /// One new token per row into tokens[batch], kNoToken for a stopped row; false when every row has stopped. The last
+  /// true may come with no token at all, where a stop token lets out text that was held back.
+  /// Throws what Session::step() throws, and what the callback throws.
   bool next(std::int64_t* tokens);
   /// New tokens of a row so far.
   const std::vector<std::int64_t>& tokens(std::size_t row) const;
   /// New text of a row so far, whole characters, without the stop string; empty for models without byte tokenizer.
   const std::string& text(std::size_t row) const;
+  /// The part of that text that the last next() added.
+  const std::string& piece(std::size_t row) const;
+  /// Tokens of a row's prompt.
+  std::size_t prompt_tokens(std::size_t row) const;
   StopReason stop_reason(std::size_t row) const;
 
  private:

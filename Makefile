@@ -1,5 +1,7 @@
-# make demo   set up .venv, build and validate build/demo from the trained demo checkpoint, write a few lines
-# make test   set up .venv, then lint, types, wheel and every test against the installed wheel
+# make demo      set up .venv, build and validate build/demo from the trained demo checkpoint, write a few lines
+# make test      set up .venv, then lint, types, wheel, C++ library and every test against the installed wheel
+# make evidence  the checks that take minutes: sanitizers, the demo in Python and C++, long comparisons
+# make cpp       C++ library, examples and tests in build/cpp
 #
 # Needs python3 (3.11 or 3.12) with venv. The network is used by the set-up steps only.
 # PIP_FLAGS goes to every pip install, for example to name another package index.
@@ -21,11 +23,11 @@ PLATFORM := $(shell uname -s)-$(shell uname -m)
 RTX_TARGETS := $(if $(filter Linux-x86_64,$(PLATFORM)),rtx-sm80-fp16 rtx-sm80-int8)
 DEMO_TARGETS ?= ort-cpu-fp32 ort-cpu-int8 $(RTX_TARGETS)
 
-.PHONY: demo test lint format wheel setup develop bindings clean help
+.PHONY: demo test evidence cpp cpp-if-possible lint format wheel setup develop bindings clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
 # --- the main job ---------------------------------------------------------------------------------------------
 demo: $(VENV)/.installed
@@ -36,10 +38,41 @@ demo: $(VENV)/.installed
 
 # --- tests ----------------------------------------------------------------------------------------------------
 # One thread per worker: two test processes that each use every core are slower than one.
-test: lint $(VENV)/.installed bindings
-	CRT_EXPORT_REQUIRE_BINDINGS=1 CRT_EXPORT_TEST_INSTALLED=1 CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" OMP_NUM_THREADS=1 \
-	  $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+TEST_ENVIRONMENT := CRT_EXPORT_REQUIRE_BINDINGS=1 CRT_EXPORT_TEST_INSTALLED=1 OMP_NUM_THREADS=1
+PYTEST = CRT_EXPORT_TEST_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" $(TEST_ENVIRONMENT) $(BIN)/pytest \
+  -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
+test: $(VENV)/.dev $(VENV)/.installed bindings
+	$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target lint cpp-if-possible
+	$(PYTEST) -m "not evidence"
+
+# Python is not built for the sanitizers: it gets their library first, and its own leaks are not reported. The C++
+# tests report theirs.
+SANITIZERS = $$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)
+evidence: $(VENV)/.dev $(VENV)/.installed cpp
+	$(call cpp-build,build/cpp-sanitize,-DCRT_RUNTIME_SANITIZE=ON)
+	LD_PRELOAD=$(SANITIZERS) CRT_RUNTIME_LIBRARY=$(CURDIR)/build/cpp-sanitize/libcrt_runtime.so \
+	  ASAN_OPTIONS=detect_leaks=0 $(TEST_ENVIRONMENT) $(BIN)/pytest validate/cpp -m "not evidence"
+	$(PYTEST) -m evidence
+
+# --- C++ library ----------------------------------------------------------------------------------------------
+# ONNX Runtime of .venv, unless ONNXRUNTIME_ROOT names another.
+ORT_FOLDER := build/onnxruntime
+PREPARE_CPP := $(BIN)/python engines/cpp/scripts/prepare.py $(ORT_FOLDER)
+cpp-build = cmake -S engines/cpp -B $(1) -G Ninja -DCRT_RUNTIME_EXAMPLES=ON -DCRT_RUNTIME_WERROR=ON \
+  -DONNXRUNTIME_ROOT="$${ONNXRUNTIME_ROOT:-$(CURDIR)/$(ORT_FOLDER)}" $(2) $(CMAKE_FLAGS) && \
+  cmake --build $(1) --parallel $(JOBS)
+
+cpp: $(VENV)/.demo
+	$(PREPARE_CPP)
+	$(call cpp-build,build/cpp)
+
+# Where something is missing and CRT_EXPORT_REQUIRE_CPP is not 1, the tests of the library say so and are skipped.
+cpp-if-possible: $(VENV)/.demo
+	$(PREPARE_CPP) || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
+	if [ ! -e $(ORT_FOLDER)/missing.txt ]; then $(call cpp-build,build/cpp); fi
+
+# --- lint -----------------------------------------------------------------------------------------------------
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@
    taken from Debian 13, through the machine's own apt sources and keys, in a folder of its own: nothing of the system
    changes. Headers older than the library are what ONNX Runtime's API versions are for.
 
-Exit code 3 and one line on stderr where something is missing that cannot be got.
+Where something is missing that cannot be got: exit code 3, and the reason on stderr and in missing.txt of the folder.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class MissingError(Exception):
 def main(arguments: list[str]) -> int:
     """Do everything; the argument is the folder to make, with include/ and lib/."""
     folder = Path(arguments[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = folder / "missing.txt"
+    reason.unlink(missing_ok=True)
     try:
         _prepare_packages()
         if not os.environ.get("ONNXRUNTIME_ROOT"):
@@ -46,6 +49,7 @@ def main(arguments: list[str]) -> int:
             if not (folder / "include" / HEADER).is_file():
                 _prepare_headers(folder)
     except MissingError as error:
+        reason.write_text(f"{error}\n", encoding="utf-8")
         print(error, file=sys.stderr)
         return MISSING
     return 0
@@ -57,9 +61,7 @@ def missing_packages() -> list[str]:
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if "g++" in missing:  # without a compiler nobody can say which headers it would find
         return [*missing, *HEADERS.values()]
-    probe = "".join(
-        f"#if !__has_include(<{header}>)\n{package}\n#endif\n" for header, package in HEADERS.items()
-    )
+    probe = "".join(f"#if !__has_include(<{header}>)\n{package}\n#endif\n" for header, package in HEADERS.items())
     return missing + _output("c++", "-E", "-P", "-x", "c++", "-", text=probe).split()
 
 

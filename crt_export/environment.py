@@ -75,6 +75,7 @@ DEPENDENCIES = (
     _dependency("onnxruntime-gpu", "onnxruntime", "cuda", (1, 24), "ort-cuda-* targets (and ort-cpu-*)"),
     _dependency("tensorrt", "tensorrt", "tensorrt", (10, 16), "trt-* targets"),
     _dependency("tensorrt-rtx", "tensorrt_rtx", "rtx", (1, 7), "rtx-* targets"),
+    _dependency("cuda-bindings", "cuda.bindings", "rtx", (13,), "running trt-* and rtx-* engines (also in tensorrt)"),
 )
 
 
@@ -84,7 +85,7 @@ class TargetStatus:
 
     Attributes:
         profile: The target.
-        status: ``run`` (build and run it), ``compile`` (build it; its engine is not run here) or ``needs``.
+        status: ``run`` (build and run it), ``compile`` (build it; its engine does not run here) or ``needs``.
         needs: What is missing, empty unless the status is ``needs``.
     """
 
@@ -103,7 +104,7 @@ def target_status(profile: EngineProfile) -> TargetStatus:
         importable = importlib.util.find_spec(dependency.module) is not None
         obstacle = compile_obstacle(profile, dependency.version if importable else None, gpus())
         needs = [obstacle] if obstacle else []
-        ability = "compile"
+        ability = "compile" if run_obstacles(profile, gpus()) else "run"
     return TargetStatus(profile=profile, status="needs" if needs else ability, needs=tuple(needs))
 
 
@@ -176,6 +177,29 @@ def compile_obstacle(profile: EngineProfile, version: str | None, devices: Seque
     if profile.runtime == "tensorrt":
         found += _gpu_obstacle(profile, devices)
     return f"{compile_need(profile)}; {' and '.join(found)}" if found else None
+
+
+def run_obstacles(profile: EngineProfile, devices: Sequence[Gpu]) -> list[str]:
+    """What this machine lacks to run a compiled engine, one actionable phrase each; empty when nothing is.
+
+    Args:
+        profile: A TensorRT or TensorRT-RTX profile.
+        devices: The GPUs of the machine; engines run on the first one.
+    """
+    runtime = find_dependency(profile.runtime)
+    found = []
+    for dependency in (runtime, find_dependency("cuda-bindings")):
+        if not dependency.usable:
+            least = ".".join(map(str, dependency.minimum))
+            version = f"found {dependency.version}" if dependency.version else "it is not installed"
+            install = f"pip install 'crt-export[{runtime.extra}]'"
+            found.append(f"{dependency.distribution} {least} or newer, {version}: {install}")
+    obstacle = _gpu_obstacle(profile, devices)
+    if obstacle:
+        newer = " or newer" if is_ampere_plus(profile) else ""
+        capability = _dotted(profile.compute_capability)
+        found.append(f"an NVIDIA GPU of compute capability {capability}{newer}; {obstacle[0]}")
+    return found
 
 
 def is_ampere_plus(profile: EngineProfile) -> bool:

@@ -1,0 +1,170 @@
+"""Running an engine: enqueued anew on every call, or captured once into a CUDA graph and launched from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from crt_export.engine.base import Rows
+from crt_export.engine.device import Device
+from crt_export.engine.device_memory import DeviceMemory
+from crt_export.engine.tensorrt_calls import RuntimeLog, enqueue, set_tensors
+from crt_export.engine.tensorrt_lanes import Lane, Lanes
+from crt_export.engine.tensorrt_plan import LaunchPlan, StagingBuffer
+from crt_export.errors import ContractError, problem_list
+
+#: Lays out a launch from where its tensors are now.
+Planner = Callable[[Mapping[str, Rows], Mapping[str, Rows]], LaunchPlan]
+
+
+@dataclass(frozen=True)
+class LaunchTools:
+    """What the launches of one engine share.
+
+    Attributes:
+        memory: The device's memory.
+        plan: Lays out a launch.
+        lanes: Contexts for this kind of launch.
+        capturable: Whether a run of a lane's context can be captured.
+        log: What TensorRT complained about.
+        label: What to call the engine in messages.
+    """
+
+    memory: DeviceMemory
+    plan: Planner
+    lanes: Lanes
+    capturable: Callable[[Lane], bool]
+    log: RuntimeLog
+    label: str
+
+
+class PlainLaunch:
+    """Enqueues the engine on every call, in a context borrowed for the call: for prefills, whose shapes change."""
+
+    def __init__(self, tools: LaunchTools, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> None:
+        """Lay the launch out; raises ContractError for tensors the engine does not take."""
+        self._tools = tools
+        self._tensors = (inputs, outputs)  # keeps the memory
+        self._plan = tools.plan(inputs, outputs)
+
+    def __call__(self) -> None:
+        """Run once and wait for the result.
+
+        Raises:
+            ContractError: TensorRT or CUDA refused or failed.
+        """
+        lane = self._tools.lanes.borrow()
+        # A lane whose run failed is not given back: what its context holds is unknown.
+        _set_tensors(self._tools, lane, self._plan)
+        _enqueue(self._tools, lane, self._plan)
+        self._tools.memory.device.synchronize(lane.stream)
+        self._tools.lanes.give_back(lane)
+
+
+class CapturedLaunch:
+    """Launches a CUDA graph, captured on the first call and again after a tensor has moved: for steps.
+
+    Capturing needs a run before it, in which TensorRT prepares itself. That run also updates the caches in place,
+    so they are saved before it and put back after it.
+    """
+
+    def __init__(self, tools: LaunchTools, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> None:
+        """Lay the launch out; raises ContractError for tensors the engine does not take."""
+        self._tools = tools
+        self._tensors = (inputs, outputs)
+        self._rows = [*inputs.values(), *outputs.values()]
+        self._place = self._current_place()
+        self._plan = tools.plan(inputs, outputs)
+        self._captured: Captured | None = None
+
+    def __call__(self) -> None:
+        """Run once and wait for the result.
+
+        Raises:
+            ContractError: TensorRT or CUDA refused or failed.
+        """
+        tools = self._tools
+        tools.memory.releases.require_open()
+        place = self._current_place()
+        if place != self._place:
+            self._captured = None
+            self._plan = tools.plan(*self._tensors)
+            self._place = place
+        captured, self._captured = self._captured, None  # a graph that fails is captured anew
+        if captured is None:
+            captured = capture(tools, self._plan)
+        device = tools.memory.device
+        device.launch_graph(captured.graph, captured.lane.stream)
+        device.synchronize(captured.lane.stream)
+        self._captured = captured
+
+    def _current_place(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Where every tensor is and how large: all that a captured graph depends on."""
+        return [(rows.buffer.address, rows.buffer.shape) for rows in self._rows]
+
+
+class Captured:
+    """A graph, the lane it was captured in, and the memory it writes besides the session's."""
+
+    def __init__(self, tools: LaunchTools, lane: Lane, graph: int, staging: tuple[StagingBuffer, ...]) -> None:
+        self.lane = lane
+        self.graph = graph
+        self._staging = staging
+        tools.memory.releases.attach(self, _retire, tools.memory.device, tools.lanes, lane, graph)
+
+
+def _retire(device: Device, lanes: Lanes, lane: Lane, graph: int) -> None:
+    device.free_graph(graph)
+    lanes.give_back(lane)
+
+
+def capture(tools: LaunchTools, plan: LaunchPlan) -> Captured:
+    """Warm a context up without leaving a trace in the caches, then capture a run of it.
+
+    Raises:
+        ContractError: TensorRT or CUDA refused or failed.
+    """
+    device, lane = tools.memory.device, tools.lanes.borrow()
+    _set_tensors(tools, lane, plan)
+    _warm_up(tools, lane, plan)
+    if not tools.capturable(lane):
+        raise ContractError(f"{tools.label}: TensorRT says that this engine cannot be captured into a CUDA graph")
+    with tools.memory.releases.deferred():
+        device.begin_capture(lane.stream)
+        try:
+            _enqueue(tools, lane, plan)
+        except BaseException:
+            device.abandon_capture(lane.stream)
+            raise
+        graph = device.end_capture(lane.stream)
+    return Captured(tools, lane, graph, plan.staging)
+
+
+def _warm_up(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
+    """Run once; every tensor that is updated in place is as it was before, also after a failure to run."""
+    device = tools.memory.device
+    saved = [(StagingBuffer(tools.memory, size), address, size) for address, size in plan.in_place]
+    for scratch, address, size in saved:
+        device.copy(scratch.address, address, size, lane.stream)
+    try:
+        _enqueue(tools, lane, plan)
+    finally:
+        for scratch, address, size in saved:
+            device.copy(address, scratch.address, size, lane.stream)
+        device.synchronize(lane.stream)
+
+
+def _set_tensors(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
+    refused = set_tensors(lane.context, plan.shapes, plan.addresses)
+    if refused:
+        raise ContractError(problem_list(f"{tools.label}: TensorRT refused ({tools.log.take()})", refused))
+
+
+def _enqueue(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
+    device = tools.memory.device
+    for copy in plan.copies_in:
+        device.copy(copy.target, copy.source, copy.size, lane.stream)
+    if not enqueue(lane.context, lane.stream):
+        raise ContractError(f"{tools.label}: TensorRT did not run the engine ({tools.log.take()})")
+    for copy in plan.copies_out:
+        device.copy(copy.target, copy.source, copy.size, lane.stream)

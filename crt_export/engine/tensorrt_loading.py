@@ -1,0 +1,138 @@
+"""From an engine file to an engine that launches: sidecar checked, plan loaded, what came out checked against it."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from crt_export.engine import runtime_cache, tensorrt_calls
+from crt_export.engine.device import Device
+from crt_export.engine.tensorrt_api import Api, ICudaEngine, IExecutionContext, Runtime
+from crt_export.engine.tensorrt_calls import EngineTensor, RuntimeLog
+from crt_export.engine.tensorrt_lanes import Lane
+from crt_export.engine.tensorrt_sidecar import EngineFacts, EngineFile, read_sidecar
+from crt_export.errors import ContractError, problem_list
+from crt_export.gpu import Gpu
+from crt_export.profile import EngineProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where engines run.
+
+    Attributes:
+        api: The module ``tensorrt`` or ``tensorrt_rtx``.
+        device: The GPU's memory and streams.
+        gpu: Its name and architecture.
+    """
+
+    api: Api
+    device: Device
+    gpu: Gpu
+
+
+class LoadedEngine:
+    """One deserialised engine, with the runtime it needs to live.
+
+    Attributes:
+        facts: What its sidecar says.
+        tensors: Its inputs and outputs, as the engine itself says.
+        log: What TensorRT complained about.
+        label: What to call it in messages.
+    """
+
+    def __init__(self, machine: Machine, file: EngineFile, profile: EngineProfile) -> None:
+        """Check and load; see :func:`load_engine`."""
+        self.label = f"{profile.name} {file.graph}"
+        self.facts = read_sidecar(file, profile, machine.gpu, machine.api.__version__)
+        self.log = RuntimeLog()
+        self._api = machine.api
+        self._rtx = profile.runtime == "tensorrt-rtx"
+        plan = file.path.read_bytes()
+        # TensorRT wants its objects destroyed in the reverse order: contexts, engine, runtime, logger.
+        self._logger = tensorrt_calls.logger_for_runtime(machine.api, self.log)
+        version_compatible = bool(getattr(profile.options, "version_compatible", False))
+        self._runtime: Runtime = tensorrt_calls.create_runtime(
+            machine.api, self._logger, version_compatible=version_compatible
+        )
+        self._engine: ICudaEngine = self._deserialized(plan, file)
+        self.tensors = tensorrt_calls.tensors_of_engine(machine.api, self._engine)
+        problems = [*engine_problems(self.tensors, self.facts)]
+        if problems:
+            raise ContractError(problem_list(f"{file.path}: the engine is not what its sidecar says", problems))
+        self._configs: dict[bool, Any] = {}
+        self._cache: Any = None
+        if self._rtx:
+            self._open_cache(f"{machine.api.__version__}/{hashlib.sha256(plan).hexdigest()[:32]}")
+
+    def create_context(self, *, captured: bool) -> IExecutionContext | None:
+        """A new execution context; ``captured`` says whether its launches become CUDA graphs."""
+        if not self._rtx:
+            return tensorrt_calls.create_context(self._engine)
+        if captured not in self._configs:
+            self._configs[captured] = tensorrt_calls.context_config_rtx(
+                self._api, self._engine, self._cache, captured=captured
+            )
+        return tensorrt_calls.create_context_rtx(self._engine, self._configs[captured])
+
+    def capturable(self, lane: Lane) -> bool:
+        """Whether TensorRT lets a run in this lane be captured; only TensorRT-RTX can be asked."""
+        return not self._rtx or tensorrt_calls.stream_capturable_rtx(lane.context, lane.stream)
+
+    def close(self) -> None:
+        """Keep the compiled kernels for the next process, then destroy the engine before its runtime."""
+        if self._cache is not None:
+            self._save()
+        self._cache = None
+        self._configs.clear()
+        self._engine = None
+        self._runtime = None
+
+    def _deserialized(self, plan: bytes, file: EngineFile) -> ICudaEngine:
+        engine = tensorrt_calls.deserialize_engine(self._runtime, plan)
+        if engine is None:
+            raise ContractError(
+                f"{file.path}: TensorRT {self._api.__version__} cannot load this engine of {len(plan):,} bytes "
+                f"({self.log.take()}); build the bundle again on this machine"
+            )
+        return engine
+
+    def _open_cache(self, name: str) -> None:
+        path = runtime_cache.cache_path(name)
+        self._cache = tensorrt_calls.runtime_cache_rtx(self._engine, runtime_cache.read_cache(path))
+        self._log_forget()
+
+        def save(cache: Any) -> None:
+            runtime_cache.write_cache(path, tensorrt_calls.content_of_runtime_cache_rtx(cache))
+
+        # Also where the application ends without closing: what was compiled once should not be compiled again.
+        self._save = weakref.finalize(self, save, self._cache)
+
+    def _log_forget(self) -> None:
+        self.log.errors.clear()
+
+
+def engine_problems(tensors: tuple[EngineTensor, ...], facts: EngineFacts) -> Iterator[str]:
+    """What the loaded engine and its sidecar disagree about."""
+    aliases = dict(facts.contract.aliases)
+    found = {(tensor.is_input, tensor.spec.name): tensor for tensor in tensors}
+    for is_input, specs in ((True, facts.contract.inputs), (False, facts.contract.outputs)):
+        for spec in specs:
+            tensor = found.pop((is_input, spec.name), None)
+            if tensor is None:
+                yield f"{'input' if is_input else 'output'} {spec.name} is missing"
+                continue
+            dims = tuple(dim if isinstance(dim, int) else -1 for dim in spec.dims)
+            if (tensor.spec.dtype, tensor.spec.dims) != (spec.dtype, dims):
+                yield f"{spec.dtype} {list(dims)} expected for {spec.name}, found {tensor.spec}"
+            if is_input and (tensor.least, tensor.most) != (facts.least[spec.name], facts.most[spec.name]):
+                yield (
+                    f"{spec.name} must take shapes {list(facts.least[spec.name])} to {list(facts.most[spec.name])}, "
+                    f"found {list(tensor.least)} to {list(tensor.most)}"
+                )
+            if tensor.alias != aliases.get(spec.name, ""):
+                yield f"{spec.name} must share memory with {aliases.get(spec.name, 'nothing')}, found {tensor.alias!r}"
+    yield from (f"{name} is not in the sidecar" for _, name in found)

@@ -1,0 +1,189 @@
+"""What an engine file says about itself, checked before TensorRT sees the engine.
+
+TensorRT answers an engine of another version, GPU or shape with a line in its log at best. The sidecar, which the
+build wrote beside the engine, answers with what is wrong and how to fix it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crt_export.environment import find_dependency, is_ampere_plus
+from crt_export.errors import BundleError, ContractError, MissingDependencyError, problem_list
+from crt_export.gpu import Gpu
+from crt_export.profile import EngineProfile
+from crt_export.spec import GraphSpec, TensorSpec
+
+_KEYS: dict[str, type] = {
+    "graph": str,
+    "unroll": int,
+    "runtime": str,
+    "runtime_version": str,
+    "compute_capability": int,
+    "precision": str,
+    "capacity": int,
+    "inputs": list,
+    "outputs": list,
+    "aliases": list,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFile:
+    """An engine of a bundle, its files checked against the manifest.
+
+    Attributes:
+        graph: ``step``, ``prefill`` or ``prefill_pass``.
+        path: The serialised engine.
+        sidecar: The JSON file beside it.
+        contract: What the graph must read and write: dims as in the glossary, the cache's capacity a number.
+        unroll: Passes the graph must hold.
+    """
+
+    graph: str
+    path: Path
+    sidecar: Path
+    contract: GraphSpec
+    unroll: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What the session needs of a sidecar that passed every check.
+
+    Attributes:
+        contract: Inputs, outputs and aliases of the engine.
+        least: Smallest shape per input.
+        most: Largest shape per input.
+    """
+
+    contract: GraphSpec
+    least: Mapping[str, tuple[int, ...]]
+    most: Mapping[str, tuple[int, ...]]
+
+
+def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: str) -> EngineFacts:
+    """Check one engine against its target, this machine's GPU and the installed runtime.
+
+    Args:
+        file: The engine.
+        profile: The target's profile, as the bundle's manifest has it.
+        gpu: The GPU to run on.
+        version: Version of the installed TensorRT or TensorRT-RTX.
+
+    Raises:
+        BundleError: The sidecar is damaged, or belongs to another graph, target or model.
+        MissingDependencyError: The engine needs another version of the runtime, or another GPU.
+    """
+    values = _parsed(file.sidecar)
+    problems = [*_target_problems(values, file, profile)]
+    try:
+        contract = GraphSpec.from_dict(file.graph, values)
+        limits = {side: _shapes(values["inputs"], side) for side in ("min", "max")}
+    except (ContractError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{file.sidecar}: its inputs and outputs cannot be read ({error!r}); {_again()}") from None
+    problems += _contract_problems(contract, file.contract)
+    if problems:
+        raise BundleError(problem_list(f"{file.sidecar} does not fit {profile.name}", problems) + f"\n{_again()}")
+    needs = [*_version_problems(values, profile, version), *_gpu_problems(values, profile, gpu)]
+    if needs:
+        raise MissingDependencyError(problem_list(f"{file.path} cannot run on this machine", needs))
+    return EngineFacts(contract=contract, least=limits["min"], most=limits["max"])
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: expected the facts about an engine as JSON ({error}); {_again()}") from None
+    if not isinstance(values, dict):
+        raise BundleError(f"{path}: expected a JSON object, found {type(values).__name__}; {_again()}")
+    problems = [
+        f"{key!r} must be {kind.__name__}, found {values.get(key)!r:.60}"
+        for key, kind in _KEYS.items()
+        if not isinstance(values.get(key), kind) or isinstance(values.get(key), bool)
+    ]
+    if problems:
+        raise BundleError(problem_list(str(path), problems) + f"\n{_again()}")
+    return values
+
+
+def _target_problems(values: Mapping[str, Any], file: EngineFile, profile: EngineProfile) -> Iterator[str]:
+    expected = {
+        "graph": file.graph,
+        "unroll": file.unroll,
+        "runtime": profile.runtime,
+        "precision": profile.precision,
+        "capacity": profile.capacity,
+        "compute_capability": profile.compute_capability,
+    }
+    yield from (
+        f"{key} {wanted!r} expected, {values[key]!r} found" for key, wanted in expected.items() if values[key] != wanted
+    )
+
+
+def _contract_problems(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
+    for side, here, there in (("input", found.inputs, wanted.inputs), ("output", found.outputs, wanted.outputs)):
+        yield from (f"{side} {text}" for text in _difference(here, there))
+    if set(found.aliases) != set(wanted.aliases):
+        yield f"in-place updates {sorted(wanted.aliases)} expected, {sorted(found.aliases)} found"
+
+
+def _difference(found: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> Iterator[str]:
+    known = {spec.name: str(spec) for spec in wanted}
+    loaded = {spec.name: str(spec) for spec in found}
+    for name in sorted(known.keys() | loaded.keys()):
+        if known.get(name) != loaded.get(name):
+            yield f"{known.get(name, 'none named ' + name)} expected, {loaded.get(name, 'nothing')} found"
+
+
+def _version_problems(values: Mapping[str, Any], profile: EngineProfile, version: str) -> Iterator[str]:
+    """An engine runs with the version that built it; a version-compatible one with later ones of the same major."""
+    built = values["runtime_version"]
+    if version == built or (_version_compatible(profile) and _is_later(version, built)):
+        return
+    package = find_dependency(profile.runtime).distribution
+    yield (
+        f"it was built with {package} {built}, {version} is installed: pip install '{package}=={built}', or build "
+        "the bundle again with the installed version"
+    )
+
+
+def _version_compatible(profile: EngineProfile) -> bool:
+    return bool(getattr(profile.options, "version_compatible", False))
+
+
+def _is_later(version: str, built: str) -> bool:
+    try:
+        here, there = ([int(part) for part in text.split(".")] for text in (version, built))
+    except ValueError:
+        return False
+    return here[0] == there[0] and here >= there
+
+
+def _gpu_problems(values: Mapping[str, Any], profile: EngineProfile, gpu: Gpu) -> Iterator[str]:
+    built = values["compute_capability"]
+    if gpu.compute_capability == built or (is_ampere_plus(profile) and gpu.compute_capability > built):
+        return
+    newer = " or newer" if is_ampere_plus(profile) else ""
+    yield (
+        f"it was compiled for compute capability {_dotted(built)}{newer}, the GPU is {gpu.name}, "
+        f"{_dotted(gpu.compute_capability)}: build for a profile with compute_capability = {gpu.compute_capability} "
+        "(engines/README.md), or use an ort-cuda target"
+    )
+
+
+def _shapes(inputs: Sequence[Mapping[str, Any]], side: str) -> dict[str, tuple[int, ...]]:
+    return {str(entry["name"]): tuple(int(size) for size in entry[side]) for entry in inputs}
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _again() -> str:
+    return "the bundle was changed after it was built; build it again or restore it from its source"

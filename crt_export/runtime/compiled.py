@@ -1,0 +1,66 @@
+"""Open the compiled engines of a TensorRT or TensorRT-RTX target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from crt_export.bundle import BundleFiles
+from crt_export.config import ModelConfig
+from crt_export.engine.base import Engine
+from crt_export.engine.tensorrt_session import TensorRTEngine, machine_of_profile
+from crt_export.engine.tensorrt_sidecar import EngineFile
+from crt_export.errors import BundleError
+from crt_export.spec import GraphSpec, TensorSpec, graph_spec
+
+if TYPE_CHECKING:
+    from crt_export.runtime.opening import Target
+
+#: Without these there is no session; further engines of the target are loaded too.
+_NEEDED = ("step", "prefill")
+
+
+def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig) -> Engine:
+    """Check this machine, then the target's files, then load its engines.
+
+    Raises:
+        MissingDependencyError: This machine lacks a package or the GPU, or has another one than the engine needs.
+        BundleError: A file is missing or differs from what was built.
+        ContractError: An engine cannot be loaded or breaks the contract.
+    """
+    machine = machine_of_profile(target.profile)
+    entries: Mapping[str, str] = files.manifest["targets"][target.name]["engines"]
+    missing = [graph for graph in _NEEDED if graph not in entries]
+    if missing:
+        raise BundleError(
+            f"{files.path}: target {target.name} has no {' and no '.join(missing)} engine; build it again"
+        )
+    engines = {
+        graph: EngineFile(
+            graph=graph,
+            path=files.file(name),
+            sidecar=files.file(str(PurePosixPath(name).with_suffix(".json"))),
+            contract=_contract(graph, target, config),
+            unroll=(target.unroll or 1) if graph == "prefill" else 1,
+        )
+        for graph, name in entries.items()
+    }
+    return TensorRTEngine(machine, engines, target.profile)
+
+
+def _contract(graph: str, target: Target, config: ModelConfig) -> GraphSpec:
+    """The graph's contract with this target's caches: their capacity is a number, their head_dim may be padded."""
+    contract = graph_spec(graph, config, target.cache_dtype, target.profile.capacity)
+
+    def with_cache_dims(spec: TensorSpec) -> TensorSpec:
+        if "key_values." not in spec.name:
+            return spec
+        return dataclasses.replace(spec, dims=(*spec.dims[:-1], target.cache_head_dim))
+
+    return dataclasses.replace(
+        contract,
+        inputs=tuple(map(with_cache_dims, contract.inputs)),
+        outputs=tuple(map(with_cache_dims, contract.outputs)),
+    )

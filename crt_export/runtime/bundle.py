@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -12,20 +13,33 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.errors import InputError, UnsupportedError
+from crt_export.runtime.counts import whole_number
+from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
-from crt_export.runtime.session import Session
+from crt_export.runtime.session import Session, SessionOrigin
+from crt_export.runtime.slide import Window, window_from_config
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+#: Loads the graphs of a target: files, target, configuration, threads.
+OpenEngine = Callable[[BundleFiles, Target, ModelConfig, int], Engine]
 
 
 class Bundle:
     """A bundle that is open for running. Made by :func:`load_bundle`; closes its sessions when it is closed.
 
-    Sessions of the same target and thread count share the loaded graphs, weights and threads.
+    Sessions of the same target and thread count share the loaded graphs, their weights and their threads, so a
+    further session costs its own tensors only. They may run in different threads at the same time.
     """
 
-    def __init__(self, files: BundleFiles) -> None:
-        """Read the configuration; nothing is loaded yet."""
+    def __init__(self, files: BundleFiles, open_engine: OpenEngine = engine_from_target) -> None:
+        """Read the configuration; nothing is loaded yet.
+
+        Args:
+            files: The checked files.
+            open_engine: Loads the graphs of a target.
+        """
         self._files = files
+        self._open_engine = open_engine
         self._config = config_from_manifest(files)
         self._tokenizer: Tokenizer | None = None
         self._engines: dict[tuple[str, int], Engine] = {}
@@ -91,7 +105,14 @@ class Bundle:
             )
         return runnable[0].name
 
-    def session(self, target: str, batch: int = 1, threads: int | None = None, capacity: int | None = None) -> Session:
+    def session(
+        self,
+        target: str,
+        batch: int = 1,
+        threads: int | None = None,
+        capacity: int | None = None,
+        on_full: str = "error",
+    ) -> Session:
         """Open a session on a target.
 
         Args:
@@ -100,9 +121,13 @@ class Bundle:
             threads: CPU threads, 0 for every core; None takes the profile's.
             capacity: Most tokens a row can hold; None takes the target's. Attention costs by capacity, so ask
                 for what is needed.
+            on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
+                for models with an attention window, forgets what the window no longer sees, see
+                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache.
 
         Raises:
-            InputError: The bundle is closed, the target unknown, or a number is out of its range.
+            InputError: The bundle is closed, the target unknown, a number out of its range, or ``slide`` for a
+                model without attention window or with a capacity below it.
             UnsupportedError: The target's runtime has no Python session in this version.
             MissingDependencyError: The runtime or its device is absent.
             BundleError: A file is missing or differs from what was built.
@@ -112,26 +137,34 @@ class Bundle:
             if self._closed:
                 raise InputError("this bundle is closed; open it again with load_bundle()")
             chosen = self.target(target)
-            rows = _number("batch", batch, least=1)
-            count = chosen.profile.threads if threads is None else _number("threads", threads, least=0)
-            limit = self._config.max_position_embeddings
-            size = chosen.capacity if capacity is None else _number("capacity", capacity, least=1, most=limit)
+            rows = whole_number("batch", batch)
+            count = chosen.profile.threads if threads is None else whole_number("threads", threads, least=0)
+            size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
+            window = _checked_window(on_full, self._config, size)
             engine = self._engine(chosen, count)
             _check_limits(chosen, engine, rows, size)
             sizes = chosen.sizes(self._config, rows, size)
-            session = Session(engine, sizes, target=target, eos_token_id=self._config.eos_token_id)
+            origin = SessionOrigin(
+                bundle=self._files.identity,
+                target=target,
+                eos_token_id=self._config.eos_token_id,
+                tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
+                reopen=lambda: self.session(target, rows, count, size, on_full),
+            )
+            session = Session(Decoder(engine, sizes, target=target, window=window), origin)
             self._sessions.add(session)
             return session
 
     def close(self) -> None:
-        """Close every session and release the engines; closing twice is harmless."""
+        """Close every session, waiting for calls that run, and release the engines; closing twice is harmless."""
         with self._lock:
             self._closed = True
-            for session in list(self._sessions):
-                session.close()
-            for engine in self._engines.values():
-                engine.close()
+            sessions, engines = list(self._sessions), list(self._engines.values())
             self._engines.clear()
+        for session in sessions:
+            session.close()
+        for engine in engines:
+            engine.close()
 
     def __enter__(self) -> Bundle:
         return self
@@ -144,8 +177,12 @@ class Bundle:
     def _engine(self, target: Target, threads: int) -> Engine:
         key = (target.name, threads)
         if key not in self._engines:
-            self._engines[key] = engine_from_target(self._files, target, self._config, threads)
+            self._engines[key] = self._open_engine(self._files, target, self._config, threads)
         return self._engines[key]
+
+    def _checked_capacity(self, capacity: int) -> int:
+        most = self._config.max_position_embeddings
+        return whole_number("capacity", capacity, most=most, limit=" (the model's max_position_embeddings)")
 
 
 def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -> Bundle:
@@ -164,18 +201,27 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
     return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated))
 
 
-def _number(name: str, value: int, *, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InputError(f"{name} must be a whole number, found {value!r}")
-    number = value.__index__()
-    if number < least or (most is not None and number > most):
-        upper = f" and at most {most} (the model's max_position_embeddings)" if most is not None else ""
-        raise InputError(f"{name} must be at least {least}{upper}, found {number}")
-    return number
-
-
 def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> None:
     if engine.fixed_capacity is not None and capacity != engine.fixed_capacity:
         raise InputError(f"{target.name} was compiled for a capacity of {engine.fixed_capacity}, found {capacity}")
     if engine.max_batch is not None and batch > engine.max_batch:
         raise InputError(f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}")
+
+
+def _checked_window(on_full: str, config: ModelConfig, capacity: int) -> Window | None:
+    """How rows slide; None where they do not."""
+    if on_full == "error":
+        return None
+    if on_full != "slide":
+        raise InputError(f"on_full must be 'error' or 'slide', found {on_full!r}")
+    window = window_from_config(config)
+    if window is None:
+        raise InputError(
+            "on_full='slide' needs a model with an attention window; this one's tokens see all earlier ones "
+            "(its config has no sliding_window): use on_full='error'"
+        )
+    if capacity < window.size:
+        raise InputError(
+            f"on_full='slide' needs a capacity of at least the attention window of {window.size}, found {capacity}"
+        )
+    return window

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
-from crt_export.engine.base import Engine
+from crt_export.engine.base import Engine, Program
+from crt_export.environment import gpus, run_obstacles
 from crt_export.errors import (
     BundleError,
     ContractError,
     CrtExportError,
     InputError,
-    UnsupportedError,
     problem_list,
 )
 from crt_export.profile import EngineProfile
@@ -23,6 +24,8 @@ from crt_export.runtime.tensors import TensorSizes
 from crt_export.spec import TensorSpec, graph_spec
 
 SESSION_GRAPHS = ("step", "prefill")
+#: Loaded when a session first asks for them.
+DEMANDED_GRAPHS = ("prefill_pass",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,8 @@ class Target:
 
     @property
     def runs_here(self) -> bool:
-        """Whether this version has a session for the target's runtime."""
-        return self.profile.runtime == "onnxruntime"
+        """Whether a session can be opened: ONNX Runtime, or the packages and the GPU that a compiled target needs."""
+        return not self.profile.compiled or not run_obstacles(self.profile, gpus())
 
     def sizes(self, config: ModelConfig, batch: int, capacity: int) -> TensorSizes:
         """Sizes of the tensors of a session."""
@@ -117,21 +120,22 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         threads: CPU threads, 0 for every core.
 
     Raises:
-        UnsupportedError: No session of this version runs the target's runtime.
         MissingDependencyError: The runtime or its device is absent.
         BundleError: A file is missing or differs from what was built.
         ContractError: A graph cannot be loaded or breaks the contract.
     """
     options = target.profile.options
-    if not target.runs_here or not isinstance(options, OrtOptions):
-        raise UnsupportedError(
-            f"{target.name} is compiled for {target.profile.runtime}; this version of the Python runtime "
-            "runs ONNX Runtime targets only (ort-...)"
-        )
+    if not isinstance(options, OrtOptions):
+        from crt_export.runtime.compiled import compiled_engine
+
+        return compiled_engine(files, target, config)
     missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
     if missing:
         raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
     paths = {graph: files.graph(target.graphs[graph]) for graph in SESSION_GRAPHS}
+    on_demand = {
+        graph: partial(files.graph, target.graphs[graph]) for graph in DEMANDED_GRAPHS if graph in target.graphs
+    }
     from crt_export.engine.ort import OrtEngine, OrtSettings
 
     settings = OrtSettings(
@@ -141,15 +145,26 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         disabled_optimizers=options.disabled_optimizers,
         spinning=options.spinning,
     )
-    engine = OrtEngine(paths, settings, max_tokens=target.profile.seq.max)
-    _check_contract(engine, target, config)
+    engine = OrtEngine(
+        paths,
+        settings,
+        max_tokens=target.profile.seq.max,
+        on_demand=on_demand,
+        check=lambda graph, program: check_contract({graph: program}, target, config),
+    )
+    check_contract({graph: engine.program(graph) for graph in SESSION_GRAPHS}, target, config)
     return engine
 
 
-def _check_contract(engine: Engine, target: Target, config: ModelConfig) -> None:
+def check_contract(programs: Mapping[str, Program], target: Target, config: ModelConfig) -> None:
+    """Compare loaded graphs with the contract of ``graphs/*.toml``.
+
+    Raises:
+        ContractError: Lists every tensor that is missing, unknown, or of another dtype or shape.
+    """
     problems: list[str] = []
-    for graph in SESSION_GRAPHS:
-        expected, program = graph_spec(graph, config, target.cache_dtype), engine.program(graph)
+    for graph, program in programs.items():
+        expected = graph_spec(graph, config, target.cache_dtype)
         for side, wanted, found in (
             ("input", expected.inputs, program.inputs),
             ("output", expected.outputs, program.outputs),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
+from crt_export.runtime.history import NO_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,34 @@ def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab:
     if problems:
         raise InputError(problem_list("token ids", problems))
     return arrays
+
+
+def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab: int) -> np.ndarray:
+    """Check one token id per row and make them int64 [batch], ``NO_TOKEN`` where a row has None.
+
+    Raises:
+        InputError: Not ``batch`` values, none at all, not integers, or ids outside the vocabulary; lists every
+            problem.
+    """
+    if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
+        raise InputError(f"expected one token id per row such as [4], found {type(tokens).__name__}")
+    if len(tokens) != batch:
+        raise InputError(f"expected one token id per row: batch is {batch}, found {len(tokens)}")
+    ids, problems = np.full(batch, NO_TOKEN, np.int64), []
+    for row, token in enumerate(tokens):
+        if token is None:
+            continue
+        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+            problems.append(f"row {row}: expected an integer, found {token!r}")
+        elif not 0 <= token < vocab:
+            problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {vocab - 1})")
+        else:
+            ids[row] = token
+    if problems:
+        raise InputError(problem_list("token ids", problems))
+    if (ids == NO_TOKEN).all():
+        raise InputError("step needs a token in at least one row")
+    return ids
 
 
 def capacity_problems(positions: np.ndarray, lengths: Sequence[int], capacity: int) -> list[str]:

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
-from crt_export.engine.base import Engine
-from crt_export.errors import ContractError, InputError, problem_list
-from crt_export.runtime.generate import Generation, GenerationOptions
-from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths, token_rows
-from crt_export.runtime.tensors import SessionTensors, TensorSizes
+from crt_export.errors import InputError, UnsupportedError, problem_list
+from crt_export.runtime.counts import whole_number
+from crt_export.runtime.decoder import Decoder
+from crt_export.runtime.generate import Generation, TokenCallback
+from crt_export.runtime.generation_options import GenerationOptions
+from crt_export.runtime.guard import Guard
+from crt_export.runtime.history import NO_TOKEN, History
+from crt_export.runtime.rows import step_tokens, token_rows
+from crt_export.runtime.snapshot import Snapshot, check_snapshot
+from crt_export.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOrigin:
+    """Where a session comes from.
+
+    Attributes:
+        bundle: Identity of the bundle.
+        target: Name of the target.
+        eos_token_id: The token that ends a sequence; None if the model has none.
+        tokenizer: Gives the bundle's tokenizer, or None if the model has none.
+        reopen: Opens another session of the same kind.
+    """
+
+    bundle: str
+    target: str
+    eos_token_id: int | None
+    tokenizer: Callable[[], Tokenizer | None]
+    reopen: Callable[[], Session]
 
 
 class Session:
     """One batch of sequences on one target.
 
     Rows never influence each other: each has its own position, and the chunks its tokens go through depend on
-    its own tokens only. A call that is refused (InputError) changes nothing. A call that fails, or gives a
-    value that is not finite, poisons the session: every further call is refused until reset(). Use a session
-    from one thread at a time; sessions of one bundle may run in different threads.
+    its own tokens only. A call that is refused (InputError, BundleError, UnsupportedError) changes nothing. A
+    call that fails, or gives a value that is not finite, poisons the session: every further call is refused
+    until reset() or restore().
+
+    A session serves one thread at a time: a call while another one runs is refused. Sessions of one bundle
+    may run in different threads; they share weights and threads, and nothing else.
 
     Attributes:
         target: Name of the target.
@@ -28,50 +56,90 @@ class Session:
         capacity: Most tokens a row can hold.
         vocab_size: Number of logits per row.
         eos_token_id: The token that ends a sequence; None if the model has none.
+        history: Draws, pending and seen tokens of the rows. What is fed by prefill(), step() or advance() is
+            seen, and takes the place of a pending token.
     """
 
-    def __init__(self, engine: Engine, sizes: TensorSizes, *, target: str, eos_token_id: int | None) -> None:
-        """Allocate the tensors; applications call ``bundle.session()``."""
-        self.target = target
+    def __init__(self, decoder: Decoder, origin: SessionOrigin) -> None:
+        """Take over a decoder; applications call ``bundle.session()``."""
+        sizes = decoder.sizes
+        self.target = origin.target
         self.batch = sizes.batch
         self.capacity = sizes.capacity
         self.vocab_size = sizes.vocab
-        self.eos_token_id = eos_token_id
-        self._max_tokens = engine.max_tokens
-        self._tensors: SessionTensors | None = SessionTensors(engine, sizes)
-        self._position = np.zeros(sizes.batch, np.int64)
-        # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong
-        # token.
-        self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
-        self._failure = ""
+        self.eos_token_id = origin.eos_token_id
+        self.history = History(sizes.batch, sizes.vocab)
+        self._origin = origin
+        self._guard = Guard(decoder)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, read on first use; None if the model has none.
+
+        Raises:
+            MissingDependencyError: It needs the ``tokenizers`` library, which is not installed.
+            BundleError: Its file is missing or differs from what was built.
+        """
+        return self._origin.tokenizer()
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens in the cache of each row, int64 [batch], a copy."""
-        return self._position.copy()
+        """Tokens in the cache of each row, int64 [batch], a copy; a slide makes it smaller."""
+        return self._guard.decoder.position.copy()
 
-    def prefill(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    @property
+    def logits(self) -> np.ndarray:
+        """Logits after each row's last token, float32 [batch, vocab], a copy; NaN for a row without tokens.
+
+        Raises:
+            InputError: Closed or poisoned session, or a call is running in another thread.
+            ContractError: They are not finite (after advance(), which does not read them). The session needs
+                reset() or restore().
+        """
+        with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
+            return decoder.logits()
+
+    @property
+    def next_tokens(self) -> np.ndarray:
+        """The engine's likeliest token after each row's last one, int64 [batch]; -1 for a row without tokens."""
+        with self._guard.exclusive() as decoder:
+            return decoder.next_tokens.copy()
+
+    def prefill(
+        self, rows: Sequence[Sequence[int] | np.ndarray], *, passes: int | None = None, chunk: int | None = None
+    ) -> np.ndarray:
         """Append tokens to every row, in parallel passes.
 
         Args:
             rows: Token ids per row; rows may differ in length, and an empty row stays as it is.
+            passes: Number of parallel passes over a chunk (as many as the chunk has tokens give the result of
+                step by step); None takes the unrolled graph, whose number was fixed when it was built.
+            chunk: Most tokens per call of the engine; None takes the target's limit.
 
         Returns:
             Logits after each row's last token, float32 [batch, vocab], a copy. An empty row keeps those of
             its last call; NaN if it never had a token.
 
         Raises:
-            InputError: Closed or poisoned session, wrong batch, no token at all, ids outside the vocabulary,
-                or more tokens than the capacity. Nothing has changed.
-            ContractError: The engine failed or gave values that are not finite. The session needs reset().
+            InputError: Closed, poisoned or busy session, wrong batch, no token at all, ids outside the
+                vocabulary, more tokens than the capacity, or passes or chunk out of range. Nothing has changed.
+            UnsupportedError: ``passes`` for a model or target without a graph of one pass. Nothing has changed.
+            ContractError: The engine failed or gave values that are not finite. The session needs reset() or
+                restore().
         """
-        tensors = self._usable_tensors()
-        tokens = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
-        if not any(row.size for row in tokens):
-            raise InputError("empty prompt: prefill needs at least one token in at least one row")
-        self._check_capacity([row.size for row in tokens])
-        self._guarded(tensors, lambda: self._prefill(tensors, tokens))
-        return self._logits.copy()
+        with self._guard.exclusive() as decoder:
+            tokens = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
+            if not any(row.size for row in tokens):
+                raise InputError("empty prompt: prefill needs at least one token in at least one row")
+            size = decoder.max_chunk if chunk is None else whole_number("chunk", chunk, most=decoder.max_chunk)
+            self._check_passes(decoder, passes)
+            decoder.check_room([row.size for row in tokens])
+            with self._guard.poisoning(decoder):
+                decoder.prefill(tokens, passes=passes, chunk=size)
+                logits = decoder.logits()
+            for row, fed in enumerate(tokens):
+                self.history.feed(row, fed)
+            return logits
 
     def step(self, tokens: Sequence[int | None] | np.ndarray) -> np.ndarray:
         """Append one token to every row.
@@ -83,59 +151,127 @@ class Session:
             Logits after each row's last token, float32 [batch, vocab], a copy.
 
         Raises:
-            InputError: Closed or poisoned session, wrong batch, ids outside the vocabulary, or a full row.
+            InputError: Closed, poisoned or busy session, wrong batch, ids outside the vocabulary, or a full row.
                 Nothing has changed.
-            ContractError: The engine failed or gave values that are not finite. The session needs reset().
+            ContractError: The engine failed or gave values that are not finite. The session needs reset() or
+                restore().
         """
-        tensors = self._usable_tensors()
-        lengths, ids = self._step_ids(tokens)
-        self._check_capacity(lengths)
-        groups = groups_from_lengths(self._position, lengths, self.capacity)
-        self._guarded(tensors, lambda: self._step(tensors, ids, lengths, groups))
-        return self._logits.copy()
+        with self._guard.exclusive() as decoder:
+            self._step(decoder, tokens, check_logits=True)
+            return decoder.logits()
+
+    def advance(self, tokens: Sequence[int | None] | np.ndarray) -> None:
+        """As step(), but the logits stay where the engine computes until they are asked for.
+
+        With ``next_tokens`` a greedy loop on a GPU copies one id per row instead of the logits. There the
+        logits are checked when they are read; state and next token are checked at once.
+
+        Args:
+            tokens: One token id per row; None leaves a row as it is.
+
+        Raises:
+            InputError: As step().
+            ContractError: As step().
+        """
+        with self._guard.exclusive() as decoder:
+            self._step(decoder, tokens, check_logits=False)
 
     def generate(
-        self, rows: Sequence[Sequence[int] | np.ndarray], options: GenerationOptions | None = None
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray] | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        on_token: TokenCallback | None = None,
     ) -> Generation:
         """Continue every row from its prompt, token by token.
 
+        What a row feeds first is its pending token (drawn by an earlier generation and not fed yet), then its
+        prompt. A generation that goes on without prompts gives what the earlier one would have given.
+
         Args:
-            rows: Prompt of every row, at least one token each; it continues what the session already holds.
+            prompts: Prompt of every row; an empty one, or None for all, goes on from what the row holds.
             options: How many tokens, how they are chosen and where to stop; greedy by default.
+            on_token: Called for every new token, see :class:`Generation`.
 
         Returns:
             An iterator that runs the model as it is read; it also holds the tokens and why each row stopped.
 
         Raises:
-            InputError: As for prefill(), or prompt and new tokens together exceed the capacity.
+            InputError: As for prefill(); a row without prompt holds nothing; prompt and new tokens together
+                exceed the capacity of a session that does not slide; or stop strings without a tokenizer.
+            UnsupportedError: ``passes`` for a model or target without a graph of one pass.
         """
-        self._usable_tensors()
         chosen = options if options is not None else GenerationOptions()
-        prompts = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
-        empty = [f"row {row}: empty prompt" for row, tokens in enumerate(prompts) if not tokens.size]
-        if empty:
-            raise InputError(problem_list("generate needs at least one token in every row", empty))
-        wanted = [tokens.size + chosen.max_new_tokens for tokens in prompts]
-        problems = capacity_problems(self._position, wanted, self.capacity)
-        if problems:
-            raise InputError(problem_list("prompt and new tokens exceed the capacity", problems))
-        return Generation(self, prompts, chosen)
+        with self._guard.exclusive() as decoder:
+            given = [()] * self.batch if prompts is None else prompts
+            tokens = token_rows(given, batch=self.batch, vocab=self.vocab_size)
+            empty = [row for row, fed in enumerate(tokens) if not fed.size and not decoder.position[row]]
+            if empty:
+                problems = [f"row {row}: empty prompt, and the row holds no tokens to go on from" for row in empty]
+                raise InputError(problem_list("generate needs something to continue in every row", problems))
+            self._check_passes(decoder, chosen.passes)
+            waiting = (self.history.pending != NO_TOKEN).tolist()
+            wanted = [wait + fed.size + chosen.max_new_tokens for wait, fed in zip(waiting, tokens, strict=True)]
+            decoder.check_room(wanted, "prompt and new tokens exceed the capacity")
+        return Generation(self, tokens, chosen, on_token)
 
-    def reset(self) -> None:
-        """Forget every token, zero caches and state, and lift a poisoning.
+    def snapshot(self) -> Snapshot:
+        """Copy everything the session holds, for restore() here, in another session or another process.
 
         Raises:
-            InputError: The session is closed.
+            InputError: Closed, poisoned or busy session.
+            ContractError: As ``logits``.
         """
-        tensors = self._open_tensors()
-        self._position[:] = 0
-        self._logits[:] = np.nan
-        tensors.clear(self._position)
-        self._failure = ""
+        with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
+            history = {"drawn": self.history.drawn, "pending": self.history.pending, "seen": self.history.seen}
+            tensors = {**decoder.contents(), **{name: values.copy() for name, values in history.items()}}
+            return Snapshot(bundle=self._origin.bundle, target=self.target, tensors=tensors)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take everything from a snapshot and lift a poisoning; the session's own content is lost.
+
+        Args:
+            snapshot: Of the same bundle, target and batch; the capacity may differ, if its tokens fit.
+
+        Raises:
+            InputError: Closed or busy session.
+            BundleError: The snapshot is of another bundle, target or batch, holds more tokens than the
+                capacity, or is damaged. Nothing has changed.
+        """
+        with self._guard.exclusive(poisoned=True) as decoder:
+            check_snapshot(snapshot, bundle=self._origin.bundle, target=self.target, sizes=decoder.sizes)
+            tensors = dict(snapshot.tensors)
+            with self._guard.poisoning(decoder):
+                for name in ("drawn", "pending", "seen"):
+                    getattr(self.history, name)[:] = tensors.pop(name)
+                decoder.restore(tensors)
+            self._guard.lift()
+
+    def fork(self) -> Session:
+        """A second session with the same content; the two go on independently.
+
+        Raises:
+            InputError: Closed, poisoned or busy session, or the bundle is closed.
+        """
+        snapshot = self.snapshot()
+        other = self._origin.reopen()
+        other.restore(snapshot)
+        return other
+
+    def reset(self) -> None:
+        """Forget every token and draw, zero caches and state, and lift a poisoning.
+
+        Raises:
+            InputError: The session is closed or busy.
+        """
+        with self._guard.exclusive(poisoned=True) as decoder:
+            decoder.reset()
+            self.history.clear()
+            self._guard.lift()
 
     def close(self) -> None:
-        """Release the tensors; closing twice is harmless."""
-        self._tensors = None
+        """Release the tensors, after a call in another thread has ended; closing twice is harmless."""
+        self._guard.close()
 
     def __enter__(self) -> Session:
         return self
@@ -145,87 +281,19 @@ class Session:
     ) -> None:
         self.close()
 
-    def _open_tensors(self) -> SessionTensors:
-        if self._tensors is None:
-            raise InputError("this session is closed; open another with bundle.session()")
-        return self._tensors
+    def _step(self, decoder: Decoder, tokens: Sequence[int | None] | np.ndarray, *, check_logits: bool) -> None:
+        ids = step_tokens(tokens, batch=self.batch, vocab=self.vocab_size)
+        decoder.check_room((ids != NO_TOKEN).tolist())
+        with self._guard.poisoning(decoder):
+            decoder.step(ids, check_logits=check_logits)
+        for row, token in enumerate(ids.tolist()):
+            if token != NO_TOKEN:
+                self.history.feed(row, [token])
 
-    def _usable_tensors(self) -> SessionTensors:
-        tensors = self._open_tensors()
-        if self._failure:
-            raise InputError(f"an earlier call of this session failed ({self._failure}); call reset() before going on")
-        return tensors
-
-    def _check_capacity(self, lengths: Sequence[int]) -> None:
-        problems = capacity_problems(self._position, lengths, self.capacity)
-        if problems:
-            raise InputError(problem_list("the cache is too small", problems))
-
-    def _step_ids(self, tokens: Sequence[int | None] | np.ndarray) -> tuple[list[int], np.ndarray]:
-        if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
-            raise InputError(f"expected one token id per row such as [4], found {type(tokens).__name__}")
-        if len(tokens) != self.batch:
-            raise InputError(f"expected one token id per row: batch is {self.batch}, found {len(tokens)}")
-        ids, lengths, problems = np.zeros((self.batch, 1), np.int64), [0] * self.batch, []
-        for row, token in enumerate(tokens):
-            if token is None:
-                continue
-            if not isinstance(token, int | np.integer) or isinstance(token, bool):
-                problems.append(f"row {row}: expected an integer, found {token!r}")
-            elif not 0 <= token < self.vocab_size:
-                limit = self.vocab_size - 1
-                problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {limit})")
-            else:
-                ids[row, 0], lengths[row] = token, 1
-        if problems:
-            raise InputError(problem_list("token ids", problems))
-        if not any(lengths):
-            raise InputError("step needs a token in at least one row")
-        return lengths, ids
-
-    def _guarded(self, tensors: SessionTensors, call: Callable[[], None]) -> None:
-        """Run a call that changes tensors; if it fails, poison the session and clear what it left."""
-        position = self._position.copy()
-        try:
-            call()
-        except BaseException as error:  # an interrupt leaves tensors half-written too
-            self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._position = position
-            tensors.clear(position)
-            raise
-
-    def _prefill(self, tensors: SessionTensors, tokens: Sequence[np.ndarray]) -> None:
-        """Cut every row at multiples of its own ``max_tokens``, so that no row's cuts depend on another."""
-        for begin in range(0, max(row.size for row in tokens), self._max_tokens):
-            chunk = [row[begin : begin + self._max_tokens] for row in tokens]
-            lengths = [row.size for row in chunk]
-            groups = groups_from_lengths(self._position, lengths, self.capacity)
-            for group, residual in tensors.prefill(chunk, self._position, groups):
-                self._refuse_non_finite("residual", residual, group, lengths)
-            self._finish(tensors, groups, lengths)
-
-    def _step(self, tensors: SessionTensors, ids: np.ndarray, lengths: Sequence[int], groups: Sequence[Group]) -> None:
-        tensors.step(ids, self._position, groups)
-        self._finish(tensors, groups, lengths)
-
-    def _finish(self, tensors: SessionTensors, groups: Sequence[Group], lengths: Sequence[int]) -> None:
-        """Check what the engine wrote, then count the tokens and keep the logits."""
-        state, logits = tensors.state(), tensors.logits()
-        for group in groups:
-            rows = slice(group.start, group.stop)
-            self._refuse_non_finite("state", None if state is None else state[rows], group, lengths)
-            self._refuse_non_finite("logits", logits[rows], group, lengths)
-        for group in groups:
-            rows = slice(group.start, group.stop)
-            self._logits[rows] = logits[rows]
-        self._position += np.asarray(lengths, np.int64)
-
-    def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
-        if values is None or np.isfinite(values).all():
+    def _check_passes(self, decoder: Decoder, passes: int | None) -> None:
+        if passes is None:
             return
-        problems = [
-            f"row {row} after position {int(self._position[row]) + lengths[row] - 1}"
-            for row in range(group.start, group.stop)
-            if not np.isfinite(values[row - group.start]).all()
-        ]
-        raise ContractError(problem_list(f"{self.target}: {name} is not finite", problems))
+        whole_number("passes", passes)
+        if not decoder.sizes.recurrent:
+            raise UnsupportedError("passes: a plain transformer has exactly one pass; leave passes out")
+        decoder.load_passes()

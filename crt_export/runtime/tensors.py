@@ -1,22 +1,27 @@
 """The tensors of one session: allocated once and bound to the engine's graphs.
 
-Every call reads the state from one buffer and writes it to the other (``next_state`` never aliases
-``state``), then the two swap roles. Caches are bound as input and output at the same address, so they are
-updated in place.
+What a call passes on to the next lives in two sets: token ids, positions and recurrent state. A call reads one
+set and writes the other (``input_ids`` to ``next_token``, ``position`` to ``next_position``, ``state`` to
+``next_state``, which may never alias), then the two swap roles. So the engine's own choice and its positions
+are where the next step reads them, and a greedy loop uploads nothing. Caches are bound as input and output at
+the same address, so they are updated in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.engine.base import Buffer, Engine, Launch, Program, Rows
-from crt_export.runtime.rows import Group, padded
+from crt_export.engine.base import Buffer, Engine, Launch, Rows
+from crt_export.runtime.prefill import PrefillCall, bind_by_name
+from crt_export.runtime.rows import Group
+from crt_export.runtime.slide import Window
 
 # A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping.
 _MOST_KEPT_LAUNCHES = 64
+_UNKNOWN = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,35 @@ class TensorSizes:
     recurrent: bool
 
 
+class _Ends:
+    """One of the two sets, and what the host knows of its content."""
+
+    def __init__(self, engine: Engine, sizes: TensorSizes) -> None:
+        self.ids = engine.allocate((sizes.batch, 1), "int64")
+        self.position = engine.allocate((sizes.batch,), "int64")
+        self.state = engine.allocate((sizes.batch, 1, sizes.hidden), "float32") if sizes.recurrent else None
+        self.known_ids = np.full((sizes.batch, 1), _UNKNOWN, np.int64)
+        self.known_position = np.full(sizes.batch, _UNKNOWN, np.int64)
+
+    def forget(self) -> None:
+        self.known_ids[:] = _UNKNOWN
+        self.known_position[:] = _UNKNOWN
+
+    def set_ids(self, values: np.ndarray, groups: Sequence[Group]) -> None:
+        """Upload token ids, int64 [batch, 1], unless the rows of the groups hold them already."""
+        if any((values[g.start : g.stop] != self.known_ids[g.start : g.stop]).any() for g in groups):
+            self.known_ids[:] = _UNKNOWN
+            self.ids.write(values)
+            self.known_ids[:] = values
+
+    def set_position(self, values: np.ndarray, groups: Sequence[Group]) -> None:
+        """Upload positions, int64 [batch], unless the rows of the groups hold them already."""
+        if any((values[g.start : g.stop] != self.known_position[g.start : g.stop]).any() for g in groups):
+            self.known_position[:] = _UNKNOWN
+            self.position.write(values)
+            self.known_position[:] = values
+
+
 class SessionTensors:
     """State, caches and per-call tensors of a session, and the launches bound to them."""
 
@@ -41,17 +75,10 @@ class SessionTensors:
         """Allocate everything, zeroed."""
         self._engine = engine
         self._sizes = sizes
-        batch = sizes.batch
-        self._ids = engine.allocate((batch, 1), "int64")
-        self._position = engine.allocate((batch,), "int64")
-        self._logits = engine.allocate((batch, sizes.vocab), "float32")
-        self._next_token = engine.allocate((batch, 1), "int64")
-        self._next_position = engine.allocate((batch,), "int64")
-        state_shape = (batch, 1, sizes.hidden)
-        states = 2 if sizes.recurrent else 0
-        self._states = [engine.allocate(state_shape, "float32") for _ in range(states)]
+        self._logits = engine.allocate((sizes.batch, sizes.vocab), "float32")
+        self._ends = (_Ends(engine, sizes), _Ends(engine, sizes))
         self._current = 0
-        cache_shape = (batch, sizes.heads, sizes.capacity, sizes.cache_head_dim)
+        cache_shape = (sizes.batch, sizes.heads, sizes.capacity, sizes.cache_head_dim)
         self._caches: dict[str, Buffer] = {
             f"{layer}.{kind}": engine.allocate(cache_shape, sizes.cache_dtype)
             for layer in range(sizes.layers)
@@ -67,14 +94,15 @@ class SessionTensors:
             positions: Tokens in the cache before this one, int64 [batch].
             groups: Rows to run; all others stay as they are.
         """
-        self._ids.write(ids)
-        self._position.write(positions)
+        ends = self._ends[self._current]
+        ends.set_ids(ids, groups)
+        ends.set_position(positions, groups)
         for group in groups:
             self._step_launch(group)()
-        self._swap_states(groups)
+        self._swap(groups, positions + 1)
 
     def prefill(
-        self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group]
+        self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group], passes: int | None = None
     ) -> list[tuple[Group, np.ndarray | None]]:
         """Run several tokens per row of the groups.
 
@@ -82,34 +110,81 @@ class SessionTensors:
             rows: Tokens of every row of the batch, int64 [length].
             positions: Tokens in the cache before these, int64 [batch].
             groups: Rows to run; all others stay as they are.
+            passes: None for the unrolled graph, else the number of calls of ``prefill_pass``.
 
         Returns:
             Per group its residual, float32 [rows of the group]; None for a plain transformer.
         """
-        self._position.write(positions)
+        self._ends[self._current].set_position(positions, groups)
         residuals = []
         for group in groups:
-            residuals.append((group, self._prefill_group(rows[group.start : group.stop], group)))
-        self._swap_states(groups)
+            call = PrefillCall(
+                tokens=rows[group.start : group.stop],
+                seq=group.seq,
+                hidden=self._sizes.hidden,
+                recurrent=self._sizes.recurrent,
+                passes=passes,
+            )
+            residuals.append((group, call.run(self._engine, lambda name, group=group: self._shared(name, group))))
+        self._swap(groups, positions + np.asarray([row.size for row in rows], np.int64))
         self._clear_padding(rows, positions, groups)
         return residuals
 
     def logits(self) -> np.ndarray:
-        """float32 [batch, vocab] of the last call; may be the memory itself."""
+        """float32 [batch, vocab], each row's from the last call that it took part in; may be the memory itself."""
         return self._logits.read()
+
+    def next_tokens(self) -> np.ndarray:
+        """The engine's argmax of the last call, int64 [batch]; other rows than those of that call are stale."""
+        return self._ends[self._current].known_ids[:, 0]
 
     def state(self) -> np.ndarray | None:
         """Current recurrent state, float32 [batch, 1, hidden]; None for a plain transformer."""
-        return self._states[self._current].read() if self._states else None
+        state = self._ends[self._current].state
+        return None if state is None else state.read()
+
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        """Copies of the first ``length`` entries of every cache, [batch, heads, length, cache_head_dim]."""
+        return {name: np.array(cache.read()[:, :, :length]) for name, cache in self._caches.items()}
+
+    def restore(self, caches: Mapping[str, np.ndarray], state: np.ndarray | None) -> None:
+        """Replace caches (shorter ones leave zeros behind) and state."""
+        self._forget()
+        for name, cache in self._caches.items():
+            values = np.zeros(cache.shape, cache.dtype)
+            values[:, :, : caches[name].shape[2]] = caches[name]
+            cache.write(values)
+        target = self._ends[self._current].state
+        if target is not None and state is not None:
+            target.write(state)
+
+    def slide(self, positions: Mapping[int, int], window: Window) -> None:
+        """Move the latest tokens of some rows to the front.
+
+        Args:
+            positions: Row to the tokens in its cache.
+            window: What to keep and how keys are turned.
+        """
+        for name, cache in self._caches.items():
+            values = np.array(cache.read())
+            for row, position in positions.items():
+                values[row] = window.slide(values[row], position, keys=name.endswith(".key"))
+            cache.write(values)
 
     def clear(self, positions: np.ndarray) -> None:
         """Zero every cache entry beyond the positions, and the state of rows at position 0."""
+        self._forget()
         for row, position in enumerate(positions.tolist()):
             self._clear_caches(row, position, self._sizes.capacity)
         fresh = positions == 0
-        for state in self._states:
-            values = state.read()
-            state.write(np.where(fresh[:, None, None], np.float32(0), values))
+        for ends in self._ends:
+            if ends.state is not None:
+                ends.state.write(np.where(fresh[:, None, None], np.float32(0), ends.state.read()))
+
+    def _forget(self) -> None:
+        """Trust nothing that an earlier call left in the two sets."""
+        for ends in self._ends:
+            ends.forget()
 
     def _clear_padding(self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group]) -> None:
         """Leave no trace of padding: beyond the position a value that is not finite spoils later logits."""
@@ -123,16 +198,19 @@ class SessionTensors:
             for cache in self._caches.values():
                 cache.clear(row, begin, end)
 
-    def _swap_states(self, groups: Sequence[Group]) -> None:
-        """Make the written buffer the current one, after carrying over the rows that did not run."""
-        if not self._states:
-            return
-        source, target = self._states[self._current], self._states[1 - self._current]
+    def _swap(self, groups: Sequence[Group], next_positions: np.ndarray) -> None:
+        """Make the written set the current one, after carrying over the state of the rows that did not run."""
+        source, target = self._ends[self._current], self._ends[1 - self._current]
         begin = 0
         for group in (*groups, Group(self._sizes.batch, self._sizes.batch, 0)):
-            if begin < group.start:
-                target.copy_rows(source, slice(begin, group.start))
+            if begin < group.start and target.state is not None and source.state is not None:
+                target.state.copy_rows(source.state, slice(begin, group.start))
             begin = group.stop
+        chosen = target.ids.read()
+        for group in groups:
+            rows = slice(group.start, group.stop)
+            target.known_ids[rows] = chosen[rows]
+            target.known_position[rows] = next_positions[rows]
         self._current = 1 - self._current
 
     def _step_launch(self, group: Group) -> Launch:
@@ -141,57 +219,24 @@ class SessionTensors:
         if launch is None:
             if len(self._step_launches) >= _MOST_KEPT_LAUNCHES:
                 self._step_launches.clear()
-            launch = self._bind(self._engine.program("step"), group, {"input_ids": self._rows(self._ids, group)})
+            program = self._engine.program("step")
+            launch = bind_by_name(program, {}, lambda name: self._shared(name, group), repeated=True)
             self._step_launches[key] = launch
         return launch
 
-    def _prefill_group(self, rows: Sequence[np.ndarray], group: Group) -> np.ndarray | None:
-        program = self._engine.program("prefill")
-        count = group.stop - group.start
-        own = {
-            "input_ids": self._filled(padded(rows, group.seq)),
-            "length": self._filled([row.size for row in rows]),
-        }
-        iterate = (count, group.seq, self._sizes.hidden)
-        own["next_hidden"] = _whole(self._engine.allocate(iterate, "float32"))
-        if self._sizes.recurrent:
-            own["hidden"] = _whole(self._engine.allocate(iterate, "float32"))
-            own["residual"] = _whole(self._engine.allocate((count,), "float32"))
-        self._bind(program, group, own)()
-        return own["residual"].buffer.read() if "residual" in own else None
-
-    def _filled(self, values: np.ndarray | list[int]) -> Rows:
-        array = np.asarray(values, np.int64)
-        buffer = self._engine.allocate(array.shape, "int64")
-        buffer.write(array)
-        return _whole(buffer)
-
-    def _bind(self, program: Program, group: Group, own: dict[str, Rows]) -> Launch:
-        """Bind every input and output of the program by name, from ``own`` or from the session's tensors."""
-        inputs = {spec.name: own.get(spec.name) or self._shared(spec.name, group) for spec in program.inputs}
-        outputs = {spec.name: own.get(spec.name) or self._shared(spec.name, group) for spec in program.outputs}
-        return program.bind(inputs, outputs)
-
     def _shared(self, name: str, group: Group) -> Rows:
+        """The rows of the session's tensor that a graph calls ``name``."""
         family, _, rest = name.partition(".")
-        if family in ("past_key_values", "present_key_values"):
-            return self._rows(self._caches[rest], group)
-        if name == "state":
-            return self._rows(self._states[self._current], group)
-        if name == "next_state":
-            return self._rows(self._states[1 - self._current], group)
-        tensors = {
-            "position": self._position,
+        now, then = self._ends[self._current], self._ends[1 - self._current]
+        tensors: dict[str, Buffer | None] = {
+            "input_ids": now.ids,
+            "position": now.position,
+            "state": now.state,
+            "next_token": then.ids,
+            "next_position": then.position,
+            "next_state": then.state,
             "logits": self._logits,
-            "next_token": self._next_token,
-            "next_position": self._next_position,
         }
-        return self._rows(tensors[name], group)
-
-    @staticmethod
-    def _rows(buffer: Buffer, group: Group) -> Rows:
+        buffer = self._caches[rest] if family in ("past_key_values", "present_key_values") else tensors[name]
+        assert buffer is not None  # the contract of a plain transformer has no state
         return Rows(buffer, group.start, group.stop)
-
-
-def _whole(buffer: Buffer) -> Rows:
-    return Rows(buffer, 0, buffer.shape[0])

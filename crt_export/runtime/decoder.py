@@ -1,0 +1,195 @@
+"""Feeds tokens to an engine, and keeps what came back of every row: position, logits, next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from crt_export.engine.base import Engine
+from crt_export.errors import ContractError, InputError, problem_list
+from crt_export.runtime.history import NO_TOKEN
+from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths
+from crt_export.runtime.slide import Window
+from crt_export.runtime.tensors import SessionTensors, TensorSizes
+
+
+class Decoder:
+    """The work of a session, without its guards: arguments are checked, and one call runs at a time.
+
+    Attributes:
+        sizes: Sizes of the tensors.
+        tensors: The tensors.
+        position: Tokens in the cache of each row, int64 [batch].
+        next_tokens: The engine's argmax after each row's last token, int64 [batch]; ``NO_TOKEN`` where there is
+            none.
+        max_chunk: Most tokens of one prefill call.
+    """
+
+    def __init__(self, engine: Engine, sizes: TensorSizes, *, target: str, window: Window | None) -> None:
+        """Allocate the tensors.
+
+        Args:
+            engine: Where it computes.
+            sizes: Sizes of the tensors.
+            target: Name of the target, for messages.
+            window: Given where full rows slide; at most as large as the capacity.
+        """
+        self.sizes = sizes
+        self.tensors = SessionTensors(engine, sizes)
+        self.position = np.zeros(sizes.batch, np.int64)
+        self.next_tokens = np.full(sizes.batch, NO_TOKEN, np.int64)
+        # What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that
+        # chunks are cut alike however full a row is.
+        self.max_chunk = engine.max_tokens
+        if window is not None:
+            self.max_chunk = min(engine.max_tokens, sizes.capacity - (window.size - 1))
+        self._engine = engine
+        self._target = target
+        self._window = window
+        # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
+        self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
+        self._unread = np.zeros(sizes.batch, np.bool_)
+
+    def check_room(self, lengths: Sequence[int], heading: str = "the cache is too small") -> None:
+        """Refuse more tokens than fit; a session that slides has room for any number.
+
+        Raises:
+            InputError: Lists every row whose tokens exceed the capacity.
+        """
+        if self._window is not None:
+            return
+        problems = capacity_problems(self.position, lengths, self.sizes.capacity)
+        if problems:
+            raise InputError(problem_list(heading, problems))
+
+    def load_passes(self) -> None:
+        """Load the graph of one pass, if that has not been done yet.
+
+        Raises:
+            UnsupportedError: The target has none.
+            BundleError: Its file is missing or differs from what was built.
+            ContractError: It cannot be loaded or breaks the contract.
+        """
+        self._engine.program("prefill_pass")
+
+    def prefill(self, tokens: Sequence[np.ndarray], *, passes: int | None, chunk: int) -> None:
+        """Feed the tokens of every row, int64 [length], cut at multiples of ``chunk`` of that row's own tokens."""
+        for begin in range(0, max(row.size for row in tokens), chunk):
+            pieces = [row[begin : begin + chunk] for row in tokens]
+            lengths = [row.size for row in pieces]
+            groups = self._groups(lengths)
+            for group, residual in self.tensors.prefill(pieces, self.position, groups, passes):
+                self._refuse_non_finite("residual", residual, group, lengths)
+            self._finish(groups, lengths, check_logits=True)
+
+    def step(self, ids: np.ndarray, *, check_logits: bool) -> None:
+        """Feed one token per row, int64 [batch], none where it is ``NO_TOKEN``."""
+        lengths = (ids != NO_TOKEN).astype(np.int64).tolist()
+        groups = self._groups(lengths)
+        # Rows that take no part keep a valid id: every id of the tensor may be looked up.
+        self.tensors.step(np.maximum(ids, 0)[:, None], self.position, groups)
+        self._finish(groups, lengths, check_logits=check_logits)
+
+    def logits(self) -> np.ndarray:
+        """Logits after each row's last token, float32 [batch, vocab], a copy; NaN where there is none.
+
+        Raises:
+            ContractError: They are not finite, which a call that did not read them could not see.
+        """
+        if self._unread.any():
+            found = self.tensors.logits()
+            rows = np.flatnonzero(self._unread)
+            lengths = [0] * self.sizes.batch
+            for row in rows.tolist():
+                self._refuse_non_finite("logits", found[row : row + 1], Group(row, row + 1, 1), lengths)
+            self._logits[rows] = found[rows]
+            self._unread[:] = False
+        return self._logits.copy()
+
+    def contents(self) -> dict[str, np.ndarray]:
+        """Copies of what the next call depends on, under the names of a snapshot."""
+        state = self.tensors.state()
+        caches = self.tensors.caches(int(self.position.max()))
+        return {
+            "position": self.position.copy(),
+            "next_tokens": self.next_tokens.copy(),
+            "logits": self.logits(),
+            **({} if state is None else {"state": np.array(state)}),
+            **{f"past_key_values.{name}": cache for name, cache in caches.items()},
+        }
+
+    def restore(self, contents: dict[str, np.ndarray]) -> None:
+        """Take everything from checked contents; rows without tokens come out as new."""
+        prefix = "past_key_values."
+        caches = {name.removeprefix(prefix): values for name, values in contents.items() if name.startswith(prefix)}
+        self.tensors.restore(caches, contents.get("state"))
+        self.tensors.clear(contents["position"])
+        filled = contents["position"] > 0
+        self.next_tokens[:] = np.where(filled, contents["next_tokens"], NO_TOKEN)
+        self._logits[:] = np.where(filled[:, None], contents["logits"], np.float32(np.nan))
+        self._unread[:] = False
+        self.position[:] = contents["position"]
+
+    def reset(self) -> None:
+        """Forget every token; zero caches and state."""
+        self.position[:] = 0
+        self.next_tokens[:] = NO_TOKEN
+        self._logits[:] = np.nan
+        self._unread[:] = False
+        self.tensors.clear(self.position)
+
+    def abandon(self, position: np.ndarray) -> None:
+        """Leave nothing behind of a call that failed: count as before it, int64 [batch], and clear the rest."""
+        self.position[:] = position
+        self.tensors.clear(position)
+
+    def _groups(self, lengths: Sequence[int]) -> list[Group]:
+        """Rows that run together, after making room where rows slide."""
+        if self._window is not None:
+            full = {
+                row: int(self.position[row])
+                for row, length in enumerate(lengths)
+                if length and self.position[row] + length > self.sizes.capacity
+            }
+            if full:
+                self.tensors.slide(full, self._window)
+                for row, position in full.items():
+                    self.position[row] = self._window.kept(position)
+        return groups_from_lengths(self.position, lengths, self.sizes.capacity)
+
+    def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, check_logits: bool) -> None:
+        """Check what the engine wrote, then count the tokens."""
+        state = self.tensors.state()
+        logits = self.tensors.logits() if check_logits or self._engine.host_memory else None
+        chosen = self.tensors.next_tokens()
+        for group in groups:
+            rows = slice(group.start, group.stop)
+            self._refuse_non_finite("state", None if state is None else state[rows], group, lengths)
+            self._refuse_non_finite("logits", None if logits is None else logits[rows], group, lengths)
+            self._refuse_unknown_tokens(chosen[rows], group)
+        for group in groups:
+            rows = slice(group.start, group.stop)
+            self.next_tokens[rows] = chosen[rows]
+            self._unread[rows] = True
+        self.position += np.asarray(lengths, np.int64)
+
+    def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
+        if values is None or np.isfinite(values).all():
+            return
+        problems = [
+            f"row {row} after position {int(self.position[row]) + lengths[row] - 1}"
+            for row in range(group.start, group.stop)
+            if not np.isfinite(values[row - group.start]).all()
+        ]
+        raise ContractError(problem_list(f"{self._target}: {name} is not finite", problems))
+
+    def _refuse_unknown_tokens(self, chosen: np.ndarray, group: Group) -> None:
+        if ((chosen >= 0) & (chosen < self.sizes.vocab)).all():
+            return
+        problems = [
+            f"row {group.start + index} has {token}"
+            for index, token in enumerate(chosen.tolist())
+            if not 0 <= token < self.sizes.vocab
+        ]
+        raise ContractError(problem_list(f"{self._target}: next_token is outside the vocabulary", problems))

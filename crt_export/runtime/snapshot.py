@@ -1,0 +1,156 @@
+"""Everything a session holds, to go on from later: in memory, or in a file that Python and C++ read alike.
+
+The file is safetensors. Its metadata (strings) are ``format`` ("crt-export snapshot"), ``format_version`` ("1"),
+``bundle`` (the bundle's identity: SHA-256 of its manifest.json, hex), ``target``, and ``sha256`` over the
+little-endian bytes of all tensors in order of their sorted names. Its tensors, and no others:
+
+===================================  =============================  ================================================
+``position``                         int64 [batch]                  tokens in the cache of each row
+``next_tokens``                      int64 [batch]                  argmax after each row's last token, -1 none
+``logits``                           float32 [batch, vocab]         after each row's last token, NaN at position 0
+``drawn``                            int64 [batch]                  random draws so far: the counter of the next one
+``pending``                          int64 [batch]                  token drawn and not yet fed, -1 none
+``seen``                             uint8 [batch, vocab]           1 for tokens the repetition penalty is about
+``state``                            float32 [batch, 1, hidden]     recurrent state; not for a plain transformer
+``past_key_values.{i}.key|value``    float32 or float16             cache [batch, heads, length, cache_head_dim];
+                                                                    length is the largest position, and entries at
+                                                                    and beyond a row's own position are zero
+===================================  =============================  ================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from crt_export.errors import BundleError, problem_list
+from crt_export.runtime.tensors import TensorSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a session held. Made by ``session.snapshot()``; only a session of the same kind takes it back.
+
+    Attributes:
+        bundle: Identity of the bundle.
+        target: Name of the target.
+        tensors: Name to values, see the module.
+    """
+
+    bundle: str
+    target: str
+    tensors: Mapping[str, np.ndarray]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file; a file that is there is replaced in one step, or stays as it was.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        from crt_export.runtime.snapshot_file import save_snapshot
+
+        save_snapshot(path, self.bundle, self.target, self.tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Read a file.
+
+        Raises:
+            BundleError: It is missing, damaged, no snapshot, or of a newer format version.
+        """
+        from crt_export.runtime.snapshot_file import load_snapshot
+
+        bundle, target, tensors = load_snapshot(path)
+        return cls(bundle=bundle, target=target, tensors=tensors)
+
+
+def check_snapshot(snapshot: Snapshot, *, bundle: str, target: str, sizes: TensorSizes) -> None:
+    """Refuse a snapshot that a session cannot go on from.
+
+    Args:
+        snapshot: The snapshot; nothing of it is trusted.
+        bundle: Identity of the session's bundle.
+        target: The session's target.
+        sizes: The session's sizes.
+
+    Raises:
+        BundleError: Another bundle, target or batch, tensors missing, unknown or of another dtype or shape, more
+            tokens than the session's capacity, or values that no session holds. Lists every problem of a kind.
+    """
+    problems = [*_origin_problems(snapshot, bundle, target)]
+    problems = problems or [*_shape_problems(snapshot.tensors, sizes)] or [*_value_problems(snapshot.tensors, sizes)]
+    if problems:
+        raise BundleError(problem_list("this session cannot restore the snapshot", problems))
+
+
+def _origin_problems(snapshot: Snapshot, bundle: str, target: str) -> Iterator[str]:
+    if snapshot.bundle != bundle:
+        yield (
+            f"it was taken with the bundle {snapshot.bundle:.16}, this one is {bundle:.16} (SHA-256 of manifest.json): "
+            "open the bundle it was taken with"
+        )
+    if snapshot.target != target:
+        yield f"it was taken on target {snapshot.target!r}, this session runs on {target!r}"
+
+
+def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> Iterator[str]:
+    position = tensors.get("position")
+    if not isinstance(position, np.ndarray) or position.dtype != np.int64 or position.ndim != 1:
+        yield "position must be int64 [batch]"
+        return
+    if position.size != sizes.batch:
+        yield f"it holds {position.size} rows, this session has a batch of {sizes.batch}"
+        return
+    outside = np.flatnonzero((position < 0) | (position > sizes.capacity)).tolist()
+    if outside:
+        for row in outside:
+            yield f"row {row} holds {position[row]} tokens, this session has a capacity of {sizes.capacity}"
+        return
+    expected = _expected(sizes, int(position.max()))
+    yield from (f"{name} is missing" for name in expected if name not in tensors)
+    yield from (f"{name} is unknown" for name in tensors if name not in expected)
+    for name, (dtype, shape) in expected.items():
+        found = tensors.get(name)
+        if found is None:
+            continue
+        if not isinstance(found, np.ndarray):
+            yield f"{name} must be an array, found {type(found).__name__}"
+        elif found.dtype != dtype or found.shape != shape:
+            yield f"{name} must be {dtype} {list(shape)}, found {found.dtype} {list(found.shape)}"
+
+
+def _expected(sizes: TensorSizes, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    batch, vocab = sizes.batch, sizes.vocab
+    cache = (batch, sizes.heads, length, sizes.cache_head_dim)
+    return {
+        **dict.fromkeys(("position", "next_tokens", "drawn", "pending"), ("int64", (batch,))),
+        "logits": ("float32", (batch, vocab)),
+        "seen": ("uint8", (batch, vocab)),
+        **({"state": ("float32", (batch, 1, sizes.hidden))} if sizes.recurrent else {}),
+        **{
+            f"past_key_values.{layer}.{kind}": (sizes.cache_dtype, cache)
+            for layer in range(sizes.layers)
+            for kind in ("key", "value")
+        },
+    }
+
+
+def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> Iterator[str]:
+    position, vocab = tensors["position"], sizes.vocab
+    for row, count in enumerate(position.tolist()):
+        for name, values in tensors.items():
+            of_row = values[row, :, :count] if name.startswith("past_key_values.") else values[row]
+            if count and values.dtype.kind == "f" and not np.isfinite(of_row).all():
+                yield f"row {row}: {name} is not finite"
+        pending, following, drawn = (int(tensors[name][row]) for name in ("pending", "next_tokens", "drawn"))
+        if not -1 <= pending < vocab:
+            yield f"row {row}: the pending token {pending} is outside the vocabulary (0 to {vocab - 1}, -1 for none)"
+        if count and not 0 <= following < vocab:
+            yield f"row {row}: the next token {following} is outside the vocabulary (0 to {vocab - 1})"
+        if drawn < 0:
+            yield f"row {row}: {drawn} random draws"
+        if tensors["seen"][row].max() > 1:
+            yield f"row {row}: seen must be 0 or 1"

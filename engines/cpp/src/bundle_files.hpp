@@ -2,9 +2,9 @@
 // The C++ twin of crt_export/bundle/opening.py.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
-#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -12,15 +12,18 @@
 
 #include "crt_runtime/config.hpp"
 #include "engine.hpp"
+#include "paths.hpp"
 
 namespace crt {
+
+class JsonValue;
 
 struct FileEntry {
   std::uint64_t size = 0;
   std::string sha256;  // lower-case hex
 };
 
-/// One graph of the manifest's contract, with the sizes of this model; dims by name ("batch", "seq", "capacity") are -1.
+/// The contract of one graph with the sizes of this model; batch, seq and capacity are -1.
 struct GraphContract {
   std::vector<TensorSpec> inputs;
   std::vector<TensorSpec> outputs;
@@ -64,6 +67,11 @@ struct EngineSidecar {
   std::map<std::string, std::array<Shape, 3>> input_shapes;  // min, opt, max
 };
 
+/// The files of an opened bundle.
+///
+/// A file is hashed when it is first asked for, and again only if stat shows that it changed since. What happens to a
+/// file between this check and the moment a runtime opens it is outside this class: keep bundles in folders that only
+/// trusted users can write to. One thread at a time.
 class BundleFiles {
  public:
   /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle.
@@ -75,26 +83,41 @@ class BundleFiles {
   const std::vector<std::string>& target_names() const noexcept { return target_names_; }
   /// Throws Error(input) if there is no such target, Error(bundle) if its entry is unusable.
   const Target& target(const std::string& name) const;
+  /// What this library binds, whatever the manifest says; throws Error(unsupported) if the model has no such graph.
   const GraphContract& contract(const std::string& graph) const;
 
   /// Absolute path of a listed file after checking it (no link, size, SHA-256); throws Error(bundle).
   std::string file(const std::string& name);
   /// The same for an ONNX graph and every weight file it points at.
   std::string graph(const std::string& name);
-  /// The sidecar of an engine file of a target.
+  /// The sidecar of an engine file of a target; throws Error(bundle).
   EngineSidecar sidecar(const std::string& engine_file);
 
  private:
+  /// A target that could not be read is refused when it is asked for, so that it does not spoil the others.
+  struct TargetEntry {
+    std::optional<Target> target;
+    std::string problem;
+  };
+
   BundleFiles() = default;
+  /// Read files, graphs and targets from a manifest that passed the schema.
+  void take_tables(const JsonValue& manifest);
+  /// Check one file and remember it if it is sound; what is wrong with it.
+  std::optional<std::string> problem_of(const std::string& name);
+  /// Check every file that the (already verified) graph points at.
+  std::vector<std::string> external_problems(const std::string& name);
+
   std::string path_;
   std::string identity_;
   ModelConfig config_;
-  std::vector<std::string> target_names_;
-  std::map<std::string, Target> targets_;
+  std::vector<std::string> target_names_;  // in the order of the manifest
+  std::map<std::string, TargetEntry> targets_;
   std::map<std::string, GraphContract> contracts_;
   std::map<std::string, FileEntry> files_;
-  std::map<std::string, std::string> weights_of_graph_;
-  std::map<std::string, bool> verified_;
+  std::map<std::string, std::vector<std::string>> weights_of_graph_;  // every file of "graphs" and its weight files
+  std::map<std::string, FileState> verified_;
+  std::map<std::string, FileState> scanned_;
 };
 
 }  // namespace crt

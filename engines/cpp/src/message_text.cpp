@@ -139,7 +139,7 @@ std::string shown(const JsonValue& value, std::size_t count) {
 }
 
 std::optional<std::string> close_match(std::string_view word, const std::vector<std::string>& candidates) {
-  constexpr std::size_t most_compared = 199;  // difflib is cubic too; longer names and lists get no suggestion
+  constexpr std::size_t most_compared = 199;  // the comparison is cubic; longer names and lists get no suggestion
   constexpr double cutoff = 0.6;
   if (word.size() > most_compared || candidates.size() > most_compared) return std::nullopt;
   std::optional<std::string> best;

@@ -59,18 +59,21 @@ evidence: $(VENV)/.dev $(VENV)/.installed cpp
 # ONNX Runtime of .venv, unless ONNXRUNTIME_ROOT names another.
 ORT_FOLDER := build/onnxruntime
 PREPARE_CPP := $(BIN)/python engines/cpp/scripts/prepare.py $(ORT_FOLDER)
-cpp-build = cmake -S engines/cpp -B $(1) -G Ninja -DCRT_RUNTIME_EXAMPLES=ON -DCRT_RUNTIME_WERROR=ON \
-  -DONNXRUNTIME_ROOT="$${ONNXRUNTIME_ROOT:-$(CURDIR)/$(ORT_FOLDER)}" $(2) $(CMAKE_FLAGS) && \
-  cmake --build $(1) --parallel $(JOBS)
+cpp-build = cmake -S engines/cpp -B $(1) -G Ninja -DCRT_RUNTIME_WERROR=ON $(2) $(CMAKE_FLAGS) \
+  -DONNXRUNTIME_ROOT="$${ONNXRUNTIME_ROOT:-$(CURDIR)/$(ORT_FOLDER)}" && cmake --build $(1) --parallel $(JOBS)
+# The examples are projects of their own, which find the installed package.
+cpp-examples = cmake --install build/cpp --prefix build/cpp/installed >build/cpp/install.log \
+  $(foreach example,02_embed_cpp 03_embed_c,&& cmake -S examples/$(example) -B build/cpp/examples/$(example) -G Ninja \
+  -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cpp/installed --log-level=NOTICE && cmake --build build/cpp/examples/$(example))
 
 cpp: $(VENV)/.demo
 	$(PREPARE_CPP)
-	$(call cpp-build,build/cpp)
+	$(call cpp-build,build/cpp) && $(cpp-examples)
 
 # Where something is missing and CRT_EXPORT_REQUIRE_CPP is not 1, the tests of the library say so and are skipped.
 cpp-if-possible: $(VENV)/.demo
 	$(PREPARE_CPP) || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
-	if [ ! -e $(ORT_FOLDER)/missing.txt ]; then $(call cpp-build,build/cpp); fi
+	if [ ! -e $(ORT_FOLDER)/missing.txt ]; then $(call cpp-build,build/cpp) && $(cpp-examples); fi
 
 # --- lint -----------------------------------------------------------------------------------------------------
 lint: $(VENV)/.dev

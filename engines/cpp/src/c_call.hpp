@@ -1,0 +1,69 @@
+// What every function of the C API does around its work: refuse NULL, turn exceptions into a status and a message,
+// read option structs of other versions.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "crt_runtime/crt.h"
+#include "crt_runtime/error.hpp"
+
+namespace crt::c_api {
+
+/// Keep the message of the exception that is being handled for crt_last_error(); the status that goes with it.
+crt_status status_from_exception() noexcept;
+
+/// Run the body of an API function; no exception leaves.
+template <class Body>
+crt_status call(const Body& body) noexcept {
+  try {
+    body();
+    return CRT_OK;
+  } catch (...) {
+    return status_from_exception();
+  }
+}
+
+/// A pointer that must not be NULL, under the name that the header gives it.
+struct Required {
+  const void* pointer;
+  const char* name;
+};
+/// Throws Error(input) naming every NULL.
+void require(std::initializer_list<Required> arguments);
+
+/// Defaults into the caller's struct, as much as its size takes. What a newer header knows and this library does not is
+/// zeroed; taken_options() refuses such a struct.
+template <class Options>
+void init_options(Options* options, std::size_t size, const Options& defaults) noexcept {
+  if (options == nullptr || size < sizeof(std::size_t)) return;
+  std::memset(options, 0, size);
+  std::memcpy(options, &defaults, std::min(size, sizeof(Options)));
+  options->struct_size = size;
+}
+
+/// Throws Error(input) for a struct that was not initialised, or whose header is newer than this library.
+void check_struct_size(const char* type, std::size_t found, std::size_t oldest, std::size_t newest);
+
+/// The caller's options over the defaults. Fields behind the caller's struct_size, which its header did not know, keep
+/// theirs. oldest: size of the struct in the first version of the header.
+template <class Options>
+Options taken_options(const Options* options, const char* type, const Options& defaults,
+                      std::size_t oldest = sizeof(Options)) {
+  Options taken = defaults;
+  if (options == nullptr) return taken;
+  check_struct_size(type, options->struct_size, oldest, sizeof(Options));
+  std::memcpy(&taken, options, options->struct_size);
+  return taken;
+}
+
+/// Rows from flat ids and lengths; throws Error(input) listing every negative length.
+std::vector<std::vector<std::int64_t>> token_rows(const std::int64_t* ids, const std::int64_t* lengths,
+                                                  std::size_t rows);
+
+}  // namespace crt::c_api

@@ -1,0 +1,55 @@
+// What the opaque handles of crt.h are.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "crt_runtime/bundle.hpp"
+#include "crt_runtime/crt.h"
+#include "crt_runtime/generation.hpp"
+#include "crt_runtime/session.hpp"
+#include "crt_runtime/snapshot.hpp"
+#include "crt_runtime/tokenizer.hpp"
+
+struct crt_bundle {
+  explicit crt_bundle(crt::Bundle opened) : bundle(std::move(opened)) {}
+
+  crt::Bundle bundle;
+  std::mutex opening;  // sessions are opened one after the other
+};
+
+struct crt_session {
+  std::shared_ptr<crt::Session> session;
+};
+
+struct crt_snapshot {
+  crt::Snapshot snapshot;
+};
+
+struct crt_generation {
+  std::shared_ptr<crt::Session> session;  // before the generation, which refers to it
+  crt::Generation generation;
+};
+
+struct crt_text_stream {
+  crt::TextStream stream;
+  std::string text;  // of the last call
+};
+
+namespace crt::c_api {
+
+/// Give a handle to the caller.
+template <class Handle>
+void give(std::unique_ptr<Handle> made, Handle** handle) noexcept {
+  *handle = made.release();
+}
+
+/// Take a handle back; it is freed with the returned pointer.
+template <class Handle>
+std::unique_ptr<Handle> take(Handle* handle) noexcept {
+  return std::unique_ptr<Handle>(handle);
+}
+
+}  // namespace crt::c_api

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,17 +18,42 @@ from crt_export.cli.options import PATH
 @click.option("--target", default="", metavar="NAME", help="Default: the first target that runs here.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="0 keeps all tokens.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="1 keeps all tokens.")
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="P",
+    help="Drop tokens less likely than this fraction of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="R",
+    help="Above 1 makes tokens of the prompt and of the new text less likely.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, metavar="S")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
+@click.option(
+    "--passes",
+    type=int,
+    default=None,
+    metavar="K",
+    help="Passes of the prefill of a recurrent model. Default: those it was built with.",
+)
 def generate(
     bundle: Path,
     prompt: str,
-    max_new_tokens: int,
     target: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    passes: int | None,
+    **sampling: Any,
 ) -> None:
     """Continue a prompt with BUNDLE.
 
@@ -35,8 +61,13 @@ def generate(
     """
     from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle
 
-    sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    options = GenerationOptions(max_new_tokens=max_new_tokens, sampling=sampling)
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingOptions(**sampling),
+        stop_strings=stop,
+        ignore_eos=ignore_eos,
+        passes=passes,
+    )
     _require_validated(bundle)
     with load_bundle(bundle) as opened:
         generation = generate_text(opened, prompt, options, target=target)
@@ -45,7 +76,8 @@ def generate(
             write_text(piece, newline=False)
         write_text("")
     result = generation.result
-    click.echo(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}]", err=True)
+    by = "" if result.stopped_by is None else f" {result.stopped_by!r}"
+    click.echo(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}{by}]", err=True)
 
 
 def _require_validated(bundle: Path) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from crt_export.errors import InputError
 from crt_export.runtime.bundle import Bundle
-from crt_export.runtime.generate import GenerationOptions
+from crt_export.runtime.generate import Generation, TokenCallback
+from crt_export.runtime.generation_options import GenerationOptions
+from crt_export.runtime.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,10 @@ class TextResult:
 
     Attributes:
         text: Everything that was streamed.
-        token_ids: The new tokens.
+        token_ids: The new tokens, those of a stop string included.
         prompt_tokens: Tokens of the prompt.
-        stop_reason: ``max_new_tokens`` or ``stop_token``.
+        stop_reason: ``stop_token``, ``stop_string``, ``max_new_tokens`` or ``callback``, see generate.py.
+        stopped_by: The id of the stop token, or the stop string; None for the other reasons.
         target: The target it ran on.
     """
 
@@ -26,6 +29,7 @@ class TextResult:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     stop_reason: str
+    stopped_by: int | str | None
     target: str
 
     @property
@@ -35,16 +39,27 @@ class TextResult:
 
 
 class TextGeneration(Iterator[str]):
-    """Pieces of whole UTF-8 characters, as soon as they are complete; ``result`` follows the last one."""
+    """Pieces of whole UTF-8 characters, as soon as they are certain; ``result`` follows the last one.
 
-    def __init__(self, pieces: Iterator[str]) -> None:
-        """Wrap the generator that does the work."""
-        self._pieces = pieces
-        self._result: TextResult | None = None
+    What may still become a stop string is held back. Memory is released at the end, by ``close()``, or with the
+    bundle.
+    """
+
+    def __init__(self, session: Session, generation: Generation) -> None:
+        """Wrap a generation of one row and the session that it owns; applications call ``generate_text()``."""
+        self._session = session
+        self._generation = generation
 
     def __next__(self) -> str:
         """The next piece, never empty."""
-        return next(self._pieces)
+        try:
+            while True:
+                next(self._generation)
+                if piece := self._generation.pieces[0]:
+                    return piece
+        except BaseException:  # the end, a failure, or an interrupt: nobody reads on
+            self.close()
+            raise
 
     @property
     def result(self) -> TextResult:
@@ -53,24 +68,39 @@ class TextGeneration(Iterator[str]):
         Raises:
             InputError: The text has not been read to its end.
         """
-        if self._result is None:
+        reason = self._generation.stop_reasons[0]
+        if reason is None:
             raise InputError("the generation has not ended; read it to its end first")
-        return self._result
+        return TextResult(
+            text=self._generation.texts[0],
+            token_ids=tuple(self._generation.tokens[0]),
+            prompt_tokens=self._generation.prompt_tokens[0],
+            stop_reason=reason,
+            stopped_by=self._generation.stopped_by[0],
+            target=self._session.target,
+        )
 
-    def _end(self, result: TextResult) -> None:
-        self._result = result
+    def close(self) -> None:
+        """Release the session without reading on; closing twice is harmless."""
+        self._session.close()
 
 
 def generate_text(
-    bundle: Bundle, prompt: str, options: GenerationOptions | None = None, *, target: str = ""
+    bundle: Bundle,
+    prompt: str,
+    options: GenerationOptions | None = None,
+    *,
+    target: str = "",
+    on_token: TokenCallback | None = None,
 ) -> TextGeneration:
     """Continue a prompt.
 
     Args:
         bundle: An open bundle whose model has a tokenizer.
         prompt: The text to continue, not empty.
-        options: How many tokens and how they are chosen; greedy by default.
+        options: How many tokens, how they are chosen and where to stop; greedy by default.
         target: Where to run; empty takes ``bundle.default_target()``.
+        on_token: Called with row 0, every new token and the text that it completes; ``False`` ends the text.
 
     Returns:
         An iterator over text; the model runs as it is read.
@@ -85,7 +115,8 @@ def generate_text(
         raise InputError("empty prompt: give at least one character to continue")
     ids = bundle.tokenizer.encode_prompt(prompt)
     name = target or bundle.default_target()
-    limit = bundle.target(name).capacity
+    built = bundle.target(name)
+    limit = built.capacity
     needed = len(ids) + chosen.max_new_tokens
     if needed > limit:
         raise InputError(
@@ -93,30 +124,11 @@ def generate_text(
             f"capacity of {limit} of {name}: shorten the prompt, ask for fewer tokens, "
             "or build with a larger --capacity"
         )
-    # A session only as large as this text: attention costs by capacity, not by length.
-    session = bundle.session(name, capacity=needed)
-    generation = session.generate([ids], chosen)
-
-    def pieces() -> Iterator[str]:
-        shown: list[str] = []
-        stream = bundle.tokenizer.stream()
-        with session:
-            for (token,) in generation:
-                if token is not None and (piece := stream.push(token)):
-                    shown.append(piece)
-                    yield piece
-        if rest := stream.finish():
-            shown.append(rest)
-            yield rest
-        text._end(
-            TextResult(
-                text="".join(shown),
-                token_ids=tuple(generation.tokens[0]),
-                prompt_tokens=len(ids),
-                stop_reason=generation.stop_reasons[0] or "",
-                target=name,
-            )
-        )
-
-    text = TextGeneration(pieces())
-    return text
+    # A session only as large as this text: attention costs by capacity, not by length. A compiled engine has one
+    # capacity.
+    session = bundle.session(name, capacity=None if built.profile.compiled else needed)
+    try:
+        return TextGeneration(session, session.generate([ids], chosen, on_token=on_token))
+    except BaseException:
+        session.close()
+        raise

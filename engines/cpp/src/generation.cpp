@@ -116,17 +116,20 @@ void Generation::State::check_prompts() {
   for (std::size_t index = 0; index < prompts_.size(); ++index) {
     const std::string where = "row " + std::to_string(index) + ": ";
     const std::int64_t held = session_.position()[index];
-    const auto length = static_cast<std::int64_t>(prompts_[index].size());
-    if (length == 0 && held == 0) empty.push_back(where + "empty prompt, and the row holds no token to go on from");
-    const std::int64_t room = session_.capacity() - held - length;
-    if (!session_.slides() && options_.max_new_tokens > room) {
-      full.push_back(where + std::to_string(held) + " tokens in the cache, " + std::to_string(length) +
-                     " of the prompt and " + std::to_string(options_.max_new_tokens) +
-                     " new ones exceed the capacity of " + std::to_string(session_.capacity()));
+    if (prompts_[index].empty() && held == 0) {
+      empty.push_back(where + "empty prompt, and the row holds no tokens to go on from");
+    }
+    const bool waits = history_.pending()[index] != kNoToken;
+    const auto fed = static_cast<std::int64_t>(prompts_[index].size()) + (waits ? 1 : 0);
+    if (!session_.slides() && options_.max_new_tokens > session_.capacity() - held - fed) {
+      // Unsigned, because max_new_tokens may be as large as an int64 can be.
+      const auto wanted = static_cast<std::uint64_t>(options_.max_new_tokens) + static_cast<std::uint64_t>(fed);
+      full.push_back(where + std::to_string(held) + " tokens in the cache and " + std::to_string(wanted) +
+                     " more exceed the capacity of " + std::to_string(session_.capacity()));
     }
   }
   if (!empty.empty()) {
-    throw Error(ErrorKind::input, problem_list("generate needs at least one token in every row", empty));
+    throw Error(ErrorKind::input, problem_list("generate needs something to continue in every row", empty));
   }
   if (!full.empty()) {
     throw Error(ErrorKind::input, problem_list("prompt and new tokens exceed the capacity", full));

@@ -131,10 +131,37 @@ const float* SessionTensors::state() {
   return sizes_.recurrent ? static_cast<const float*>(sets_[current_].state->read()) : nullptr;
 }
 
-void SessionTensors::write_state(const float* values) {
+void SessionTensors::restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
+                             const float* state) {
+  forget();
+  logits_->write(logits);
   if (sizes_.recurrent) {
-    sets_[current_].state->write(values);
+    sets_[current_].state->write(state);
   }
+  const std::size_t token_bytes = index_of(sizes_.cache_head_dim) * size_of(sizes_.cache_dtype);
+  const std::size_t given = index_of(length) * token_bytes;
+  const std::size_t whole_head = index_of(sizes_.capacity) * token_bytes;
+  std::vector<unsigned char> values(caches_.front().key->bytes(), 0);
+  for (std::size_t index = 0; index < caches.size(); ++index) {
+    for (std::size_t head = 0; given > 0 && head < index_of(sizes_.batch * sizes_.heads); ++head) {
+      std::memcpy(values.data() + head * whole_head, caches[index] + head * given, given);
+    }
+    LayerCache& cache = caches_[index / 2];
+    (index % 2 == 0 ? cache.key : cache.value)->write(values.data());
+  }
+}
+
+std::vector<unsigned char> SessionTensors::entries(Buffer& cache, std::int64_t length) {
+  const std::size_t heads = index_of(cache.shape()[0] * cache.shape()[1]);
+  const std::size_t token_bytes = index_of(cache.shape()[3]) * size_of(cache.dtype());
+  const std::size_t wanted = index_of(length) * token_bytes;
+  const std::size_t whole_head = index_of(cache.shape()[2]) * token_bytes;
+  std::vector<unsigned char> values(heads * wanted);
+  const auto* content = static_cast<const unsigned char*>(cache.read());
+  for (std::size_t head = 0; wanted > 0 && head < heads; ++head) {
+    std::memcpy(values.data() + head * wanted, content + head * whole_head, wanted);
+  }
+  return values;
 }
 
 void SessionTensors::clear(const std::int64_t* positions) {

@@ -61,13 +61,17 @@ class SessionTensors {
 
   /// Zero every cache entry beyond the positions, and the state of rows at position 0, whose logits become NaN.
   void clear(const std::int64_t* positions);
+  /// Replace caches and state by those of a snapshot. caches: key and value of each layer in turn, [batch, heads,
+  /// length, cache_head_dim]; zeros go behind them. state: float32 [batch, 1, hidden]; ignored for a plain transformer.
+  void restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
+               const float* state);
+  /// The first length entries of every head of a cache, [batch, heads, length, cache_head_dim].
+  static std::vector<unsigned char> entries(Buffer& cache, std::int64_t length);
   /// Take everything from the tensors of another session of the same sizes.
   void assign(SessionTensors& other);
 
   const TensorSizes& sizes() const noexcept { return sizes_; }
   std::vector<LayerCache>& caches() noexcept { return caches_; }
-  void write_logits(const float* values) { logits_->write(values); }
-  void write_state(const float* values);
   /// Number of step launches that are kept.
   std::size_t launches() const noexcept { return step_launches_.size(); }
   /// The launch of the next step over these rows, to be timed or counted on its own.

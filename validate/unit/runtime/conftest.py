@@ -1,4 +1,11 @@
-"""Two tiny bundles with really exported graphs, made once and shared by every worker of a test run."""
+"""Tiny bundles with really exported graphs, made once and shared by every worker of a test run.
+
+Every test that takes ``crt``, ``plain``, ``either`` or ``windowed`` runs once per engine of ``ENGINES``. To run the
+whole suite over another one, add its opener there: a function with the signature of
+``crt_export.runtime.opening.engine_from_target``, which gets one of the bundle's ONNX targets and returns an
+:class:`crt_export.engine.base.Engine` that runs the target's graphs (``files.graph(target.graphs["step"])`` is the
+checked ONNX file). Sessions of many capacities are opened on it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +16,61 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
-from crt_export.bundle import MANIFEST_NAME, stage_bundle
+from crt_export.bundle import MANIFEST_NAME, BundleFiles, open_bundle, stage_bundle
 from crt_export.checkpoint import load_checkpoint
+from crt_export.config import ModelConfig
+from crt_export.engine.base import Buffer, Engine, Program
+from crt_export.engine.ort import import_onnxruntime
+from crt_export.engine.ort_memory import DeviceBuffer
 from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.profile import DimRange, EngineProfile, load_profile
-from crt_export.runtime import Bundle, load_bundle
-from crt_export.spec import graph_spec
+from crt_export.runtime import Bundle, Session
+from crt_export.runtime.bundle import OpenEngine
+from crt_export.runtime.opening import Target, engine_from_target
+from crt_export.spec import graph_names, graph_spec
 
+TARGET = "ort-cpu-fp32"
 OVERFLOWING_TOKEN = 7
 CHUNK = 4
 UNROLL = 3
+WINDOW = 6
+
+
+class DeviceMemoryEngine:
+    """ONNX Runtime on device memory (here the CPU's): a read is a copy, and logits stay until they are asked for."""
+
+    host_memory = False
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.max_tokens = engine.max_tokens
+        self.max_batch = engine.max_batch
+        self.fixed_capacity = engine.fixed_capacity
+
+    def program(self, graph: str) -> Program:
+        return self._engine.program(graph)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return DeviceBuffer(import_onnxruntime(), "cpu", shape, dtype)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _in_device_memory(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    return DeviceMemoryEngine(engine_from_target(files, target, config, threads))
+
+
+ENGINES: dict[str, OpenEngine] = {
+    "onnxruntime": engine_from_target,
+    "onnxruntime-device-memory": _in_device_memory,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +83,32 @@ class Runnable:
     @property
     def passes(self) -> int:
         """K of the exported prefill."""
-        return UNROLL if self.model.config.recurrent else 1
+        return self.model.config.unroll_steps if self.model.config.recurrent else 1
+
+    def session(self, **options: Any) -> Session:
+        """A session on the target of one thread."""
+        return self.bundle.session(options.pop("target", TARGET), **options)
+
+    @staticmethod
+    def ids(count: int, seed: int = 0) -> list[int]:
+        """Token ids above the special ones of the fixtures."""
+        return np.random.default_rng(seed).integers(32, 256, count).tolist()
+
+    def logits(self, parts: list[list[int]], steps: list[int], passes: int | None = None) -> np.ndarray:
+        """Logits [vocab] of PyTorch after prefilling the parts one by one, then stepping."""
+        carry, h = None, None
+        with torch.no_grad():
+            for part in parts:
+                h, carry, _ = self.model.unroll(torch.tensor([part]), passes or self.passes, carry)
+            for token in steps:
+                h, carry = self.model.step(torch.tensor([[token]]), carry if carry is not None else self.model.start(1))
+            assert h is not None
+            return self.model.head(h[:, -1]).float().numpy()[0]
+
+    @staticmethod
+    def caches(session: Session) -> list[np.ndarray]:
+        """Every cache of a session, [batch, heads, capacity, cache_head_dim]."""
+        return list(session._guard.decoder.tensors.caches(session.capacity).values())
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +116,17 @@ def overflowing_token() -> int:
     return OVERFLOWING_TOKEN
 
 
+@pytest.fixture(scope="session", params=ENGINES)
+def open_engine(request: pytest.FixtureRequest) -> OpenEngine:
+    """What loads the graphs: every test of the suite runs over each."""
+    return ENGINES[request.param]
+
+
 @pytest.fixture(scope="session")
 def make_runnable(
     make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Runnable]:
-    def make(name: str, **changes: Any) -> Runnable:
+    def make(name: str, open_engine: OpenEngine, **changes: Any) -> Runnable:
         checkpoint = load_checkpoint(make_checkpoint(edit=_overflow, **changes))
         model = model_from_checkpoint(checkpoint)
         base = tmp_path_factory.getbasetemp()
@@ -57,31 +135,39 @@ def make_runnable(
         with FileLock(shared / f"runtime-{name}.lock"):
             if not (output / MANIFEST_NAME).is_file():
                 _write_bundle(output, model, checkpoint.sha256)
-        return Runnable(bundle=load_bundle(output, allow_unvalidated=True), model=model)
+        return Runnable(bundle=Bundle(open_bundle(output, allow_unvalidated=True), open_engine), model=model)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def crt(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
+def crt(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iterator[Runnable]:
     """A recurrent model of one layer, prefill unrolled three times."""
-    runnable = make_runnable("crt", num_hidden_layers=1, unroll_steps=UNROLL)
+    runnable = make_runnable("crt", open_engine, num_hidden_layers=1, unroll_steps=UNROLL)
     with runnable.bundle:
         yield runnable
 
 
 @pytest.fixture(scope="session")
-def plain(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
+def plain(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iterator[Runnable]:
     """A plain transformer of two layers, with an end-of-sequence token."""
-    runnable = make_runnable("plain", model_type="transformer", num_hidden_layers=2, eos_token_id=3)
+    runnable = make_runnable("plain", open_engine, model_type="transformer", num_hidden_layers=2, eos_token_id=3)
+    with runnable.bundle:
+        yield runnable
+
+
+@pytest.fixture(scope="session")
+def windowed(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iterator[Runnable]:
+    """A recurrent model of two layers whose tokens see the latest ``WINDOW`` keys."""
+    runnable = make_runnable("windowed", open_engine, num_hidden_layers=2, unroll_steps=2, sliding_window=WINDOW)
     with runnable.bundle:
         yield runnable
 
 
 @pytest.fixture(params=["crt", "plain"])
-def either(request: pytest.FixtureRequest) -> Runnable:
+def either(request: pytest.FixtureRequest, crt: Runnable, plain: Runnable) -> Runnable:
     """Both kinds of model, one after the other."""
-    return request.getfixturevalue(request.param)
+    return {"crt": crt, "plain": plain}[request.param]
 
 
 def _overflow(tensors: dict[str, torch.Tensor]) -> None:
@@ -102,7 +188,8 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
 
 def _write_bundle(output: Path, model: Model, checkpoint_hash: str) -> None:
     config = model.config
-    graphs = {name: export_graph(model, name, unroll=config.unroll_steps) for name in ("step", "prefill")}
+    names = [name for name in graph_names(config) if name != "head"]
+    graphs = {name: export_graph(model, name, unroll=config.unroll_steps) for name in names}
     files = {name: f"graphs/{name}.fp32.onnx" for name in graphs}
     with stage_bundle(output) as staging:
         (staging.path / "graphs").mkdir()

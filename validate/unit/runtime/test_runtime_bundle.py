@@ -113,12 +113,12 @@ def test_capacity_does_not_change_the_logits(either: Any) -> None:
 
 def test_sessions_share_graphs_and_nothing_else(crt: Any) -> None:
     first, second = crt.bundle.session(TARGET), crt.bundle.session(TARGET)
-    assert first._tensors._engine is second._tensors._engine
+    assert first._guard.decoder.tensors._engine is second._guard.decoder.tensors._engine
     a = first.prefill([[40, 41]])
     second.prefill([[90, 91, 92]])
     b = first.step([42])
     alone = crt.bundle.session(TARGET, threads=2)
-    assert alone._tensors._engine is not first._tensors._engine
+    assert alone._guard.decoder.tensors._engine is not first._guard.decoder.tensors._engine
     np.testing.assert_allclose(alone.prefill([[40, 41]]), a, rtol=0, atol=1e-5)
     np.testing.assert_allclose(alone.step([42]), b, rtol=0, atol=1e-5)
 

@@ -11,6 +11,8 @@ from crt_export.profile_options import OPTIONS_OF_RUNTIME, TensorRTOptions
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
 DEVICES = ("cpu", "cuda")
 ATTENTION_FORMS = ("auto", "fused", "decomposed")
+#: More threads than any machine this runs on; a number from a bundle must not be able to exhaust one.
+MOST_THREADS = 1024
 RESIDUAL_DTYPES = ("float16", "float32")
 
 # Which precisions a runtime can execute. MatMulNBits (w8) is an ONNX Runtime CPU operator; TensorRT compiles
@@ -77,8 +79,8 @@ def _size_problems(values: Mapping[str, Any]) -> list[str]:
     if not _is_count(capacity, 1):
         found.append(f"capacity must be at least 1 token, not {capacity!r}")
     threads = values.get("threads", 0)
-    if not _is_count(threads, 0):
-        found.append(f"threads must be 0 (all) or more, not {threads!r}")
+    if not _is_count(threads, 0) or threads > MOST_THREADS:
+        found.append(f"threads must be 0 (all) or more, at most {MOST_THREADS}, not {threads!r}")
     unroll = values.get("unroll")
     if unroll is not None and not _is_count(unroll, 1):
         found.append(f"unroll must be at least 1 pass, not {unroll!r}")
@@ -104,7 +106,7 @@ def _runtime_problems(values: Mapping[str, Any]) -> list[str]:
     """Rules between fields; each is judged only where its fields are valid on their own."""
     runtime, device, precision = values.get("runtime"), values.get("device"), values.get("precision")
     found = []
-    known = runtime in OPTIONS_OF_RUNTIME and device in DEVICES
+    known = _is_runtime(runtime) and device in DEVICES
     allowed = _PRECISIONS_OF.get((str(runtime), str(device)))
     if known and allowed is None:
         found.append(f"{runtime} does not run on {device}")
@@ -120,9 +122,14 @@ def _runtime_problems(values: Mapping[str, Any]) -> list[str]:
     return found + _option_problems(runtime, values.get("options"))
 
 
+def _is_runtime(value: Any) -> bool:
+    """Whether a value, which a bundle may have made anything at all, names a runtime."""
+    return isinstance(value, str) and value in OPTIONS_OF_RUNTIME
+
+
 def _capability_problems(runtime: Any, capability: Any, present: bool) -> list[str]:
     targets = _CAPABILITIES_OF.get(str(runtime))
-    if not present or runtime not in OPTIONS_OF_RUNTIME:
+    if not present or not _is_runtime(runtime):
         return []
     if targets is None:
         return [] if capability is None else [f"compute_capability is for TensorRT, not for {runtime}"]

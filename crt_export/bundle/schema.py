@@ -50,6 +50,7 @@ _TARGET: dict[str, _Types] = {
 _CONTRACT: dict[str, _Types] = {"inputs": list, "outputs": list, "aliases": list}
 _TENSOR: dict[str, _Types] = {"name": str, "dtype": str, "dims": list}
 _FILE: dict[str, _Types] = {"size": int, "sha256": str}
+_CACHE_DTYPES = ("float32", "float16")
 
 
 def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
@@ -163,6 +164,16 @@ def _target_problems(targets: Mapping[str, Any], files: Mapping[str, Any]) -> li
         broken = _field_problems(where, target, _TARGET)
         problems += broken
         if not broken:
+            problems += _target_value_problems(where, target)
             problems += _reference_problems(f"{where}.graphs", target["graphs"], files)
             problems += _reference_problems(f"{where}.engines", target["engines"], files)
     return problems
+
+
+def _target_value_problems(where: str, target: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes and a dtype that no session could allocate."""
+    for key in ("capacity", "unroll", "head_dim", "cache_head_dim"):
+        if target[key] is not None and target[key] < 1:
+            yield f"{where}: {key!r} must be 1 or more, found {target[key]}"
+    if target["cache_dtype"] not in _CACHE_DTYPES:
+        yield f"{where}: 'cache_dtype' must be 'float32' or 'float16', found {target['cache_dtype']!r:.60}"

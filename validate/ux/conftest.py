@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,3 +67,48 @@ def crt_export(python: Run) -> Run:
 def root() -> Path:
     """The checkout that the tests belong to."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def readme_commands() -> list[list[str]]:
+    """The arguments of every crt-export command of the README, as they stand there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)).splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ crt-export ")]
+
+
+@pytest.fixture(scope="session")
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the main job ran: one folder for every worker of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "main-job"
+
+
+@pytest.fixture(scope="session")
+def main_job(
+    python_in: Run,
+    make_checkpoint: Callable[..., Path],
+    heldout_text: Path,
+    readme_commands: list[list[str]],
+    job_folder: Path,
+) -> subprocess.CompletedProcess[str]:
+    """The README's build command, verbatim, where a smaller model stands in for the demo; all default targets."""
+    answer = job_folder / "answer.json"
+    with FileLock(job_folder.with_suffix(".lock")):
+        if not answer.is_file():
+            demo = job_folder / "examples" / "demo"
+            demo.mkdir(parents=True)
+            small = {"hidden_size": 64, "num_hidden_layers": 1, "unroll_steps": 2, "max_position_embeddings": 300}
+            shutil.copytree(make_checkpoint(**small), demo / "checkpoint")
+            shutil.copyfile(heldout_text, demo / "heldout.txt")
+            command = next(arguments for arguments in readme_commands if arguments[0] == "build")
+            result = python_in(job_folder, "-m", "crt_export", *command, "--json")
+            answer.write_text(json.dumps([result.returncode, result.stdout, result.stderr]), encoding="utf-8")
+    return subprocess.CompletedProcess([], *json.loads(answer.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def bundle(main_job: subprocess.CompletedProcess[str], job_folder: Path) -> Path:
+    """The bundle that the main job made. Read it, never write into it: every worker shares the folder."""
+    assert main_job.returncode == 0, main_job.stderr
+    return job_folder / "build" / "demo"

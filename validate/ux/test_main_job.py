@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,41 +27,6 @@ ROW_KEYS = {
 }  # fmt: skip
 
 
-def readme_commands(root: Path) -> list[list[str]]:
-    """The arguments of every crt-export command of the README, as they stand there."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)).splitlines()
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ crt-export ")]
-
-
-@pytest.fixture(scope="module")
-def built(
-    python_in: Run,
-    make_checkpoint: Callable[..., Path],
-    heldout_text: Path,
-    root: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The README's build command, verbatim, where a smaller model stands in for the demo; all default targets."""
-    folder = tmp_path_factory.mktemp("job")
-    demo = folder / "examples" / "demo"
-    demo.mkdir(parents=True)
-    small = {"hidden_size": 64, "num_hidden_layers": 1, "unroll_steps": 2, "max_position_embeddings": 300}
-    shutil.copytree(make_checkpoint(**small), demo / "checkpoint")
-    shutil.copyfile(heldout_text, demo / "heldout.txt")
-    command = next(arguments for arguments in readme_commands(root) if arguments[0] == "build")
-    result = python_in(folder, "-m", "crt_export", *command, "--json")
-    return folder / "build" / "demo", result
-
-
-@pytest.fixture
-def bundle(built: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
-    """The bundle alone."""
-    path, result = built
-    assert result.returncode == 0, result.stderr
-    return path
-
-
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     """A bundle to damage."""
@@ -83,17 +46,15 @@ def edit_weights(bundle: Path, keep_hash: bool) -> None:
 
 
 def test_build_json_is_one_document_and_progress_goes_to_stderr(
-    built: tuple[Path, subprocess.CompletedProcess[str]],
+    bundle: Path, main_job: subprocess.CompletedProcess[str]
 ) -> None:
-    path, result = built
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert Path(document["path"]) == path.resolve()
+    document = json.loads(main_job.stdout)
+    assert Path(document["path"]) == bundle.resolve()
     assert document["validated"] is True
     assert {"ort-cpu-fp32", "ort-cpu-int8"} <= set(document["targets"])
     assert document["targets"]["ort-cpu-fp32"]["capacity"] == 300
-    assert "built in" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "built in" in main_job.stderr
+    assert "Traceback" not in main_job.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
@@ -127,10 +88,10 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
             assert set(gemms) == {kind}
 
 
-def test_every_other_readme_command_works(built: tuple[Path, Any], bundle: Path, root: Path, python_in: Run) -> None:
+def test_every_other_readme_command_works(bundle: Path, readme_commands: list[list[str]], python_in: Run) -> None:
     """``doctor`` judges the machine; the long validation is the short one with another number."""
-    folder = built[0].parent.parent
-    for command in readme_commands(root):
+    folder = bundle.parent.parent
+    for command in readme_commands:
         if command[0] not in ("build", "doctor") and "--validation-tokens" not in command:
             result = python_in(folder, "-m", "crt_export", *command)
             assert result.returncode == 0, f"{command}: {result.stderr}"

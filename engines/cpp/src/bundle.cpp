@@ -40,11 +40,11 @@ bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std:
   }
   if (!config.sliding_window) {
     throw Error(ErrorKind::input,
-                "on_full = slide needs a model with an attention window (config.json: sliding_window); this model sees "
-                "every token, so leave on_full at error");
+                "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its config "
+                "has no sliding_window): use on_full error");
   }
   if (capacity < *config.sliding_window) {
-    throw Error(ErrorKind::input, "on_full = slide needs a capacity of at least the attention window of " +
+    throw Error(ErrorKind::input, "on_full slide needs a capacity of at least the attention window of " +
                                       std::to_string(*config.sliding_window) + ", found " + std::to_string(capacity));
   }
   return true;

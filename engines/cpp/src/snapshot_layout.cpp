@@ -123,6 +123,7 @@ Problems shape_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
   }
   const std::vector<std::int64_t> position = integers(*find_tensor(snapshot, names::kPosition));
   std::set<std::string> known;
+  std::set<std::string> found_once;
   for (const ExpectedTensor& wanted : expected_tensors(sizes, *std::max_element(position.begin(), position.end()))) {
     known.insert(wanted.name);
     const SnapshotTensor* found = find_tensor(snapshot, wanted.name);
@@ -137,8 +138,10 @@ Problems shape_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
     }
   }
   for (const SnapshotTensor& tensor : snapshot.tensors) {
-    if (known.erase(tensor.name) == 0) {
-      problems.push_back(tensor.name + " is unknown, or stands twice");
+    if (known.count(tensor.name) == 0) {
+      problems.push_back(tensor.name + " is unknown");
+    } else if (!found_once.insert(tensor.name).second) {
+      problems.push_back(tensor.name + " stands twice");
     }
   }
   return problems;

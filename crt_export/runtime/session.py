@@ -283,7 +283,7 @@ class Session:
 
     def _step(self, decoder: Decoder, tokens: Sequence[int | None] | np.ndarray, *, check_logits: bool) -> None:
         ids = step_tokens(tokens, batch=self.batch, vocab=self.vocab_size)
-        decoder.check_room((ids != NO_TOKEN).tolist())
+        decoder.check_room((ids != NO_TOKEN).astype(np.int64).tolist())
         with self._guard.poisoning(decoder):
             decoder.step(ids, check_logits=check_logits)
         for row, token in enumerate(ids.tolist()):

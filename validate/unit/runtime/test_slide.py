@@ -1,0 +1,70 @@
+"""Turning cached keys back: the arithmetic alone, against keys rotated for the smaller position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crt_export.model import rope_tables, rotate
+from crt_export.runtime.slide import Window
+
+THETA = 10000.0
+
+
+def window(layout: str, head_dim: int = 8, size: int = 6) -> Window:
+    return Window(size=size, head_dim=head_dim, rope_theta=THETA, rope_layout=layout)
+
+
+def rotated(keys: torch.Tensor, positions: range, layout: str) -> np.ndarray:
+    """Keys [heads, seq, head_dim] as the model rotates them for these positions."""
+    cos, sin = rope_tables(512, keys.shape[-1], THETA)
+    index = torch.tensor(positions)
+    return rotate(keys[None], (cos[index][None, None], sin[index][None, None]), layout)[0].numpy()
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("float16", 2e-3)])
+@pytest.mark.parametrize("shift", [1, 7, 400])
+def test_keys_turned_back_are_the_keys_of_the_smaller_position(
+    layout: str, dtype: str, atol: float, shift: int
+) -> None:
+    keys = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    cached = rotated(keys, range(shift, shift + 5), layout).astype(dtype)
+    turned = window(layout).turn_back(cached, shift)
+    assert turned.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(turned, rotated(keys, range(5), layout), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_turning_by_nothing_changes_nothing_and_padding_is_left_alone(layout: str) -> None:
+    padded = np.random.default_rng(0).normal(size=(2, 3, 10)).astype(np.float32)
+    np.testing.assert_array_equal(window(layout).turn_back(padded, 0), padded)
+    turned = window(layout).turn_back(padded, 3)
+    np.testing.assert_array_equal(turned[..., 8:], padded[..., 8:])
+    assert (turned[..., :8] != padded[..., :8]).all()
+
+
+def test_many_slides_do_not_wear_the_keys_out() -> None:
+    """A key is turned back at most once per slide it survives; the error of ten stays at rounding."""
+    keys = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0))
+    cached = rotated(keys, range(50, 51), "interleaved")
+    for _ in range(10):
+        cached = window("interleaved").turn_back(cached, 5)
+    np.testing.assert_allclose(cached, rotated(keys, range(1), "interleaved"), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("position", "kept"), [(0, 0), (3, 3), (5, 5), (8, 5)])
+def test_a_slide_keeps_what_a_further_token_sees(position: int, kept: int) -> None:
+    row = np.zeros((2, 9, 8), np.float32)
+    row[:, :position] = np.arange(1, position + 1)[:, None]
+    slid = window("half").slide(row, position, keys=False)
+    assert window("half").kept(position) == kept
+    assert slid[0, :kept, 0].tolist() == list(range(position - kept + 1, position + 1))
+    assert not slid[:, kept:].any()
+    turned = window("half").slide(row, position, keys=True)
+    np.testing.assert_array_equal(turned[:, :kept], window("half").turn_back(slid[:, :kept], position - kept))
+
+
+def test_a_window_of_one_keeps_nothing() -> None:
+    assert not window("half", size=1).slide(np.ones((1, 4, 8), np.float32), 4, keys=True).any()

@@ -86,3 +86,14 @@ def test_a_file_that_is_no_snapshot_is_refused_and_kept(root: Path, python: Run,
     assert result.returncode == 1
     assert "BundleError" in result.stderr
     assert (tmp_path / "talk.crt").read_bytes() == b"no snapshot"
+
+
+def test_python_of_the_readme_runs(root: Path, python: Run, bundle: Path, tmp_path: Path) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "demo").symlink_to(bundle, target_is_directory=True)
+    programs = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert programs
+    for program in programs:
+        result = python("-c", program)
+        assert (result.returncode, result.stderr) == (0, "")

@@ -64,6 +64,7 @@ struct EngineSidecar {
   std::optional<int> compute_capability;
   std::int64_t capacity = 0;
   bool ampere_plus = false;
+  bool version_compatible = false;
   std::map<std::string, std::array<Shape, 3>> input_shapes;  // min, opt, max
 };
 

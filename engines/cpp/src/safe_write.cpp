@@ -39,10 +39,10 @@ void sync_folder(const std::string& folder) noexcept {
 
 }  // namespace
 
-SafeWrite::SafeWrite(const std::string& path)
+SafeWrite::SafeWrite(const std::string& path, unsigned int mode)
     : path_(path),
       partial_(partial_name(path)),
-      descriptor_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+      descriptor_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode)) {
   if (descriptor_ < 0) {
     throw SystemError(errno);
   }

@@ -9,7 +9,8 @@ namespace crt {
 /// Writes beside the path; commit() syncs and renames. Without it nothing remains. Every call may throw SystemError.
 class SafeWrite {
  public:
-  explicit SafeWrite(const std::string& path);
+  /// mode: who may read and write the file, as for open(2).
+  explicit SafeWrite(const std::string& path, unsigned int mode = 0666);
   ~SafeWrite();
   SafeWrite(const SafeWrite&) = delete;
   SafeWrite& operator=(const SafeWrite&) = delete;

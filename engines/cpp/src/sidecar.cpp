@@ -26,7 +26,8 @@ class SidecarReader {
     sidecar.runtime_version = text("runtime_version");
     sidecar.capacity = count("capacity");
     sidecar.compute_capability = capability();
-    sidecar.ampere_plus = ampere_plus();
+    sidecar.ampere_plus = option("ampere_plus");
+    sidecar.version_compatible = find_option("version_compatible") != nullptr && option("version_compatible");
     read_inputs(sidecar);
     return sidecar;
   }
@@ -55,11 +56,14 @@ class SidecarReader {
     must("compute_capability", "an SM version times ten or null", value);
     return std::nullopt;
   }
-  bool ampere_plus() {
+  const JsonValue* find_option(const char* name) const {
     const JsonValue* options = values_.find("options");
-    const JsonValue* value = options == nullptr ? nullptr : options->find("ampere_plus");
+    return options == nullptr ? nullptr : options->find(name);
+  }
+  bool option(const char* name) {
+    const JsonValue* value = find_option(name);
     if (value != nullptr && value->is_boolean()) return value->boolean();
-    must("options.ampere_plus", "true or false", value);
+    must(std::string("options.") + name, "true or false", value);
     return false;
   }
   void read_inputs(EngineSidecar& sidecar) {

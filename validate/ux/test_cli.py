@@ -41,6 +41,7 @@ def test_help_names_every_verb_and_exit_code(crt_export: Run) -> None:
         (("generate", "x"), "Missing option '--prompt'"),
         (("generate", "x", "--prompt", "a", "--temperature", "-1"), "temperature must be"),
         (("generate", "x", "--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+        (("generate", "x", "--prompt", "a", "--stop", "", "--passes", "0"), "2 problems"),
         (("generate", "absent", "--prompt", "a"), "no such bundle folder"),
         (("inspect", "absent"), "no such bundle folder"),
     ],

@@ -127,6 +127,17 @@ def test_generate_streams_the_same_text_for_the_same_seed(crt_export: Run, bundl
     assert "8 tokens" in first.stderr
 
 
+def test_generate_ends_before_a_stop_string(crt_export: Run, bundle: Path) -> None:
+    arguments = ("generate", str(bundle), "--prompt", "ab", "--max-new-tokens", "8", "--temperature", "1")
+    more = ("--min-p", "0.001", "--repetition-penalty", "1.2", "--ignore-eos", "--passes", "2")
+    free = crt_export(*arguments, *more)
+    assert free.returncode == 0, free.stderr
+    stop = free.stdout[2:4]
+    found = crt_export(*arguments, *more, "--stop", "never there", "--stop", stop)
+    assert found.stdout == free.stdout[: free.stdout.index(stop)] + "\n"
+    assert f"ended by stop_string {stop!r}" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -141,9 +141,9 @@ def test_only_a_penalty_or_a_temperature_looks_at_the_logits(crt: Any, monkeypat
 
     monkeypatch.setattr(generate_module, "sample_token", sample)
     run(crt.bundle, sampling=SamplingOptions(top_k=4, seed=9))
-    for changes in ({"temperature": 0.5}, {"repetition_penalty": 1.1}):
+    for sampling in (SamplingOptions(temperature=0.5), SamplingOptions(repetition_penalty=1.1)):
         with pytest.raises(LooksAtLogits):
-            run(crt.bundle, sampling=SamplingOptions(**changes))
+            run(crt.bundle, sampling=sampling)
 
 
 def test_streamed_text_ends_before_the_stop_string(crt: Any) -> None:

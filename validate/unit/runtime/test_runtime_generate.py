@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from crt_export.errors import InputError
+from crt_export.errors import InputError, MissingDependencyError
 from crt_export.runtime import (
     GenerationOptions,
     SamplingOptions,
@@ -116,12 +119,6 @@ def test_a_generation_continues_what_the_session_holds(crt: Any) -> None:
     assert found.tokens[0][0] == int(np.argmax(logits[0]))
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"stop_token_ids": (-1,)}])
-def test_impossible_generation_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="must be at least"):
-        GenerationOptions(**options)
-
-
 @pytest.mark.parametrize("prompt", ["Hello", "Grüße, 世界 "])
 def test_text_is_streamed_in_whole_characters(crt: Any, prompt: str) -> None:
     options = GenerationOptions(max_new_tokens=8, sampling=SAMPLED)
@@ -147,17 +144,55 @@ def test_text_that_cannot_be_generated_is_refused_at_once(crt: Any) -> None:
         generate_text(crt.bundle, "x", target="other")
 
 
-@pytest.fixture
-def without_tokenizer(crt: Any, tmp_path: Path) -> Iterator[Any]:
-    folder = shutil.copytree(crt.bundle.files.path, tmp_path / "bundle")
-    manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"tokenizer": "byte"', '"tokenizer": "none"'))
-    with load_bundle(folder, allow_unvalidated=True) as bundle:
-        yield bundle
+def copy_with_tokenizer(crt: Any, folder: Path, name: str) -> Path:
+    """The bundle with another tokenizer; a ``tokenizer.json`` is byte-level with a few merges."""
+    copy = shutil.copytree(crt.bundle.files.path, folder / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["config"]["tokenizer"] = name
+    if name == "tokenizer.json":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        library = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        library.save(str(copy / name))
+        content = (copy / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
-def test_a_model_without_tokenizer_takes_ids_only(without_tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="give token ids"):
-        generate_text(without_tokenizer, "Hello")
-    generation = without_tokenizer.session(TARGET).generate([PROMPT], GenerationOptions(max_new_tokens=2))
-    assert len(run(generation)) == 2
+def test_a_model_without_tokenizer_takes_ids_only(crt: Any, tmp_path: Path) -> None:
+    with load_bundle(copy_with_tokenizer(crt, tmp_path, "none"), allow_unvalidated=True) as bundle:
+        with pytest.raises(InputError, match="give token ids"):
+            generate_text(bundle, "Hello")
+        session = bundle.session(TARGET)
+        generation = session.generate([PROMPT], GenerationOptions(max_new_tokens=2))
+        assert len(run(generation)) == 2
+        assert (generation.texts, generation.pieces) == ([""], [""])
+        with pytest.raises(InputError, match="stop strings need text, and this model has no tokenizer"):
+            session.generate([PROMPT], GenerationOptions(max_new_tokens=2, stop_strings=("a",)))
+
+
+def test_a_tokenizer_file_streams_whole_characters_and_stops_at_strings(crt: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "sampling": SAMPLED}
+    with load_bundle(copy_with_tokenizer(crt, tmp_path, "tokenizer.json"), allow_unvalidated=True) as bundle:
+        free = generate_text(bundle, "Grüße", GenerationOptions(**options))
+        pieces = list(free)
+        assert "".join(pieces) == free.result.text == bundle.tokenizer.decode(free.result.token_ids)
+        stop = free.result.text[3:5]
+        stopped = generate_text(bundle, "Grüße", GenerationOptions(**options, stop_strings=(stop,)))
+        assert "".join(stopped) == free.result.text[: free.result.text.index(stop)]
+        assert stopped.result.stopped_by == stop
+
+
+def test_without_the_tokenizers_library_there_are_ids_but_no_text(
+    crt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with load_bundle(copy_with_tokenizer(crt, tmp_path, "tokenizer.json"), allow_unvalidated=True) as bundle:
+        session = bundle.session(TARGET)
+        generation = session.generate([PROMPT], GenerationOptions(max_new_tokens=2))
+        assert len(run(generation)) == 2
+        assert generation.texts == [""]
+        with pytest.raises(MissingDependencyError, match="tokenizers"):
+            session.generate([PROMPT], GenerationOptions(max_new_tokens=2, stop_strings=("a",)))

@@ -129,7 +129,7 @@ def plain_sample(logits: np.ndarray, options: SamplingOptions, row: int, step: i
     penalty=st.sampled_from([1.0, 1.3, 0.5]) | st.floats(0.1, 10),
     seed=st.integers(0, ALL),
 )
-@settings(deadline=None, max_examples=400, derandomize=True)
+@settings(deadline=None, max_examples=250, derandomize=True)
 def test_it_is_the_plain_reading_of_the_specification(
     logits: list[float],
     seen: set[int],

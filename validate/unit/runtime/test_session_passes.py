@@ -78,8 +78,8 @@ def test_chunks_of_one_token_are_steps(either: Any) -> None:
     prompt = either.ids(6)
     stepping = either.session()
     for token in prompt:
-        logits = stepping.step([token])
-    np.testing.assert_allclose(either.session().prefill([prompt], chunk=1), logits, **CLOSE)
+        stepping.step([token])
+    np.testing.assert_allclose(either.session().prefill([prompt], chunk=1), stepping.logits, **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from crt_export.errors import BundleError, ContractError, InputError
 from crt_export.runtime import Bundle, Session, load_bundle
 from crt_export.runtime.snapshot import Snapshot
 
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, Any]
 
 
 def started(runnable: Any, **options: Any) -> Session:

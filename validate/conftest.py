@@ -1,4 +1,4 @@
-"""Checkpoints and text that every test may use.
+"""Checkpoints, tiny bundles and text that every test may use.
 
 Fixtures that deliver functions are session-scoped, so that hypothesis tests can take them too. Importing a
 module of the tests would tie them to a path; a fixture works against the installed package from any folder.
@@ -6,15 +6,22 @@ module of the tests would tie them to a path; a fixture works against the instal
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
-from crt_export.checkpoint import tensor_shapes, write_checkpoint
+from crt_export.bundle import MANIFEST_NAME, stage_bundle
+from crt_export.checkpoint import load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.profile import DimRange, EngineProfile, load_profile
+from crt_export.spec import graph_names, graph_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
@@ -138,3 +145,117 @@ def train_text() -> Path:
 def heldout_text() -> Path:
     """Real text the demo was not trained on."""
     return DEMO / "heldout.txt"
+
+
+# --- tiny bundles with really exported graphs
+OVERFLOWING_TOKEN = 7
+CHUNK = 4
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Callable[..., tuple[Path, Model]]:
+    """``tiny_bundle(name, **changes) -> (folder, model)``: written once and shared by every worker of a test run.
+
+    Its targets: ``ort-cpu-fp32``; ``chunked``, whose prefill takes ``CHUNK`` tokens per call; ``rtx-sm80-fp16`` without
+    an engine; ``broken``, which promises another dtype of the caches than its graphs have.
+    """
+
+    def write(name: str, **changes: Any) -> tuple[Path, Model]:
+        checkpoint = load_checkpoint(make_checkpoint(edit=_overflow, **changes))
+        model = model_from_checkpoint(checkpoint)
+        output = shared_folder / f"runtime-{name}"
+        with FileLock(output.with_suffix(".lock")):
+            if not (output / MANIFEST_NAME).is_file():
+                _write_bundle(output, model, checkpoint.sha256)
+        return output, model
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def overflowing_token() -> int:
+    return OVERFLOWING_TOKEN
+
+
+def _overflow(tensors: dict[str, torch.Tensor]) -> None:
+    """Make one token, and no other, overflow float32: its h is infinite, though every weight is finite.
+
+    Its embedding lies on channel 0 alone, so LayerNorm gives sqrt(31) there, where other tokens stay below 4;
+    one neuron fires only above that, and its weight out is the largest there is.
+    """
+    tensors["embed.weight"][OVERFLOWING_TOKEN] = 0
+    tensors["embed.weight"][OVERFLOWING_TOKEN, 0] = 1000
+    tensors["layers.0.mlp_norm.weight"][0] = 1
+    tensors["layers.0.mlp_norm.bias"][0] = 0
+    tensors["layers.0.mlp.up.weight"][0] = 0
+    tensors["layers.0.mlp.up.weight"][0, 0] = 1e30
+    tensors["layers.0.mlp.up.bias"][0] = -4.2e30
+    tensors["layers.0.mlp.down.weight"][:, 0] = 3e38
+
+
+def _write_bundle(output: Path, model: Model, checkpoint_hash: str) -> None:
+    from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
+
+    config = model.config
+    names = [name for name in graph_names(config) if name != "head"]
+    graphs = {name: export_graph(model, name, unroll=config.unroll_steps) for name in names}
+    files = {name: f"graphs/{name}.fp32.onnx" for name in graphs}
+    with stage_bundle(output) as staging:
+        (staging.path / "graphs").mkdir()
+        weights = write_weights(graphs, staging.path / "graphs" / "fp32.weights")
+        for name, graph in graphs.items():
+            write_graph(graph, staging.path / files[name], weights)
+        target = {
+            "graphs": files,
+            "engines": {},
+            "capacity": None,
+            "unroll": config.unroll_steps,
+            "head_dim": config.head_dim,
+            "cache_head_dim": config.head_dim,
+            "cache_dtype": "float32",
+        }
+        profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}
+        staging.commit(
+            {
+                "tool": {"name": "crt-export", "version": "0.1.0"},
+                "libraries": {},
+                "validated": False,
+                "config": config.to_dict(),
+                "checkpoint": {"sha256": checkpoint_hash},
+                "options": {},
+                "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
+                "graphs": [
+                    {
+                        "file": files[name],
+                        "graph": name,
+                        "precision": "fp32",
+                        "unroll": config.unroll_steps,
+                        "weights": "graphs/fp32.weights",
+                        "quantized_matmuls": 0,
+                    }
+                    for name in graphs
+                ],
+                "targets": {
+                    **{name: {**target, "profile": p.to_dict()} for name, p in profiles.items()},
+                    "broken": {**target, "profile": _whole().to_dict(), "cache_dtype": "float16"},
+                },
+                "parity": None,
+            }
+        )
+
+
+def _whole() -> EngineProfile:
+    """The tracked CPU profile, for one thread and a small cache."""
+    return dataclasses.replace(load_profile("ort-cpu-fp32"), threads=1, capacity=32, seq=DimRange(1, 8, 32))
+
+
+def _chunked() -> EngineProfile:
+    """A profile whose prefill takes at most ``CHUNK`` tokens per call."""
+    return dataclasses.replace(_whole(), name="chunked", seq=DimRange(1, CHUNK, CHUNK))

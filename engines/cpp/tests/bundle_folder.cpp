@@ -1,0 +1,166 @@
+#include "bundle_folder.hpp"
+
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+
+#include "sha256.hpp"
+
+namespace crt_test {
+namespace {
+
+namespace fs = std::filesystem;
+
+fs::path new_folder() {
+  std::string name = (fs::temp_directory_path() / "crt_bundle_XXXXXX").string();
+  if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
+  return fs::canonical(name);
+}
+
+void store(const fs::path& path, const std::string& content) {
+  fs::create_directories(path.parent_path());
+  std::ofstream(path, std::ios::binary) << content;
+}
+
+Json config() {
+  return {{"model_type", "context_ready_transformer"},
+          {"vocab_size", 256},
+          {"hidden_size", 8},
+          {"num_hidden_layers", 1},
+          {"num_attention_heads", 2},
+          {"intermediate_size", 16},
+          {"correction_intermediate_size", 8},
+          {"max_position_embeddings", 64},
+          {"layer_norm_eps", 1e-5},
+          {"rope_theta", 10000.0},
+          {"rope_layout", "interleaved"},
+          {"unroll_steps", 4},
+          {"tie_word_embeddings", false},
+          {"tokenizer", "byte"},
+          {"format_version", 1},
+          {"head_dim", 4},
+          {"num_key_value_heads", 2},
+          {"sliding_window", nullptr},
+          {"bos_token_id", nullptr},
+          {"eos_token_id", 3},
+          {"training_sequence_length", 32}};
+}
+
+Json target(const std::string& name, const std::string& runtime) {
+  const bool compiled = runtime != "onnxruntime";
+  Json profile = {{"name", name},
+                  {"title", "test"},
+                  {"runtime", runtime},
+                  {"device", compiled ? "cuda" : "cpu"},
+                  {"precision", compiled ? "fp16" : "fp32"},
+                  {"compute_capability", nullptr},
+                  {"capacity", 32},
+                  {"batch", {1, 1, 4}},
+                  {"seq", {1, 8, 16}},
+                  {"residual_dtype", compiled ? "float16" : "float32"},
+                  {"unroll", nullptr},
+                  {"attention", "auto"},
+                  {"threads", compiled ? 0 : 2},
+                  {"options", Json::object()}};
+  if (compiled) profile["compute_capability"] = 80;
+  Json engines = Json::object();
+  if (compiled) engines["step"] = "engines/" + name + "/step.engine";
+  return {{"profile", profile},   {"graphs", {{"step", "graphs/step.fp32.onnx"}}},
+          {"engines", engines},   {"capacity", nullptr},
+          {"unroll", 4},          {"head_dim", 4},
+          {"cache_head_dim", 4},  {"cache_dtype", compiled ? "float16" : "float32"}};
+}
+
+Json sidecar() {
+  return {{"graph", "step"},
+          {"unroll", 1},
+          {"runtime_version", "1.7.1.4"},
+          {"target", "rtx"},
+          {"runtime", "tensorrt-rtx"},
+          {"compute_capability", 80},
+          {"capacity", 32},
+          {"options", {{"ampere_plus", false}}},
+          {"inputs",
+           {{{"name", "input_ids"}, {"dtype", "int64"}, {"dims", {"batch", 1}}, {"min", {1, 1}}, {"opt", {1, 1}},
+             {"max", {4, 1}}}}}};
+}
+
+}  // namespace
+
+std::string refusal(const std::function<void()>& action, crt::ErrorKind kind) {
+  try {
+    action();
+  } catch (const crt::Error& error) {
+    return (error.kind() == kind ? "" : "of another kind: ") + std::string(error.what());
+  }
+  return "";
+}
+
+std::string proto_varint(std::uint64_t value) {
+  std::string bytes;
+  for (; value > 0x7F; value >>= 7U) bytes += static_cast<char>((value & 0x7FU) | 0x80U);
+  return bytes + static_cast<char>(value);
+}
+
+std::string proto_number(std::uint64_t field, std::uint64_t value) {
+  return proto_varint(field << 3U) + proto_varint(value);
+}
+
+std::string proto_bytes(std::uint64_t field, const std::string& payload) {
+  return proto_varint(field << 3U | 2U) + proto_varint(payload.size()) + payload;
+}
+
+std::string external_tensor(const std::string& name, const std::string& location) {
+  return proto_bytes(8, name) + proto_bytes(13, proto_bytes(1, "offset") + proto_bytes(2, "0")) +
+         proto_bytes(13, proto_bytes(1, "location") + proto_bytes(2, location)) + proto_number(14, 1);
+}
+
+std::string model_with(const std::string& tensor) {
+  return proto_number(1, 10) + proto_bytes(7, proto_bytes(5, tensor));
+}
+
+BundleFolder::BundleFolder(const std::string& location) : parent_(new_folder()) {
+  manifest = {{"schema_version", 1},
+              {"tool", {{"name", "crt-export"}, {"version", "0.1.0"}}},
+              {"libraries", Json::object()},
+              {"validated", true},
+              {"config", config()},
+              {"checkpoint", {{"sha256", std::string(64, '0')}}},
+              {"options", Json::object()},
+              {"contract", Json::object()},
+              {"graphs", Json::array()},
+              {"targets", {{"ort", target("ort", "onnxruntime")}, {"rtx", target("rtx", "tensorrt-rtx")}}},
+              {"files", Json::object()},
+              {"parity", {{"passed", true}}}};
+  manifest["contract"]["step"] = {{"inputs", {{{"name", "x"}, {"dtype", "float32"}, {"dims", {"batch", 4}}}}},
+                                  {"outputs", Json::array()},
+                                  {"aliases", Json::array({Json::array({"present", "past"})})}};
+  manifest["graphs"].push_back({{"file", "graphs/step.fp32.onnx"},
+                                {"graph", "step"},
+                                {"precision", "fp32"},
+                                {"unroll", nullptr},
+                                {"weights", "graphs/fp32.weights"},
+                                {"quantized_matmuls", 0}});
+  write("graphs/fp32.weights", std::string(64, 'w'));
+  write("graphs/step.fp32.onnx", model_with(external_tensor("w", location)));
+  write("engines/rtx/step.engine", "plan");
+  write("engines/rtx/step.json", sidecar().dump());
+  write("report.md", "first");
+  write_manifest();
+}
+
+BundleFolder::~BundleFolder() {
+  std::error_code problem;  // a folder that stays behind is no reason to end the program
+  fs::remove_all(parent_, problem);
+}
+
+void BundleFolder::write(const std::string& name, const std::string& content) {
+  store(path() / name, content);
+  manifest["files"][name] = {{"size", content.size()}, {"sha256", crt::sha256_hex(content.data(), content.size())}};
+}
+
+void BundleFolder::write_manifest() const { write_manifest(manifest.dump()); }
+
+void BundleFolder::write_manifest(const std::string& content) const { store(path() / "manifest.json", content); }
+
+}  // namespace crt_test

@@ -1,0 +1,187 @@
+// A file of a bundle is opened as it was built or not at all.
+#include <doctest/doctest.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bundle_files.hpp"
+#include "bundle_folder.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using crt_test::BundleFolder;
+using crt_test::Json;
+using crt_test::refusal;
+
+constexpr char kGraph[] = "graphs/step.fp32.onnx";
+constexpr char kWeights[] = "graphs/fp32.weights";
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+crt::BundleFiles open(const BundleFolder& bundle) { return crt::BundleFiles::open(bundle.text(), false); }
+
+struct Damage {
+  const char* name;
+  std::function<void(const fs::path&)> act;
+  const char* message;
+};
+
+std::vector<Damage> damages() {
+  const auto moved = [](const fs::path& path) { return path.parent_path() / "moved"; };
+  return {
+      {"one bit",
+       [](const fs::path& path) {
+         std::fstream stream(path, std::ios::in | std::ios::out | std::ios::binary);
+         const char last = static_cast<char>((stream.seekg(-1, std::ios::end), stream.get()) ^ 1);
+         stream.seekp(-1, std::ios::end).put(last);
+       },
+       "has SHA-256 "},
+      {"longer", [](const fs::path& path) { std::ofstream(path, std::ios::app) << '!'; }, " bytes, the manifest says "},
+      {"empty", [](const fs::path& path) { fs::resize_file(path, 0); }, "has 0 bytes, the manifest says "},
+      {"missing", [](const fs::path& path) { fs::remove(path); }, "is missing"},
+      {"link",
+       [moved](const fs::path& path) {
+         fs::rename(path, moved(path));
+         fs::create_symlink("moved", path);
+       },
+       "goes through a link ('graphs/"},
+      {"linked folder",
+       [moved](const fs::path& path) {
+         fs::rename(path.parent_path(), moved(path.parent_path()));
+         fs::create_directory_symlink("moved", path.parent_path());
+       },
+       "goes through a link ('graphs')"},
+      {"pipe",
+       [](const fs::path& path) {
+         fs::remove(path);
+         REQUIRE(mkfifo(path.c_str(), 0600) == 0);
+       },
+       "is not a regular file"},
+      {"folder",
+       [](const fs::path& path) {
+         fs::remove(path);
+         fs::create_directory(path);
+       },
+       "is not a regular file"},
+  };
+}
+
+}  // namespace
+
+TEST_CASE("bundle files: a listed file comes back with its path") {
+  const BundleFolder bundle;
+  crt::BundleFiles files = open(bundle);
+  CHECK(files.file("report.md") == bundle.text() + "/report.md");
+  CHECK(files.graph(kGraph) == bundle.text() + "/" + kGraph);
+  CHECK(files.graph(kGraph) == bundle.text() + "/" + kGraph);
+}
+
+TEST_CASE("bundle files: damage is refused, before and after the first check") {
+  for (const char* name : {kGraph, kWeights}) {
+    for (const Damage& damage : damages()) {
+      const BundleFolder bundle;
+      crt::BundleFiles opened_before = open(bundle);
+      opened_before.graph(kGraph);
+      damage.act(bundle.path() / name);
+      crt::BundleFiles opened_after = open(bundle);
+      for (crt::BundleFiles* files : {&opened_before, &opened_after}) {
+        const std::string of_file = refusal([&] { files->file(name); });
+        INFO(damage.name << ": " << of_file);
+        CHECK(contains(of_file, "'" + std::string(name) + "' in " + bundle.text()));
+        CHECK(contains(of_file, damage.message));
+        CHECK(contains(refusal([&] { files->graph(kGraph); }), damage.message));
+      }
+    }
+  }
+}
+
+TEST_CASE("bundle files: a huge declared size is compared, not allocated") {
+  BundleFolder bundle;
+  bundle.manifest["files"]["report.md"]["size"] = 9223372036854775807LL;
+  bundle.write_manifest();
+  crt::BundleFiles files = open(bundle);
+  CHECK(contains(refusal([&] { files.file("report.md"); }), "has 5 bytes, the manifest says 9223372036854775807"));
+}
+
+TEST_CASE("bundle files: what the manifest does not list stays closed") {
+  const BundleFolder bundle;
+  std::ofstream(bundle.path() / "extra") << "x";
+  crt::BundleFiles files = open(bundle);
+  for (const std::string& name : {std::string("extra"), std::string("../demo/report.md"), bundle.text() + "/report.md",
+                                  std::string("manifest.json"), std::string("")}) {
+    CHECK(contains(refusal([&] { files.file(name); }), "is not listed in the manifest"));
+  }
+  CHECK(contains(refusal([&] { files.file("report.mdx"); }), "(did you mean 'report.md'?)"));
+  CHECK(contains(refusal([&] { files.graph("report.md"); }),
+                 "'report.md' is not a graph of " + bundle.text() + "; its graphs are graphs/step.fp32.onnx"));
+}
+
+TEST_CASE("bundle files: external data outside the bundle is refused") {
+  const std::vector<std::pair<std::string, std::string>> cases{
+      {"/etc/passwd", "absolute path"},
+      {"../report.md", "'..', which could lead out"},
+      {"../../secret", "'..', which could lead out"},
+      {"..\\secret", "contains '\\\\'"},
+      {"C:secret", "no drive letter"},
+      {std::string("fp32\0.weights", 13), "contains '\\x00'"},
+      {"", "must have 1 to 1024 characters, has 0"},
+      {"unlisted", "which is not listed in the manifest"},
+  };
+  for (const auto& [location, message] : cases) {
+    const BundleFolder bundle(location);
+    std::ofstream(bundle.path() / "graphs" / "unlisted") << "x";
+    crt::BundleFiles files = open(bundle);
+    const std::string found = refusal([&] { files.graph(kGraph); });
+    INFO(found);
+    CHECK(contains(found, "the external data of 'graphs/step.fp32.onnx' in " + bundle.text()));
+    CHECK(contains(found, ": tensor 'w' points at "));
+    CHECK(contains(found, message));
+  }
+}
+
+TEST_CASE("bundle files: a graph that only a target names is checked through its external data") {
+  BundleFolder bundle;
+  bundle.manifest["graphs"] = Json::array();
+  bundle.write_manifest();
+  crt::BundleFiles files = open(bundle);
+  files.graph(kGraph);
+  fs::resize_file(bundle.path() / kWeights, 3);
+  CHECK(contains(refusal([&] { files.file(kWeights); }), "has 3 bytes, the manifest says 64"));
+  const std::string found = refusal([&] { open(bundle).graph(kGraph); });
+  CHECK(contains(found, "tensor 'w' points at 'fp32.weights', which has 3 bytes"));
+}
+
+TEST_CASE("bundle files: the sidecar of an engine") {
+  BundleFolder bundle;
+  crt::BundleFiles files = open(bundle);
+  const crt::EngineSidecar sidecar = files.sidecar("engines/rtx/step.engine");
+  CHECK(sidecar.graph == "step");
+  CHECK(sidecar.runtime_version == "1.7.1.4");
+  CHECK(sidecar.compute_capability == std::optional<int>(80));
+  CHECK(sidecar.capacity == 32);
+  CHECK(sidecar.input_shapes.at("input_ids")[2] == crt::Shape{4, 1});
+  CHECK(contains(refusal([&] { files.sidecar("report.md"); }), "its name must end in .engine"));
+  CHECK(contains(refusal([&] { files.sidecar(""); }), "its name must end in .engine"));
+  CHECK(contains(refusal([&] { files.sidecar("engines/other.engine"); }), "'engines/other.json' in"));
+  const std::vector<std::pair<std::string, std::string>> cases{
+      {"[", "is not JSON"},
+      {"[1]", "graph must be a text, found nothing"},
+      {R"({"capacity": true})", "capacity must be an integer of 1 or more, found True"},
+      {R"({"compute_capability": 1e9})", "compute_capability must be an SM version"},
+      {R"({"inputs": [{"name": "x", "min": [1], "opt": [1, -1], "max": [1]}]})", "[0].opt must be a list of sizes"},
+      {R"({"inputs": [{"name": "x", "min": [1], "opt": [1], "max": []}]})", "different numbers of dims"},
+  };
+  for (const auto& [content, message] : cases) {
+    bundle.write("engines/rtx/step.json", content);
+    bundle.write_manifest();
+    const std::string found = refusal([&] { open(bundle).sidecar("engines/rtx/step.engine"); });
+    INFO(found);
+    CHECK(contains(found, message));
+  }
+}

@@ -87,10 +87,10 @@ def deserialize_engine(runtime: Runtime, plan: bytes) -> ICudaEngine | None:
     return runtime.deserialize_cuda_engine(plan)
 
 
-def plan_validity_rtx(runtime: Runtime, plan: bytes) -> tuple[str, int]:
-    """What TensorRT-RTX says about a plan before it loads it: its verdict, and the bits of the diagnostics."""
+def plan_validity_rtx(runtime: Runtime, plan: bytes) -> str:
+    """What TensorRT-RTX says about a plan: its verdict, and the bits of EngineInvalidityDiagnostics."""
     verdict, diagnostics = runtime.get_engine_validity(plan)
-    return str(verdict), int(diagnostics)
+    return f"{verdict}, diagnostics {int(diagnostics):#x}"
 
 
 def tensors_of_engine(api: Api, engine: ICudaEngine) -> tuple[EngineTensor, ...]:
@@ -124,8 +124,11 @@ def context_config_rtx(api: Api, engine: ICudaEngine, cache: IRuntimeCache, *, c
     session, never by TensorRT-RTX.
     """
     config: IRuntimeConfig = engine.create_runtime_config()
-    strategy = api.DynamicShapesKernelSpecializationStrategy
-    config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER if captured else strategy.LAZY
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        api.DynamicShapesKernelSpecializationStrategy.EAGER
+        if captured
+        else api.DynamicShapesKernelSpecializationStrategy.LAZY
+    )
     config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED
     config.set_runtime_cache(cache)
     return config

@@ -94,25 +94,24 @@ class LoadedEngine:
     def _deserialized(self, plan: bytes, file: EngineFile) -> ICudaEngine:
         engine = tensorrt_calls.deserialize_engine(self._runtime, plan)
         if engine is None:
+            reason = self.log.take()
+            verdict = f"; {tensorrt_calls.plan_validity_rtx(self._runtime, plan)}" if self._rtx else ""
             raise ContractError(
                 f"{file.path}: TensorRT {self._api.__version__} cannot load this engine of {len(plan):,} bytes "
-                f"({self.log.take()}); build the bundle again on this machine"
+                f"({reason}{verdict}); build the bundle again on this machine"
             )
         return engine
 
     def _open_cache(self, name: str) -> None:
         path = runtime_cache.cache_path(name)
         self._cache = tensorrt_calls.runtime_cache_rtx(self._engine, runtime_cache.read_cache(path))
-        self._log_forget()
+        self.log.take()  # what a cache that does not fit made it say
 
         def save(cache: Any) -> None:
             runtime_cache.write_cache(path, tensorrt_calls.content_of_runtime_cache_rtx(cache))
 
         # Also where the application ends without closing: what was compiled once should not be compiled again.
         self._save = weakref.finalize(self, save, self._cache)
-
-    def _log_forget(self) -> None:
-        self.log.errors.clear()
 
 
 def engine_problems(tensors: tuple[EngineTensor, ...], facts: EngineFacts) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
+from crt_export.engine.tensorrt_loading import Machine
 from crt_export.engine.tensorrt_session import TensorRTEngine, machine_of_profile
 from crt_export.engine.tensorrt_sidecar import EngineFile
 from crt_export.errors import BundleError
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
 _NEEDED = ("step", "prefill")
 
 
-def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig) -> Engine:
+def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, machine: Machine | None = None) -> Engine:
     """Check this machine, then the target's files, then load its engines.
+
+    Args:
+        files: The opened bundle.
+        target: The target.
+        config: The model's configuration.
+        machine: Where the engines run; None: on this machine.
 
     Raises:
         MissingDependencyError: This machine lacks a package or the GPU, or has another one than the engine needs.
         BundleError: A file is missing or differs from what was built.
         ContractError: An engine cannot be loaded or breaks the contract.
     """
-    machine = machine_of_profile(target.profile)
+    place = machine_of_profile(target.profile) if machine is None else machine
     entries: Mapping[str, str] = files.manifest["targets"][target.name]["engines"]
     missing = [graph for graph in _NEEDED if graph not in entries]
     if missing:
@@ -47,7 +54,7 @@ def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig) -> 
         )
         for graph, name in entries.items()
     }
-    return TensorRTEngine(machine, engines, target.profile)
+    return TensorRTEngine(place, engines, target.profile)
 
 
 def _contract(graph: str, target: Target, config: ModelConfig) -> GraphSpec:

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from crt_export.engine import build_log, tensorrt_api, tensorrt_builder
+from crt_export.engine import build_log, tensorrt_api, tensorrt_builder, tensorrt_calls
 
-SOURCES = (tensorrt_builder, tensorrt_api, build_log)
+SOURCES = (tensorrt_builder, tensorrt_calls, tensorrt_api, build_log)
 BINDINGS = Path(__file__).resolve().parents[3] / "build" / "bindings"
 VERSIONS = ("10.16", "11.4")
 CLASSES = {name for name, value in vars(tensorrt_api).items() if value is Any and name != "Any"}
@@ -265,17 +265,19 @@ def test_the_source_says_of_every_api_object_which_class_it_has() -> None:
     assert len({use.path for use in uses}) > 40, "the source uses far more of the API: the walk has missed it"
     assert Use("Builder.build_serialized_network", "call", 2, (), "compile_graph") in uses
     assert Use("IBuilderConfig.num_compute_capabilities", "write", 0, (), "_configure_rtx") in uses
+    assert Use("IExecutionContext.execute_async_v3", "call", 1, (), "enqueue") in uses
+    assert Use("IRuntimeConfig.create_runtime_cache", "call", 0, (), "runtime_cache_rtx") in uses
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_tensorrt_has_everything_the_builder_uses(version: str, stub: Path) -> None:
+def test_tensorrt_has_everything_the_code_uses(version: str, stub: Path) -> None:
     uses = [use for use in all_uses()[0] if use.belongs_to("tensorrt")]
     answers = describe("tensorrt", [use.path for use in uses], stub, installed(version))
     assert answers["__version__"]["text"].startswith(version)
     assert "\n".join(problem for use in uses for problem in problems_of(use, answers)) == ""
 
 
-def test_tensorrt_rtx_has_everything_the_builder_uses() -> None:
+def test_tensorrt_rtx_has_everything_the_code_uses() -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
     uses = [use for use in all_uses()[0] if use.belongs_to("tensorrt-rtx")]
     answers = describe("tensorrt_rtx", [use.path for use in uses])
@@ -313,6 +315,15 @@ def test_a_wrong_use_of_the_api_is_noticed(source: str, complaint: str, stub: Pa
 )
 def test_an_object_without_annotation_is_noticed(source: str) -> None:
     assert used_api(ast.parse(source))[1]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_runtime_call_of_tensorrt_rtx_would_be_missed_in_tensorrt(version: str, stub: Path) -> None:
+    """The check tells the two apart: what only TensorRT-RTX has is not there in TensorRT."""
+    uses = [use for use in all_uses()[0] if use.function == "runtime_cache_rtx"]
+    answers = describe("tensorrt", [use.path for use in uses], stub, installed(version))
+    problems = [problem for use in uses for problem in problems_of(use, answers)]
+    assert any("IRuntimeConfig.create_runtime_cache" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -129,7 +129,11 @@ class RecordingDevice:
             raise self.misuse(f"stream {stream} is freed while work waits on it")
 
     def synchronize(self, stream: int) -> None:
-        self._enter("synchronize", 0)
+        try:
+            self._enter("synchronize", 0)
+        except ContractError:
+            self._stream(stream).clear()  # what failed is not done later
+            raise
         if stream in self._capturing:
             raise ContractError("cudaStreamSynchronize failed with cudaErrorStreamCaptureUnsupported")
         waiting, self._streams[stream] = self._stream(stream), []

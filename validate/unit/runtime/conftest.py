@@ -9,6 +9,7 @@ checked ONNX file). Sessions of many capacities are opened on it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
-from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.bundle import MANIFEST_NAME, BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Buffer, Engine, Program
 from crt_export.engine.ort import import_onnxruntime
@@ -58,9 +60,15 @@ def _in_device_memory(files: BundleFiles, target: Target, config: ModelConfig, t
     return DeviceMemoryEngine(engine_from_target(files, target, config, threads))
 
 
+def _tensorrt(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    """TensorRT's session on a recording machine: see validate/unit/engine/recording_engine.py."""
+    return importlib.import_module("recording_engine").open_recorded_engine(files, target, config, threads)
+
+
 ENGINES: dict[str, OpenEngine] = {
     "onnxruntime": engine_from_target,
     "onnxruntime-device-memory": _in_device_memory,
+    "tensorrt": _tensorrt,
 }
 
 
@@ -139,6 +147,19 @@ def windowed(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) ->
     runnable = make_runnable("windowed", open_engine, num_hidden_layers=2, unroll_steps=2, sliding_window=WINDOW)
     with runnable.bundle:
         yield runnable
+
+
+@pytest.fixture(scope="session")
+def recorded_path(make_runnable: Callable[..., Runnable]) -> Path:
+    """The bundle of ``crt`` with a further target, ``recorded``: engines for the recording TensorRT, capacity 32."""
+    bundles = importlib.import_module("recording_bundle")
+    with make_runnable("crt", engine_from_target, num_hidden_layers=1, unroll_steps=UNROLL).bundle as bundle:
+        source = bundle.files.path
+    output = source.with_name(f"{source.name}-recorded")
+    with FileLock(output.with_suffix(".lock")):
+        if not (output / MANIFEST_NAME).is_file():
+            bundles.add_recorded_target(source, output, [bundles.recorded_profile(32, 32)])
+    return output
 
 
 @pytest.fixture(params=["crt", "plain"])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from crt_export.engine.base import Engine
-from crt_export.errors import ContractError, InputError, problem_list
+from crt_export.errors import ContractError, InputError, UnsupportedError, problem_list
+from crt_export.runtime.counts import whole_number
 from crt_export.runtime.history import NO_TOKEN
 from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths
 from crt_export.runtime.slide import Window
@@ -63,14 +64,20 @@ class Decoder:
         if problems:
             raise InputError(problem_list(heading, problems))
 
-    def load_passes(self) -> None:
-        """Load the graph of one pass, if that has not been done yet.
+    def check_passes(self, passes: int | None) -> None:
+        """Refuse a number of passes that cannot run; load the graph of one pass if that has not been done yet.
 
         Raises:
-            UnsupportedError: The target has none.
+            InputError: Not a whole number of at least 1.
+            UnsupportedError: A plain transformer, or a target without such a graph.
             BundleError: Its file is missing or differs from what was built.
             ContractError: It cannot be loaded or breaks the contract.
         """
+        if passes is None:
+            return
+        whole_number("passes", passes)
+        if not self.sizes.recurrent:
+            raise UnsupportedError("passes: a plain transformer has exactly one pass; leave passes out")
         self._engine.program("prefill_pass")
 
     def prefill(self, tokens: Sequence[np.ndarray], *, passes: int | None, chunk: int) -> None:
@@ -81,15 +88,15 @@ class Decoder:
             groups = self._groups(lengths)
             for group, residual in self.tensors.prefill(pieces, self.position, groups, passes):
                 self._refuse_non_finite("residual", residual, group, lengths)
-            self._finish(groups, lengths, check_logits=True)
+            self._finish(groups, lengths, read_logits=True)
 
-    def step(self, ids: np.ndarray, *, check_logits: bool) -> None:
-        """Feed one token per row, int64 [batch], none where it is ``NO_TOKEN``."""
-        lengths = (ids != NO_TOKEN).astype(np.int64).tolist()
+    def step(self, ids: Sequence[int], *, read_logits: bool) -> None:
+        """Feed one token per row, none where it is ``NO_TOKEN``."""
+        lengths = [int(token != NO_TOKEN) for token in ids]
         groups = self._groups(lengths)
-        # Rows that take no part keep a valid id: every id of the tensor may be looked up.
-        self.tensors.step(np.maximum(ids, 0)[:, None], self.position, groups)
-        self._finish(groups, lengths, check_logits=check_logits)
+        # Rows that take no part have a valid id too, for engines that look up every one.
+        self.tensors.step(np.array([[max(token, 0)] for token in ids], np.int64), self.position, groups)
+        self._finish(groups, lengths, read_logits=read_logits)
 
     def logits(self) -> np.ndarray:
         """Logits after each row's last token, float32 [batch, vocab], a copy; NaN where there is none.
@@ -158,10 +165,10 @@ class Decoder:
                     self.position[row] = self._window.kept(position)
         return groups_from_lengths(self.position, lengths, self.sizes.capacity)
 
-    def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, check_logits: bool) -> None:
-        """Check what the engine wrote, then count the tokens."""
+    def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
+        """Check what the engine wrote, then count the tokens and keep the results."""
         state = self.tensors.state()
-        logits = self.tensors.logits() if check_logits or self._engine.host_memory else None
+        logits = self.tensors.logits() if read_logits or self._engine.host_memory else None
         chosen = self.tensors.next_tokens()
         for group in groups:
             rows = slice(group.start, group.stop)
@@ -171,7 +178,9 @@ class Decoder:
         for group in groups:
             rows = slice(group.start, group.stop)
             self.next_tokens[rows] = chosen[rows]
-            self._unread[rows] = True
+            if logits is not None:
+                self._logits[rows] = logits[rows]
+            self._unread[rows] = logits is None
         self.position += np.asarray(lengths, np.int64)
 
     def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:

@@ -39,7 +39,8 @@ class History:
         """
         if len(tokens) == 0:
             return
-        self.seen[row, np.asarray(tokens, np.int64)] = 1
+        # One token is what every step feeds, and an index costs less than an array of one.
+        self.seen[row, tokens[0] if len(tokens) == 1 else np.asarray(tokens, np.int64)] = 1
         self.pending[row] = NO_TOKEN
 
     def draw(self, row: int, token: int, keep: bool) -> None:

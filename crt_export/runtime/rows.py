@@ -42,8 +42,27 @@ def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab:
     return arrays
 
 
-def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab: int) -> np.ndarray:
-    """Check one token id per row and make them int64 [batch], ``NO_TOKEN`` where a row has None.
+def continuing_rows(
+    rows: Sequence[Sequence[int] | np.ndarray], positions: np.ndarray, *, vocab: int
+) -> list[np.ndarray]:
+    """Check prompts as :func:`token_rows` does; a row without any must hold tokens to go on from.
+
+    Raises:
+        InputError: As token_rows(), or a row has no tokens in its prompt and none in the cache.
+    """
+    tokens = token_rows(rows, batch=positions.size, vocab=vocab)
+    problems = [
+        f"row {row}: empty prompt, and the row holds no tokens to go on from"
+        for row, (fed, position) in enumerate(zip(tokens, positions.tolist(), strict=True))
+        if not fed.size and not position
+    ]
+    if problems:
+        raise InputError(problem_list("generate needs something to continue in every row", problems))
+    return tokens
+
+
+def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab: int) -> list[int]:
+    """Check one token id per row; ``NO_TOKEN`` where a row has None.
 
     Raises:
         InputError: Not ``batch`` values, none at all, not integers, or ids outside the vocabulary; lists every
@@ -53,7 +72,7 @@ def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab:
         raise InputError(f"expected one token id per row such as [4], found {type(tokens).__name__}")
     if len(tokens) != batch:
         raise InputError(f"expected one token id per row: batch is {batch}, found {len(tokens)}")
-    ids, problems = np.full(batch, NO_TOKEN, np.int64), []
+    ids, problems = [NO_TOKEN] * batch, []
     for row, token in enumerate(tokens):
         if token is None:
             continue
@@ -62,10 +81,10 @@ def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab:
         elif not 0 <= token < vocab:
             problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {vocab - 1})")
         else:
-            ids[row] = token
+            ids[row] = int(token)
     if problems:
         raise InputError(problem_list("token ids", problems))
-    if (ids == NO_TOKEN).all():
+    if max(ids) == NO_TOKEN:
         raise InputError("step needs a token in at least one row")
     return ids
 

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
 
-from crt_export.errors import InputError, UnsupportedError, problem_list
+from crt_export.errors import InputError
 from crt_export.runtime.counts import whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.guard import Guard
 from crt_export.runtime.history import NO_TOKEN, History
-from crt_export.runtime.rows import step_tokens, token_rows
+from crt_export.runtime.origin import SessionOrigin
+from crt_export.runtime.rows import continuing_rows, step_tokens, token_rows
 from crt_export.runtime.snapshot import Snapshot, check_snapshot
 from crt_export.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOrigin:
-    """Where a session comes from.
-
-    Attributes:
-        bundle: Identity of the bundle.
-        target: Name of the target.
-        eos_token_id: The token that ends a sequence; None if the model has none.
-        tokenizer: Gives the bundle's tokenizer, or None if the model has none.
-        reopen: Opens another session of the same kind.
-    """
-
-    bundle: str
-    target: str
-    eos_token_id: int | None
-    tokenizer: Callable[[], Tokenizer | None]
-    reopen: Callable[[], Session]
 
 
 class Session:
@@ -132,7 +113,7 @@ class Session:
             if not any(row.size for row in tokens):
                 raise InputError("empty prompt: prefill needs at least one token in at least one row")
             size = decoder.max_chunk if chunk is None else whole_number("chunk", chunk, most=decoder.max_chunk)
-            self._check_passes(decoder, passes)
+            decoder.check_passes(passes)
             decoder.check_room([row.size for row in tokens])
             with self._guard.poisoning(decoder):
                 decoder.prefill(tokens, passes=passes, chunk=size)
@@ -157,7 +138,7 @@ class Session:
                 restore().
         """
         with self._guard.exclusive() as decoder:
-            self._step(decoder, tokens, check_logits=True)
+            self._step(decoder, tokens, read_logits=True)
             return decoder.logits()
 
     def advance(self, tokens: Sequence[int | None] | np.ndarray) -> None:
@@ -174,7 +155,7 @@ class Session:
             ContractError: As step().
         """
         with self._guard.exclusive() as decoder:
-            self._step(decoder, tokens, check_logits=False)
+            self._step(decoder, tokens, read_logits=False)
 
     def generate(
         self,
@@ -204,12 +185,8 @@ class Session:
         chosen = options if options is not None else GenerationOptions()
         with self._guard.exclusive() as decoder:
             given = [()] * self.batch if prompts is None else prompts
-            tokens = token_rows(given, batch=self.batch, vocab=self.vocab_size)
-            empty = [row for row, fed in enumerate(tokens) if not fed.size and not decoder.position[row]]
-            if empty:
-                problems = [f"row {row}: empty prompt, and the row holds no tokens to go on from" for row in empty]
-                raise InputError(problem_list("generate needs something to continue in every row", problems))
-            self._check_passes(decoder, chosen.passes)
+            tokens = continuing_rows(given, decoder.position, vocab=self.vocab_size)
+            decoder.check_passes(chosen.passes)
             waiting = (self.history.pending != NO_TOKEN).tolist()
             wanted = [wait + fed.size + chosen.max_new_tokens for wait, fed in zip(waiting, tokens, strict=True)]
             decoder.check_room(wanted, "prompt and new tokens exceed the capacity")
@@ -281,19 +258,11 @@ class Session:
     ) -> None:
         self.close()
 
-    def _step(self, decoder: Decoder, tokens: Sequence[int | None] | np.ndarray, *, check_logits: bool) -> None:
+    def _step(self, decoder: Decoder, tokens: Sequence[int | None] | np.ndarray, *, read_logits: bool) -> None:
         ids = step_tokens(tokens, batch=self.batch, vocab=self.vocab_size)
-        decoder.check_room((ids != NO_TOKEN).astype(np.int64).tolist())
+        decoder.check_room([int(token != NO_TOKEN) for token in ids])
         with self._guard.poisoning(decoder):
-            decoder.step(ids, check_logits=check_logits)
-        for row, token in enumerate(ids.tolist()):
+            decoder.step(ids, read_logits=read_logits)
+        for row, token in enumerate(ids):
             if token != NO_TOKEN:
                 self.history.feed(row, [token])
-
-    def _check_passes(self, decoder: Decoder, passes: int | None) -> None:
-        if passes is None:
-            return
-        whole_number("passes", passes)
-        if not decoder.sizes.recurrent:
-            raise UnsupportedError("passes: a plain transformer has exactly one pass; leave passes out")
-        decoder.load_passes()

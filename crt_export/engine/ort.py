@@ -134,7 +134,15 @@ class OrtGraph:
 
 
 class OrtEngine:
-    """The graphs of one target on ONNX Runtime; see :class:`crt_export.engine.base.Engine`."""
+    """The graphs of one target on ONNX Runtime; see :class:`crt_export.engine.base.Engine`.
+
+    Threads: every loaded graph owns ``threads - 1`` of them (the thread that calls is one more), however many
+    sessions run it, and from however many threads. The graphs of an engine run in turns, so only the step's threads
+    spin on between calls; those of prefill sleep as soon as a call ends. ONNX Runtime could run all graphs of a
+    process on one pool (``set_global_thread_pool_sizes`` with ``use_per_session_threads = False``), which was tried
+    with 1.31.1: a step takes as long either way, but the size of that pool is set once per process, for good and for
+    everybody in it, without a choice about spinning. That is the application's to decide, not a library's.
+    """
 
     max_batch: int | None = None
     fixed_capacity: int | None = None
@@ -168,7 +176,7 @@ class OrtEngine:
         self._check = check
         self._lock = threading.Lock()
         self._graphs = {
-            # Only the step's threads spin on between calls: two spinning pools in one thread double its time.
+            # Two spinning pools in one thread double the time of a step.
             name: _load(self._library, path, settings, stop_spinning=name != "step")
             for name, path in graphs.items()
         }

@@ -1,0 +1,52 @@
+// Sessions in threads: one thread at a time each, any number of sessions at once.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "crt_runtime/session.hpp"
+#include "given_bundle.hpp"
+#include "session_impl.hpp"
+
+using crt_test::row_of;
+using crt_test::some_tokens;
+
+TEST_CASE("threads: whoever calls while another call runs is refused, and the running call is not disturbed") {
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  {
+    const crt::Exclusive held(busy);
+    std::string text;
+    std::thread([&] {
+      text = crt_test::error_text(crt::ErrorKind::input, [&] { const crt::Exclusive other(busy); });
+    }).join();
+    CHECK(crt_test::contains(text, "busy with a call of another thread"));
+    CHECK(crt_test::error_text(crt::ErrorKind::input, [&] { const crt::Exclusive again(busy); }) == text);
+  }
+  CHECK(crt_test::error_text(crt::ErrorKind::input, [&] { const crt::Exclusive free(busy); }).empty());
+}
+
+TEST_CASE("threads: sessions of one bundle in four threads give what each gives alone") {
+  CRT_OPEN_BUNDLE(bundle, "CRT_TEST_BUNDLE");
+  const auto run = [](crt::Session& session, std::uint64_t seed) {
+    session.prefill({some_tokens(3 + seed, seed)});
+    for (const std::int64_t token : some_tokens(10, seed + 9)) {
+      session.step({token});
+    }
+    return row_of(session.logits(), 0, session.vocab_size());
+  };
+  std::vector<std::vector<float>> together(4);
+  std::vector<std::thread> threads;
+  for (std::uint64_t seed = 0; seed < together.size(); ++seed) {
+    threads.emplace_back([&, seed] {
+      crt::Session session = bundle.session("ort-cpu-fp32");
+      together[seed] = run(session, seed);
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (std::uint64_t seed = 0; seed < together.size(); ++seed) {
+    crt::Session session = bundle.session("ort-cpu-fp32");
+    CHECK(run(session, seed) == together[seed]);
+  }
+}

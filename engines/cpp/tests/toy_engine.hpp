@@ -1,0 +1,47 @@
+// A model small enough to compute by hand, on an engine that can be told to fail: for what no real graph does on demand.
+//
+// One layer of one head. A token t at position p writes the key (t + 1, p) and the value (t + 1, t), and makes the state
+// h / 2 + t + 1. The likeliest next token is (sum of the key's first channel up to p + whole part of h) mod vocab.
+// Padding writes NaN into the caches, as a real graph may.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "decoder.hpp"
+#include "engine.hpp"
+
+namespace crt_test {
+
+/// What happened, and what shall happen; shared by an engine, its buffers and its launches.
+struct ToyControl {
+  bool host_memory = true;
+  std::int64_t max_tokens = 16;
+  int writes = 0;                    ///< uploads of int64 tensors
+  int runs = 0;                      ///< launches that ran
+  int passes = 0;                    ///< of these, through prefill_pass
+  std::int64_t overflowing = -1;     ///< a token whose state is infinite
+  std::int64_t spoiled_logits = -1;  ///< a token whose logits hold a NaN
+  bool failing = false;              ///< the next launch throws
+};
+
+inline constexpr std::int64_t kToyVocab = 11;
+inline constexpr std::int64_t kToyHidden = 3;
+
+std::shared_ptr<crt::Engine> make_toy_engine(std::shared_ptr<ToyControl> control);
+
+/// A session's setup on the toy model.
+crt::SessionSetup toy_setup(std::int64_t batch, std::int64_t capacity);
+
+/// One row computed by hand.
+struct ToyRow {
+  double state = 0.0;
+  std::vector<double> keys;
+  void feed(const std::vector<std::int64_t>& tokens);
+  std::int64_t next_token() const;
+};
+
+}  // namespace crt_test

@@ -136,7 +136,8 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
     on_demand = {
         graph: partial(files.graph, target.graphs[graph]) for graph in DEMANDED_GRAPHS if graph in target.graphs
     }
-    from crt_export.engine.ort import OrtEngine, OrtSettings
+    from crt_export.engine.ort import OrtSettings
+    from crt_export.engine.ort_session import OrtEngine
 
     settings = OrtSettings(
         device=target.profile.device,

@@ -14,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from crt_export.engine.base import Buffer, Rows
-from crt_export.engine.ort import OrtEngine, OrtGraph, OrtSettings, import_onnxruntime, load_graph
+from crt_export.engine.ort import OrtGraph, OrtSettings, import_onnxruntime, load_graph
 from crt_export.engine.ort_memory import DeviceBuffer
+from crt_export.engine.ort_session import OrtEngine
 from crt_export.errors import ContractError, InputError, MissingDependencyError, UnsupportedError
 
 HEADS, WIDTH = 2, 4

@@ -7,6 +7,7 @@ module of the tests would tie them to a path; a fixture works against the instal
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,22 @@ def heldout_text() -> Path:
     return DEMO / "heldout.txt"
 
 
+# --- what make cpp builds
+@pytest.fixture(scope="session")
+def cpp_build() -> Path:
+    """Folder of the C++ library, its tests and its examples; CRT_RUNTIME_LIBRARY names another library than make's."""
+    library = Path(os.environ.get("CRT_RUNTIME_LIBRARY", ROOT / "build" / "cpp" / "libcrt_runtime.so"))
+    if not library.is_file():
+        missing = ROOT / "build" / "onnxruntime" / "missing.txt"
+        reason = f"there is no {library}: make cpp builds it"
+        if missing.is_file():
+            reason = missing.read_text(encoding="utf-8").strip()
+        if os.environ.get("CRT_EXPORT_REQUIRE_CPP") == "1":
+            pytest.fail(f"CRT_EXPORT_REQUIRE_CPP=1, but {reason}")
+        pytest.skip(reason)
+    return library.parent
+
+
 # --- tiny bundles with really exported graphs
 OVERFLOWING_TOKEN = 7
 CHUNK = 4
@@ -170,7 +187,8 @@ def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Ca
     def write(name: str, **changes: Any) -> tuple[Path, Model]:
         checkpoint = load_checkpoint(make_checkpoint(edit=_overflow, **changes))
         model = model_from_checkpoint(checkpoint)
-        output = shared_folder / f"runtime-{name}"
+        kind = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8]
+        output = shared_folder / f"runtime-{name}-{kind}"
         with FileLock(output.with_suffix(".lock")):
             if not (output / MANIFEST_NAME).is_file():
                 _write_bundle(output, model, checkpoint.sha256)

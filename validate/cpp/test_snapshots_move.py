@@ -1,0 +1,85 @@
+"""A snapshot file written in one language goes on in the other exactly as it would have at home."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crt_export.errors import BundleError
+from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, Snapshot
+
+TARGET = "ort-cpu-fp32"
+PROMPTS = [[65, 66, 67, 68, 69], [], [71, 72, 73]]
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.2, "seed": 9}
+
+
+def start(session: Any) -> None:
+    """Rows of unequal length, one of them empty."""
+    session.prefill(PROMPTS)
+    session.step([80, None, 81])
+
+
+def in_python_generate(session: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int | None]]:
+    options = GenerationOptions(max_new_tokens=count, sampling=SamplingOptions(**SAMPLING))
+    return list(session.generate(prompts, options))
+
+
+def in_c_generate(session: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    return list(session.generate(prompts, max_new_tokens=count, sampling=SAMPLING))
+
+
+def test_a_python_snapshot_goes_on_in_c(in_python: Bundle, in_c: Any, tmp_path: Path) -> None:
+    home, away = in_python.session(TARGET, batch=3), in_c.session(TARGET, batch=3)
+    start(home)
+    in_python_generate(home, [[], [90], []], 4)
+    home.snapshot().save(tmp_path / "state")
+    away.load(tmp_path / "state")
+    np.testing.assert_array_equal(away.position, home.position)
+    np.testing.assert_array_equal(away.logits, home.logits)
+    assert in_c_generate(away, [], 6) == in_python_generate(home, [[], [], []], 6)
+    np.testing.assert_allclose(away.logits, home.logits, rtol=0, atol=1e-5)
+
+
+def test_a_c_snapshot_goes_on_in_python(in_python: Bundle, in_c: Any, tmp_path: Path) -> None:
+    home, away = in_c.session(TARGET, batch=3), in_python.session(TARGET, batch=3)
+    start(home)
+    in_c_generate(home, [[], [90], []], 4)
+    home.save(tmp_path / "state")
+    away.restore(Snapshot.load(tmp_path / "state"))
+    np.testing.assert_array_equal(away.position, home.position)
+    np.testing.assert_array_equal(away.logits, home.logits)
+    assert in_python_generate(away, [[], [], []], 6) == in_c_generate(home, [], 6)
+    np.testing.assert_allclose(away.logits, home.logits, rtol=0, atol=1e-5)
+
+
+def test_both_write_the_same_bytes_of_every_tensor(in_python: Bundle, in_c: Any, tmp_path: Path) -> None:
+    here, there = in_python.session(TARGET, batch=3), in_c.session(TARGET, batch=3)
+    for session in (here, there):
+        start(session)
+    here.snapshot().save(tmp_path / "python")
+    there.save(tmp_path / "c")
+    ours, theirs = (Snapshot.load(tmp_path / name) for name in ("python", "c"))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in ours.tensors.items():
+        assert theirs.tensors[name].dtype == tensor.dtype
+        np.testing.assert_allclose(theirs.tensors[name], tensor, rtol=0, atol=1e-5)
+    assert (ours.bundle, ours.target) == (theirs.bundle, theirs.target)
+    assert in_c.identity == ours.bundle
+
+
+@pytest.mark.parametrize("cut", [1, 100, -1])
+def test_both_refuse_a_damaged_file(in_python: Bundle, in_c: Any, c_library: Any, tmp_path: Path, cut: int) -> None:
+    session = in_python.session(TARGET)
+    session.prefill([PROMPTS[0]])
+    session.snapshot().save(tmp_path / "state")
+    content = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(content[:cut])
+    with pytest.raises(BundleError):
+        Snapshot.load(tmp_path / "state")
+    with pytest.raises(c_library.CrtError) as refusal:
+        in_c.session(TARGET).load(tmp_path / "state")
+    assert refusal.value.kind == "bundle"

@@ -22,6 +22,7 @@ crt::Session opened(const char* folder, std::int64_t batch) {
   crt::SessionOptions options;
   options.batch = batch;
   options.threads = 1;
+  options.capacity = 64;
   return bundle.session(bundle.default_target(), options);
 }
 
@@ -68,7 +69,7 @@ std::string refusal(crt::Session& session, Rows prompts, const crt::GenerationOp
   return "";
 }
 
-const Rows kPrompts = {{10, 20, 30}, {200}, {7, 8, 9, 10, 11}};
+const Rows kPrompts = {{10, 20, 30}, {200}, {6, 8, 9, 10, 11}};
 
 }  // namespace
 

@@ -122,7 +122,7 @@ std::string diagnosis_text(std::uint64_t diagnosis) {
       text += (text.empty() ? "" : ", ") + std::string(meaning);
     }
   }
-  return text.empty() ? "no reason given" : text;
+  return text;
 }
 
 // Says why, where deserialising would only say that.
@@ -131,7 +131,10 @@ void check_validity(const nvinfer1::IRuntime& runtime, const PlanSource& source)
   std::uint64_t diagnosis = 0;
   if (size >= runtime.getEngineHeaderSize() &&
       runtime.getEngineValidity(source.plan.data(), size, &diagnosis) == nvinfer1::EngineValidity::kINVALID) {
-    refuse(source.path + " cannot run on this machine: " + diagnosis_text(diagnosis));
+    const auto damaged = static_cast<std::uint64_t>(nvinfer1::EngineInvalidityDiagnostics::kMALFORMED_ENGINE);
+    const std::string why = diagnosis_text(diagnosis);
+    refuse(source.path + " cannot run on this machine" + (why.empty() ? "" : ": " + why),
+           (diagnosis & damaged) != 0 ? ErrorKind::contract : ErrorKind::missing_dependency);
   }
 }
 #else

@@ -17,6 +17,9 @@
 #if !defined(TRT_MAJOR_RTX) && NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR < 1016
 #error "TensorRT 10.16 or newer is needed: older ones do not update caches in place"
 #endif
+#if defined(TRT_MAJOR_RTX) && TRT_MAJOR_RTX * 100 + TRT_MINOR_RTX < 105
+#error "TensorRT-RTX 1.5 or newer is needed: older ones cannot be asked whether a run can be captured"
+#endif
 
 namespace crt {
 

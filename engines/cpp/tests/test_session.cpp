@@ -231,4 +231,17 @@ TEST_CASE("bundle: what a session cannot be opened with is refused") {
   options.on_full = crt::OnFull::slide;
   CHECK(contains(refused(options), "needs a model with an attention window"));
   CHECK(bundle.default_target() == "ort-cpu-fp32");
+  // The test's bundle promises float16 caches for this target, and its graphs have float32.
+  const std::string broken = error_text(ErrorKind::contract, [&] { bundle.session("broken"); });
+  CHECK(contains(broken, "the graphs of broken break the contract: "));
+  CHECK(contains(broken, "  - step: input past_key_values.0.key: float32 [?, 4, ?, 8] was expected to be float16"));
+  CHECK(contains(broken, "  - prefill: output present_key_values.0.value"));
 }
+
+#if !defined(CRT_RUNTIME_TENSORRT_RTX)
+TEST_CASE("bundle: a target whose back end was left out of this build is refused") {
+  CRT_OPEN_BUNDLE(bundle, "CRT_TEST_BUNDLE");
+  const std::string text = error_text(ErrorKind::unsupported, [&] { bundle.session("rtx-sm80-fp16"); });
+  CHECK(contains(text, "rtx-sm80-fp16 runs on tensorrt-rtx (cuda); this library was built for ONNX Runtime on a CPU"));
+}
+#endif

@@ -62,6 +62,7 @@ bool is_forbidden(char character) {
 }  // namespace
 
 SystemError::SystemError(int error_number) : std::runtime_error(error_text(error_number)), number_(error_number) {}
+SystemError::SystemError(int error_number, const char* reason) : std::runtime_error(reason), number_(error_number) {}
 
 bool FileState::operator==(const FileState& other) const noexcept {
   return device == other.device && inode == other.inode && size == other.size && modified_ns == other.modified_ns &&
@@ -72,11 +73,11 @@ RegularFile::RegularFile(const std::string& path)
     : descriptor_(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)) {
   if (descriptor_ < 0) throw SystemError(errno);
   struct stat status {};
-  const int problem = ::fstat(descriptor_, &status) != 0 ? errno : S_ISREG(status.st_mode) ? 0 : EINVAL;
-  if (problem != 0) {
-    ::close(descriptor_);
-    throw SystemError(problem);
-  }
+  const int problem = ::fstat(descriptor_, &status) != 0 ? errno : 0;
+  if (problem == 0 && S_ISREG(status.st_mode)) return;
+  ::close(descriptor_);
+  if (problem != 0) throw SystemError(problem);
+  throw SystemError(EINVAL, "is not a regular file");
 }
 
 RegularFile::~RegularFile() { ::close(descriptor_); }
@@ -158,7 +159,7 @@ HashedFile hash_file(const std::string& path) {
     digest.update(chunk.data(), got);
     offset += got;
   }
-  if (file.state() != before) throw SystemError(ESTALE);
+  if (file.state() != before) throw SystemError(ESTALE, "changed while it was read");
   return {digest.hex(), before};
 }
 

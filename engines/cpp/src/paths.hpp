@@ -14,7 +14,9 @@ namespace crt {
 /// A call to the system failed; what() is its reason.
 class SystemError : public std::runtime_error {
  public:
+  /// The reason is what the system says about the number, unless another is given.
   explicit SystemError(int error_number);
+  SystemError(int error_number, const char* reason);
   int number() const noexcept { return number_; }
 
  private:

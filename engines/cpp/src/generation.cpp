@@ -94,8 +94,8 @@ Generation::State::State(Session& session, TokenRows prompts, GenerationOptions 
       argmax_(options_.sampling.greedy() && options_.sampling.repetition_penalty == 1.0),
       fed_(static_cast<std::size_t>(session.batch()), kNoToken),
       drawn_(static_cast<std::size_t>(session.batch()), kNoToken) {
-  session.require_usable();
   options_.check();
+  session.require_usable(options_.passes);
   if (prompts_.empty()) prompts_.resize(fed_.size());
   check_prompts();
   if (session.eos_token_id().has_value() && !options_.ignore_eos) stops_.push_back(*session.eos_token_id());

@@ -68,16 +68,20 @@ std::int64_t Session::Impl::chunk_of(const PrefillOptions& options) {
   if (options.chunk < 0 || options.chunk > most) {
     throw Error(ErrorKind::input, out_of_range("chunk", " and at most " + std::to_string(most), options.chunk));
   }
-  if (options.passes < 0) {
-    throw Error(ErrorKind::input, out_of_range("passes", "", options.passes));
+  check_passes(options.passes);
+  return options.chunk == 0 ? most : options.chunk;
+}
+
+void Session::Impl::check_passes(std::int64_t passes) {
+  if (passes < 0) {
+    throw Error(ErrorKind::input, out_of_range("passes", "", passes));
   }
-  if (options.passes > 0) {
+  if (passes > 0) {
     if (!setup.sizes.recurrent) {
       throw Error(ErrorKind::unsupported, "passes: a plain transformer has exactly one pass; leave passes out");
     }
     decoder.load_passes();
   }
-  return options.chunk == 0 ? most : options.chunk;
 }
 
 void Session::Impl::step(const std::int64_t* tokens, std::size_t count, bool check_logits) {
@@ -203,9 +207,10 @@ History& Session::history() noexcept { return impl_->history; }
 const ModelConfig& Session::config() const noexcept { return impl_->setup.config; }
 bool Session::slides() const noexcept { return impl_->setup.slides; }
 
-void Session::require_usable() const {
+void Session::require_usable(std::int64_t passes) {
   const Exclusive held(impl_->busy);
   impl_->require_usable();
+  impl_->check_passes(passes);
 }
 
 }  // namespace crt

@@ -34,6 +34,8 @@ class Session::Impl {
 
   /// Throws Error(input) if an earlier call failed.
   void require_usable() const;
+  /// Throws Error(input) for a negative number, Error(unsupported) where the model or target has no graph of one pass.
+  void check_passes(std::int64_t passes);
   const float* logits();
   void prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options);
   void step(const std::int64_t* tokens, std::size_t count, bool check_logits);

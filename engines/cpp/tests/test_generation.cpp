@@ -1,10 +1,12 @@
 // The loop around a session, on a real bundle: every generation is compared with the same loop by hand.
 #include <doctest/doctest.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "allocation_count.hpp"
 #include "crt_runtime/bundle.hpp"
 #include "crt_runtime/error.hpp"
 #include "given_folder.hpp"
@@ -241,6 +243,33 @@ TEST_CASE("generation: what the callback throws comes through") {
   });
   std::int64_t token = 0;
   CHECK_THROWS_AS(generation.next(&token), std::logic_error);
+}
+
+TEST_CASE("generation: sampling, text and stop strings allocate nothing per token") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const auto allocations = [](const std::function<void()>& call) {
+    const std::size_t before = crt_test::allocations();
+    for (int time = 0; time < 8; ++time) call();
+    return crt_test::allocations() - before;
+  };
+  crt::Session by_hand = opened(folder, 1);
+  by_hand.prefill({{10, 20, 30}});
+  std::int64_t token = 40;
+  const auto step = [&] { by_hand.step(&token, 1); };
+  step();
+  step();
+  crt::GenerationOptions options = sampled();
+  if (crt::Bundle::load(folder, true).config().tokenizer == "byte") options.stop_strings = {"never to be found here"};
+  crt::Session session = opened(folder, 1);
+  crt::Generation generation = session.generate({{10, 20, 30}}, options);
+  const auto next = [&] { generation.next(&token); };
+  next();
+  next();
+  next();
+  const std::size_t bare = allocations(step);
+  CHECK(allocations(next) == bare);
+  CHECK(generation.stop_reason(0) == StopReason::running);
 }
 
 TEST_CASE("generation: what cannot be done is refused before the model runs") {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "allocation_count.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/sampling.hpp"
 
@@ -200,6 +201,18 @@ TEST_CASE("sample: the penalty divides positive logits, multiplies negative ones
   CHECK(sampler.sample(positive.data(), first.data(), options, 0, 0) == 1);
   CHECK(sampler.sample(negative.data(), first.data(), options, 0, 0) == 1);
   CHECK(sampler.sample(positive.data(), nullptr, options, 0, 0) == 0);
+}
+
+TEST_CASE("sample: allocates nothing after construction") {
+  std::mt19937_64 random(3);
+  Sampler sampler(256);
+  for (int round = 0; round < 50; ++round) {
+    const auto logits = random_logits(random, 256);
+    const SamplingOptions options = random_options(random);
+    const std::size_t before = crt_test::allocations();
+    sampler.sample(logits.data(), nullptr, options, 0, 0);
+    CHECK(crt_test::allocations() == before);
+  }
 }
 
 TEST_CASE("sample: NaN, +inf, nothing finite and an overflowing penalty are refused") {

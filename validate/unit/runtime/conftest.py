@@ -134,6 +134,12 @@ def crt(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iter
 
 
 @pytest.fixture(scope="session")
+def crt_path(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Path:
+    """The bundle of ``crt``, for what does not depend on the engine. Read-only."""
+    return tiny_bundle("crt", num_hidden_layers=1, unroll_steps=UNROLL)[0]
+
+
+@pytest.fixture(scope="session")
 def plain(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iterator[Runnable]:
     """A plain transformer of two layers, with an end-of-sequence token."""
     runnable = make_runnable("plain", open_engine, model_type="transformer", num_hidden_layers=2, eos_token_id=3)

@@ -19,15 +19,15 @@ TARGET = "ort-cpu-fp32"
 
 
 @pytest.fixture
-def copied(crt: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(crt.bundle.files.path, tmp_path / "bundle"))
+def copied(crt_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(crt_path, tmp_path / "bundle"))
 
 
-def test_nothing_heavy_is_imported_before_a_session_is_opened(crt: Any) -> None:
+def test_nothing_heavy_is_imported_before_a_session_is_opened(crt_path: Path) -> None:
     code = f"""
 import sys
 from crt_export import load_bundle
-bundle = load_bundle({str(crt.bundle.files.path)!r}, allow_unvalidated=True)
+bundle = load_bundle({str(crt_path)!r}, allow_unvalidated=True)
 bundle.tokenizer.encode("a")
 heavy = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tokenizers", "click")
 print([name for name in heavy if name in sys.modules])

@@ -133,9 +133,9 @@ def _tamper(folder: Path) -> None:
     ],
 )
 def test_the_graph_of_one_pass_is_asked_for_when_it_is_needed(
-    crt: Any, tmp_path: Path, edit: Edit, error: type[Exception], message: str
+    crt_path: Path, tmp_path: Path, edit: Edit, error: type[Exception], message: str
 ) -> None:
-    folder = Path(shutil.copytree(crt.bundle.files.path, tmp_path / "bundle"))
+    folder = Path(shutil.copytree(crt_path, tmp_path / "bundle"))
     edit(folder)
     with load_bundle(folder, allow_unvalidated=True) as bundle:
         session: Session = bundle.session("ort-cpu-fp32")

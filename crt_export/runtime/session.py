@@ -73,9 +73,7 @@ class Session:
         """Logits after each row's last token, float32 [batch, vocab], a copy; NaN for a row without tokens.
 
         Raises:
-            InputError: Closed or poisoned session, or a call is running in another thread.
-            ContractError: They are not finite (after advance(), which does not read them). The session needs
-                reset() or restore().
+            ContractError: They are not finite, which advance() could not see. Poisons the session.
         """
         with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
             return decoder.logits()
@@ -103,10 +101,9 @@ class Session:
 
         Raises:
             InputError: Closed, poisoned or busy session, wrong batch, no token at all, ids outside the
-                vocabulary, more tokens than the capacity, or passes or chunk out of range. Nothing has changed.
-            UnsupportedError: ``passes`` for a model or target without a graph of one pass. Nothing has changed.
-            ContractError: The engine failed or gave values that are not finite. The session needs reset() or
-                restore().
+                vocabulary, more tokens than the capacity, or passes or chunk out of range.
+            UnsupportedError: ``passes`` for a model or target without a graph of one pass.
+            ContractError: The engine failed or gave values that are not finite. Poisons the session.
         """
         with self._guard.exclusive() as decoder:
             tokens = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
@@ -133,9 +130,7 @@ class Session:
 
         Raises:
             InputError: Closed, poisoned or busy session, wrong batch, ids outside the vocabulary, or a full row.
-                Nothing has changed.
-            ContractError: The engine failed or gave values that are not finite. The session needs reset() or
-                restore().
+            ContractError: The engine failed or gave values that are not finite. Poisons the session.
         """
         with self._guard.exclusive() as decoder:
             self._step(decoder, tokens, read_logits=True)
@@ -151,8 +146,7 @@ class Session:
             tokens: One token id per row; None leaves a row as it is.
 
         Raises:
-            InputError: As step().
-            ContractError: As step().
+            InputError, ContractError: As step().
         """
         with self._guard.exclusive() as decoder:
             self._step(decoder, tokens, read_logits=False)
@@ -197,7 +191,6 @@ class Session:
 
         Raises:
             InputError: Closed, poisoned or busy session.
-            ContractError: As ``logits``.
         """
         with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
             history = {"drawn": self.history.drawn, "pending": self.history.pending, "seen": self.history.seen}
@@ -225,22 +218,14 @@ class Session:
             self._guard.lift()
 
     def fork(self) -> Session:
-        """A second session with the same content; the two go on independently.
-
-        Raises:
-            InputError: Closed, poisoned or busy session, or the bundle is closed.
-        """
+        """A second session of the bundle with the same content; the two go on independently."""
         snapshot = self.snapshot()
         other = self._origin.reopen()
         other.restore(snapshot)
         return other
 
     def reset(self) -> None:
-        """Forget every token and draw, zero caches and state, and lift a poisoning.
-
-        Raises:
-            InputError: The session is closed or busy.
-        """
+        """Forget every token and draw, zero caches and state, and lift a poisoning."""
         with self._guard.exclusive(poisoned=True) as decoder:
             decoder.reset()
             self.history.clear()

@@ -66,7 +66,6 @@ def _dependency(distribution: str, module: str, extra: str, minimum: tuple[int, 
 
 DEPENDENCIES = (
     _dependency("torch", "torch", "export", (2, 13), "build, validate: the reference model and the export"),
-    _dependency("safetensors", "safetensors", "export", (0, 5), "build, validate, inspect CHECKPOINT: weights"),
     _dependency("onnx", "onnx", "export", (1, 21), "build: the graph format"),
     _dependency("onnx-ir", "onnx_ir", "export", (1, 0), "build: graph passes"),
     _dependency("onnxscript", "onnxscript", "export", (0, 7), "build: the exporter's operators"),

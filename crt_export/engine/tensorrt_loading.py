@@ -94,11 +94,12 @@ class LoadedEngine:
     def _deserialized(self, plan: bytes, file: EngineFile) -> ICudaEngine:
         engine = tensorrt_calls.deserialize_engine(self._runtime, plan)
         if engine is None:
-            reason = self.log.take()
-            verdict = f"; {tensorrt_calls.plan_validity_rtx(self._runtime, plan)}" if self._rtx else ""
+            reason, name = self.log.take(), "TensorRT"
+            if self._rtx:
+                reason, name = f"{reason}; {tensorrt_calls.plan_validity_rtx(self._runtime, plan)}", "TensorRT-RTX"
             raise ContractError(
-                f"{file.path}: TensorRT {self._api.__version__} cannot load this engine of {len(plan):,} bytes "
-                f"({reason}{verdict}); build the bundle again on this machine"
+                f"{file.path}: {name} {self._api.__version__} cannot load this engine of {len(plan):,} bytes "
+                f"({reason}); build the bundle again on this machine"
             )
         return engine
 

@@ -84,7 +84,7 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
     try:
         contract = GraphSpec.from_dict(file.graph, values)
         limits = {side: _shapes(values["inputs"], side) for side in ("min", "max")}
-    except (ContractError, KeyError, TypeError, ValueError) as error:
+    except (ContractError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"{file.sidecar}: its inputs and outputs cannot be read ({error!r}); {_again()}") from None
     problems += _contract_problems(contract, file.contract)
     if problems:
@@ -98,7 +98,7 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the facts about an engine as JSON ({error}); {_again()}") from None
     if not isinstance(values, dict):
         raise BundleError(f"{path}: expected a JSON object, found {type(values).__name__}; {_again()}")

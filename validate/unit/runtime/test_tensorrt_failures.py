@@ -92,6 +92,7 @@ def test_a_sidecar_that_belongs_to_something_else(
     [
         (b"{", "expected the facts about an engine as JSON"),
         (b"\xff\xfe", "expected the facts about an engine as JSON"),
+        (b"[" * 100_000, "expected the facts about an engine as JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b"{}", "'graph' must be str, found None"),
         (b'{"graph": true}', "'graph' must be str, found True"),
@@ -102,7 +103,12 @@ def test_a_damaged_sidecar(copied: Path, open_recorded: Open, recording: Any, co
     assert complaint in refusal(BundleError, copied, open_recorded, recording)
 
 
-@pytest.mark.parametrize("inputs", [[{"name": "x"}], [7], {"a": 1}, [{"name": "x", "dtype": "int64", "dims": [1]}]])
+INPUT = {"name": "x", "dtype": "int64", "dims": [1]}
+
+
+@pytest.mark.parametrize(
+    "inputs", [[{"name": "x"}], [7], {"a": 1}, [INPUT], [{**INPUT, "min": [1], "max": [float("inf")]}]]
+)
 def test_a_sidecar_with_malformed_inputs(copied: Path, open_recorded: Open, recording: Any, inputs: Any) -> None:
     change_sidecar(copied, inputs=inputs)
     assert str(copied / SIDECAR) in refusal(BundleError, copied, open_recorded, recording)

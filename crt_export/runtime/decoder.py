@@ -86,7 +86,7 @@ class Decoder:
             pieces = [row[begin : begin + chunk] for row in tokens]
             lengths = [row.size for row in pieces]
             groups = self._groups(lengths)
-            for group, residual in self.tensors.prefill(pieces, self.position, groups, passes):
+            for group, residual in self.tensors.prefill(pieces, self.position.tolist(), groups, passes):
                 self._refuse_non_finite("residual", residual, group, lengths)
             self._finish(groups, lengths, read_logits=True)
 
@@ -95,7 +95,7 @@ class Decoder:
         lengths = [int(token != NO_TOKEN) for token in ids]
         groups = self._groups(lengths)
         # Rows that take no part have a valid id too, for engines that look up every one.
-        self.tensors.step(np.array([[max(token, 0)] for token in ids], np.int64), self.position, groups)
+        self.tensors.step([max(token, 0) for token in ids], self.position.tolist(), groups)
         self._finish(groups, lengths, read_logits=read_logits)
 
     def logits(self) -> np.ndarray:
@@ -193,12 +193,11 @@ class Decoder:
         ]
         raise ContractError(problem_list(f"{self._target}: {name} is not finite", problems))
 
-    def _refuse_unknown_tokens(self, chosen: np.ndarray, group: Group) -> None:
-        if ((chosen >= 0) & (chosen < self.sizes.vocab)).all():
-            return
+    def _refuse_unknown_tokens(self, chosen: list[int], group: Group) -> None:
         problems = [
             f"row {group.start + index} has {token}"
-            for index, token in enumerate(chosen.tolist())
+            for index, token in enumerate(chosen)
             if not 0 <= token < self.sizes.vocab
         ]
-        raise ContractError(problem_list(f"{self._target}: next_token is outside the vocabulary", problems))
+        if problems:
+            raise ContractError(problem_list(f"{self._target}: next_token is outside the vocabulary", problems))

@@ -46,26 +46,25 @@ class _Ends:
         self.ids = engine.allocate((sizes.batch, 1), "int64")
         self.position = engine.allocate((sizes.batch,), "int64")
         self.state = engine.allocate((sizes.batch, 1, sizes.hidden), "float32") if sizes.recurrent else None
-        self.known_ids = np.full((sizes.batch, 1), _UNKNOWN, np.int64)
-        self.known_position = np.full(sizes.batch, _UNKNOWN, np.int64)
+        # Lists: comparing a few numbers takes numpy longer than the step of a small model can spare.
+        self.known_ids = [_UNKNOWN] * sizes.batch
+        self.known_position = [_UNKNOWN] * sizes.batch
 
     def forget(self) -> None:
-        self.known_ids[:] = _UNKNOWN
-        self.known_position[:] = _UNKNOWN
+        self.known_ids = [_UNKNOWN] * len(self.known_ids)
+        self.known_position = [_UNKNOWN] * len(self.known_position)
 
-    def set_ids(self, values: np.ndarray, groups: Sequence[Group]) -> None:
-        """Upload token ids, int64 [batch, 1], unless the rows of the groups hold them already."""
-        if any((values[g.start : g.stop] != self.known_ids[g.start : g.stop]).any() for g in groups):
-            self.known_ids[:] = _UNKNOWN
-            self.ids.write(values)
-            self.known_ids[:] = values
+    def set_ids(self, values: list[int], groups: Sequence[Group]) -> None:
+        """Upload one token id per row, unless the rows of the groups hold them already."""
+        if any(values[g.start : g.stop] != self.known_ids[g.start : g.stop] for g in groups):
+            self.ids.write(np.array(values, np.int64)[:, None])
+            self.known_ids = list(values)
 
-    def set_position(self, values: np.ndarray, groups: Sequence[Group]) -> None:
-        """Upload positions, int64 [batch], unless the rows of the groups hold them already."""
-        if any((values[g.start : g.stop] != self.known_position[g.start : g.stop]).any() for g in groups):
-            self.known_position[:] = _UNKNOWN
-            self.position.write(values)
-            self.known_position[:] = values
+    def set_position(self, values: list[int], groups: Sequence[Group]) -> None:
+        """Upload one position per row, unless the rows of the groups hold them already."""
+        if any(values[g.start : g.stop] != self.known_position[g.start : g.stop] for g in groups):
+            self.position.write(np.array(values, np.int64))
+            self.known_position = list(values)
 
 
 class SessionTensors:
@@ -86,12 +85,12 @@ class SessionTensors:
         }
         self._step_launches: dict[tuple[int, int, int], Launch] = {}
 
-    def step(self, ids: np.ndarray, positions: np.ndarray, groups: Sequence[Group]) -> None:
+    def step(self, ids: list[int], positions: list[int], groups: Sequence[Group]) -> None:
         """Run one token per row of the groups.
 
         Args:
-            ids: int64 [batch, 1].
-            positions: Tokens in the cache before this one, int64 [batch].
+            ids: Token of every row of the batch.
+            positions: Tokens in the cache of every row before this one.
             groups: Rows to run; all others stay as they are.
         """
         ends = self._ends[self._current]
@@ -99,16 +98,16 @@ class SessionTensors:
         ends.set_position(positions, groups)
         for group in groups:
             self._step_launch(group)()
-        self._swap(groups, positions + 1)
+        self._swap(groups, [position + 1 for position in positions])
 
     def prefill(
-        self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group], passes: int | None = None
+        self, rows: Sequence[np.ndarray], positions: list[int], groups: Sequence[Group], passes: int | None = None
     ) -> list[tuple[Group, np.ndarray | None]]:
         """Run several tokens per row of the groups.
 
         Args:
             rows: Tokens of every row of the batch, int64 [length].
-            positions: Tokens in the cache before these, int64 [batch].
+            positions: Tokens in the cache of every row before these.
             groups: Rows to run; all others stay as they are.
             passes: None for the unrolled graph, else the number of calls of ``prefill_pass``.
 
@@ -126,7 +125,7 @@ class SessionTensors:
                 passes=passes,
             )
             residuals.append((group, call.run(self._engine, lambda name, group=group: self._shared(name, group))))
-        self._swap(groups, positions + np.asarray([row.size for row in rows], np.int64))
+        self._swap(groups, [position + row.size for position, row in zip(positions, rows, strict=True)])
         self._clear_padding(rows, positions, groups)
         return residuals
 
@@ -134,9 +133,9 @@ class SessionTensors:
         """float32 [batch, vocab], each row's from the last call that it took part in; may be the memory itself."""
         return self._logits.read()
 
-    def next_tokens(self) -> np.ndarray:
-        """The engine's argmax of the last call, int64 [batch]; other rows than those of that call are stale."""
-        return self._ends[self._current].known_ids[:, 0]
+    def next_tokens(self) -> list[int]:
+        """The engine's argmax of the last call; other rows than those of that call are stale."""
+        return self._ends[self._current].known_ids
 
     def state(self) -> np.ndarray | None:
         """Current recurrent state, float32 [batch, 1, hidden]; None for a plain transformer."""
@@ -186,11 +185,11 @@ class SessionTensors:
         for ends in self._ends:
             ends.forget()
 
-    def _clear_padding(self, rows: Sequence[np.ndarray], positions: np.ndarray, groups: Sequence[Group]) -> None:
+    def _clear_padding(self, rows: Sequence[np.ndarray], positions: list[int], groups: Sequence[Group]) -> None:
         """Leave no trace of padding: beyond the position a value that is not finite spoils later logits."""
         for group in groups:
             for row in range(group.start, group.stop):
-                begin = int(positions[row])
+                begin = positions[row]
                 self._clear_caches(row, begin + rows[row].size, begin + group.seq)
 
     def _clear_caches(self, row: int, begin: int, end: int) -> None:
@@ -198,7 +197,7 @@ class SessionTensors:
             for cache in self._caches.values():
                 cache.clear(row, begin, end)
 
-    def _swap(self, groups: Sequence[Group], next_positions: np.ndarray) -> None:
+    def _swap(self, groups: Sequence[Group], next_positions: list[int]) -> None:
         """Make the written set the current one, after carrying over the state of the rows that did not run."""
         source, target = self._ends[self._current], self._ends[1 - self._current]
         begin = 0
@@ -206,7 +205,7 @@ class SessionTensors:
             if begin < group.start and target.state is not None and source.state is not None:
                 target.state.copy_rows(source.state, slice(begin, group.start))
             begin = group.stop
-        chosen = target.ids.read()
+        chosen = target.ids.read()[:, 0].tolist()
         for group in groups:
             rows = slice(group.start, group.stop)
             target.known_ids[rows] = chosen[rows]

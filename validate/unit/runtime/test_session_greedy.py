@@ -117,7 +117,7 @@ def test_advance_over_a_value_that_is_not_finite_poisons(either: Any, overflowin
 
 def test_a_choice_outside_the_vocabulary_is_a_broken_engine(crt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session = crt.session(batch=2)
-    monkeypatch.setattr(session._guard.decoder.tensors, "next_tokens", lambda: np.array([3, 256]))
+    monkeypatch.setattr(session._guard.decoder.tensors, "next_tokens", lambda: [3, 256])
     with pytest.raises(ContractError, match="next_token is outside the vocabulary: row 1 has 256"):
         session.advance([40, 41])
     with pytest.raises(InputError, match="earlier call"):

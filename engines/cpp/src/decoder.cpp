@@ -28,6 +28,7 @@ Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
   position_.assign(batch, 0);
   next_tokens_.assign(batch, kNoToken);
   sliding_.assign(batch, -1);
+  zeros_.assign(batch, 0);
   groups_.reserve(batch);
 }
 
@@ -78,7 +79,7 @@ const float* Decoder::logits() {
         groups_.push_back(Group{number, number + 1, 1});
       }
     }
-    refuse_non_finite("logits", values, sizes_.vocab, std::vector<std::int64_t>(position_.size(), 0));
+    refuse_non_finite("logits", values, sizes_.vocab, zeros_);
     logits_checked_ = true;
   }
   return values;

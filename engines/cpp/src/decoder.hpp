@@ -78,6 +78,7 @@ class Decoder {
   // Scratch of one call, kept so that a step allocates nothing.
   std::vector<Group> groups_;
   std::vector<std::int64_t> sliding_;
+  std::vector<std::int64_t> zeros_;
 };
 
 }  // namespace crt

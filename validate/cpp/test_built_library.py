@@ -78,7 +78,7 @@ def test_tensor_names_are_those_of_the_graphs() -> None:
 def test_every_source_and_test_is_built() -> None:
     lists = "".join((CPP / name / "CMakeLists.txt").read_text(encoding="utf-8") for name in (".", "tests"))
     files = [*(CPP / "src").glob("*.cpp"), *(CPP / "tests").glob("*.c*")]
-    assert [file.name for file in files if not re.search(rf"\b{re.escape(file.name)}$", lists, re.M)] == []
+    assert [file.name for file in files if not re.search(rf"\b{re.escape(file.name)}\b", lists)] == []
 
 
 # --- sources of the headers' package

@@ -233,7 +233,7 @@ typedef struct crt_generation_options {
   const crt_sampling_options* sampling; /* NULL: greedy */
   const int64_t* stop_token_ids;        /* end a row, besides the model's end-of-sequence token */
   size_t stop_token_count;
-  const char* const* stop_strings; /* UTF-8; end a row where its new text holds one; models that read bytes only */
+  const char* const* stop_strings; /* UTF-8 up to a NUL; end a row whose new text holds one; byte models only */
   size_t stop_string_count;
   int32_t ignore_eos;          /* 1: go on after the model's end-of-sequence token */
   crt_token_callback callback; /* NULL: none */

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from crt_export.errors import InputError, problem_list
+
+_MOST_NAMES = 64
+
+
+def _is_optimizer_name(value: Any) -> bool:
+    """Whether a value can name a rewrite; ONNX Runtime takes the names joined by semicolons, in a short text."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{1,64}", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +80,8 @@ class OrtOptions(_Options):
                 f"options.graph_optimization must be one of {', '.join(self.LEVELS)}, not {self.graph_optimization!r}"
             )
         names = self.disabled_optimizers
-        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-            found.append(f"options.disabled_optimizers must be a list of names, not {names!r}")
+        if not isinstance(names, tuple) or len(names) > _MOST_NAMES or not all(map(_is_optimizer_name, names)):
+            found.append(f"options.disabled_optimizers must be a list of names, not {names!r:.200}")
         if not isinstance(self.spinning, bool):
             found.append(f"options.spinning must be true or false, not {self.spinning!r}")
         return found

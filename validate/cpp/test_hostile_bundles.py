@@ -162,6 +162,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "model of no layers": (_set("config", "num_hidden_layers", 0), "num_hidden_layers must be greater than 0"),
     "runtime is a list": (_profile("runtime", ["onnxruntime"]), "runtime must be one of"),
     "a million threads": (_profile("threads", 10**6), "at most 1024, not 1000000"),
+    "optimizers that are no names": (_profile("options", {"disabled_optimizers": ["a;b"]}), "must be a list of names"),
     "unknown profile key": (_profile("thread", 1), r"unknown key 'thread' \(did you mean 'threads'\?\)"),
     "manifest is a link": (lambda bundle: to_link(bundle / "manifest.json"), "cannot read .*not a link"),
     "manifest is a pipe": (lambda bundle: to_pipe(bundle / "manifest.json"), "cannot read "),

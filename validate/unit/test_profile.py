@@ -130,6 +130,7 @@ def test_impossible_value_is_refused_by_name(changes: dict[str, Any], expected: 
         ({"attention": "fused"}, "attention is for TensorRT"),
         ({"options": {"graph_optimization": "most"}}, "graph_optimization must be one of"),
         ({"options": {"disabled_optimizers": "MatMulAddFusion"}}, "disabled_optimizers must be a list"),
+        ({"options": {"disabled_optimizers": ["a;b"]}}, "disabled_optimizers must be a list"),
         ({"options": {"spinning": 1}}, "spinning must be true or false"),
         ({"device": "cuda", "precision": "w8"}, "onnxruntime on cuda runs fp32, fp16, not w8"),
     ],

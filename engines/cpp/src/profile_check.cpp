@@ -13,6 +13,7 @@ using Texts = std::vector<std::string>;
 constexpr std::size_t kShown = 200;
 constexpr std::int64_t kMostThreads = 1024;
 constexpr std::size_t kMostNameCharacters = 64;
+constexpr std::size_t kMostNames = 64;
 
 const Texts kKeys{"name",  "title", "runtime",        "device", "precision", "compute_capability", "capacity",
                   "batch", "seq",   "residual_dtype", "unroll", "attention", "threads",            "options"};
@@ -29,6 +30,13 @@ bool holds(const Texts& texts, const std::string& text) {
 }
 
 bool is_count(const JsonValue& value, std::int64_t least) { return value.is_integer() && value.integer() >= least; }
+
+/// ONNX Runtime takes the names joined by semicolons, in a short text.
+bool is_optimizer_name(const JsonValue& name) {
+  constexpr const char* letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_";
+  return name.is_string() && !name.string().empty() && name.string().size() <= kMostNameCharacters &&
+         name.string().find_first_not_of(letters) == std::string::npos;
+}
 
 std::string unknown_key(const std::string& shown_key, const std::string& key, const Texts& known) {
   const std::optional<std::string> near = close_match(key, known);
@@ -218,9 +226,8 @@ class ProfileCheck {
       add("options.graph_optimization must be one of " + joined(kLevels) + ", not " + shown(*level, kShown));
     }
     const JsonValue* names = options.find("disabled_optimizers");
-    const auto is_name = [](const JsonValue& name) { return name.is_string() && !name.string().empty(); };
-    if (names != nullptr &&
-        !(names->is_array() && std::all_of(names->array().begin(), names->array().end(), is_name))) {
+    if (names != nullptr && !(names->is_array() && names->array().size() <= kMostNames &&
+                              std::all_of(names->array().begin(), names->array().end(), is_optimizer_name))) {
       add("options.disabled_optimizers must be a list of names, not " + shown(*names, kShown));
     }
     check_boolean_option(options, "spinning");

@@ -183,6 +183,7 @@ TEST_CASE("target: each rule of a profile, and only that target is refused") {
       {"/options", nullptr, "options must be a table, not None"},
       {"/options/graph_optimization", "most", "graph_optimization must be one of disable, basic, extended, all, not"},
       {"/options/disabled_optimizers", {1}, "options.disabled_optimizers must be a list of names, not [1]"},
+      {"/options/disabled_optimizers", {"a;b"}, "options.disabled_optimizers must be a list of names, not ['a;b']"},
       {"/options/spinning", 1, "options.spinning must be true or false, not 1"},
       {"/options/spining", true, "unknown key 'options.spining' (did you mean 'spinning'?)"},
       {"/capacities", 1, "unknown key 'capacities' (did you mean 'capacity'?)"},

@@ -1,9 +1,14 @@
 // Every rule of manifest.json is enforced when a bundle is opened.
 #include <doctest/doctest.h>
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -217,6 +222,22 @@ TEST_CASE("manifest: paths that are no bundle") {
   CHECK(refused(parent / "absent", "an unfinished build is beside it (.absent.partial-4194304)"));
   fs::create_directory_symlink(bundle.path(), parent / "latest");
   CHECK(crt::BundleFiles::open((parent / "latest").string(), false).path() == bundle.text());
+}
+
+TEST_CASE("manifest: a bundle that is just being replaced is waited for") {
+  const BundleFolder bundle;
+  const fs::path parent = bundle.path().parent_path(), previous = parent / ".demo.previous-1";
+  const int parent_folder = ::open(parent.c_str(), O_RDONLY | O_DIRECTORY);
+  REQUIRE(flock(parent_folder, LOCK_EX) == 0);  // as a build does around its two renames
+  fs::rename(bundle.path(), previous);
+  std::thread build([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    fs::rename(previous, bundle.path());
+    ::close(parent_folder);
+  });
+  const std::string found = refusal_of(bundle);
+  build.join();
+  CHECK(found.empty());
 }
 
 TEST_CASE("manifest: leftovers are refused even if complete, and never moved") {

@@ -19,7 +19,7 @@ PROMPTS = [[65, 66, 67, 68, 69], [70], [71, 72, 73]]
 SAMPLINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0, "seed": 5},
-    {"temperature": 0.7, "top_k": 9, "seed": 2},
+    {"temperature": 0.7, "top_k": 9, "seed": 3},
     {"temperature": 1.3, "top_p": 0.8, "seed": 2**32 - 1},
     {"temperature": 1.5, "min_p": 0.2, "repetition_penalty": 1.3, "seed": 4},
     {"repetition_penalty": 1.7},

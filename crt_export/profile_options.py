@@ -81,7 +81,8 @@ class OrtOptions(_Options):
             )
         names = self.disabled_optimizers
         if not isinstance(names, tuple) or len(names) > _MOST_NAMES or not all(map(_is_optimizer_name, names)):
-            found.append(f"options.disabled_optimizers must be a list of names, not {names!r:.200}")
+            given = list(names) if isinstance(names, tuple) else names
+            found.append(f"options.disabled_optimizers must be a list of names, not {given!r:.200}")
         if not isinstance(self.spinning, bool):
             found.append(f"options.spinning must be true or false, not {self.spinning!r}")
         return found

@@ -11,8 +11,8 @@ std::int64_t silent_id(const std::optional<std::int64_t>& id) noexcept {
   return id.has_value() && *id >= kBytes ? *id : -1;
 }
 
-/// Python holds two bytes of an encoded surrogate back, though they can become no character (its decoders can be asked to
-/// let surrogates pass). So do we, so that both give out the same pieces.
+/// Python holds two bytes of an encoded surrogate back, though they can become no character (its decoders can be asked
+/// to let surrogates pass). So do we, so that both give out the same pieces.
 bool begins_surrogate(const std::string& bytes) noexcept {
   return bytes.size() == 2 && bytes[0] == '\xED' && static_cast<unsigned char>(bytes[1]) >= 0xA0 &&
          static_cast<unsigned char>(bytes[1]) <= 0xBF;

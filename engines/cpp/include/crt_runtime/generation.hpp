@@ -37,7 +37,7 @@ struct GenerationOptions {
 using TokenCallback = std::function<bool(std::int64_t row, std::int64_t token, const std::string& piece)>;
 
 /// Reads like an iterator: next() runs the model once. The session must outlive it and must not be moved; leave it
-/// alone while its generation is being read. A row ends for one of four reasons, looked at in this order for every token:
+/// alone while its generation is being read. For every token, these reasons to end its row are looked at in this order:
 ///   stop_token      it is a stop token: not given out and not part of the row;
 ///   stop_string     the row's new text contains a stop string: the token counts, the text ends before the string;
 ///   max_new_tokens  it was the last token allowed;

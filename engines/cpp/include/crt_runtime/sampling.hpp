@@ -25,7 +25,8 @@ struct SamplingOptions {
 };
 
 /// Philox4x32-10: four random words for a counter and a key.
-std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept;
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter,
+                                        std::array<std::uint32_t, 2> key) noexcept;
 
 /// Random number of one draw, [0, 1), from the top 53 bits of the first two words; counter (step low, step high, 0, 0).
 double uniform(std::uint32_t seed, std::uint32_t row, std::uint64_t step) noexcept;

@@ -94,8 +94,8 @@ class Session {
   History& history() noexcept;
   const ModelConfig& config() const noexcept;
   bool slides() const noexcept;
-  /// Throws Error(input) if an earlier call failed or another thread's call runs, Error(unsupported) if that many passes
-  /// need a graph that the model or target lacks.
+  /// Throws Error(input) if an earlier call failed or another thread's call runs, Error(unsupported) if that many
+  /// passes need a graph that the model or target lacks.
   void require_usable(std::int64_t passes);
   std::unique_ptr<Impl> impl_;
 };

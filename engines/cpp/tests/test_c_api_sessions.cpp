@@ -1,0 +1,300 @@
+// The C API on a real bundle: the same numbers and tokens as the C++ API, ownership, refusals.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "c_api_calls.hpp"
+#include "crt_runtime/crt.h"
+#include "crt_runtime/crt_runtime.hpp"
+#include "given_folder.hpp"
+
+namespace {
+
+using crt_test::error_names;
+using crt_test::initialised;
+using crt_test::warm;
+
+/// An open bundle and a session of one row on it.
+struct Opened {
+  explicit Opened(const char* folder) {
+    auto bundle_options = initialised(crt_bundle_options_init);
+    bundle_options.allow_unvalidated = 1;
+    auto session_options = initialised(crt_session_options_init);
+    session_options.threads = 1;
+    REQUIRE(crt_bundle_open(folder, &bundle_options, &bundle) == CRT_OK);
+    REQUIRE(crt_session_open(bundle, nullptr, &session_options, &session) == CRT_OK);
+  }
+  ~Opened() {
+    crt_session_close(session);
+    crt_bundle_close(bundle);
+  }
+  Opened(const Opened&) = delete;
+  Opened& operator=(const Opened&) = delete;
+
+  crt_bundle* bundle = nullptr;
+  crt_session* session = nullptr;
+};
+
+const std::vector<std::int64_t> kPrompt = {10, 20, 30};
+
+/// Generate from a prompt (nullptr: go on) to the end; the tokens of row 0.
+std::vector<std::int64_t> generated(crt_session* session, const std::vector<std::int64_t>* prompt,
+                                    const crt_generation_options& options) {
+  crt_generation* generation = nullptr;
+  const std::int64_t length = prompt == nullptr ? 0 : static_cast<std::int64_t>(prompt->size());
+  REQUIRE(crt_session_generate(session, prompt == nullptr ? nullptr : prompt->data(), &length, 1, &options,
+                               &generation) == CRT_OK);
+  std::int64_t token = 0;
+  std::int32_t more = 1;
+  while (more != 0) REQUIRE(crt_generation_next(generation, &token, 1, &more) == CRT_OK);
+  CHECK(token == CRT_NO_TOKEN);
+  const std::int64_t* tokens = nullptr;
+  std::size_t count = 0;
+  REQUIRE(crt_generation_tokens(generation, 0, &tokens, &count) == CRT_OK);
+  const std::vector<std::int64_t> result(tokens, tokens + count);
+  crt_generation_free(generation);
+  return result;
+}
+
+crt_generation_options generation_options(std::int64_t tokens, const crt_sampling_options* sampling) {
+  auto options = initialised(crt_generation_options_init);
+  options.max_new_tokens = tokens;
+  options.ignore_eos = 1;
+  options.sampling = sampling;
+  return options;
+}
+
+}  // namespace
+
+TEST_CASE("C API: what the bundle and the session say about themselves") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  const crt::Bundle expected = crt::Bundle::load(folder, true);
+  const char* text = nullptr;
+  CHECK(crt_bundle_identity(opened.bundle, &text) == CRT_OK);
+  CHECK(text == expected.identity());
+  std::size_t count = 0;
+  CHECK(crt_bundle_target_count(opened.bundle, &count) == CRT_OK);
+  CHECK(count == expected.targets().size());
+  CHECK(crt_bundle_target(opened.bundle, 0, &text) == CRT_OK);
+  CHECK(text == expected.targets()[0]);
+  CHECK(crt_bundle_target(opened.bundle, count, &text) == CRT_ERROR_INPUT);
+  CHECK(crt_bundle_default_target(opened.bundle, &text) == CRT_OK);
+  CHECK(text == expected.default_target());
+  CHECK(crt_session_target(opened.session, &text) == CRT_OK);
+  CHECK(text == expected.default_target());
+  auto config = initialised(crt_model_config_init);
+  CHECK(crt_bundle_config(opened.bundle, &config) == CRT_OK);
+  CHECK(config.vocab == expected.config().vocab);
+  CHECK(config.eos_token_id == expected.config().eos_token_id.value_or(CRT_NO_TOKEN));
+  CHECK(config.tokenizer == expected.config().tokenizer);
+  CHECK(config.recurrent == (expected.config().recurrent ? 1 : 0));
+  config.struct_size = 4;
+  CHECK(crt_bundle_config(opened.bundle, &config) == CRT_ERROR_INPUT);
+  std::int64_t number = 0;
+  CHECK(crt_session_batch(opened.session, &number) == CRT_OK);
+  CHECK(number == 1);
+  CHECK(crt_session_vocab_size(opened.session, &number) == CRT_OK);
+  CHECK(number == expected.config().vocab);
+  CHECK(crt_session_capacity(opened.session, &number) == CRT_OK);
+  CHECK(number > 0);
+}
+
+TEST_CASE("C API: text to ids and back, with the length asked for first") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  auto config = initialised(crt_model_config_init);
+  REQUIRE(crt_bundle_config(opened.bundle, &config) == CRT_OK);
+  std::size_t count = 0;
+  if (std::string(config.tokenizer) != "byte") {
+    CHECK(crt_encode(opened.bundle, "a", 1, 0, nullptr, 0, &count) == CRT_ERROR_UNSUPPORTED);
+    return;
+  }
+  const std::string text("a\0\xC3\xA9", 4);
+  CHECK(crt_encode(opened.bundle, text.data(), text.size(), 0, nullptr, 0, &count) == CRT_OK);
+  REQUIRE(count == 4);
+  std::vector<std::int64_t> ids(4, -7);
+  CHECK(crt_encode(opened.bundle, text.data(), text.size(), 0, ids.data(), 3, &count) == CRT_ERROR_INPUT);
+  CHECK(ids == std::vector<std::int64_t>(4, -7));
+  CHECK(crt_encode(opened.bundle, text.data(), text.size(), 0, ids.data(), 4, &count) == CRT_OK);
+  CHECK(ids == std::vector<std::int64_t>{'a', 0, 0xC3, 0xA9});
+  CHECK(crt_encode(opened.bundle, text.data(), text.size(), 1, nullptr, 0, &count) == CRT_OK);
+  CHECK(count == (config.bos_token_id == CRT_NO_TOKEN ? 4U : 5U));
+  CHECK(crt_encode(opened.bundle, "\xFF", 1, 0, nullptr, 0, &count) == CRT_ERROR_INPUT);
+  std::size_t bytes = 0;
+  CHECK(crt_decode(opened.bundle, ids.data(), 4, nullptr, 0, &bytes) == CRT_OK);
+  CHECK(bytes == 4);
+  std::string back(5, '?');
+  CHECK(crt_decode(opened.bundle, ids.data(), 4, back.data(), 4, &bytes) == CRT_ERROR_INPUT);
+  CHECK(crt_decode(opened.bundle, ids.data(), 4, back.data(), 5, &bytes) == CRT_OK);
+  CHECK(back == text + '\0');
+  crt_text_stream* stream = nullptr;
+  REQUIRE(crt_text_stream_new(opened.bundle, &stream) == CRT_OK);
+  const char* piece = nullptr;
+  CHECK(crt_text_stream_push(stream, 0xC3, &piece, &bytes) == CRT_OK);
+  CHECK(bytes == 0);
+  CHECK(crt_text_stream_push(stream, 0xA9, &piece, &bytes) == CRT_OK);
+  CHECK(std::string(piece, bytes) == "\xC3\xA9");
+  CHECK(crt_text_stream_finish(stream, &piece, &bytes) == CRT_OK);
+  CHECK(bytes == 0);
+  crt_text_stream_free(stream);
+}
+
+TEST_CASE("C API: prefill, step and advance give what the C++ session gives") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  crt::Bundle bundle = crt::Bundle::load(folder, true);
+  crt::SessionOptions session_options;
+  session_options.threads = 1;
+  crt::Session expected = bundle.session(bundle.default_target(), session_options);
+  const auto vocab = static_cast<std::size_t>(expected.vocab_size());
+  const auto same = [vocab](const float* left, const float* right) {
+    return std::memcmp(left, right, vocab * sizeof(float)) == 0;
+  };
+  const std::int64_t length = 3;
+  const float* logits = nullptr;
+  CHECK(crt_session_prefill(opened.session, kPrompt.data(), &length, 1, nullptr, &logits) == CRT_OK);
+  CHECK(same(logits, expected.prefill({kPrompt})));
+  const std::int64_t* next = nullptr;
+  CHECK(crt_session_next_tokens(opened.session, &next) == CRT_OK);
+  CHECK(next[0] == expected.next_tokens()[0]);
+  const std::int64_t token = next[0];
+  CHECK(crt_session_step(opened.session, &token, 1, &logits) == CRT_OK);
+  CHECK(same(logits, expected.step({token})));
+  CHECK(crt_session_advance(opened.session, &token, 1) == CRT_OK);
+  CHECK(crt_session_logits(opened.session, &logits) == CRT_OK);
+  CHECK(same(logits, expected.step({token})));
+  const std::int64_t* position = nullptr;
+  CHECK(crt_session_position(opened.session, &position) == CRT_OK);
+  CHECK(position[0] == 5);
+  CHECK(crt_session_step(opened.session, &token, 2, nullptr) == CRT_ERROR_INPUT);
+  const std::int64_t negative = -1;
+  CHECK(crt_session_prefill(opened.session, kPrompt.data(), &negative, 1, nullptr, nullptr) == CRT_ERROR_INPUT);
+  CHECK(error_names("row 0: length -1"));
+  CHECK(crt_session_prefill(opened.session, nullptr, &length, 1, nullptr, nullptr) == CRT_ERROR_INPUT);
+  CHECK(crt_session_reset(opened.session) == CRT_OK);
+  CHECK(crt_session_position(opened.session, &position) == CRT_OK);
+  CHECK(position[0] == 0);
+}
+
+TEST_CASE("C API: a generation goes on after a fork, a snapshot file, and the closing of its session") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  const crt_sampling_options sampling = warm();
+  auto whole = generated(opened.session, &kPrompt, generation_options(9, &sampling));
+  REQUIRE(crt_session_reset(opened.session) == CRT_OK);
+  auto tokens = generated(opened.session, &kPrompt, generation_options(4, &sampling));
+  CHECK(tokens == std::vector<std::int64_t>(whole.begin(), whole.begin() + 4));
+  const std::vector<std::int64_t> rest(whole.begin() + 4, whole.end());
+
+  crt_session* fork = nullptr;
+  REQUIRE(crt_session_fork(opened.session, &fork) == CRT_OK);
+  const auto path = std::filesystem::temp_directory_path() / "crt_test_c_api.snapshot";
+  crt_snapshot* snapshot = nullptr;
+  REQUIRE(crt_session_snapshot(opened.session, &snapshot) == CRT_OK);
+  CHECK(crt_snapshot_save(snapshot, path.string().c_str()) == CRT_OK);
+  crt_snapshot_free(snapshot);
+  REQUIRE(crt_snapshot_load(path.string().c_str(), &snapshot) == CRT_OK);
+  std::filesystem::remove(path);
+  CHECK(generated(opened.session, nullptr, generation_options(5, &sampling)) == rest);
+  CHECK(generated(fork, nullptr, generation_options(5, &sampling)) == rest);
+  REQUIRE(crt_session_restore(fork, snapshot) == CRT_OK);
+  crt_snapshot_free(snapshot);
+
+  crt_generation* generation = nullptr;
+  const auto options = generation_options(5, &sampling);
+  REQUIRE(crt_session_generate(fork, nullptr, nullptr, 0, &options, &generation) == CRT_OK);
+  crt_session_close(fork);
+  std::int64_t token = 0;
+  std::int32_t more = 0;
+  CHECK(crt_generation_next(generation, &token, 1, &more) == CRT_OK);
+  CHECK(more == 1);
+  CHECK(token == rest[0]);
+  CHECK(crt_generation_next(generation, &token, 2, &more) == CRT_ERROR_INPUT);
+  crt_generation_free(generation);
+}
+
+TEST_CASE("C API: callback, stop reason, text and piece of a generation") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  struct Seen {
+    std::vector<std::int64_t> tokens;
+    std::string text;
+  } seen;
+  auto options = generation_options(9, nullptr);
+  options.user = &seen;
+  options.callback = [](void* user, std::int64_t row, std::int64_t token, const char* text, std::size_t bytes) {
+    Seen& all = *static_cast<Seen*>(user);
+    CHECK(row == 0);
+    all.tokens.push_back(token);
+    all.text.append(text, bytes);
+    return static_cast<std::int32_t>(all.tokens.size() < 3 ? 1 : 0);
+  };
+  crt_generation* generation = nullptr;
+  const std::int64_t length = 3;
+  REQUIRE(crt_session_generate(opened.session, kPrompt.data(), &length, 1, &options, &generation) == CRT_OK);
+  std::int64_t token = 0;
+  std::int32_t more = 1;
+  std::string pieces;
+  const char* text = nullptr;
+  std::size_t bytes = 0;
+  crt_stop_reason reason = CRT_STOP_TOKEN;
+  CHECK(crt_generation_stop_reason(generation, 0, &reason) == CRT_OK);
+  CHECK(reason == CRT_STOP_RUNNING);
+  std::vector<std::int64_t> tokens;
+  while (crt_generation_next(generation, &token, 1, &more) == CRT_OK && more != 0) {
+    tokens.push_back(token);
+    CHECK(crt_generation_piece(generation, 0, &text, &bytes) == CRT_OK);
+    pieces.append(text, bytes);
+  }
+  CHECK(tokens == seen.tokens);
+  CHECK(tokens.size() == 3);
+  CHECK(crt_generation_text(generation, 0, &text, &bytes) == CRT_OK);
+  CHECK(std::string(text, bytes) == pieces);
+  CHECK(pieces.compare(0, seen.text.size(), seen.text) == 0);
+  CHECK(crt_generation_stop_reason(generation, 0, &reason) == CRT_OK);
+  CHECK(reason == CRT_STOP_CALLBACK);
+  CHECK(std::string(crt_stop_reason_name(reason)) == "callback");
+  CHECK(crt_generation_text(generation, 1, &text, &bytes) == CRT_ERROR_INPUT);
+  CHECK(error_names("row 1 is outside the batch"));
+  crt_generation_free(generation);
+}
+
+TEST_CASE("C API: wrong options of a session and of a generation") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  auto session_options = initialised(crt_session_options_init);
+  session_options.on_full = 7;
+  crt_session* session = nullptr;
+  CHECK(crt_session_open(opened.bundle, nullptr, &session_options, &session) == CRT_ERROR_INPUT);
+  CHECK(error_names("on_full"));
+  CHECK(crt_session_open(opened.bundle, "no-such-target", nullptr, &session) == CRT_ERROR_INPUT);
+  CHECK(session == nullptr);
+  auto options = generation_options(4, nullptr);
+  options.stop_token_count = 1;
+  crt_generation* generation = nullptr;
+  const std::int64_t length = 3;
+  const auto attempt = [&] {
+    return crt_session_generate(opened.session, kPrompt.data(), &length, 1, &options, &generation);
+  };
+  CHECK(attempt() == CRT_ERROR_INPUT);
+  CHECK(error_names("stop_token_ids must not be NULL"));
+  options = generation_options(4, nullptr);
+  const char* strings[] = {nullptr};
+  options.stop_strings = strings;
+  options.stop_string_count = 1;
+  CHECK(attempt() == CRT_ERROR_INPUT);
+  options = generation_options(0, nullptr);
+  CHECK(attempt() == CRT_ERROR_INPUT);
+  CHECK(error_names("max_new_tokens"));
+  CHECK(generation == nullptr);
+}

@@ -21,9 +21,9 @@ class Decoder:
     Attributes:
         sizes: Sizes of the tensors.
         tensors: The tensors.
-        position: Tokens in the cache of each row, int64 [batch].
-        next_tokens: The engine's argmax after each row's last token, int64 [batch]; ``NO_TOKEN`` where there is
-            none.
+        position: Tokens in the cache of each row. Lists, here and below: a few numbers are handled several times
+            in every step, which takes numpy longer than the step of a small model can spare.
+        next_tokens: The engine's argmax after each row's last token; ``NO_TOKEN`` where there is none.
         max_chunk: Most tokens of one prefill call.
     """
 
@@ -38,8 +38,8 @@ class Decoder:
         """
         self.sizes = sizes
         self.tensors = SessionTensors(engine, sizes)
-        self.position = np.zeros(sizes.batch, np.int64)
-        self.next_tokens = np.full(sizes.batch, NO_TOKEN, np.int64)
+        self.position = [0] * sizes.batch
+        self.next_tokens = [NO_TOKEN] * sizes.batch
         # What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that
         # chunks are cut alike however full a row is.
         self.max_chunk = engine.max_tokens
@@ -50,7 +50,7 @@ class Decoder:
         self._window = window
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
         self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
-        self._unread = np.zeros(sizes.batch, np.bool_)
+        self._unread = [False] * sizes.batch
 
     def check_room(self, lengths: Sequence[int], heading: str = "the cache is too small") -> None:
         """Refuse more tokens than fit; a session that slides has room for any number.
@@ -86,7 +86,7 @@ class Decoder:
             pieces = [row[begin : begin + chunk] for row in tokens]
             lengths = [row.size for row in pieces]
             groups = self._groups(lengths)
-            for group, residual in self.tensors.prefill(pieces, self.position.tolist(), groups, passes):
+            for group, residual in self.tensors.prefill(pieces, self.position, groups, passes):
                 self._refuse_non_finite("residual", residual, group, lengths)
             self._finish(groups, lengths, read_logits=True)
 
@@ -95,7 +95,7 @@ class Decoder:
         lengths = [int(token != NO_TOKEN) for token in ids]
         groups = self._groups(lengths)
         # Rows that take no part have a valid id too, for engines that look up every one.
-        self.tensors.step([max(token, 0) for token in ids], self.position.tolist(), groups)
+        self.tensors.step([max(token, 0) for token in ids], self.position, groups)
         self._finish(groups, lengths, read_logits=read_logits)
 
     def logits(self) -> np.ndarray:
@@ -104,23 +104,23 @@ class Decoder:
         Raises:
             ContractError: They are not finite, which a call that did not read them could not see.
         """
-        if self._unread.any():
+        if True in self._unread:
             found = self.tensors.logits()
-            rows = np.flatnonzero(self._unread)
+            rows = [row for row, unread in enumerate(self._unread) if unread]
             lengths = [0] * self.sizes.batch
-            for row in rows.tolist():
+            for row in rows:
                 self._refuse_non_finite("logits", found[row : row + 1], Group(row, row + 1, 1), lengths)
             self._logits[rows] = found[rows]
-            self._unread[:] = False
+            self._unread = [False] * self.sizes.batch
         return self._logits.copy()
 
     def contents(self) -> dict[str, np.ndarray]:
         """Copies of what the next call depends on, under the names of a snapshot."""
         state = self.tensors.state()
-        caches = self.tensors.caches(int(self.position.max()))
+        caches = self.tensors.caches(max(self.position))
         return {
-            "position": self.position.copy(),
-            "next_tokens": self.next_tokens.copy(),
+            "position": np.array(self.position, np.int64),
+            "next_tokens": np.array(self.next_tokens, np.int64),
             "logits": self.logits(),
             **({} if state is None else {"state": np.array(state)}),
             **{f"past_key_values.{name}": cache for name, cache in caches.items()},
@@ -131,31 +131,31 @@ class Decoder:
         prefix = "past_key_values."
         caches = {name.removeprefix(prefix): values for name, values in contents.items() if name.startswith(prefix)}
         self.tensors.restore(caches, contents.get("state"))
-        self.tensors.clear(contents["position"])
         filled = contents["position"] > 0
-        self.next_tokens[:] = np.where(filled, contents["next_tokens"], NO_TOKEN)
+        self.position = contents["position"].tolist()
+        self.tensors.clear(self.position)
+        self.next_tokens = np.where(filled, contents["next_tokens"], NO_TOKEN).tolist()
         self._logits[:] = np.where(filled[:, None], contents["logits"], np.float32(np.nan))
-        self._unread[:] = False
-        self.position[:] = contents["position"]
+        self._unread = [False] * self.sizes.batch
 
     def reset(self) -> None:
         """Forget every token; zero caches and state."""
-        self.position[:] = 0
-        self.next_tokens[:] = NO_TOKEN
+        self.position = [0] * self.sizes.batch
+        self.next_tokens = [NO_TOKEN] * self.sizes.batch
         self._logits[:] = np.nan
-        self._unread[:] = False
+        self._unread = [False] * self.sizes.batch
         self.tensors.clear(self.position)
 
-    def abandon(self, position: np.ndarray) -> None:
-        """Leave nothing behind of a call that failed: count as before it, int64 [batch], and clear the rest."""
-        self.position[:] = position
+    def abandon(self, position: list[int]) -> None:
+        """Leave nothing behind of a call that failed: count as before it, and clear the rest."""
+        self.position = position
         self.tensors.clear(position)
 
     def _groups(self, lengths: Sequence[int]) -> list[Group]:
         """Rows that run together, after making room where rows slide."""
         if self._window is not None:
             full = {
-                row: int(self.position[row])
+                row: self.position[row]
                 for row, length in enumerate(lengths)
                 if length and self.position[row] + length > self.sizes.capacity
             }
@@ -180,14 +180,14 @@ class Decoder:
             self.next_tokens[rows] = chosen[rows]
             if logits is not None:
                 self._logits[rows] = logits[rows]
-            self._unread[rows] = logits is None
-        self.position += np.asarray(lengths, np.int64)
+            self._unread[rows] = [logits is None] * (group.stop - group.start)
+        self.position = [position + length for position, length in zip(self.position, lengths, strict=True)]
 
     def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
         if values is None or np.isfinite(values).all():
             return
         problems = [
-            f"row {row} after position {int(self.position[row]) + lengths[row] - 1}"
+            f"row {row} after position {self.position[row] + lengths[row] - 1}"
             for row in range(group.start, group.stop)
             if not np.isfinite(values[row - group.start]).all()
         ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from crt_export.errors import InputError
 from crt_export.runtime.decoder import Decoder
@@ -30,16 +29,23 @@ class Guard:
             raise InputError("this session is closed; open another with bundle.session()")
         return self._decoder
 
-    @contextmanager
-    def exclusive(self, *, poisoned: bool = False) -> Iterator[Decoder]:
-        """One call at a time.
+    def exclusive(self, *, poisoned: bool = False) -> _Exclusive:
+        """One call at a time; gives the decoder.
 
         Args:
             poisoned: Also after a failure: the call lifts it.
 
         Raises:
-            InputError: The session is closed, poisoned, or busy.
+            InputError: On entering: the session is closed, poisoned, or busy.
         """
+        return _Exclusive(self, poisoned)
+
+    def poisoning(self, decoder: Decoder) -> _Poisoning:
+        """Run what changes tensors; if it fails, poison the session and clear what it left."""
+        return _Poisoning(self, decoder)
+
+    def enter(self, poisoned: bool) -> Decoder:
+        """Take the session for one call; leave() gives it back."""
         if not self._lock.acquire(blocking=False):
             raise InputError(
                 "this session is busy with a call of another thread; use one session per thread, or a lock"
@@ -51,20 +57,18 @@ class Guard:
                     f"an earlier call of this session failed ({self._failure}); "
                     "call reset() or restore() before going on"
                 )
-            yield decoder
-        finally:
+        except InputError:
             self._lock.release()
-
-    @contextmanager
-    def poisoning(self, decoder: Decoder) -> Iterator[None]:
-        """Run what changes tensors; if it fails, poison the session and clear what it left."""
-        position = decoder.position.copy()
-        try:
-            yield
-        except BaseException as error:  # an interrupt leaves tensors half-written too
-            self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-            decoder.abandon(position)
             raise
+        return decoder
+
+    def leave(self) -> None:
+        """The call has ended."""
+        self._lock.release()
+
+    def poison(self, error: BaseException) -> None:
+        """The content is not to be trusted any more."""
+        self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
 
     def lift(self) -> None:
         """The content is sound again."""
@@ -74,3 +78,35 @@ class Guard:
         """Let go of the decoder as soon as no call runs."""
         with self._lock:
             self._decoder = None
+
+
+# Classes, not generators: a step enters both, and a generator takes three times as long.
+class _Exclusive:
+    def __init__(self, guard: Guard, poisoned: bool) -> None:
+        self._guard = guard
+        self._poisoned = poisoned
+
+    def __enter__(self) -> Decoder:
+        return self._guard.enter(self._poisoned)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._guard.leave()
+
+
+class _Poisoning:
+    def __init__(self, guard: Guard, decoder: Decoder) -> None:
+        self._guard = guard
+        self._decoder = decoder
+        self._position = decoder.position.copy()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:  # an interrupt leaves tensors half-written too
+            self._guard.poison(error)
+            self._decoder.abandon(self._position)

@@ -43,17 +43,17 @@ def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab:
 
 
 def continuing_rows(
-    rows: Sequence[Sequence[int] | np.ndarray], positions: np.ndarray, *, vocab: int
+    rows: Sequence[Sequence[int] | np.ndarray], positions: Sequence[int], *, vocab: int
 ) -> list[np.ndarray]:
     """Check prompts as :func:`token_rows` does; a row without any must hold tokens to go on from.
 
     Raises:
         InputError: As token_rows(), or a row has no tokens in its prompt and none in the cache.
     """
-    tokens = token_rows(rows, batch=positions.size, vocab=vocab)
+    tokens = token_rows(rows, batch=len(positions), vocab=vocab)
     problems = [
         f"row {row}: empty prompt, and the row holds no tokens to go on from"
-        for row, (fed, position) in enumerate(zip(tokens, positions.tolist(), strict=True))
+        for row, (fed, position) in enumerate(zip(tokens, positions, strict=True))
         if not fed.size and not position
     ]
     if problems:
@@ -89,16 +89,16 @@ def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab:
     return ids
 
 
-def capacity_problems(positions: np.ndarray, lengths: Sequence[int], capacity: int) -> list[str]:
+def capacity_problems(positions: Sequence[int], lengths: Sequence[int], capacity: int) -> list[str]:
     """Rows whose new tokens do not fit behind those already in the cache."""
     return [
         f"row {row}: {position} tokens in the cache and {length} more exceed the capacity of {capacity}"
-        for row, (position, length) in enumerate(zip(positions.tolist(), lengths, strict=True))
+        for row, (position, length) in enumerate(zip(positions, lengths, strict=True))
         if position + length > capacity
     ]
 
 
-def groups_from_lengths(positions: np.ndarray, lengths: Sequence[int], capacity: int) -> list[Group]:
+def groups_from_lengths(positions: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Group]:
     """Join neighbouring rows with tokens, as long as the padding fits behind every one of them.
 
     Padding is written to the cache as well, so a row joins only if no row of the group would pass the
@@ -111,7 +111,7 @@ def groups_from_lengths(positions: np.ndarray, lengths: Sequence[int], capacity:
         last = groups[-1] if groups else None
         if last is not None and last.stop == row:
             seq = max(last.seq, length)
-            if int(positions[last.start : row + 1].max()) + seq <= capacity:
+            if max(positions[last.start : row + 1]) + seq <= capacity:
                 groups[-1] = Group(last.start, row + 1, seq)
                 continue
         groups.append(Group(row, row + 1, length))

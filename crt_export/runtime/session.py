@@ -66,7 +66,7 @@ class Session:
     @property
     def position(self) -> np.ndarray:
         """Tokens in the cache of each row, int64 [batch], a copy; a slide makes it smaller."""
-        return self._guard.decoder.position.copy()
+        return np.array(self._guard.decoder.position, np.int64)
 
     @property
     def logits(self) -> np.ndarray:
@@ -82,7 +82,7 @@ class Session:
     def next_tokens(self) -> np.ndarray:
         """The engine's likeliest token after each row's last one, int64 [batch]; -1 for a row without tokens."""
         with self._guard.exclusive() as decoder:
-            return decoder.next_tokens.copy()
+            return np.array(decoder.next_tokens, np.int64)
 
     def prefill(
         self, rows: Sequence[Sequence[int] | np.ndarray], *, passes: int | None = None, chunk: int | None = None

@@ -170,12 +170,12 @@ class SessionTensors:
                 values[row] = window.slide(values[row], position, keys=name.endswith(".key"))
             cache.write(values)
 
-    def clear(self, positions: np.ndarray) -> None:
+    def clear(self, positions: Sequence[int]) -> None:
         """Zero every cache entry beyond the positions, and the state of rows at position 0."""
         self._forget()
-        for row, position in enumerate(positions.tolist()):
+        for row, position in enumerate(positions):
             self._clear_caches(row, position, self._sizes.capacity)
-        fresh = positions == 0
+        fresh = np.array(positions) == 0
         for ends in self._ends:
             if ends.state is not None:
                 ends.state.write(np.where(fresh[:, None, None], np.float32(0), ends.state.read()))

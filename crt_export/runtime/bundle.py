@@ -19,6 +19,7 @@ from crt_export.runtime.opening import Target, config_from_manifest, engine_from
 from crt_export.runtime.origin import SessionOrigin
 from crt_export.runtime.session import Session
 from crt_export.runtime.slide import Window, window_from_config
+from crt_export.runtime.tensors import TensorSizes
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 #: Loads the graphs of a target: files, target, configuration, threads.
@@ -127,8 +128,8 @@ class Bundle:
                 :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache.
 
         Raises:
-            InputError: The bundle is closed, the target unknown, a number out of its range, or ``slide`` for a
-                model without attention window or with a capacity below it.
+            InputError: The bundle is closed, the target unknown, a number out of its range, more rows than memory
+                holds, or ``slide`` for a model without attention window or with a capacity below it.
             UnsupportedError: The target's runtime has no Python session in this version.
             MissingDependencyError: The runtime or its device is absent.
             BundleError: A file is missing or differs from what was built.
@@ -152,7 +153,7 @@ class Bundle:
                 tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
                 reopen=lambda: self.session(target, rows, count, size, on_full),
             )
-            session = Session(Decoder(engine, sizes, target=target, window=window), origin)
+            session = Session(_decoder(engine, sizes, target, window), origin)
             self._sessions.add(session)
             return session
 
@@ -200,6 +201,16 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
         BundleError: There is no bundle, it is unfinished, damaged, too new, or unvalidated.
     """
     return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated))
+
+
+def _decoder(engine: Engine, sizes: TensorSizes, target: str, window: Window | None) -> Decoder:
+    try:
+        return Decoder(engine, sizes, target=target, window=window)
+    except (MemoryError, ValueError) as error:  # numpy's words for too much and for far too much
+        raise InputError(
+            f"batch {sizes.batch} x capacity {sizes.capacity} needs more memory than there is ({error}); "
+            "open the session with a smaller batch or capacity"
+        ) from error
 
 
 def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> None:

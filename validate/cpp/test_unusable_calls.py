@@ -47,7 +47,7 @@ def test_both_refuse_an_unusable_call_and_go_on(case: str, tiny: Path, library: 
     assert full.value.kind == "input"
 
 
-@pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (-1, 8), (1, -1), (1, 2**40)])
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (-1, 8), (1, -1), (1, 2**40), (2**40, 8), (2**62, 8)])
 def test_both_refuse_an_impossible_session(
     batch: int, capacity: int, tiny: Path, library: Any, c_library: ModuleType
 ) -> None:

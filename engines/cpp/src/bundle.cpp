@@ -3,6 +3,8 @@
 
 #include <map>
 #include <mutex>
+#include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "back_ends.hpp"
@@ -105,7 +107,16 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
   SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides};
-  return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));
+  try {
+    return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorKind::input, "batch " + std::to_string(options.batch) + " x capacity " + std::to_string(capacity) +
+                                      " needs more memory than there is; open the session with a smaller batch or "
+                                      "capacity");
+  } catch (const std::length_error&) {  // a vector's word for far too much
+    throw Error(ErrorKind::input, "batch " + std::to_string(options.batch) +
+                                      " is more than memory can address; open the session with a smaller batch");
+  }
 }
 
 std::shared_ptr<Engine> Bundle::Impl::engine(const Target& target, int threads) {

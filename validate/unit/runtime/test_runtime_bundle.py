@@ -83,6 +83,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
         ({"target": TARGET, "batch": 0}, "batch must be at least 1, found 0"),
         ({"target": TARGET, "batch": 1.5}, "batch must be a whole number"),
         ({"target": TARGET, "batch": True}, "batch must be a whole number"),
+        ({"target": TARGET, "batch": 2**40}, "needs more memory than there is"),
         ({"target": TARGET, "capacity": 0}, "capacity must be at least 1 and at most 64"),
         ({"target": TARGET, "capacity": 65}, "capacity must be at least 1 and at most 64.*found 65"),
         ({"target": TARGET, "threads": -1}, "threads must be at least 0, found -1"),

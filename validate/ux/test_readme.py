@@ -27,6 +27,9 @@ DOCUMENTS = (
     "engines/README.md",
     "validate/README.md",
     "examples/README.md",
+    "examples/02_embed_cpp/README.md",
+    "examples/03_embed_c/README.md",
+    "engines/cpp/README.md",
 )
 
 

@@ -88,6 +88,7 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
             assert set(gemms) == {kind}
 
 
+@pytest.mark.evidence  # each verb has a test of its own here, and test_readme.py parses every command
 def test_every_other_readme_command_works(bundle: Path, readme_commands: list[list[str]], python_in: Run) -> None:
     """``doctor`` judges the machine; the long validation is the short one with another number."""
     folder = bundle.parent.parent
@@ -98,6 +99,7 @@ def test_every_other_readme_command_works(bundle: Path, readme_commands: list[li
             assert result.stdout
 
 
+@pytest.mark.evidence  # the failing validate below goes the same way, and a build writes the same rows
 def test_validate_json_has_the_promised_rows(crt_export: Run, bundle: Path, heldout_text: Path) -> None:
     result = crt_export("validate", str(bundle), "--text", str(heldout_text), "--json")
     report: dict[str, Any] = json.loads(result.stdout)

@@ -21,6 +21,8 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux
 UNROLL = 2
 
 
+# Small models compile in make test, decomposed attention and INT8 among them; only the size is this test's own.
+@pytest.mark.evidence
 @pytest.mark.slow
 def test_the_published_size_with_70_wide_heads(
     make_checkpoint: Callable[..., Path],

@@ -79,7 +79,12 @@ def carried(outputs: Arrays) -> Arrays:
     return {name: value for name, value in renamed.items() if name.startswith("past_") or name in ("state", "position")}
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
+def _kind(name: str) -> object:
+    """Session tests hold a windowed model of two layers against PyTorch: this one is left to make evidence."""
+    return pytest.param(name, marks=[pytest.mark.evidence] if "window" in name else [])
+
+
+@pytest.fixture(scope="module", params=[_kind(name) for name in KINDS], ids=str)
 def exported(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:

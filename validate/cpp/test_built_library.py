@@ -72,12 +72,12 @@ def test_version_is_the_packages(library: Any) -> None:
 
 def test_tensor_names_are_those_of_the_graphs() -> None:
     generator = script("tensor_names")
-    assert (CPP / "src" / "tensor_names.hpp").read_text(encoding="utf-8") == generator.render(ROOT / "graphs")
+    assert (CPP / "src" / "engine" / "tensor_names.hpp").read_text(encoding="utf-8") == generator.render(ROOT / "graphs")
 
 
 def test_every_source_and_test_is_built() -> None:
     lists = "".join((CPP / name / "CMakeLists.txt").read_text(encoding="utf-8") for name in (".", "tests"))
-    files = [*(CPP / "src").glob("*.cpp"), *(CPP / "tests").glob("*.c*")]
+    files = [*(CPP / "src").rglob("*.cpp"), *(CPP / "tests").glob("*.c*")]
     assert [file.name for file in files if not re.search(rf"\b{re.escape(file.name)}\b", lists)] == []
 
 

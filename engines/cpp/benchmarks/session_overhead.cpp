@@ -9,9 +9,9 @@
 #include <functional>
 #include <vector>
 
-#include "back_ends.hpp"
 #include "crt_runtime/bundle.hpp"
-#include "tensors.hpp"
+#include "engine/back_ends.hpp"
+#include "session/tensors.hpp"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""Write engines/cpp/src/tensor_names.hpp from graphs/*.toml: python engines/cpp/scripts/tensor_names.py.
+"""Write engines/cpp/src/engine/tensor_names.hpp from graphs/*.toml: python engines/cpp/scripts/tensor_names.py.
 
 The header is committed, so that building the library needs no Python; a test makes it again and compares.
 """
@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-HEADER = ROOT / "engines" / "cpp" / "src" / "tensor_names.hpp"
+HEADER = ROOT / "engines" / "cpp" / "src" / "engine" / "tensor_names.hpp"
 LAYER = "{i}"
 
 _TOP = """\

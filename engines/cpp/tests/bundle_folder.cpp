@@ -4,7 +4,7 @@
 #include <fstream>
 #include <stdexcept>
 
-#include "sha256.hpp"
+#include "bundle/sha256.hpp"
 
 namespace crt_test {
 namespace {

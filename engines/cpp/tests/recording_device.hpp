@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_device.hpp"
+#include "tensorrt/cuda_device.hpp"
 
 namespace crt_test {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "recording_device.hpp"
-#include "tensorrt_engine.hpp"
+#include "tensorrt/tensorrt_engine.hpp"
 
 namespace crt_test {
 

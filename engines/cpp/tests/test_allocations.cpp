@@ -4,10 +4,10 @@
 #include <functional>
 
 #include "allocation_count.hpp"
-#include "back_ends.hpp"
 #include "crt_runtime/session.hpp"
+#include "engine/back_ends.hpp"
 #include "given_bundle.hpp"
-#include "tensors.hpp"
+#include "session/tensors.hpp"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "bundle_files.hpp"
+#include "bundle/bundle_files.hpp"
 #include "bundle_folder.hpp"
 
 namespace {

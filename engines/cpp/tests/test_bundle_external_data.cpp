@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "bundle/external_data.hpp"
 #include "bundle_folder.hpp"
-#include "external_data.hpp"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "json.hpp"
-#include "message_text.hpp"
+#include "bundle/json.hpp"
+#include "bundle/message_text.hpp"
 
 namespace {
 

@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "bundle_files.hpp"
+#include "bundle/bundle_files.hpp"
+#include "bundle/sha256.hpp"
 #include "bundle_folder.hpp"
-#include "sha256.hpp"
 
 namespace {
 

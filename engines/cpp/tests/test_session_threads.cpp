@@ -6,7 +6,7 @@
 
 #include "crt_runtime/session.hpp"
 #include "given_bundle.hpp"
-#include "session_impl.hpp"
+#include "session/session_impl.hpp"
 
 using crt_test::row_of;
 using crt_test::some_tokens;

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <vector>
 
-#include "float16.hpp"
-#include "host_buffer.hpp"
-#include "slide.hpp"
+#include "engine/host_buffer.hpp"
+#include "session/float16.hpp"
+#include "session/slide.hpp"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "stops.hpp"
+#include "generation/stops.hpp"
 
 namespace {
 

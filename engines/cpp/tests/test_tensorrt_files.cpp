@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "tensorrt_cache.hpp"
-#include "tensorrt_log.hpp"
-#include "tensorrt_sidecar.hpp"
+#include "tensorrt/tensorrt_cache.hpp"
+#include "tensorrt/tensorrt_log.hpp"
+#include "tensorrt/tensorrt_sidecar.hpp"
 #include "tiny_session.hpp"
 
 namespace {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensorrt_launch.hpp"
+#include "tensorrt/tensorrt_launch.hpp"
 #include "tiny_session.hpp"
 
 namespace {

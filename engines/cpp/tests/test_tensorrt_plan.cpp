@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "tensorrt_plan.hpp"
+#include "tensorrt/tensorrt_plan.hpp"
 #include "tiny_session.hpp"
 
 namespace {

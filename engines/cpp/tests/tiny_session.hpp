@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "crt_runtime/error.hpp"
-#include "cuda_memory.hpp"
 #include "recording_engine.hpp"
-#include "tensorrt_launch.hpp"
+#include "tensorrt/cuda_memory.hpp"
+#include "tensorrt/tensorrt_launch.hpp"
 
 namespace crt_test {
 

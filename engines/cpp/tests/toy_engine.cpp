@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "crt_runtime/error.hpp"
-#include "host_buffer.hpp"
-#include "tensor_names.hpp"
+#include "engine/host_buffer.hpp"
+#include "engine/tensor_names.hpp"
 
 namespace crt_test {
 

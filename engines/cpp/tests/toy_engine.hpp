@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "decoder.hpp"
-#include "engine.hpp"
+#include "engine/engine.hpp"
+#include "session/decoder.hpp"
 
 namespace crt_test {
 

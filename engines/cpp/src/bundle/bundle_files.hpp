@@ -1,0 +1,124 @@
+// The files of an opened bundle: nothing is opened by anybody before its name, kind, size and SHA-256 were checked.
+// The C++ twin of crt_export/bundle/opening.py.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bundle/paths.hpp"
+#include "crt_runtime/config.hpp"
+#include "engine/engine.hpp"
+
+namespace crt {
+
+class JsonValue;
+
+struct FileEntry {
+  std::uint64_t size = 0;
+  std::string sha256;  // lower-case hex
+};
+
+/// The contract of one graph with the sizes of this model; batch, seq and capacity are -1.
+struct GraphContract {
+  std::vector<TensorSpec> inputs;
+  std::vector<TensorSpec> outputs;
+  std::vector<std::pair<std::string, std::string>> aliases;  // present output, past input
+};
+
+/// Options of an "ort-..." profile that loading needs.
+struct OrtProfile {
+  std::string graph_optimization = "all";
+  std::vector<std::string> disabled_optimizers;
+  bool spinning = true;
+};
+
+/// One target of the manifest; the twin of runtime/opening.py's Target.
+struct Target {
+  std::string name;
+  std::string runtime;  // "onnxruntime", "tensorrt" or "tensorrt-rtx"
+  std::string device;   // "cpu" or "cuda"
+  std::string precision;
+  std::map<std::string, std::string> graphs;   // graph name -> file of the bundle
+  std::map<std::string, std::string> engines;  // graph name -> engine file; its sidecar is the same path with .json
+  std::int64_t capacity = 0;
+  std::optional<std::int64_t> unroll;
+  std::int64_t cache_head_dim = 0;
+  DType cache_dtype = DType::float32;
+  std::int64_t max_tokens = 0;  // profile.seq.max
+  std::int64_t max_batch = 0;   // profile.batch.max
+  int threads = 0;
+  std::optional<int> compute_capability;
+  OrtProfile ort;
+};
+
+/// What a TensorRT engine's sidecar says; checked before the engine is deserialised.
+struct EngineSidecar {
+  std::string graph;
+  std::string runtime;
+  std::string runtime_version;
+  std::optional<int> compute_capability;
+  std::int64_t capacity = 0;
+  bool ampere_plus = false;
+  bool version_compatible = false;
+  std::map<std::string, std::array<Shape, 3>> input_shapes;  // min, opt, max
+};
+
+/// The files of an opened bundle.
+///
+/// A file is hashed when it is first asked for, and again only if stat shows that it changed since. What happens to a
+/// file between this check and the moment a runtime opens it is outside this class: keep bundles in folders that only
+/// trusted users can write to. One thread at a time.
+class BundleFiles {
+ public:
+  /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle.
+  static BundleFiles open(const std::string& path, bool allow_unvalidated);
+
+  const std::string& path() const noexcept { return path_; }
+  const std::string& identity() const noexcept { return identity_; }
+  const ModelConfig& config() const noexcept { return config_; }
+  const std::vector<std::string>& target_names() const noexcept { return target_names_; }
+  /// Throws Error(input) if there is no such target, Error(bundle) if its entry is unusable.
+  const Target& target(const std::string& name) const;
+  /// What this library binds, whatever the manifest says; throws Error(unsupported) if the model has no such graph.
+  const GraphContract& contract(const std::string& graph) const;
+
+  /// Absolute path of a listed file after checking it (no link, size, SHA-256); throws Error(bundle).
+  std::string file(const std::string& name);
+  /// The same for an ONNX graph and every weight file it points at.
+  std::string graph(const std::string& name);
+  /// The sidecar of an engine file of a target; throws Error(bundle).
+  EngineSidecar sidecar(const std::string& engine_file);
+
+ private:
+  /// A target that could not be read is refused when it is asked for, so that it does not spoil the others.
+  struct TargetEntry {
+    std::optional<Target> target;
+    std::string problem;
+  };
+
+  BundleFiles() = default;
+  /// Read files, graphs and targets from a manifest that passed the schema.
+  void take_tables(const JsonValue& manifest);
+  /// Check one file and remember it if it is sound; what is wrong with it.
+  std::optional<std::string> problem_of(const std::string& name);
+  /// Check every file that the (already verified) graph points at.
+  std::vector<std::string> external_problems(const std::string& name);
+
+  std::string path_;
+  std::string identity_;
+  ModelConfig config_;
+  std::vector<std::string> target_names_;  // in the order of the manifest
+  std::map<std::string, TargetEntry> targets_;
+  std::map<std::string, GraphContract> contracts_;
+  std::map<std::string, FileEntry> files_;
+  std::map<std::string, std::vector<std::string>> weights_of_graph_;  // every file of "graphs" and its weight files
+  std::map<std::string, FileState> verified_;
+  std::map<std::string, FileState> scanned_;
+};
+
+}  // namespace crt

@@ -1,0 +1,185 @@
+#include "bundle/paths.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+#include <vector>
+
+#include "bundle/message_text.hpp"
+#include "bundle/sha256.hpp"
+
+namespace crt {
+namespace {
+
+constexpr std::size_t kMaxNameLength = 1024;
+constexpr std::size_t kChunkBytes = std::size_t{1} << 18U;
+
+std::int64_t nanoseconds(const timespec& time) {
+  return static_cast<std::int64_t>(time.tv_sec) * 1000000000 + static_cast<std::int64_t>(time.tv_nsec);
+}
+
+FileState state_of(const struct stat& status) {
+  FileState state;
+  state.device = static_cast<std::uint64_t>(status.st_dev);
+  state.inode = static_cast<std::uint64_t>(status.st_ino);
+  state.size = static_cast<std::uint64_t>(status.st_size);
+#ifdef __APPLE__
+  state.modified_ns = nanoseconds(status.st_mtimespec);
+  state.changed_ns = nanoseconds(status.st_ctimespec);
+#else
+  state.modified_ns = nanoseconds(status.st_mtim);
+  state.changed_ns = nanoseconds(status.st_ctim);
+#endif
+  return state;
+}
+
+std::size_t character_count(const std::string& text) {
+  const auto starts_one = [](char byte) { return (static_cast<unsigned char>(byte) & 0xC0U) != 0x80U; };
+  return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), starts_one));
+}
+
+std::vector<std::string> components(const std::string& name) {
+  std::vector<std::string> parts(1);
+  for (const char character : name) {
+    if (character == '/') {
+      parts.emplace_back();
+    } else {
+      parts.back() += character;
+    }
+  }
+  return parts;
+}
+
+bool is_forbidden(char character) {
+  const auto byte = static_cast<unsigned char>(character);
+  return byte < 0x20 || byte == 0x7F || std::string_view("\\:*?\"<>|").find(character) != std::string_view::npos;
+}
+
+}  // namespace
+
+SystemError::SystemError(int error_number) : std::runtime_error(error_text(error_number)), number_(error_number) {}
+SystemError::SystemError(int error_number, const char* reason) : std::runtime_error(reason), number_(error_number) {}
+
+bool FileState::operator==(const FileState& other) const noexcept {
+  return device == other.device && inode == other.inode && size == other.size && modified_ns == other.modified_ns &&
+         changed_ns == other.changed_ns;
+}
+
+RegularFile::RegularFile(const std::string& path)
+    : descriptor_(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)) {
+  if (descriptor_ < 0) throw SystemError(errno);
+  struct stat status {};
+  const int problem = ::fstat(descriptor_, &status) != 0 ? errno : 0;
+  if (problem == 0 && S_ISREG(status.st_mode)) return;
+  ::close(descriptor_);
+  if (problem != 0) throw SystemError(problem);
+  throw SystemError(EINVAL, "is not a regular file");
+}
+
+RegularFile::~RegularFile() { ::close(descriptor_); }
+
+FileState RegularFile::state() const {
+  struct stat status {};
+  if (::fstat(descriptor_, &status) != 0) throw SystemError(errno);
+  return state_of(status);
+}
+
+std::size_t RegularFile::read(void* buffer, std::size_t count, std::uint64_t offset) const {
+  std::size_t done = 0;
+  while (done < count) {
+    const ssize_t got = ::pread(descriptor_, static_cast<char*>(buffer) + done, count - done,
+                                static_cast<off_t>(offset + static_cast<std::uint64_t>(done)));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw SystemError(errno);
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  return done;
+}
+
+std::optional<std::string> name_problem(const std::string& name) {
+  const std::size_t length = character_count(name);
+  if (length == 0 || length > kMaxNameLength) {
+    return "must have 1 to " + std::to_string(kMaxNameLength) + " characters, has " + std::to_string(length);
+  }
+  if (name.front() == '/') return "is an absolute path; only paths relative to the bundle are allowed";
+  const auto bad = std::find_if(name.begin(), name.end(), is_forbidden);
+  if (bad != name.end()) {
+    return "contains " + in_quotes(std::string(1, *bad)) +
+           "; use '/' between folders and no drive letter or control character";
+  }
+  for (const std::string& part : components(name)) {
+    if (part.empty() || part == "." || part == "..") {
+      return "contains the path component " + in_quotes(part) + ", which could lead out of the bundle";
+    }
+    if (part.back() == '.' || part.back() == ' ') {
+      return "contains " + in_quotes(part) + ", which ends in a dot or a space (Windows drops those)";
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> file_problem(const std::string& folder, const std::string& name) {
+  const std::vector<std::string> parts = components(name);
+  std::string walked;
+  for (const std::string& part : parts) {
+    walked += (walked.empty() ? "" : "/") + part;
+    const bool last = walked.size() == name.size();
+    struct stat status {};
+    if (::lstat((folder + "/" + walked).c_str(), &status) != 0) {
+      if (errno == ENOENT || errno == ENOTDIR) return "is missing";
+      return "cannot be read (" + error_text(errno) + ")";
+    }
+    if (S_ISLNK(status.st_mode)) {
+      return "goes through a link (" + in_quotes(walked) + "); a bundle holds regular files only";
+    }
+    if (!last && !S_ISDIR(status.st_mode)) return "is missing (" + in_quotes(walked) + " is not a folder)";
+    if (last && !S_ISREG(status.st_mode)) return "is not a regular file";
+  }
+  return std::nullopt;
+}
+
+FileState file_state(const std::string& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0) throw SystemError(errno);
+  return state_of(status);
+}
+
+HashedFile hash_file(const std::string& path) {
+  const RegularFile file(path);
+  const FileState before = file.state();
+  Sha256 digest;
+  std::vector<char> chunk(kChunkBytes);
+  std::uint64_t offset = 0;
+  while (const std::size_t got = file.read(chunk.data(), chunk.size(), offset)) {
+    digest.update(chunk.data(), got);
+    offset += got;
+  }
+  if (file.state() != before) throw SystemError(ESTALE, "changed while it was read");
+  return {digest.hex(), before};
+}
+
+std::optional<std::string> read_file(const std::string& path, std::size_t most) {
+  const RegularFile file(path);
+  const std::uint64_t size = file.state().size;
+  if (size > most) return std::nullopt;
+  std::string content(static_cast<std::size_t>(size), '\0');
+  content.resize(file.read(content.data(), content.size(), 0));
+  return content;
+}
+
+std::string real_path(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code problem;
+  const fs::path absolute = fs::absolute(path.empty() ? "." : path, problem);
+  if (problem) return path;
+  fs::path resolved = fs::weakly_canonical(absolute, problem);
+  if (problem) resolved = absolute.lexically_normal();
+  return (resolved.has_filename() ? resolved : resolved.parent_path()).string();
+}
+
+}  // namespace crt

@@ -1,0 +1,63 @@
+#include "bundle/profile.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "bundle/message_text.hpp"
+#include "bundle/problem_list.hpp"
+#include "bundle/profile_check.hpp"
+#include "crt_runtime/error.hpp"
+
+namespace crt {
+namespace {
+
+std::map<std::string, std::string> files_of(const JsonValue& references) {
+  std::map<std::string, std::string> files;
+  for (const auto& [graph, file] : references.object().members()) files[graph] = file.string();
+  return files;
+}
+
+std::optional<std::int64_t> optional_integer(const JsonValue* value) {
+  return value == nullptr || value->is_null() ? std::nullopt : std::optional(value->integer());
+}
+
+OrtProfile ort_profile(const JsonValue* options) {
+  OrtProfile profile;
+  if (options == nullptr) return profile;
+  if (const JsonValue* level = options->find("graph_optimization")) profile.graph_optimization = level->string();
+  if (const JsonValue* spinning = options->find("spinning")) profile.spinning = spinning->boolean();
+  if (const JsonValue* names = options->find("disabled_optimizers")) {
+    for (const JsonValue& name : names->array()) profile.disabled_optimizers.push_back(name.string());
+  }
+  return profile;
+}
+
+}  // namespace
+
+Target target_from_json(const std::string& name, const JsonValue& entry, const ModelConfig& config,
+                        const std::string& source) {
+  const JsonValue& profile = entry.at("profile");
+  const std::vector<std::string> problems = profile_problems(profile);
+  if (!problems.empty()) throw Error(ErrorKind::bundle, problem_list("engine profile " + source, problems));
+  Target target;
+  target.name = name;
+  target.runtime = profile.at("runtime").string();
+  target.device = profile.at("device").string();
+  target.precision = profile.at("precision").string();
+  target.graphs = files_of(entry.at("graphs"));
+  target.engines = files_of(entry.at("engines"));
+  const std::optional<std::int64_t> capacity = optional_integer(&entry.at("capacity"));
+  target.capacity = std::min(capacity.value_or(profile.at("capacity").integer()), config.max_position_embeddings);
+  target.unroll = optional_integer(&entry.at("unroll"));
+  target.cache_head_dim = entry.at("cache_head_dim").integer();
+  target.cache_dtype = entry.at("cache_dtype").string() == "float16" ? DType::float16 : DType::float32;
+  target.max_tokens = profile.at("seq").array()[2].integer();
+  target.max_batch = profile.at("batch").array()[2].integer();
+  target.threads = static_cast<int>(optional_integer(profile.find("threads")).value_or(0));
+  const std::optional<std::int64_t> capability = optional_integer(profile.find("compute_capability"));
+  if (capability) target.compute_capability = static_cast<int>(*capability);
+  if (target.runtime == "onnxruntime") target.ort = ort_profile(profile.find("options"));
+  return target;
+}
+
+}  // namespace crt

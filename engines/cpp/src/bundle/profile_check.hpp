@@ -1,0 +1,14 @@
+// What makes an engine profile impossible: the twin of crt_export/profile_check.py and profile_options.py.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bundle/json.hpp"
+
+namespace crt {
+
+/// Every problem of a profile, which must be an object: unknown and missing keys, impossible values.
+std::vector<std::string> profile_problems(const JsonValue& profile);
+
+}  // namespace crt

@@ -1,0 +1,120 @@
+#include "c_api/c_call.hpp"
+
+#include <exception>
+#include <new>
+
+#include "bundle/problem_list.hpp"
+
+namespace crt::c_api {
+namespace {
+
+/// The message of this thread's last failing call: in text, or a literal where there was no memory for it.
+struct LastError {
+  std::string text;
+  const char* message = "";
+};
+thread_local LastError last_error;
+
+crt_status fail(crt_status status, const char* message) noexcept {
+  try {
+    last_error.text = message;
+    last_error.message = last_error.text.c_str();
+  } catch (...) {
+    last_error.message = "out of memory";
+  }
+  return status;
+}
+
+crt_status status_from_kind(ErrorKind kind) noexcept {
+  switch (kind) {
+    case ErrorKind::input: return CRT_ERROR_INPUT;
+    case ErrorKind::bundle: return CRT_ERROR_BUNDLE;
+    case ErrorKind::contract: return CRT_ERROR_CONTRACT;
+    case ErrorKind::unsupported: return CRT_ERROR_UNSUPPORTED;
+    case ErrorKind::missing_dependency: return CRT_ERROR_MISSING_DEPENDENCY;
+  }
+  return CRT_ERROR_INTERNAL;
+}
+
+}  // namespace
+
+crt_status status_from_exception() noexcept {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return fail(status_from_kind(error.kind()), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(CRT_ERROR_INTERNAL, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(CRT_ERROR_INTERNAL, error.what());
+  } catch (...) {
+    return fail(CRT_ERROR_INTERNAL, "an exception that is no std::exception");
+  }
+}
+
+void require(std::initializer_list<Required> arguments) {
+  std::vector<std::string> problems;
+  for (const Required& argument : arguments) {
+    if (argument.pointer == nullptr) problems.push_back(std::string(argument.name) + " must not be NULL");
+  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("arguments", problems));
+}
+
+void check_struct_size(const char* type, std::size_t found, std::size_t oldest, std::size_t newest) {
+  if (found >= oldest && found <= newest) return;
+  const std::string name = type;
+  throw Error(ErrorKind::input, name + ": struct_size is " + std::to_string(found) + ", this library (" +
+                                    crt_version() + ") knows sizes from " + std::to_string(oldest) + " to " +
+                                    std::to_string(newest) + "; call " + name +
+                                    "_init(&options, sizeof options) first, and compile with this library's crt.h");
+}
+
+std::vector<std::vector<std::int64_t>> token_rows(const std::int64_t* ids, const std::int64_t* lengths,
+                                                  std::size_t rows) {
+  if (rows > 0) require({{lengths, "lengths"}});
+  std::vector<std::string> problems;
+  bool tokens = false;
+  for (std::size_t row = 0; row < rows; ++row) {
+    tokens = tokens || lengths[row] > 0;
+    if (lengths[row] >= 0) continue;
+    problems.push_back("row " + std::to_string(row) + ": length " + std::to_string(lengths[row]) +
+                       " must be at least 0");
+  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("lengths", problems));
+  if (tokens) require({{ids, "ids"}});
+  std::vector<std::vector<std::int64_t>> result;
+  result.reserve(rows);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const auto length = static_cast<std::size_t>(lengths[row]);
+    if (length == 0) {
+      result.emplace_back();
+    } else {
+      result.emplace_back(ids, ids + length);
+      ids += length;
+    }
+  }
+  return result;
+}
+
+}  // namespace crt::c_api
+
+extern "C" {
+
+const char* crt_version(void) { return CRT_RUNTIME_VERSION; }
+
+const char* crt_last_error(void) { return crt::c_api::last_error.message; }
+
+const char* crt_status_name(crt_status status) {
+  switch (status) {
+    case CRT_OK: return "ok";
+    case CRT_ERROR_INPUT: return "input";
+    case CRT_ERROR_BUNDLE: return "bundle";
+    case CRT_ERROR_CONTRACT: return "contract";
+    case CRT_ERROR_UNSUPPORTED: return "unsupported";
+    case CRT_ERROR_MISSING_DEPENDENCY: return "missing_dependency";
+    case CRT_ERROR_INTERNAL: return "internal";
+  }
+  return "unknown";
+}
+
+}  // extern "C"

@@ -1,0 +1,183 @@
+// crt.h: sessions and snapshots.
+#include <utility>
+
+#include "c_api/c_call.hpp"
+#include "c_api/c_handles.hpp"
+
+using crt::c_api::call;
+using crt::c_api::require;
+
+namespace {
+
+crt_session_options default_session_options() noexcept {
+  return {sizeof(crt_session_options), 1, 0, -1, CRT_ON_FULL_ERROR};
+}
+
+crt_prefill_options default_prefill_options() noexcept { return {sizeof(crt_prefill_options), 0, 0}; }
+
+crt::SessionOptions session_options(const crt_session_options* options) {
+  const auto taken = crt::c_api::taken_options(options, "crt_session_options", default_session_options());
+  if (taken.on_full != CRT_ON_FULL_ERROR && taken.on_full != CRT_ON_FULL_SLIDE) {
+    throw crt::Error(crt::ErrorKind::input, "on_full must be CRT_ON_FULL_ERROR (0) or CRT_ON_FULL_SLIDE (1), found " +
+                                                std::to_string(taken.on_full));
+  }
+  crt::SessionOptions result;
+  result.batch = taken.batch;
+  if (taken.capacity != 0) result.capacity = taken.capacity;
+  if (taken.threads != -1) result.threads = taken.threads;
+  result.on_full = taken.on_full == CRT_ON_FULL_SLIDE ? crt::OnFull::slide : crt::OnFull::error;
+  return result;
+}
+
+void give_session(crt::Session session, crt_session** handle) {
+  auto shared = std::make_shared<crt::Session>(std::move(session));
+  crt::c_api::give(std::make_unique<crt_session>(crt_session{std::move(shared)}), handle);
+}
+
+}  // namespace
+
+extern "C" {
+
+void crt_session_options_init(crt_session_options* options, size_t struct_size) {
+  crt::c_api::init_options(options, struct_size, default_session_options());
+}
+
+void crt_prefill_options_init(crt_prefill_options* options, size_t struct_size) {
+  crt::c_api::init_options(options, struct_size, default_prefill_options());
+}
+
+crt_status crt_session_open(crt_bundle* bundle, const char* target, const crt_session_options* options,
+                            crt_session** session) {
+  return call([&] {
+    require({{bundle, "bundle"}, {session, "session"}});
+    const crt::SessionOptions taken = session_options(options);
+    const std::string name = target != nullptr ? target : bundle->bundle.default_target();
+    const std::lock_guard<std::mutex> lock(bundle->opening);
+    give_session(bundle->bundle.session(name, taken), session);
+  });
+}
+
+void crt_session_close(crt_session* session) { crt::c_api::take(session); }
+
+crt_status crt_session_target(const crt_session* session, const char** target) {
+  return call([&] {
+    require({{session, "session"}, {target, "target"}});
+    *target = session->session->target().c_str();
+  });
+}
+
+crt_status crt_session_batch(const crt_session* session, int64_t* batch) {
+  return call([&] {
+    require({{session, "session"}, {batch, "batch"}});
+    *batch = session->session->batch();
+  });
+}
+
+crt_status crt_session_capacity(const crt_session* session, int64_t* capacity) {
+  return call([&] {
+    require({{session, "session"}, {capacity, "capacity"}});
+    *capacity = session->session->capacity();
+  });
+}
+
+crt_status crt_session_vocab_size(const crt_session* session, int64_t* vocab) {
+  return call([&] {
+    require({{session, "session"}, {vocab, "vocab"}});
+    *vocab = session->session->vocab_size();
+  });
+}
+
+crt_status crt_session_position(const crt_session* session, const int64_t** position) {
+  return call([&] {
+    require({{session, "session"}, {position, "position"}});
+    *position = session->session->position();
+  });
+}
+
+crt_status crt_session_prefill(crt_session* session, const int64_t* ids, const int64_t* lengths, size_t rows,
+                               const crt_prefill_options* options, const float** logits) {
+  return call([&] {
+    require({{session, "session"}});
+    const auto taken = crt::c_api::taken_options(options, "crt_prefill_options", default_prefill_options());
+    crt::PrefillOptions prefill;
+    prefill.passes = taken.passes;
+    prefill.chunk = taken.chunk;
+    const float* found = session->session->prefill(crt::c_api::token_rows(ids, lengths, rows), prefill);
+    if (logits != nullptr) *logits = found;
+  });
+}
+
+crt_status crt_session_step(crt_session* session, const int64_t* tokens, size_t count, const float** logits) {
+  return call([&] {
+    require({{session, "session"}, {tokens, "tokens"}});
+    const float* found = session->session->step(tokens, count);
+    if (logits != nullptr) *logits = found;
+  });
+}
+
+crt_status crt_session_advance(crt_session* session, const int64_t* tokens, size_t count) {
+  return call([&] {
+    require({{session, "session"}, {tokens, "tokens"}});
+    session->session->advance(tokens, count);
+  });
+}
+
+crt_status crt_session_logits(crt_session* session, const float** logits) {
+  return call([&] {
+    require({{session, "session"}, {logits, "logits"}});
+    *logits = session->session->logits();
+  });
+}
+
+crt_status crt_session_next_tokens(crt_session* session, const int64_t** tokens) {
+  return call([&] {
+    require({{session, "session"}, {tokens, "tokens"}});
+    *tokens = session->session->next_tokens();
+  });
+}
+
+crt_status crt_session_reset(crt_session* session) {
+  return call([&] {
+    require({{session, "session"}});
+    session->session->reset();
+  });
+}
+
+crt_status crt_session_snapshot(crt_session* session, crt_snapshot** snapshot) {
+  return call([&] {
+    require({{session, "session"}, {snapshot, "snapshot"}});
+    crt::c_api::give(std::make_unique<crt_snapshot>(crt_snapshot{session->session->snapshot()}), snapshot);
+  });
+}
+
+crt_status crt_session_restore(crt_session* session, const crt_snapshot* snapshot) {
+  return call([&] {
+    require({{session, "session"}, {snapshot, "snapshot"}});
+    session->session->restore(snapshot->snapshot);
+  });
+}
+
+crt_status crt_session_fork(crt_session* session, crt_session** fork) {
+  return call([&] {
+    require({{session, "session"}, {fork, "fork"}});
+    give_session(session->session->fork(), fork);
+  });
+}
+
+crt_status crt_snapshot_save(const crt_snapshot* snapshot, const char* path) {
+  return call([&] {
+    require({{snapshot, "snapshot"}, {path, "path"}});
+    snapshot->snapshot.save(path);
+  });
+}
+
+crt_status crt_snapshot_load(const char* path, crt_snapshot** snapshot) {
+  return call([&] {
+    require({{path, "path"}, {snapshot, "snapshot"}});
+    crt::c_api::give(std::make_unique<crt_snapshot>(crt_snapshot{crt::Snapshot::load(path)}), snapshot);
+  });
+}
+
+void crt_snapshot_free(crt_snapshot* snapshot) { crt::c_api::take(snapshot); }
+
+}  // extern "C"

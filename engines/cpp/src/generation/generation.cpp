@@ -1,0 +1,266 @@
+// The loop around a session; the C++ twin of crt_export/runtime/generate.py, which has the rules.
+#include "crt_runtime/generation.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "bundle/problem_list.hpp"
+#include "crt_runtime/config.hpp"
+#include "crt_runtime/error.hpp"
+#include "crt_runtime/session.hpp"
+#include "crt_runtime/tokenizer.hpp"
+#include "generation/row_text.hpp"
+#include "session/history.hpp"
+#include "session/rows.hpp"
+
+namespace crt {
+namespace {
+
+using TokenRows = std::vector<std::vector<std::int64_t>>;
+
+// Rows that may grow without end (a sliding session) do not get all of it in advance.
+constexpr std::int64_t kMostReserved = 65536;
+
+/// The decoder of new text; none where the model's tokenizer is not in this library and text is not asked for.
+std::optional<TextStream> decoder_for(const ModelConfig& config, bool needed) {
+  if (config.tokenizer == "byte") return ByteTokenizer(config).stream();
+  if (!needed) return std::nullopt;
+  if (config.tokenizer == "none") {
+    throw Error(ErrorKind::input,
+                "stop strings need text, and this model has no tokenizer (config.json: tokenizer = none); give "
+                "stop_token_ids instead");
+  }
+  throw Error(ErrorKind::unsupported, "stop strings need text, and this library does not read the model's " +
+                                          config.tokenizer + "; give stop_token_ids instead");
+}
+
+}  // namespace
+
+/// One row of the generation.
+struct GenerationRow {
+  RowText text;
+  std::vector<std::int64_t> tokens;
+  StopReason reason = StopReason::running;
+  std::size_t prompt_tokens = 0;
+
+  bool running() const noexcept { return reason == StopReason::running; }
+  /// A stop string may turn up in the rest of the text that the row's end let out.
+  void stop(StopReason why) noexcept { reason = text.stopped() ? StopReason::stop_string : why; }
+};
+
+struct Generation::State {
+  State(Session& session, TokenRows prompts, GenerationOptions options, TokenCallback callback);
+
+  bool next(std::int64_t* tokens);
+  const GenerationRow& row(std::size_t index) const;
+
+ private:
+  void check_prompts();
+  /// Feed what is pending, and the prompts at first.
+  void run();
+  void run_prompts();
+  void step();
+  /// Into drawn_; before anything is changed, for a choice may fail.
+  void draw();
+  /// Make a drawn token part of its row, or end the row; the token if it is given out.
+  std::int64_t take(std::size_t index, std::int64_t token);
+  void report(const std::int64_t* given);
+
+  Session& session_;
+  History& history_;
+  GenerationOptions options_;
+  TokenCallback callback_;
+  std::vector<std::int64_t> stops_;
+  TokenRows prompts_;
+  bool started_ = false;
+  // The engine's argmax is the same choice, and saves the way of the logits to the host.
+  bool argmax_;
+  std::vector<GenerationRow> rows_;
+  std::vector<std::int64_t> fed_;    // [batch], kNoToken for none
+  std::vector<std::int64_t> drawn_;  // [batch], kNoToken for a stopped row
+  std::optional<Sampler> sampler_;
+  const float* logits_ = nullptr;  // [batch, vocab] of the last run, unless argmax_
+};
+
+Generation::State::State(Session& session, TokenRows prompts, GenerationOptions options, TokenCallback callback)
+    : session_(session),
+      history_(session.history()),
+      options_(std::move(options)),
+      callback_(std::move(callback)),
+      stops_(options_.stop_token_ids),
+      prompts_(std::move(prompts)),
+      argmax_(options_.sampling.greedy() && options_.sampling.repetition_penalty == 1.0),
+      fed_(static_cast<std::size_t>(session.batch()), kNoToken),
+      drawn_(static_cast<std::size_t>(session.batch()), kNoToken) {
+  options_.check();
+  session.require_usable(options_.passes);
+  if (prompts_.empty()) prompts_.resize(fed_.size());
+  check_prompts();
+  if (session.eos_token_id().has_value() && !options_.ignore_eos) stops_.push_back(*session.eos_token_id());
+  if (!argmax_) sampler_.emplace(static_cast<std::size_t>(session.vocab_size()));
+  const auto decoder = decoder_for(session.config(), !options_.stop_strings.empty());
+  const auto reserved = static_cast<std::size_t>(std::min(options_.max_new_tokens, kMostReserved));
+  rows_.reserve(prompts_.size());
+  for (const auto& prompt : prompts_) {
+    rows_.push_back({RowText(decoder, options_.stop_strings, reserved), {}, StopReason::running, prompt.size()});
+    rows_.back().tokens.reserve(reserved);
+  }
+}
+
+void Generation::State::check_prompts() {
+  check_token_rows(prompts_, session_.batch(), session_.vocab_size());
+  std::vector<std::string> empty;
+  std::vector<std::string> full;
+  for (std::size_t index = 0; index < prompts_.size(); ++index) {
+    const std::string where = "row " + std::to_string(index) + ": ";
+    const std::int64_t held = session_.position()[index];
+    if (prompts_[index].empty() && held == 0) {
+      empty.push_back(where + "empty prompt, and the row holds no tokens to go on from");
+    }
+    const bool waits = history_.pending()[index] != kNoToken;
+    const auto fed = static_cast<std::int64_t>(prompts_[index].size()) + (waits ? 1 : 0);
+    if (!session_.slides() && options_.max_new_tokens > session_.capacity() - held - fed) {
+      // Unsigned, because max_new_tokens may be as large as an int64 can be.
+      const auto wanted = static_cast<std::uint64_t>(options_.max_new_tokens) + static_cast<std::uint64_t>(fed);
+      full.push_back(where + std::to_string(held) + " tokens in the cache and " + std::to_string(wanted) +
+                     " more exceed the capacity of " + std::to_string(session_.capacity()));
+    }
+  }
+  if (!empty.empty()) {
+    throw Error(ErrorKind::input, problem_list("generate needs something to continue in every row", empty));
+  }
+  if (!full.empty()) {
+    throw Error(ErrorKind::input, problem_list("prompt and new tokens exceed the capacity", full));
+  }
+}
+
+const GenerationRow& Generation::State::row(std::size_t index) const {
+  if (index < rows_.size()) return rows_[index];
+  throw Error(ErrorKind::input,
+              "row " + std::to_string(index) + " is outside the batch (0 to " + std::to_string(rows_.size() - 1) + ")");
+}
+
+bool Generation::State::next(std::int64_t* tokens) {
+  std::fill_n(tokens, rows_.size(), kNoToken);
+  const auto running = [](const GenerationRow& row) { return row.running(); };
+  if (std::none_of(rows_.begin(), rows_.end(), running)) return false;
+  run();
+  draw();
+  bool anything = false;
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    rows_[index].text.begin_step();
+    if (drawn_[index] != kNoToken) tokens[index] = take(index, drawn_[index]);
+    anything = anything || tokens[index] != kNoToken || !rows_[index].text.piece().empty();
+  }
+  report(tokens);
+  return anything;
+}
+
+void Generation::State::run() {
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    fed_[index] = rows_[index].running() ? history_.pending()[index] : kNoToken;
+  }
+  if (started_) return step();
+  run_prompts();
+  started_ = true;
+  prompts_ = TokenRows();
+}
+
+void Generation::State::run_prompts() {
+  TokenRows rows = prompts_;
+  std::size_t longest = 0;
+  for (std::size_t index = 0; index < rows.size(); ++index) {
+    if (fed_[index] != kNoToken) rows[index].insert(rows[index].begin(), fed_[index]);
+    longest = std::max(longest, rows[index].size());
+  }
+  if (longest > 1) {
+    PrefillOptions prefill;
+    prefill.passes = options_.passes;
+    logits_ = session_.prefill(rows, prefill);
+    return;
+  }
+  // A step, so that going on gives what an unbroken generation gives, to the last bit.
+  const auto only_token = [](const std::vector<std::int64_t>& row) { return row.empty() ? kNoToken : row.front(); };
+  std::transform(rows.begin(), rows.end(), fed_.begin(), only_token);
+  step();
+}
+
+void Generation::State::step() {
+  const bool feeds = std::any_of(fed_.begin(), fed_.end(), [](std::int64_t token) { return token != kNoToken; });
+  if (argmax_) {
+    if (feeds) session_.advance(fed_.data(), fed_.size());
+  } else {
+    logits_ = feeds ? session_.step(fed_.data(), fed_.size()) : session_.logits();
+  }
+}
+
+void Generation::State::draw() {
+  const std::int64_t* found = argmax_ ? session_.next_tokens() : nullptr;
+  const auto vocab = static_cast<std::size_t>(session_.vocab_size());
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    drawn_[index] = kNoToken;
+    if (!rows_[index].running()) continue;
+    if (argmax_) {
+      drawn_[index] = found[index];
+      if (found[index] != kNoToken) continue;
+      throw Error(ErrorKind::input, "row " + std::to_string(index) +
+                                        " holds no token: its session was reset while a generation was being read");
+    }
+    drawn_[index] = sampler_->sample(logits_ + index * vocab, history_.seen(static_cast<std::int64_t>(index)),
+                                     options_.sampling, static_cast<std::uint32_t>(index),
+                                     static_cast<std::uint64_t>(history_.drawn()[index]));
+  }
+}
+
+std::int64_t Generation::State::take(std::size_t index, std::int64_t token) {
+  GenerationRow& row = rows_[index];
+  const bool keep = std::find(stops_.begin(), stops_.end(), token) == stops_.end();
+  history_.draw(static_cast<std::int64_t>(index), token, keep);
+  if (!keep) {
+    row.text.finish();
+    row.stop(StopReason::stop_token);
+    return kNoToken;
+  }
+  row.tokens.push_back(token);
+  row.text.push(token);
+  if (row.text.stopped()) {
+    row.stop(StopReason::stop_string);
+  } else if (static_cast<std::int64_t>(row.tokens.size()) >= options_.max_new_tokens) {
+    row.text.finish();
+    row.stop(StopReason::max_new_tokens);
+  }
+  return token;
+}
+
+void Generation::State::report(const std::int64_t* given) {
+  if (!callback_) return;
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    GenerationRow& row = rows_[index];
+    if (given[index] == kNoToken && row.text.piece().empty()) continue;
+    const bool goes_on = callback_(static_cast<std::int64_t>(index), given[index], row.text.piece());
+    if (goes_on || !row.running()) continue;
+    row.reason = StopReason::callback;
+    row.text.finish();
+  }
+}
+
+Generation::Generation(Session& session, TokenRows prompts, GenerationOptions options, TokenCallback callback)
+    : state_(std::make_unique<State>(session, std::move(prompts), std::move(options), std::move(callback))) {}
+Generation::~Generation() = default;
+Generation::Generation(Generation&&) noexcept = default;
+Generation& Generation::operator=(Generation&&) noexcept = default;
+
+bool Generation::next(std::int64_t* tokens) { return state_->next(tokens); }
+const std::vector<std::int64_t>& Generation::tokens(std::size_t row) const { return state_->row(row).tokens; }
+const std::string& Generation::text(std::size_t row) const { return state_->row(row).text.text(); }
+const std::string& Generation::piece(std::size_t row) const { return state_->row(row).text.piece(); }
+std::size_t Generation::prompt_tokens(std::size_t row) const { return state_->row(row).prompt_tokens; }
+StopReason Generation::stop_reason(std::size_t row) const { return state_->row(row).reason; }
+
+Generation Session::generate(TokenRows prompts, GenerationOptions options, TokenCallback callback) {
+  return Generation(*this, std::move(prompts), std::move(options), std::move(callback));
+}
+
+}  // namespace crt

@@ -1,0 +1,44 @@
+// The new text of one row: ids decoded to whole characters, searched for stop strings.
+// The C++ twin of crt_export/runtime/row_text.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "crt_runtime/tokenizer.hpp"
+#include "generation/stops.hpp"
+
+namespace crt {
+
+/// Grows with every token; without a decoder it stays empty.
+class RowText {
+ public:
+  /// reserved: tokens to keep room for.
+  RowText(std::optional<TextStream> decoder, const std::vector<std::string>& stop_strings, std::size_t reserved);
+
+  /// The next step begins: its piece is empty.
+  void begin_step() noexcept { piece_.clear(); }
+  /// Take a token; its text, as far as no stop string can claim it any more, is added.
+  void push(std::int64_t token);
+  /// The row has ended: add the rest, U+FFFD for bytes that never became a character. It too ends before a stop string.
+  void finish();
+
+  const std::string& text() const noexcept { return text_; }
+  /// The text since begin_step().
+  const std::string& piece() const noexcept { return piece_; }
+  /// Whether a stop string ended the text.
+  bool stopped() const noexcept { return stops_.found(); }
+
+ private:
+  void keep_piece(std::size_t begin);
+
+  std::optional<TextStream> decoder_;
+  StopMatcher stops_;
+  std::string text_;
+  std::string piece_;
+};
+
+}  // namespace crt

@@ -1,0 +1,202 @@
+#include "session/decoder.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "bundle/problem_list.hpp"
+#include "crt_runtime/error.hpp"
+#include "crt_runtime/session.hpp"
+#include "engine/tensor_names.hpp"
+#include "session/finite.hpp"
+
+namespace crt {
+
+Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
+    : engine_(std::move(engine)),
+      target_(setup.target),
+      sizes_(setup.sizes),
+      tensors_(*engine_, setup.sizes),
+      max_chunk_(engine_->max_tokens()) {
+  if (setup.slides) {
+    window_.emplace(setup.config);
+    // What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that chunks are
+    // cut alike however full a row is.
+    max_chunk_ = std::min(max_chunk_, sizes_.capacity - (window_->size() - 1));
+  }
+  const auto batch = static_cast<std::size_t>(sizes_.batch);
+  position_.assign(batch, 0);
+  next_tokens_.assign(batch, kNoToken);
+  sliding_.assign(batch, -1);
+  zeros_.assign(batch, 0);
+  groups_.reserve(batch);
+}
+
+void Decoder::check_room(const std::vector<std::int64_t>& lengths) const {
+  if (!window_) {
+    check_capacity(position_, lengths, sizes_.capacity);
+  }
+}
+
+void Decoder::load_passes() { static_cast<void>(engine_->program(names::kGraphPrefillPass)); }
+
+void Decoder::prefill(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t passes, std::int64_t chunk) {
+  std::size_t longest = 0;
+  for (const std::vector<std::int64_t>& row : rows) {
+    longest = std::max(longest, row.size());
+  }
+  std::vector<TokenSpan> pieces(rows.size());
+  std::vector<std::int64_t> lengths(rows.size());
+  std::vector<float> residual(rows.size());
+  for (std::size_t begin = 0; begin < longest; begin += static_cast<std::size_t>(chunk)) {
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      const std::size_t start = std::min(begin, rows[row].size());
+      lengths[row] = std::min(static_cast<std::int64_t>(rows[row].size() - start), chunk);
+      pieces[row] = TokenSpan{rows[row].data() + start, lengths[row]};
+    }
+    set_groups(lengths);
+    tensors_.prefill(pieces, position_.data(), groups_, passes, residual);
+    if (sizes_.recurrent) {
+      refuse_non_finite("residual", residual.data(), 1, lengths);
+    }
+    finish(lengths, true);
+  }
+}
+
+void Decoder::step(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& lengths, bool check_logits) {
+  set_groups(lengths);
+  tensors_.step(ids.data(), position_.data(), groups_);
+  finish(lengths, check_logits);
+}
+
+const float* Decoder::logits() {
+  const float* values = tensors_.logits();
+  if (!logits_checked_) {
+    groups_.clear();
+    for (std::size_t row = 0; row < position_.size(); ++row) {
+      if (position_[row] > 0) {
+        const auto number = static_cast<std::int64_t>(row);
+        groups_.push_back(Group{number, number + 1, 1});
+      }
+    }
+    refuse_non_finite("logits", values, sizes_.vocab, zeros_);
+    logits_checked_ = true;
+  }
+  return values;
+}
+
+void Decoder::assign(Decoder& other) {
+  tensors_.assign(other.tensors_);
+  position_ = other.position_;
+  next_tokens_ = other.next_tokens_;
+  logits_checked_ = other.logits_checked_;
+}
+
+void Decoder::resume(const std::vector<std::int64_t>& position, const std::vector<std::int64_t>& next_tokens) {
+  tensors_.clear(position.data());
+  for (std::size_t row = 0; row < position_.size(); ++row) {
+    position_[row] = position[row];
+    next_tokens_[row] = position[row] > 0 ? next_tokens[row] : kNoToken;
+  }
+  logits_checked_ = true;
+}
+
+void Decoder::reset() {
+  std::fill(position_.begin(), position_.end(), 0);
+  std::fill(next_tokens_.begin(), next_tokens_.end(), kNoToken);
+  tensors_.clear(position_.data());
+  logits_checked_ = true;
+}
+
+void Decoder::abandon(const std::vector<std::int64_t>& before) noexcept {
+  for (std::size_t row = 0; row < position_.size(); ++row) {
+    position_[row] = std::min(position_[row], before[row]);
+  }
+  try {
+    tensors_.clear(position_.data());
+  } catch (const std::exception&) {
+    // An engine that fails may fail here too. The first failure is the one to report, and what lifts it clears again.
+  }
+}
+
+/// The rows that run together, after making room where rows slide.
+void Decoder::set_groups(const std::vector<std::int64_t>& lengths) {
+  if (window_) {
+    slide(lengths);
+  }
+  groups_from_lengths(position_, lengths, sizes_.capacity, groups_);
+}
+
+void Decoder::slide(const std::vector<std::int64_t>& lengths) {
+  bool any = false;
+  for (std::size_t row = 0; row < position_.size(); ++row) {
+    const bool full = lengths[row] > sizes_.capacity - position_[row];
+    sliding_[row] = full ? position_[row] : -1;
+    any = any || full;
+  }
+  if (!any) {
+    return;
+  }
+  for (LayerCache& cache : tensors_.caches()) {
+    window_->slide(*cache.key, sliding_, true);
+    window_->slide(*cache.value, sliding_, false);
+  }
+  for (std::size_t row = 0; row < position_.size(); ++row) {
+    position_[row] = sliding_[row] < 0 ? position_[row] : window_->kept(position_[row]);
+  }
+}
+
+/// Check what the engine wrote, then count the tokens.
+void Decoder::finish(const std::vector<std::int64_t>& lengths, bool check_logits) {
+  if (sizes_.recurrent) {
+    refuse_non_finite("state", tensors_.state(), sizes_.hidden, lengths);
+  }
+  if (check_logits || engine_->host_memory()) {
+    refuse_non_finite("logits", tensors_.logits(), sizes_.vocab, lengths);
+  } else {
+    logits_checked_ = false;
+  }
+  refuse_unknown_tokens();
+  for (const Group& group : groups_) {
+    std::copy(tensors_.next_tokens() + group.start, tensors_.next_tokens() + group.stop,
+              next_tokens_.begin() + group.start);
+  }
+  for (std::size_t row = 0; row < position_.size(); ++row) {
+    position_[row] += lengths[row];
+  }
+}
+
+/// values: [batch, width]; the rows of the groups are looked at.
+void Decoder::refuse_non_finite(const char* name, const float* values, std::int64_t width,
+                                const std::vector<std::int64_t>& lengths) const {
+  std::vector<std::string> problems;
+  for (const Group& group : groups_) {
+    for (std::int64_t row = group.start; row < group.stop; ++row) {
+      if (!all_finite(values + row * width, static_cast<std::size_t>(width))) {
+        const auto index = static_cast<std::size_t>(row);
+        problems.push_back("row " + std::to_string(row) + " after position " +
+                           std::to_string(position_[index] + lengths[index] - 1));
+      }
+    }
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::contract, problem_list(target_ + ": " + name + " is not finite", problems));
+  }
+}
+
+void Decoder::refuse_unknown_tokens() const {
+  std::vector<std::string> problems;
+  for (const Group& group : groups_) {
+    for (std::int64_t row = group.start; row < group.stop; ++row) {
+      const std::int64_t token = tensors_.next_tokens()[row];
+      if (token < 0 || token >= sizes_.vocab) {
+        problems.push_back("row " + std::to_string(row) + " has " + std::to_string(token));
+      }
+    }
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::contract, problem_list(target_ + ": next_token is outside the vocabulary", problems));
+  }
+}
+
+}  // namespace crt

@@ -1,0 +1,71 @@
+#include "session/rows.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "bundle/problem_list.hpp"
+#include "crt_runtime/error.hpp"
+
+namespace crt {
+
+void check_token_rows(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t batch, std::int64_t vocab) {
+  if (static_cast<std::int64_t>(rows.size()) != batch) {
+    throw Error(ErrorKind::input, "expected one row of token ids per sequence: batch is " + std::to_string(batch) +
+                                      ", found " + std::to_string(rows.size()) + " rows");
+  }
+  std::vector<std::string> problems;
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const auto outside = std::find_if(rows[row].begin(), rows[row].end(),
+                                      [vocab](std::int64_t token) { return token < 0 || token >= vocab; });
+    if (outside != rows[row].end()) {
+      problems.push_back("row " + std::to_string(row) + ": token id " + std::to_string(*outside) + " at index " +
+                         std::to_string(outside - rows[row].begin()) + " is outside the vocabulary (0 to " +
+                         std::to_string(vocab - 1) + ")");
+    }
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::input, problem_list("token ids", problems));
+  }
+}
+
+void check_capacity(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                    std::int64_t capacity) {
+  std::vector<std::string> problems;
+  for (std::size_t row = 0; row < positions.size(); ++row) {
+    if (lengths[row] > capacity - positions[row]) {
+      problems.push_back("row " + std::to_string(row) + ": " + std::to_string(positions[row]) +
+                         " tokens in the cache and " + std::to_string(lengths[row]) +
+                         " more exceed the capacity of " + std::to_string(capacity));
+    }
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::input, problem_list("the cache is too small", problems));
+  }
+}
+
+void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                         std::int64_t capacity, std::vector<Group>& groups) {
+  groups.clear();
+  std::int64_t furthest = 0;  // largest position among the rows of the last group
+  for (std::size_t index = 0; index < lengths.size(); ++index) {
+    if (lengths[index] == 0) {
+      continue;
+    }
+    const auto row = static_cast<std::int64_t>(index);
+    if (!groups.empty() && groups.back().stop == row) {
+      // Padding is written to the cache as well, so no row of the group may pass the capacity.
+      const std::int64_t seq = std::max(groups.back().seq, lengths[index]);
+      const std::int64_t position = std::max(furthest, positions[index]);
+      if (position + seq <= capacity) {
+        groups.back().stop = row + 1;
+        groups.back().seq = seq;
+        furthest = position;
+        continue;
+      }
+    }
+    groups.push_back(Group{row, row + 1, lengths[index]});
+    furthest = positions[index];
+  }
+}
+
+}  // namespace crt

@@ -1,0 +1,42 @@
+// The safetensors format: a header of JSON, then the bytes of the tensors. Nothing of a file is trusted.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bundle/json.hpp"
+#include "bundle/paths.hpp"
+#include "crt_runtime/snapshot.hpp"
+
+namespace crt {
+
+/// What is wrong with a file; the caller says which one.
+class SafetensorsError : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// A file that is open for reading; throws SystemError, JsonError or SafetensorsError.
+class SafetensorsFile {
+ public:
+  /// Reads the header; a link is followed.
+  explicit SafetensorsFile(const std::string& path);
+
+  /// A string of the metadata; nullptr if it has none of this name.
+  const std::string* metadata(const std::string& key) const noexcept;
+  /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have a dtype of a snapshot.
+  std::vector<SnapshotTensor> tensors() const;
+
+ private:
+  RegularFile file_;
+  std::uint64_t data_begin_ = 0;
+  JsonValue header_;
+};
+
+/// Write a file that appears complete or not at all; throws SystemError.
+void write_safetensors(const std::string& path, const std::map<std::string, std::string>& metadata,
+                       const std::vector<SnapshotTensor>& tensors);
+
+}  // namespace crt

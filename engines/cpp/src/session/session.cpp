@@ -1,0 +1,216 @@
+// The C++ twin of crt_export/runtime/session.py.
+#include "crt_runtime/session.hpp"
+
+#include <utility>
+
+#include "bundle/problem_list.hpp"
+#include "crt_runtime/error.hpp"
+#include "session/session_impl.hpp"
+
+namespace crt {
+
+namespace {
+
+std::string out_of_range(const char* name, const std::string& limits, std::int64_t found) {
+  return std::string(name) + " must be at least 1" + limits + ", found " + std::to_string(found);
+}
+
+}  // namespace
+
+Exclusive::Exclusive(std::atomic_flag& busy) : busy_(busy) {
+  if (busy_.test_and_set(std::memory_order_acquire)) {
+    throw Error(ErrorKind::input,
+                "this session is busy with a call of another thread; use one session per thread, or a lock");
+  }
+}
+
+Session::Impl::Impl(std::shared_ptr<Engine> engine, SessionSetup opened)
+    : setup(std::move(opened)), decoder(std::move(engine), setup), history(setup.sizes.batch, setup.sizes.vocab) {
+  const auto batch = static_cast<std::size_t>(setup.sizes.batch);
+  for (std::vector<std::int64_t>* numbers : {&before_, &lengths_, &ids_}) {
+    numbers->assign(batch, 0);
+  }
+}
+
+void Session::Impl::require_usable() const {
+  if (!failure_.empty()) {
+    throw Error(ErrorKind::input, "an earlier call of this session failed (" + failure_ +
+                                      "); call reset() or restore() before going on");
+  }
+}
+
+const float* Session::Impl::logits() {
+  const float* values = nullptr;
+  poisoning([&] { values = decoder.logits(); });
+  return values;
+}
+
+void Session::Impl::prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options) {
+  check_token_rows(rows, setup.sizes.batch, setup.sizes.vocab);
+  bool any = false;
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    lengths_[row] = static_cast<std::int64_t>(rows[row].size());
+    any = any || !rows[row].empty();
+  }
+  if (!any) {
+    throw Error(ErrorKind::input, "empty prompt: prefill needs at least one token in at least one row");
+  }
+  const std::int64_t chunk = chunk_of(options);
+  decoder.check_room(lengths_);
+  poisoning([&] { decoder.prefill(rows, options.passes, chunk); });
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    history.feed(static_cast<std::int64_t>(row), rows[row].data(), rows[row].size());
+  }
+}
+
+std::int64_t Session::Impl::chunk_of(const PrefillOptions& options) {
+  const std::int64_t most = decoder.max_chunk();
+  if (options.chunk < 0 || options.chunk > most) {
+    throw Error(ErrorKind::input, out_of_range("chunk", " and at most " + std::to_string(most), options.chunk));
+  }
+  check_passes(options.passes);
+  return options.chunk == 0 ? most : options.chunk;
+}
+
+void Session::Impl::check_passes(std::int64_t passes) {
+  if (passes < 0) {
+    throw Error(ErrorKind::input, out_of_range("passes", "", passes));
+  }
+  if (passes > 0) {
+    if (!setup.sizes.recurrent) {
+      throw Error(ErrorKind::unsupported, "passes: a plain transformer has exactly one pass; leave passes out");
+    }
+    decoder.load_passes();
+  }
+}
+
+void Session::Impl::step(const std::int64_t* tokens, std::size_t count, bool check_logits) {
+  set_step(tokens, count);
+  decoder.check_room(lengths_);
+  poisoning([&] { decoder.step(ids_, lengths_, check_logits); });
+  for (std::size_t row = 0; row < ids_.size(); ++row) {
+    history.feed(static_cast<std::int64_t>(row), &ids_[row], static_cast<std::size_t>(lengths_[row]));
+  }
+}
+
+/// Check the tokens of a step and put them into ids_ and lengths_.
+void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
+  if (count != ids_.size()) {
+    throw Error(ErrorKind::input, "expected one token id per row: batch is " + std::to_string(ids_.size()) +
+                                      ", found " + std::to_string(count));
+  }
+  std::vector<std::string> problems;
+  bool any = false;
+  for (std::size_t row = 0; row < count; ++row) {
+    const bool given = tokens[row] != kNoToken;
+    if (given && (tokens[row] < 0 || tokens[row] >= setup.sizes.vocab)) {
+      problems.push_back("row " + std::to_string(row) + ": token id " + std::to_string(tokens[row]) +
+                         " is outside the vocabulary (0 to " + std::to_string(setup.sizes.vocab - 1) + ")");
+    }
+    // Rows that take no part keep a valid id: every id of the tensor may be looked up.
+    ids_[row] = given ? tokens[row] : 0;
+    lengths_[row] = given ? 1 : 0;
+    any = any || given;
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::input, problem_list("token ids", problems));
+  }
+  if (!any) {
+    throw Error(ErrorKind::input, "step needs a token in at least one row");
+  }
+}
+
+void Session::Impl::reset() {
+  decoder.reset();
+  history.clear();
+  failure_.clear();
+}
+
+std::unique_ptr<Session::Impl> Session::Impl::fork() {
+  auto other = std::make_unique<Impl>(decoder.engine(), setup);
+  other->decoder.assign(decoder);
+  other->history = history;
+  return other;
+}
+
+// --- The calls of an application: one at a time, refused after a failure -----------------------------------------
+
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+const std::string& Session::target() const noexcept { return impl_->setup.target; }
+std::int64_t Session::batch() const noexcept { return impl_->setup.sizes.batch; }
+std::int64_t Session::capacity() const noexcept { return impl_->setup.sizes.capacity; }
+std::int64_t Session::vocab_size() const noexcept { return impl_->setup.sizes.vocab; }
+std::optional<std::int64_t> Session::eos_token_id() const noexcept { return impl_->setup.config.eos_token_id; }
+const std::int64_t* Session::position() const noexcept { return impl_->decoder.position().data(); }
+
+const float* Session::logits() {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  return impl_->logits();
+}
+
+const std::int64_t* Session::next_tokens() {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  return impl_->decoder.next_tokens().data();
+}
+
+const float* Session::prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options) {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  impl_->prefill(rows, options);
+  return impl_->logits();
+}
+
+const float* Session::step(const std::int64_t* tokens, std::size_t count) {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  impl_->step(tokens, count, true);
+  return impl_->logits();
+}
+
+void Session::advance(const std::int64_t* tokens, std::size_t count) {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  impl_->step(tokens, count, false);
+}
+
+void Session::reset() {
+  const Exclusive held(impl_->busy);
+  impl_->reset();
+}
+
+Snapshot Session::snapshot() {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  return impl_->snapshot();
+}
+
+void Session::restore(const Snapshot& snapshot) {
+  const Exclusive held(impl_->busy);
+  impl_->restore(snapshot);
+}
+
+Session Session::fork() {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  return Session(impl_->fork());
+}
+
+// --- For Generation ----------------------------------------------------------------------------------------------
+
+History& Session::history() noexcept { return impl_->history; }
+const ModelConfig& Session::config() const noexcept { return impl_->setup.config; }
+bool Session::slides() const noexcept { return impl_->setup.slides; }
+
+void Session::require_usable(std::int64_t passes) {
+  const Exclusive held(impl_->busy);
+  impl_->require_usable();
+  impl_->check_passes(passes);
+}
+
+}  // namespace crt

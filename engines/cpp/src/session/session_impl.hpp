@@ -1,0 +1,79 @@
+// What a session consists of: session.cpp runs the model, session_snapshot.cpp takes everything out and puts it back.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "crt_runtime/session.hpp"
+#include "session/decoder.hpp"
+#include "session/history.hpp"
+
+namespace crt {
+
+/// Holds a session for one call; throws Error(input) if another thread's call holds it.
+class Exclusive {
+ public:
+  explicit Exclusive(std::atomic_flag& busy);
+  ~Exclusive() { busy_.clear(std::memory_order_release); }
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
+
+ private:
+  std::atomic_flag& busy_;
+};
+
+/// Its methods expect that their caller holds busy.
+class Session::Impl {
+ public:
+  Impl(std::shared_ptr<Engine> engine, SessionSetup opened);
+
+  /// Throws Error(input) if an earlier call failed.
+  void require_usable() const;
+  /// Throws Error(input) for a negative number, Error(unsupported) where the model or target has no graph of one pass.
+  void check_passes(std::int64_t passes);
+  const float* logits();
+  void prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options);
+  void step(const std::int64_t* tokens, std::size_t count, bool check_logits);
+  void reset();
+  Snapshot snapshot();
+  void restore(const Snapshot& snapshot);
+  std::unique_ptr<Impl> fork();
+
+  const SessionSetup setup;
+  Decoder decoder;
+  History history;
+  mutable std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+ private:
+  void set_step(const std::int64_t* tokens, std::size_t count);
+  std::int64_t chunk_of(const PrefillOptions& options);
+  template <typename Call>
+  void poisoning(const Call& call);
+
+  std::string failure_;
+  // Scratch of one call, kept so that a step allocates nothing.
+  std::vector<std::int64_t> before_;
+  std::vector<std::int64_t> lengths_;
+  std::vector<std::int64_t> ids_;
+};
+
+/// Run what changes tensors; if it fails, poison the session and clear what it left.
+template <typename Call>
+void Session::Impl::poisoning(const Call& call) {
+  before_ = decoder.position();
+  try {
+    call();
+  } catch (const std::exception& error) {
+    const std::string reason = error.what();
+    failure_ = reason.empty() ? "an exception without a message" : reason.substr(0, reason.find('\n'));
+    decoder.abandon(before_);
+    throw;
+  }
+}
+
+}  // namespace crt

@@ -72,7 +72,7 @@ def test_version_is_the_packages(library: Any) -> None:
 
 def test_tensor_names_are_those_of_the_graphs() -> None:
     generator = script("tensor_names")
-    assert (CPP / "src" / "engine" / "tensor_names.hpp").read_text(encoding="utf-8") == generator.render(ROOT / "graphs")
+    assert generator.HEADER.read_text(encoding="utf-8") == generator.render(ROOT / "graphs")
 
 
 def test_every_source_and_test_is_built() -> None:

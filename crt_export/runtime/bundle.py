@@ -153,7 +153,7 @@ class Bundle:
                 tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
                 reopen=lambda: self.session(target, rows, count, size, on_full),
             )
-            session = Session(_decoder(engine, sizes, target, window), origin)
+            session = Session(_decoder(engine, sizes, chosen, window), origin)
             self._sessions.add(session)
             return session
 
@@ -203,9 +203,9 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
     return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated))
 
 
-def _decoder(engine: Engine, sizes: TensorSizes, target: str, window: Window | None) -> Decoder:
+def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:
     try:
-        return Decoder(engine, sizes, target=target, window=window)
+        return Decoder(engine, sizes, target=target.name, window=window, joins_rows=target.joins_rows)
     except (MemoryError, ValueError) as error:  # numpy's words for too much and for far too much
         raise InputError(
             f"batch {sizes.batch} x capacity {sizes.capacity} needs more memory than there is ({error}); "

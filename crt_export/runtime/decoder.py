@@ -27,7 +27,9 @@ class Decoder:
         max_chunk: Most tokens of one prefill call.
     """
 
-    def __init__(self, engine: Engine, sizes: TensorSizes, *, target: str, window: Window | None) -> None:
+    def __init__(
+        self, engine: Engine, sizes: TensorSizes, *, target: str, window: Window | None, joins_rows: bool = True
+    ) -> None:
         """Allocate the tensors.
 
         Args:
@@ -35,6 +37,7 @@ class Decoder:
             sizes: Sizes of the tensors.
             target: Name of the target, for messages.
             window: Given where full rows slide; at most as large as the capacity.
+            joins_rows: Whether rows may share a call of the engine.
         """
         self.sizes = sizes
         self.tensors = SessionTensors(engine, sizes)
@@ -48,6 +51,7 @@ class Decoder:
         self._engine = engine
         self._target = target
         self._window = window
+        self._joins_rows = joins_rows
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
         self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
         self._unread = [False] * sizes.batch
@@ -163,7 +167,7 @@ class Decoder:
                 self.tensors.slide(full, self._window)
                 for row, position in full.items():
                     self.position[row] = self._window.kept(position)
-        return groups_from_lengths(self.position, lengths, self.sizes.capacity)
+        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=self._joins_rows)
 
     def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""

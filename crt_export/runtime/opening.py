@@ -51,6 +51,16 @@ class Target:
     cache_dtype: str
 
     @property
+    def joins_rows(self) -> bool:
+        """Whether rows of one call get what each would get alone.
+
+        ONNX Runtime's MatMulNBits with INT8 activations rounds a row's activations after sums whose order depends on
+        the number of rows. Once in a while one rounds the other way, and a recurrent model carries that on: on the
+        demo, logits of the same row differ by up to 0.5. So there each row runs alone.
+        """
+        return self.profile.precision != "w8"
+
+    @property
     def runs_here(self) -> bool:
         """Whether a session can be opened: ONNX Runtime, or the packages and the GPU that a compiled target needs."""
         return not self.profile.compiled or not run_obstacles(self.profile, gpus())

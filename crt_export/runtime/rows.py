@@ -98,18 +98,21 @@ def capacity_problems(positions: Sequence[int], lengths: Sequence[int], capacity
     ]
 
 
-def groups_from_lengths(positions: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Group]:
+def groups_from_lengths(
+    positions: Sequence[int], lengths: Sequence[int], capacity: int, *, joins_rows: bool = True
+) -> list[Group]:
     """Join neighbouring rows with tokens, as long as the padding fits behind every one of them.
 
     Padding is written to the cache as well, so a row joins only if no row of the group would pass the
-    capacity. Rows without tokens take no part: nothing of them is read or written.
+    capacity. Rows without tokens take no part: nothing of them is read or written. Without ``joins_rows`` each row
+    runs alone.
     """
     groups: list[Group] = []
     for row, length in enumerate(lengths):
         if length == 0:
             continue
         last = groups[-1] if groups else None
-        if last is not None and last.stop == row:
+        if joins_rows and last is not None and last.stop == row:
             seq = max(last.seq, length)
             if max(positions[last.start : row + 1]) + seq <= capacity:
                 groups[-1] = Group(last.start, row + 1, seq)

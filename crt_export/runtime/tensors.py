@@ -19,7 +19,7 @@ from crt_export.runtime.prefill import PrefillCall, bind_by_name
 from crt_export.runtime.rows import Group
 from crt_export.runtime.slide import Window
 
-# A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping.
+# A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping: at least each row, for both sets.
 _MOST_KEPT_LAUNCHES = 64
 _UNKNOWN = -1
 
@@ -216,7 +216,7 @@ class SessionTensors:
         key = (group.start, group.stop, self._current)
         launch = self._step_launches.get(key)
         if launch is None:
-            if len(self._step_launches) >= _MOST_KEPT_LAUNCHES:
+            if len(self._step_launches) >= max(_MOST_KEPT_LAUNCHES, 4 * self._sizes.batch):
                 self._step_launches.clear()
             program = self._engine.program("step")
             launch = bind_by_name(program, {}, lambda name: self._shared(name, group), repeated=True)

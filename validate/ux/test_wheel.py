@@ -65,11 +65,11 @@ def test_wheel_carries_licence_and_notice(wheel: zipfile.ZipFile) -> None:
     assert names == {"LICENSE", "NOTICE"}
 
 
-def test_wheel_needs_three_packages_only(wheel: zipfile.ZipFile) -> None:
+def test_wheel_needs_four_packages_only(wheel: zipfile.ZipFile) -> None:
     metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     lines = wheel.read(metadata).decode().splitlines()
     required = [line.split()[1] for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
-    assert sorted(name.split(">")[0] for name in required) == ["click", "numpy", "rich"]
+    assert sorted(name.split(">")[0] for name in required) == ["click", "numpy", "rich", "safetensors"]
 
 
 def test_constraints_pin_every_requirement_exactly(root: Path) -> None:

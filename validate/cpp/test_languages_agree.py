@@ -62,6 +62,29 @@ def test_512_greedy_steps_of_the_demo_agree(library: Any, demo: Path, target: st
     assert generation.text(0).encode() == bytes(expected)
 
 
+@pytest.mark.evidence  # needs the trained demo: rounding carries on in it, and in no tiny random model
+@pytest.mark.parametrize("target", ["ort-cpu-fp32", "ort-cpu-int8"])
+def test_batch_mates_change_nothing_in_the_demo(library: Any, demo: Path, heldout_text: Path, target: str) -> None:
+    text = heldout_text.read_bytes()
+    rows = [list(text[3000 * row : 3000 * row + 60]) for row in range(3)]
+    with load_bundle(demo, allow_unvalidated=True) as bundle:
+        sessions = (
+            bundle.session(target, batch=3, capacity=64),
+            library.bundle(demo).session(target, batch=3, capacity=64),
+        )
+        alone = [bundle.session(target, capacity=64) for _ in rows]
+        expected = np.stack([alone[row].prefill([rows[row][: 5 + 6 * row]])[0] for row in range(3)])
+        for session in sessions:
+            found = session.prefill([rows[row][: 5 + 6 * row] for row in range(3)])
+            np.testing.assert_allclose(found, expected, **CLOSE)
+        for step in range(30):
+            tokens = [None if (step + 2 * row) % 5 == 0 else rows[row][20 + step] for row in range(3)]
+            running = [row for row, token in enumerate(tokens) if token is not None]
+            expected[running] = [alone[row].step([tokens[row]])[0] for row in running]
+            for session in sessions:
+                np.testing.assert_allclose(session.step(tokens), expected, **CLOSE)
+
+
 def test_rows_of_unequal_length_agree_in_every_call(in_python: Bundle, in_c: Any) -> None:
     sessions = in_python.session(TARGET, batch=3), in_c.session(TARGET, batch=3)
     calls: list[Callable[[Any], np.ndarray]] = [

@@ -83,10 +83,11 @@ def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
         ({"target": TARGET, "batch": 0}, "batch must be at least 1, found 0"),
         ({"target": TARGET, "batch": 1.5}, "batch must be a whole number"),
         ({"target": TARGET, "batch": True}, "batch must be a whole number"),
-        ({"target": TARGET, "batch": 2**40}, "needs more memory than there is"),
+        ({"target": TARGET, "batch": 2**40}, "needs more memory than there is|compiled for a batch of at most"),
         ({"target": TARGET, "capacity": 0}, "capacity must be at least 1 and at most 64"),
         ({"target": TARGET, "capacity": 65}, "capacity must be at least 1 and at most 64.*found 65"),
-        ({"target": TARGET, "threads": -1}, "threads must be at least 0, found -1"),
+        ({"target": TARGET, "threads": -1}, "threads must be at least 0 and at most 1024, found -1"),
+        ({"target": TARGET, "threads": 1025}, "threads must be at least 0 and at most 1024, found 1025"),
     ],
 )
 def test_impossible_sessions_are_refused(crt: Any, arguments: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.errors import InputError, UnsupportedError
+from crt_export.profile_check import MOST_THREADS
 from crt_export.runtime.counts import whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
@@ -120,7 +121,7 @@ class Bundle:
         Args:
             target: One of ``targets``.
             batch: Number of rows.
-            threads: CPU threads, 0 for every core; None takes the profile's.
+            threads: CPU threads, at most 1024, 0 for every core; None takes the profile's.
             capacity: Most tokens a row can hold; None takes the target's. Attention costs by capacity, so ask
                 for what is needed.
             on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
@@ -140,7 +141,9 @@ class Bundle:
                 raise InputError("this bundle is closed; open it again with load_bundle()")
             chosen = self.target(target)
             rows = whole_number("batch", batch)
-            count = chosen.profile.threads if threads is None else whole_number("threads", threads, least=0)
+            count = chosen.profile.threads
+            if threads is not None:
+                count = whole_number("threads", threads, least=0, most=MOST_THREADS)
             size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
             window = _checked_window(on_full, self._config, size)
             engine = self._engine(chosen, count)

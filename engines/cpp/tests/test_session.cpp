@@ -223,7 +223,7 @@ TEST_CASE("bundle: what a session cannot be opened with is refused") {
   CHECK(refused(options) == "batch must be at least 1, found 0");
   options = SessionOptions();
   options.threads = -1;
-  CHECK(refused(options) == "threads must be at least 0, found -1");
+  CHECK(refused(options) == "threads must be at least 0 and at most 1024, found -1");
   options = SessionOptions();
   options.capacity = bundle.config().max_position_embeddings + 1;
   CHECK(contains(refused(options), "the model's max_position_embeddings"));

@@ -4,11 +4,13 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
 #include "bundle/bundle_files.hpp"
 #include "bundle/message_text.hpp"
+#include "bundle/profile_check.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
 #include "session/decoder.hpp"
@@ -18,10 +20,12 @@ namespace crt {
 
 namespace {
 
-void check_number(const char* name, std::int64_t value, std::int64_t least) {
-  if (value < least) {
-    throw Error(ErrorKind::input, std::string(name) + " must be at least " + std::to_string(least) + ", found " +
-                                      std::to_string(value));
+void check_number(const char* name, std::int64_t value, std::int64_t least,
+                  std::optional<std::int64_t> most = std::nullopt) {
+  if (value < least || (most && value > *most)) {
+    const std::string upper = most ? " and at most " + std::to_string(*most) : "";
+    throw Error(ErrorKind::input, std::string(name) + " must be at least " + std::to_string(least) + upper +
+                                      ", found " + std::to_string(value));
   }
 }
 
@@ -42,8 +46,8 @@ bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std:
   }
   if (!config.sliding_window) {
     throw Error(ErrorKind::input,
-                "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its config "
-                "has no sliding_window): use on_full error");
+                "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its "
+                "config has no sliding_window): use on_full error");
   }
   if (capacity < *config.sliding_window) {
     throw Error(ErrorKind::input, "on_full slide needs a capacity of at least the attention window of " +
@@ -101,7 +105,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   const ModelConfig& config = files_.config();
   check_number("batch", options.batch, 1);
   const int threads = options.threads.value_or(target.threads);
-  check_number("threads", threads, 0);
+  check_number("threads", threads, 0, kMostThreads);
   const std::int64_t capacity = chosen_capacity(options, target, config);
   const bool slides = chosen_slide(options, config, capacity);
   std::shared_ptr<Engine> shared = engine(target, threads);

@@ -11,7 +11,6 @@ namespace {
 using Texts = std::vector<std::string>;
 
 constexpr std::size_t kShown = 200;
-constexpr std::int64_t kMostThreads = 1024;
 constexpr std::size_t kMostNameCharacters = 64;
 constexpr std::size_t kMostNames = 64;
 

@@ -115,6 +115,8 @@ TEST_CASE("C API: errors keep their kind; the message belongs to its thread") {
   std::int64_t token = 0;
   CHECK(crt_sample_token(logits, nullptr, 1, nullptr, 0, 0, &token) == CRT_ERROR_CONTRACT);
   CHECK(crt_sample_token(logits, nullptr, 0, nullptr, 0, 0, &token) == CRT_ERROR_INPUT);
+  CHECK(crt_sample_token(logits, nullptr, SIZE_MAX, nullptr, 0, 0, &token) == CRT_ERROR_INPUT);
+  CHECK(error_names("vocab 18446744073709551615 needs more memory than there is"));
   CHECK(std::string(crt_status_name(CRT_ERROR_CONTRACT)) == "contract");
   CHECK(std::string(crt_version()).find('.') != std::string::npos);
 }

@@ -1,8 +1,10 @@
 // The C API on a real bundle: the same numbers and tokens as the C++ API, ownership, refusals.
 #include <doctest/doctest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -297,4 +299,87 @@ TEST_CASE("C API: wrong options of a session and of a generation") {
   CHECK(attempt() == CRT_ERROR_INPUT);
   CHECK(error_names("max_new_tokens"));
   CHECK(generation == nullptr);
+}
+
+TEST_CASE("C API: the number of rows and their lengths are judged before ids or lengths are read") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  const auto options = generation_options(1, nullptr);
+  crt_generation* generation = nullptr;
+  const auto refused_by_both = [&](const std::int64_t* lengths, std::size_t rows, const char* text) {
+    CHECK(crt_session_prefill(opened.session, kPrompt.data(), lengths, rows, nullptr, nullptr) == CRT_ERROR_INPUT);
+    CHECK_MESSAGE(error_names(text), std::string(crt_last_error()));
+    CHECK(crt_session_generate(opened.session, kPrompt.data(), lengths, rows, &options, &generation) ==
+          CRT_ERROR_INPUT);
+    CHECK_MESSAGE(error_names(text), std::string(crt_last_error()));
+  };
+  // The second length is what lies behind the caller's array of one: it must not be looked at.
+  const std::int64_t lengths[] = {3, -5};
+  refused_by_both(lengths, 2, "expected one row of token ids per sequence: batch is 1, found 2 rows");
+  refused_by_both(lengths, std::size_t{1} << 60U, "batch is 1, found 1152921504606846976 rows");
+  std::int64_t capacity = 0;
+  REQUIRE(crt_session_capacity(opened.session, &capacity) == CRT_OK);
+  for (const std::int64_t length : {capacity + 1, std::numeric_limits<std::int64_t>::max()}) {
+    refused_by_both(&length, 1, ("row 0: " + std::to_string(length) + " tokens exceed the capacity of ").c_str());
+  }
+  CHECK(crt_session_prefill(opened.session, kPrompt.data(), nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
+  CHECK(error_names("batch is 1, found 0 rows"));
+  CHECK(generation == nullptr);
+}
+
+TEST_CASE("C API: a session that slides takes prompts beyond its capacity, but none that memory cannot hold") {
+  const char* folder = std::getenv("CRT_TEST_WINDOW_BUNDLE");
+  if (folder == nullptr) {
+    MESSAGE("left out: CRT_TEST_WINDOW_BUNDLE names no bundle (validate/cpp makes one)");
+    return;
+  }
+  const Opened opened(folder);
+  auto options = initialised(crt_session_options_init);
+  options.capacity = 8;
+  options.on_full = CRT_ON_FULL_SLIDE;
+  crt_session* sliding = nullptr;
+  REQUIRE(crt_session_open(opened.bundle, nullptr, &options, &sliding) == CRT_OK);
+  crt_session* fork = nullptr;
+  REQUIRE(crt_session_fork(sliding, &fork) == CRT_OK);
+  const std::vector<std::int64_t> ids(20, 40);
+  const std::int64_t length = 20;
+  const std::int64_t huge = std::numeric_limits<std::int64_t>::max();
+  for (crt_session* session : {sliding, fork}) {
+    CHECK(crt_session_prefill(session, ids.data(), &length, 1, nullptr, nullptr) == CRT_OK);
+    CHECK(crt_session_prefill(session, ids.data(), &huge, 1, nullptr, nullptr) == CRT_ERROR_INPUT);
+    CHECK_MESSAGE(error_names("row 0: 9223372036854775807 tokens are more than memory can hold"), std::string(crt_last_error()));
+    crt_session_close(session);
+  }
+}
+
+TEST_CASE("C API: a generation that fails leaves its outputs alone") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  const auto options = generation_options(5, nullptr);
+  crt_generation* generation = nullptr;
+  const std::int64_t length = 3;
+  REQUIRE(crt_session_generate(opened.session, kPrompt.data(), &length, 1, &options, &generation) == CRT_OK);
+  std::int64_t token = 0;
+  std::int32_t more = 0;
+  REQUIRE(crt_generation_next(generation, &token, 1, &more) == CRT_OK);
+  REQUIRE(crt_session_reset(opened.session) == CRT_OK);
+  token = -7;
+  more = -7;
+  CHECK(crt_generation_next(generation, &token, 1, &more) == CRT_ERROR_INPUT);
+  CHECK(token == -7);
+  CHECK(more == -7);
+  crt_generation_free(generation);
+}
+
+TEST_CASE("C API: no session gets more threads than a profile may ask for") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  const Opened opened(folder);
+  auto options = initialised(crt_session_options_init);
+  options.threads = 1025;
+  crt_session* session = nullptr;
+  CHECK(crt_session_open(opened.bundle, nullptr, &options, &session) == CRT_ERROR_INPUT);
+  CHECK_MESSAGE(error_names("threads must be at least 0 and at most 1024, found 1025"), std::string(crt_last_error()));
 }

@@ -265,3 +265,14 @@ TEST_CASE("SamplingOptions::check lists every value that is out of its range") {
     CHECK(refusal(each).find("4 problems") != std::string::npos);
   }
 }
+
+TEST_CASE("sampler: without a vocabulary there is nothing to choose from") {
+  const float logit = 0.0F;
+  try {
+    Sampler(0).sample(&logit, nullptr, SamplingOptions(), 0, 0);
+    FAIL("a token of none");
+  } catch (const crt::Error& error) {
+    CHECK(error.kind() == crt::ErrorKind::input);
+    CHECK(std::string(error.what()) == "vocab must be at least 1, found 0");
+  }
+}

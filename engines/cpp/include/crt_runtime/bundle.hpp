@@ -13,6 +13,7 @@
 namespace crt CRT_RUNTIME_API {
 
 /// Sessions of the same target and thread count share the loaded graphs, weights and threads; they keep them alive.
+/// Several threads may use one bundle and open sessions at the same time: opening takes its turn.
 class Bundle {
  public:
   /// Throws Error(bundle) if there is no bundle, or it is unfinished, damaged, hostile, too new, or unvalidated.

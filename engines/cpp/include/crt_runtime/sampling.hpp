@@ -40,7 +40,7 @@ class Sampler {
   explicit Sampler(std::size_t vocab);
   /// logits: float32 [vocab]; seen: uint8 [vocab], 1 for tokens the penalty applies to (nullptr: none);
   /// step: number of tokens that this row has drawn before. options must have passed check(). Throws Error(contract) if
-  /// a logit is NaN or +inf, none is finite, or the penalty makes one infinite.
+  /// a logit is NaN or +inf, none is finite, or the penalty makes one infinite; Error(input) if vocab is 0.
   std::int64_t sample(const float* logits, const std::uint8_t* seen, const SamplingOptions& options, std::uint32_t row,
                       std::uint64_t step);
 

@@ -1,5 +1,6 @@
 #include "c_api/c_call.hpp"
 
+#include <cstdint>
 #include <exception>
 #include <new>
 
@@ -36,6 +37,33 @@ crt_status status_from_kind(ErrorKind kind) noexcept {
   return CRT_ERROR_INTERNAL;
 }
 
+/// What is wrong with a row's length; "" if nothing is.
+std::string length_problem(std::int64_t length, const RowLimits& limits) {
+  // More elements than an array can have; the allocation that would find out must not be tried.
+  constexpr std::int64_t kMost = PTRDIFF_MAX / static_cast<std::int64_t>(sizeof(std::int64_t));
+  const std::string found = std::to_string(length);
+  if (length < 0) return "length " + found + " must be at least 0";
+  if (limits.capacity && length > *limits.capacity) {
+    return found + " tokens exceed the capacity of " + std::to_string(*limits.capacity);
+  }
+  return length > kMost ? found + " tokens are more than memory can hold" : "";
+}
+
+/// lengths holds as many elements as the caller said; rows beyond the batch may lie behind its end.
+void check_lengths(const std::int64_t* lengths, std::size_t rows, const RowLimits& limits) {
+  if (rows != static_cast<std::size_t>(limits.batch)) {
+    throw Error(ErrorKind::input, "expected one row of token ids per sequence: batch is " +
+                                      std::to_string(limits.batch) + ", found " + std::to_string(rows) + " rows");
+  }
+  require({{lengths, "lengths"}});
+  std::vector<std::string> problems;
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::string problem = length_problem(lengths[row], limits);
+    if (!problem.empty()) problems.push_back("row " + std::to_string(row) + ": " + problem);
+  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("lengths", problems));
+}
+
 }  // namespace
 
 crt_status status_from_exception() noexcept {
@@ -70,18 +98,9 @@ void check_struct_size(const char* type, std::size_t found, std::size_t oldest, 
 }
 
 std::vector<std::vector<std::int64_t>> token_rows(const std::int64_t* ids, const std::int64_t* lengths,
-                                                  std::size_t rows) {
-  if (rows > 0) require({{lengths, "lengths"}});
-  std::vector<std::string> problems;
-  bool tokens = false;
-  for (std::size_t row = 0; row < rows; ++row) {
-    tokens = tokens || lengths[row] > 0;
-    if (lengths[row] >= 0) continue;
-    problems.push_back("row " + std::to_string(row) + ": length " + std::to_string(lengths[row]) +
-                       " must be at least 0");
-  }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("lengths", problems));
-  if (tokens) require({{ids, "ids"}});
+                                                  std::size_t rows, const RowLimits& limits) {
+  check_lengths(lengths, rows, limits);
+  if (std::any_of(lengths, lengths + rows, [](std::int64_t length) { return length > 0; })) require({{ids, "ids"}});
   std::vector<std::vector<std::int64_t>> result;
   result.reserve(rows);
   for (std::size_t row = 0; row < rows; ++row) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -62,8 +63,15 @@ Options taken_options(const Options* options, const char* type, const Options& d
   return taken;
 }
 
-/// Rows from flat ids and lengths; throws Error(input) listing every negative length.
+/// How many rows a call takes, and how many tokens a row can take at all.
+struct RowLimits {
+  std::int64_t batch = 0;
+  std::optional<std::int64_t> capacity;  ///< none where rows slide
+};
+
+/// Rows from flat ids and lengths. Throws Error(input) before it reads a length if there are not batch rows, and before
+/// it reads an id if a length is negative or beyond the limits; lists every such length.
 std::vector<std::vector<std::int64_t>> token_rows(const std::int64_t* ids, const std::int64_t* lengths,
-                                                  std::size_t rows);
+                                                  std::size_t rows, const RowLimits& limits);
 
 }  // namespace crt::c_api

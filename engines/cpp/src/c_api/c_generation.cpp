@@ -1,4 +1,6 @@
 // crt.h: generation and sampling.
+#include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "c_api/c_call.hpp"
@@ -67,6 +69,19 @@ crt::TokenCallback token_callback(crt_token_callback callback, void* user) {
   };
 }
 
+crt::Sampler sampler_of(std::size_t vocab) {
+  const auto too_large = [vocab] {
+    return crt::Error(crt::ErrorKind::input, "vocab " + std::to_string(vocab) + " needs more memory than there is");
+  };
+  try {
+    return crt::Sampler(vocab);
+  } catch (const std::bad_alloc&) {
+    throw too_large();
+  } catch (const std::length_error&) {  // a vector's word for far too much
+    throw too_large();
+  }
+}
+
 void give_text(const std::string& found, const char** text, std::size_t* text_bytes) noexcept {
   *text = found.c_str();
   *text_bytes = found.size();
@@ -89,7 +104,9 @@ crt_status crt_session_generate(crt_session* session, const int64_t* ids, const 
   return call([&] {
     require({{session, "session"}, {generation, "generation"}});
     const auto taken = crt::c_api::taken_options(options, "crt_generation_options", default_generation_options());
-    auto made = session->session->generate(crt::c_api::token_rows(ids, lengths, rows), generation_options(taken),
+    std::vector<std::vector<std::int64_t>> prompts;
+    if (rows > 0) prompts = crt::c_api::token_rows(ids, lengths, rows, crt::c_api::row_limits(*session));
+    auto made = session->session->generate(std::move(prompts), generation_options(taken),
                                            token_callback(taken.callback, taken.user));
     crt::c_api::give(std::make_unique<crt_generation>(crt_generation{session->session, std::move(made)}), generation);
   });
@@ -160,10 +177,9 @@ crt_status crt_sample_token(const float* logits, const uint8_t* seen, size_t voc
                             const crt_sampling_options* options, uint32_t row, uint64_t step, int64_t* token) {
   return call([&] {
     require({{logits, "logits"}, {token, "token"}});
-    if (vocab == 0) throw crt::Error(crt::ErrorKind::input, "vocab must be at least 1, found 0");
     const crt::SamplingOptions taken = sampling_options(options);
     taken.check();
-    *token = crt::Sampler(vocab).sample(logits, seen, taken, row, step);
+    *token = sampler_of(vocab).sample(logits, seen, taken, row, step);
   });
 }
 

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
+#include "c_api/c_call.hpp"
 #include "crt_runtime/bundle.hpp"
 #include "crt_runtime/crt.h"
 #include "crt_runtime/generation.hpp"
@@ -17,11 +18,11 @@ struct crt_bundle {
   explicit crt_bundle(crt::Bundle opened) : bundle(std::move(opened)) {}
 
   crt::Bundle bundle;
-  std::mutex opening;  // sessions are opened one after the other
 };
 
 struct crt_session {
   std::shared_ptr<crt::Session> session;
+  bool slides;
 };
 
 struct crt_snapshot {
@@ -50,6 +51,12 @@ void give(std::unique_ptr<Handle> made, Handle** handle) noexcept {
 template <class Handle>
 std::unique_ptr<Handle> take(Handle* handle) noexcept {
   return std::unique_ptr<Handle>(handle);
+}
+
+/// What the rows of a call on this session may be.
+inline RowLimits row_limits(const crt_session& session) {
+  const std::int64_t capacity = session.session->capacity();
+  return {session.session->batch(), session.slides ? std::nullopt : std::make_optional(capacity)};
 }
 
 }  // namespace crt::c_api

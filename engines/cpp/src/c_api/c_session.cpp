@@ -29,9 +29,9 @@ crt::SessionOptions session_options(const crt_session_options* options) {
   return result;
 }
 
-void give_session(crt::Session session, crt_session** handle) {
+void give_session(crt::Session session, bool slides, crt_session** handle) {
   auto shared = std::make_shared<crt::Session>(std::move(session));
-  crt::c_api::give(std::make_unique<crt_session>(crt_session{std::move(shared)}), handle);
+  crt::c_api::give(std::make_unique<crt_session>(crt_session{std::move(shared), slides}), handle);
 }
 
 }  // namespace
@@ -52,8 +52,7 @@ crt_status crt_session_open(crt_bundle* bundle, const char* target, const crt_se
     require({{bundle, "bundle"}, {session, "session"}});
     const crt::SessionOptions taken = session_options(options);
     const std::string name = target != nullptr ? target : bundle->bundle.default_target();
-    const std::lock_guard<std::mutex> lock(bundle->opening);
-    give_session(bundle->bundle.session(name, taken), session);
+    give_session(bundle->bundle.session(name, taken), taken.on_full == crt::OnFull::slide, session);
   });
 }
 
@@ -102,7 +101,8 @@ crt_status crt_session_prefill(crt_session* session, const int64_t* ids, const i
     crt::PrefillOptions prefill;
     prefill.passes = taken.passes;
     prefill.chunk = taken.chunk;
-    const float* found = session->session->prefill(crt::c_api::token_rows(ids, lengths, rows), prefill);
+    const auto given = crt::c_api::token_rows(ids, lengths, rows, crt::c_api::row_limits(*session));
+    const float* found = session->session->prefill(given, prefill);
     if (logits != nullptr) *logits = found;
   });
 }
@@ -160,7 +160,7 @@ crt_status crt_session_restore(crt_session* session, const crt_snapshot* snapsho
 crt_status crt_session_fork(crt_session* session, crt_session** fork) {
   return call([&] {
     require({{session, "session"}, {fork, "fork"}});
-    give_session(session->session->fork(), fork);
+    give_session(session->session->fork(), session->slides, fork);
   });
 }
 

@@ -66,7 +66,7 @@ struct Generation::State {
   void draw();
   /// Make a drawn token part of its row, or end the row; the token if it is given out.
   std::int64_t take(std::size_t index, std::int64_t token);
-  void report(const std::int64_t* given);
+  void report(const std::vector<std::int64_t>& given);
 
   Session& session_;
   History& history_;
@@ -79,7 +79,7 @@ struct Generation::State {
   bool argmax_;
   std::vector<GenerationRow> rows_;
   std::vector<std::int64_t> fed_;    // [batch], kNoToken for none
-  std::vector<std::int64_t> drawn_;  // [batch], kNoToken for a stopped row
+  std::vector<std::int64_t> drawn_;  // [batch], then what of it is given out; kNoToken for none
   std::optional<Sampler> sampler_;
   const float* logits_ = nullptr;  // [batch, vocab] of the last run, unless argmax_
 };
@@ -143,18 +143,21 @@ const GenerationRow& Generation::State::row(std::size_t index) const {
 }
 
 bool Generation::State::next(std::int64_t* tokens) {
-  std::fill_n(tokens, rows_.size(), kNoToken);
   const auto running = [](const GenerationRow& row) { return row.running(); };
-  if (std::none_of(rows_.begin(), rows_.end(), running)) return false;
+  if (std::none_of(rows_.begin(), rows_.end(), running)) {
+    std::fill_n(tokens, rows_.size(), kNoToken);
+    return false;
+  }
   run();
   draw();
   bool anything = false;
   for (std::size_t index = 0; index < rows_.size(); ++index) {
     rows_[index].text.begin_step();
-    if (drawn_[index] != kNoToken) tokens[index] = take(index, drawn_[index]);
-    anything = anything || tokens[index] != kNoToken || !rows_[index].text.piece().empty();
+    if (drawn_[index] != kNoToken) drawn_[index] = take(index, drawn_[index]);
+    anything = anything || drawn_[index] != kNoToken || !rows_[index].text.piece().empty();
   }
-  report(tokens);
+  report(drawn_);
+  std::copy(drawn_.begin(), drawn_.end(), tokens);  // at the end: a call that fails leaves its outputs alone
   return anything;
 }
 
@@ -234,7 +237,7 @@ std::int64_t Generation::State::take(std::size_t index, std::int64_t token) {
   return token;
 }
 
-void Generation::State::report(const std::int64_t* given) {
+void Generation::State::report(const std::vector<std::int64_t>& given) {
   if (!callback_) return;
   for (std::size_t index = 0; index < rows_.size(); ++index) {
     GenerationRow& row = rows_[index];

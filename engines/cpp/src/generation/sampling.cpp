@@ -131,6 +131,7 @@ Sampler::Sampler(std::size_t vocab) : values_(vocab), ids_(vocab), cumulative_(v
 
 std::int64_t Sampler::sample(const float* logits, const std::uint8_t* seen, const SamplingOptions& options,
                              std::uint32_t row, std::uint64_t step) {
+  if (values_.empty()) throw Error(ErrorKind::input, "vocab must be at least 1, found 0");
   const std::size_t likeliest = penalise(logits, seen, options.repetition_penalty, row, values_);
   if (options.greedy()) return static_cast<std::int64_t>(likeliest);
   const double largest = values_[likeliest];

@@ -29,6 +29,9 @@ import numpy as np
 from crt_export.errors import BundleError, problem_list
 from crt_export.runtime.tensors import TensorSizes
 
+#: A session that goes on counts further, and the count must never overflow an int64.
+MOST_DRAWS = 2**62
+
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
@@ -150,7 +153,7 @@ def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
             yield f"row {row}: the pending token {pending} is outside the vocabulary (0 to {vocab - 1}, -1 for none)"
         if count and not 0 <= following < vocab:
             yield f"row {row}: the next token {following} is outside the vocabulary (0 to {vocab - 1})"
-        if drawn < 0:
-            yield f"row {row}: {drawn} random draws"
+        if not 0 <= drawn <= MOST_DRAWS:
+            yield f"row {row}: {drawn} random draws, must be 0 to {MOST_DRAWS}"
         if tensors["seen"][row].max() > 1:
             yield f"row {row}: seen must be 0 or 1"

@@ -35,6 +35,8 @@ def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensor
         "sha256": _digest(arrays),
     }
     final = Path(path)
+    if "\0" in str(final):
+        raise InputError(f"cannot write the snapshot {str(final)!r}: a path must not hold a NUL byte")
     partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as stream:
@@ -60,6 +62,8 @@ def load_snapshot(path: str | os.PathLike[str]) -> tuple[str, str, dict[str, np.
         BundleError: The file is missing, damaged, no snapshot, or of a newer format version.
     """
     file = Path(path)
+    if "\0" in str(file):
+        raise BundleError(f"expected a snapshot file, found a path with a NUL byte: {str(file)!r}")
     if not file.is_file():
         raise BundleError(f"expected a snapshot file, found {'a folder' if file.is_dir() else 'nothing'}: {file}")
     try:

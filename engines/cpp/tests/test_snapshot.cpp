@@ -108,6 +108,8 @@ TEST_CASE("snapshot: what no session of this kind holds is refused, and the sess
       {[](Snapshot& s) { put<std::int64_t>(s, "pending", 0, 256); }, "row 0: the pending token 256 is outside"},
       {[](Snapshot& s) { put<std::int64_t>(s, "next_tokens", 1, -1); }, "row 1: the next token -1 is outside"},
       {[](Snapshot& s) { put<std::int64_t>(s, "drawn", 0, -4); }, "row 0: -4 random draws"},
+      {[](Snapshot& s) { put<std::int64_t>(s, "drawn", 1, (std::int64_t{1} << 62U) + 1); },
+       "row 1: 4611686018427387905 random draws, must be 0 to 4611686018427387904"},
       {[](Snapshot& s) { tensor_of(s, "seen").data[5] = 2; }, "row 0: seen must be 0 or 1"},
   };
   for (const auto& [change, part] : changes) {

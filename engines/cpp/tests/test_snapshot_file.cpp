@@ -170,3 +170,24 @@ TEST_CASE("snapshot file: hostile headers are refused with what is wrong") {
   CHECK(refusal(folder.file("nothing")).find("expected a snapshot file, found nothing") == 0);
   CHECK(refusal(folder.file(".")).find("expected a snapshot file") == 0);
 }
+
+TEST_CASE("snapshot file: a path with a NUL byte names no file, and is not cut at it") {
+  const Folder folder;
+  const std::string path = folder.file(std::string("a\0b", 3));
+  const auto refused = [](crt::ErrorKind kind, const std::function<void()>& call) -> std::string {
+    try {
+      call();
+    } catch (const crt::Error& error) {
+      CHECK(error.kind() == kind);
+      return error.what();
+    }
+    return "";
+  };
+  const std::string shown = "'" + folder.file("a") + "\\x00b'";
+  CHECK(refused(crt::ErrorKind::input, [&] { small_snapshot().save(path); }) ==
+        "cannot write the snapshot " + shown + ": a path must not hold a NUL byte");
+  CHECK(folder.count() == 0);
+  small_snapshot().save(folder.file("a"));
+  CHECK(refused(crt::ErrorKind::bundle, [&] { crt::Snapshot::load(path); }) ==
+        "expected a snapshot file, found a path with a NUL byte: " + shown);
+}

@@ -168,6 +168,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "pending": (put("pending", 0, 256), "row 0: the pending token 256 is outside the vocabulary"),
     "next token": (put("next_tokens", 0, -1), "row 0: the next token -1 is outside the vocabulary"),
     "draws": (put("drawn", 1, -5), "row 1: -5 random draws"),
+    "draws that would overflow": (
+        put("drawn", 1, 2**62 + 1),
+        f"row 1: {2**62 + 1} random draws, must be 0 to {2**62}",
+    ),
     "seen": (put("seen", (2, 3), 2), "row 2: seen must be 0 or 1"),
 }
 

@@ -102,6 +102,14 @@ def test_a_save_that_fails_keeps_the_old_file(snapshot: Snapshot, file: Path, mo
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_a_path_with_a_nul_byte_names_no_file(snapshot: Snapshot, tmp_path: Path) -> None:
+    path = tmp_path / "a\0b"
+    with pytest.raises(InputError, match=r"cannot write the snapshot '.*a\\x00b': a path must not hold a NUL byte"):
+        snapshot.save(path)
+    with pytest.raises(BundleError, match=r"found a path with a NUL byte: '.*a\\x00b'"):
+        Snapshot.load(path)
+
+
 def test_a_folder_that_is_not_there_is_an_input_error(snapshot: Snapshot, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write the snapshot"):
         snapshot.save(tmp_path / "absent" / "a.snapshot")

@@ -72,9 +72,16 @@ Snapshot read_snapshot(const std::string& path) {
   return snapshot;
 }
 
+/// The system would end the name there, and write or read another file.
+bool holds_nul(const std::string& path) noexcept { return path.find('\0') != std::string::npos; }
+
 }  // namespace
 
 void Snapshot::save(const std::string& path) const {
+  if (holds_nul(path)) {
+    throw Error(ErrorKind::input,
+                "cannot write the snapshot " + in_quotes(path) + ": a path must not hold a NUL byte");
+  }
   try {
     write_safetensors(path,
                       {{"format", kFormat},
@@ -89,6 +96,9 @@ void Snapshot::save(const std::string& path) const {
 }
 
 Snapshot Snapshot::load(const std::string& path) {
+  if (holds_nul(path)) {
+    throw Error(ErrorKind::bundle, "expected a snapshot file, found a path with a NUL byte: " + in_quotes(path));
+  }
   const auto damaged = [&path](const std::string& reason) {
     return Error(ErrorKind::bundle, path + " is not a snapshot or damaged: " + reason);
   };

@@ -183,6 +183,9 @@ bool finite_row(const SnapshotTensor& tensor, std::size_t row, std::int64_t posi
   return true;
 }
 
+// A session that goes on counts further, and the count must never overflow.
+constexpr std::int64_t kMostDraws = std::int64_t{1} << 62U;
+
 Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
   const auto of = [&](const char* name) { return integers(*find_tensor(snapshot, name)); };
   const std::vector<std::int64_t> position = of(names::kPosition), pending = of("pending");
@@ -204,8 +207,9 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
       problems.push_back(row_text(row) + "the next token " + std::to_string(following[row]) +
                          " is outside the vocabulary (0 to " + last + ")");
     }
-    if (drawn[row] < 0) {
-      problems.push_back(row_text(row) + std::to_string(drawn[row]) + " random draws");
+    if (drawn[row] < 0 || drawn[row] > kMostDraws) {
+      problems.push_back(row_text(row) + std::to_string(drawn[row]) + " random draws, must be 0 to " +
+                         std::to_string(kMostDraws));
     }
     const auto begin = seen.begin() + static_cast<std::ptrdiff_t>(row) * sizes.vocab;
     if (std::any_of(begin, begin + sizes.vocab, [](unsigned char value) { return value > 1; })) {

@@ -6,9 +6,13 @@
 namespace {
 
 thread_local std::size_t count = 0;
+thread_local bool exhausted = false;
 
 void* counted_or_null(std::size_t bytes, std::size_t alignment) noexcept {
   ++count;
+  if (exhausted) {
+    return nullptr;
+  }
   bytes = bytes == 0 ? 1 : bytes;
   return alignment <= alignof(std::max_align_t)
              ? std::malloc(bytes)
@@ -26,6 +30,7 @@ void* counted(std::size_t bytes, std::size_t alignment) {
 }  // namespace
 
 std::size_t crt_test::allocations() noexcept { return count; }
+void crt_test::exhaust_memory(bool now) noexcept { exhausted = now; }
 
 // Every form, though the standard ones call the first: a sanitizer brings its own, whose memory free() must not get.
 void* operator new(std::size_t bytes) { return counted(bytes, 1); }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <thread>
 
+#include "allocation_count.hpp"
 #include "crt_runtime/session.hpp"
 #include "given_bundle.hpp"
 #include "session/session_impl.hpp"
@@ -49,4 +50,19 @@ TEST_CASE("threads: sessions of one bundle in four threads give what each gives 
     crt::Session session = bundle.session("ort-cpu-fp32");
     CHECK(run(session, seed) == together[seed]);
   }
+}
+
+TEST_CASE("session: one whose call failed is closed even where no memory is left to say why") {
+  crt::Failure failure;
+  const auto text = [&] { return crt_test::error_text(crt::ErrorKind::input, [&] { failure.require_none(); }); };
+  failure.keep("the engine stopped\nwith details");
+  CHECK(text() ==
+        "an earlier call of this session failed (the engine stopped); call reset() or restore() before going on");
+  failure.lift();
+  CHECK(text() == "");
+  const std::string reason(10000, 'x');
+  crt_test::exhaust_memory(true);
+  failure.keep(reason.c_str());
+  crt_test::exhaust_memory(false);
+  CHECK(crt_test::contains(text(), "failed (there was no memory to keep its message); call reset()"));
 }

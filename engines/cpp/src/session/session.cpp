@@ -24,6 +24,26 @@ Exclusive::Exclusive(std::atomic_flag& busy) : busy_(busy) {
   }
 }
 
+void Failure::keep(const char* reason) noexcept {
+  happened_ = true;
+  reason_.clear();
+  try {
+    const std::string text = reason;
+    reason_ = text.empty() ? "an exception without a message" : text.substr(0, text.find('\n'));
+  } catch (const std::exception&) {
+    // No memory for the words; the session is closed all the same.
+  }
+}
+
+void Failure::require_none() const {
+  if (!happened_) {
+    return;
+  }
+  const std::string reason = reason_.empty() ? "there was no memory to keep its message" : reason_;
+  throw Error(ErrorKind::input,
+              "an earlier call of this session failed (" + reason + "); call reset() or restore() before going on");
+}
+
 Session::Impl::Impl(std::shared_ptr<Engine> engine, SessionSetup opened)
     : setup(std::move(opened)), decoder(std::move(engine), setup), history(setup.sizes.batch, setup.sizes.vocab) {
   const auto batch = static_cast<std::size_t>(setup.sizes.batch);
@@ -32,12 +52,7 @@ Session::Impl::Impl(std::shared_ptr<Engine> engine, SessionSetup opened)
   }
 }
 
-void Session::Impl::require_usable() const {
-  if (!failure_.empty()) {
-    throw Error(ErrorKind::input, "an earlier call of this session failed (" + failure_ +
-                                      "); call reset() or restore() before going on");
-  }
-}
+void Session::Impl::require_usable() const { failure_.require_none(); }
 
 const float* Session::Impl::logits() {
   const float* values = nullptr;
@@ -123,7 +138,7 @@ void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
 void Session::Impl::reset() {
   decoder.reset();
   history.clear();
-  failure_.clear();
+  failure_.lift();
 }
 
 std::unique_ptr<Session::Impl> Session::Impl::fork() {

@@ -27,6 +27,20 @@ class Exclusive {
   std::atomic_flag& busy_;
 };
 
+/// Closes a session after a call that failed.
+class Failure {
+ public:
+  /// What the call said, as far as there is memory for it; the session is closed in any case.
+  void keep(const char* reason) noexcept;
+  void lift() noexcept { happened_ = false; }
+  /// Throws Error(input) if a call failed and nothing has lifted it.
+  void require_none() const;
+
+ private:
+  bool happened_ = false;
+  std::string reason_;
+};
+
 /// Its methods expect that their caller holds busy.
 class Session::Impl {
  public:
@@ -55,8 +69,8 @@ class Session::Impl {
   template <typename Call>
   void poisoning(const Call& call);
 
-  std::string failure_;
-  // Scratch of one call, kept so that a step allocates nothing.
+  Failure failure_;
+  // Scratch of one call, kept so that a step allocates nothing of its own.
   std::vector<std::int64_t> before_;
   std::vector<std::int64_t> lengths_;
   std::vector<std::int64_t> ids_;
@@ -69,8 +83,7 @@ void Session::Impl::poisoning(const Call& call) {
   try {
     call();
   } catch (const std::exception& error) {
-    const std::string reason = error.what();
-    failure_ = reason.empty() ? "an exception without a message" : reason.substr(0, reason.find('\n'));
+    failure_.keep(error.what());
     decoder.abandon(before_);
     throw;
   }

@@ -87,7 +87,7 @@ void Session::Impl::restore(const Snapshot& snapshot) {
     decoder.resume(position, next_tokens);
   });
   history.assign(std::move(drawn), std::move(pending), std::move(seen));
-  failure_.clear();
+  failure_.lift();
 }
 
 }  // namespace crt

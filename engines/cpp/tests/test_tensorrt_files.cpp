@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <locale>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,19 @@ TEST_CASE("sidecar: ampere_plus runs on newer GPUs only, version_compatible with
   CHECK(refusal(lasting, {"10.17.0.3", "NVIDIA A100", 80}).empty());
   CHECK_FALSE(refusal(lasting, {"10.15.9.9", "NVIDIA A100", 80}).empty());
   CHECK_FALSE(refusal(lasting, {"11.0.0.114", "NVIDIA A100", 80}).empty());
+}
+
+TEST_CASE("sidecar: versions are read alike in every locale of the application") {
+  class Dots : public std::numpunct<char> {
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  crt::EngineSidecar lasting = sidecar();
+  lasting.version_compatible = true;
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Dots));
+  const std::string text = refusal(lasting, {"10.17.0.3", "NVIDIA A100", 80});
+  std::locale::global(before);
+  CHECK(text == "");
 }
 
 TEST_CASE("sidecar: one of another graph, runtime, GPU or capacity than the manifest says is a damaged bundle") {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <locale>
 #include <sstream>
 
 #include "bundle/problem_list.hpp"
@@ -45,6 +46,7 @@ std::vector<std::string> target_problems(const EngineSidecar& sidecar, const Tar
 std::vector<int> numbers(const std::string& version) {
   std::vector<int> parts;
   std::istringstream stream(version);
+  stream.imbue(std::locale::classic());  // elsewhere a dot may group thousands
   int part = 0;
   while (stream >> part) {
     parts.push_back(part);

@@ -153,6 +153,20 @@ TEST_CASE("decoder: away from host memory, spoiled logits are found when they ar
   CHECK(text_of([&] { toy.step({5}, false); }) == "toy: logits is not finite: row 0 after position 0");
 }
 
+TEST_CASE("decoder: rows that may not share a call run one at a time") {
+  const auto control = std::make_shared<ToyControl>();
+  crt::SessionSetup setup = crt_test::toy_setup(3, 12);
+  setup.joins_rows = false;
+  crt::Decoder decoder(crt_test::make_toy_engine(control), setup);
+  decoder.step({1, 2, 3}, {1, 1, 1}, true);
+  CHECK(control->runs == 3);
+  decoder.step({1, 0, 3}, {1, 0, 1}, true);
+  CHECK(control->runs == 5);
+  Toy together(3);
+  together.step({1, 2, 3});
+  CHECK(together.control->runs == 1);
+}
+
 TEST_CASE("decoder: a full row slides to what its window sees, and others stay") {
   auto control = std::make_shared<ToyControl>();
   crt::SessionSetup setup = crt_test::toy_setup(2, 8);

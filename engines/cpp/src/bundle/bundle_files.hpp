@@ -54,6 +54,10 @@ struct Target {
   int threads = 0;
   std::optional<int> compute_capability;
   OrtProfile ort;
+
+  /// Whether rows of one call get what each would get alone: not where activations are rounded after sums whose order
+  /// depends on the number of rows (crt_export/runtime/opening.py says more).
+  bool joins_rows() const { return precision != "w8"; }
 };
 
 /// What a TensorRT engine's sidecar says; checked before the engine is deserialised.

@@ -17,7 +17,8 @@ Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
       target_(setup.target),
       sizes_(setup.sizes),
       tensors_(*engine_, setup.sizes),
-      max_chunk_(engine_->max_tokens()) {
+      max_chunk_(engine_->max_tokens()),
+      joins_rows_(setup.joins_rows) {
   if (setup.slides) {
     window_.emplace(setup.config);
     // What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that chunks are
@@ -124,7 +125,7 @@ void Decoder::set_groups(const std::vector<std::int64_t>& lengths) {
   if (window_) {
     slide(lengths);
   }
-  groups_from_lengths(position_, lengths, sizes_.capacity, groups_);
+  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows_, groups_);
 }
 
 void Decoder::slide(const std::vector<std::int64_t>& lengths) {

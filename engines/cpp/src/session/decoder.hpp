@@ -23,6 +23,7 @@ struct SessionSetup {
   ModelConfig config;
   TensorSizes sizes;
   bool slides = false;
+  bool joins_rows = true;  ///< rows may share a call of the engine
 };
 
 /// The work of a session, without its guards: arguments are checked, and one call runs at a time.
@@ -72,6 +73,7 @@ class Decoder {
   SessionTensors tensors_;
   std::optional<Window> window_;
   std::int64_t max_chunk_;
+  bool joins_rows_;
   std::vector<std::int64_t> position_;
   std::vector<std::int64_t> next_tokens_;
   bool logits_checked_ = true;

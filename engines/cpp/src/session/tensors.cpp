@@ -214,7 +214,7 @@ Launch& SessionTensors::step_launch(const Group& group) {
   if (found != step_launches_.end()) {
     return *found->second;
   }
-  if (step_launches_.size() >= kMostKeptLaunches) {
+  if (step_launches_.size() >= std::max(kMostKeptLaunches, 4 * static_cast<std::size_t>(sizes_.batch))) {
     step_launches_.clear();
   }
   const OwnTensors own{{names::kInputIds, Rows{sets_[current_].ids.get(), group.start, group.stop}}};

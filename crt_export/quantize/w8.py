@@ -1,8 +1,8 @@
 """W8: weight-only int8 for ONNX Runtime on a CPU (``com.microsoft.MatMulNBits``).
 
 Weights are quantised in blocks along the input, symmetric, with the operator's default zero point of 128. Accuracy
-level 4 lets the kernel quantise each row of the activations on its own, so one call of many tokens and many calls of
-one token agree.
+level 4 lets the kernel quantise each row of the activations on its own: one call of many tokens and many calls of one
+token agree but for the order of sums, which now and then rounds an activation the other way.
 """
 
 from __future__ import annotations

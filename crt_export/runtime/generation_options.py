@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 from crt_export.errors import InputError, problem_list
+from crt_export.runtime.counts import plain_int, shown
 from crt_export.runtime.sampling import SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How far a generation goes and how it chooses.
+
+    Any iterable of stop tokens or stop strings is taken, and kept as a tuple.
 
     Attributes:
         max_new_tokens: Most tokens per row.
@@ -34,33 +36,46 @@ class GenerationOptions:
     passes: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges; make numbers plain and lists tuples."""
         problems = []
-        if not _whole(self.max_new_tokens, least=1):
-            problems.append(f"max_new_tokens must be at least 1, found {self.max_new_tokens!r}")
         if not isinstance(self.sampling, SamplingOptions):
-            problems.append(f"sampling must be SamplingOptions, found {self.sampling!r}")
-        problems += _stop_token_problems(self.stop_token_ids)
-        problems += _stop_string_problems(self.stop_strings)
+            problems.append(f"sampling must be SamplingOptions, found {shown(self.sampling)}")
         if not isinstance(self.ignore_eos, bool):
-            problems.append(f"ignore_eos must be True or False, found {self.ignore_eos!r}")
-        if self.passes is not None and not _whole(self.passes, least=1):
-            problems.append(f"passes must be at least 1 (None takes the unrolled graph), found {self.passes!r}")
+            problems.append(f"ignore_eos must be True or False, found {shown(self.ignore_eos)}")
+        problems += self._make_plain("max_new_tokens", *_counted(self.max_new_tokens, "max_new_tokens"))
+        if self.passes is not None:
+            problems += self._make_plain("passes", *_counted(self.passes, "passes", " (None takes the unrolled graph)"))
+        problems += self._make_plain("stop_token_ids", *_stop_tokens(self.stop_token_ids))
+        problems += self._make_plain("stop_strings", *_stop_strings(self.stop_strings))
         if problems:
             raise InputError(problem_list("generation options", problems))
 
+    def _make_plain(self, name: str, value: object, problems: list[str]) -> list[str]:
+        object.__setattr__(self, name, value)
+        return problems
 
-def _stop_token_problems(tokens: object) -> list[str]:
+
+def _counted(value: object, name: str, note: str = "") -> tuple[int | None, list[str]]:
+    number = plain_int(value)
+    sound = number is not None and number >= 1
+    return number, [] if sound else [f"{name} must be at least 1{note}, found {shown(value)}"]
+
+
+def _stop_tokens(tokens: object) -> tuple[tuple[int | None, ...], list[str]]:
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-        return [f"stop_token_ids must be a list of token ids such as (10,), found {tokens!r}"]
-    return [f"stop token id {token!r} must be at least 0" for token in tokens if not _whole(token, least=0)]
+        return (), [f"stop_token_ids must be a list of token ids such as (10,), found {shown(tokens)}"]
+    given = tuple(tokens)  # once: an iterator would be empty the second time
+    plain = tuple(map(plain_int, given))
+    wrong = [token for token, number in zip(given, plain, strict=True) if number is None or number < 0]
+    return plain, [f"stop token id {shown(token)} must be at least 0" for token in wrong]
 
 
-def _stop_string_problems(strings: object) -> list[str]:
+def _stop_strings(strings: object) -> tuple[tuple[str, ...], list[str]]:
     # A string is a sequence of strings too: each of its characters would stop the text.
-    if isinstance(strings, str | bytes) or not isinstance(strings, Sequence):
-        return [f"stop_strings must be a list of strings such as ('###',), found {strings!r}"]
-    return [f"stop string {stop!r} must be {wanted}" for stop in strings if (wanted := _wanted_of_a_string(stop))]
+    if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
+        return (), [f"stop_strings must be a list of strings such as ('###',), found {shown(strings)}"]
+    given = tuple(strings)
+    return given, [f"stop string {stop!r} must be {wanted}" for stop in given if (wanted := _wanted_of_a_string(stop))]
 
 
 def _wanted_of_a_string(stop: object) -> str:
@@ -71,7 +86,3 @@ def _wanted_of_a_string(stop: object) -> str:
     except UnicodeEncodeError:
         return "valid Unicode: it holds a lone surrogate, which no text can contain"
     return ""
-
-
-def _whole(value: object, *, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

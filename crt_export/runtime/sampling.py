@@ -36,12 +36,13 @@ rows are independent and a generation goes on anywhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 
 from crt_export.errors import ContractError, InputError, problem_list
+from crt_export.runtime.counts import plain_float, plain_int, shown, whole_number
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -54,6 +55,17 @@ _PER_LN2 = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _RECIPROCAL_FACTORIALS = tuple(1.0 / math.factorial(n) for n in range(14))
+
+
+#: Of every option: its plain type, what is allowed, and that in words.
+_RANGES: dict[str, tuple[Callable[[object], float | None], Callable[[float], bool], str]] = {
+    "temperature": (plain_float, lambda value: value >= 0, "a finite number of at least 0"),
+    "top_k": (plain_int, lambda value: value >= 0, "at least 0 (0 keeps all tokens)"),
+    "top_p": (plain_float, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (plain_float, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "repetition_penalty": (plain_float, lambda value: value > 0, "a finite number above 0"),
+    "seed": (plain_int, lambda value: 0 <= value <= _WORD, f"between 0 and {_WORD}"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +93,14 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and make every number a plain one."""
         problems = []
-        if not (_finite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature must be a finite number of at least 0, found {self.temperature!r}")
-        if not (_whole(self.top_k) and self.top_k >= 0):
-            problems.append(f"top_k must be at least 0 (0 keeps all tokens), found {self.top_k!r}")
-        if not (_finite(self.top_p) and 0 < self.top_p <= 1):
-            problems.append(f"top_p must be above 0 and at most 1, found {self.top_p!r}")
-        if not (_finite(self.min_p) and 0 <= self.min_p <= 1):
-            problems.append(f"min_p must be between 0 and 1, found {self.min_p!r}")
-        if not (_finite(self.repetition_penalty) and self.repetition_penalty > 0):
-            problems.append(f"repetition_penalty must be a finite number above 0, found {self.repetition_penalty!r}")
-        if not (_whole(self.seed) and 0 <= self.seed <= _WORD):
-            problems.append(f"seed must be between 0 and {_WORD}, found {self.seed!r}")
+        for name, (plain, allowed, wanted) in _RANGES.items():
+            given = getattr(self, name)
+            number = plain(given)
+            if number is None or not allowed(number):
+                problems.append(f"{name} must be {wanted}, found {shown(given)}")
+            object.__setattr__(self, name, number)
         if problems:
             raise InputError(problem_list("sampling options", problems))
 
@@ -125,20 +131,22 @@ def sample_token(
         The token id; among equally likely tokens greedy takes the lowest.
 
     Raises:
+        InputError: Row or step is not a whole number of at least 0.
         ContractError: The logits hold NaN or +inf, or nothing but -inf, or the penalty makes them infinite.
     """
+    row, step = whole_number("row", row, least=0), whole_number("step", step, least=0)
     values = _penalised(logits, seen, options)
     largest = float(np.max(values))  # NaN if there is one
     if not math.isfinite(largest):
         raise ContractError(f"cannot choose a token for row {row}: its logits are not finite (largest: {largest})")
     if options.greedy:
         return int(np.argmax(values))
-    ids = _ranked_ids(values, int(options.top_k))
+    ids = _ranked_ids(values, options.top_k)
     # A tiny temperature drives all but the likeliest to -inf, whose exponential is the right 0.
     with np.errstate(over="ignore"):
-        weights = specified_exp((values[ids] - largest) / float(options.temperature))
+        weights = specified_exp((values[ids] - largest) / options.temperature)
     cumulative = np.cumsum(weights)
-    last = _min_p_end(weights, float(options.min_p), _nucleus_end(cumulative, float(options.top_p)))
+    last = _min_p_end(weights, options.min_p, _nucleus_end(cumulative, options.top_p))
     target = uniform(options.seed, row, step) * cumulative[last]
     chosen = min(int(np.searchsorted(cumulative, target, side="right")), last)
     return int(ids[chosen])
@@ -191,7 +199,7 @@ def _penalised(logits: np.ndarray, seen: np.ndarray | None, options: SamplingOpt
     values = np.asarray(logits).astype(np.float64)
     if seen is None or not options.penalises:
         return values
-    penalty, ids = float(options.repetition_penalty), np.flatnonzero(seen)
+    penalty, ids = options.repetition_penalty, np.flatnonzero(seen)
     old = values[ids]
     # An overflow is an infinity, which the caller refuses where it matters.
     with np.errstate(over="ignore"):
@@ -221,11 +229,3 @@ def _min_p_end(weights: np.ndarray, min_p: float, last: int) -> int:
         return last
     below = np.flatnonzero(weights[: last + 1] < min_p * weights[0])
     return int(below[0]) - 1 if below.size else last
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -18,7 +18,15 @@ install(EXPORT crt_runtime-targets NAMESPACE crt_runtime:: DESTINATION "${packag
 
 set(CRT_RUNTIME_STATIC_DEPENDENCIES "")
 if(NOT BUILD_SHARED_LIBS)
-  set(CRT_RUNTIME_STATIC_DEPENDENCIES
+  # Linked as C, a program would miss the C++ standard library.
+  string(CONCAT CRT_RUNTIME_STATIC_DEPENDENCIES
+    "get_property(crt_runtime_languages GLOBAL PROPERTY ENABLED_LANGUAGES)\n"
+    "if(NOT CXX IN_LIST crt_runtime_languages)\n"
+    "  set(crt_runtime_FOUND FALSE)\n"
+    "  set(crt_runtime_NOT_FOUND_MESSAGE \"this crt_runtime is a static library, which a project in C alone cannot link: "
+    "enable_language(CXX) before find_package(crt_runtime), or install the shared library\")\n"
+    "  return()\n"
+    "endif()\n"
     "find_dependency(OpenSSL COMPONENTS Crypto)\nfind_dependency(Threads)\n")
   if(CRT_RUNTIME_WITH_ONNXRUNTIME)
     string(APPEND CRT_RUNTIME_STATIC_DEPENDENCIES "find_dependency(ONNXRuntime)\n")

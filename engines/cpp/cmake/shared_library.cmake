@@ -2,6 +2,7 @@
 # keeps libraries. Wheels and run-time packages carry libNAME.so.1 without the libNAME.so that find_library() looks for.
 function(crt_runtime_find_library variable name)
   set(folders ${ARGN})
+  set(candidates)  # a function sees the variables of its caller
   foreach(folder IN LISTS folders)
     file(GLOB versioned "${folder}/lib${name}.so.*")
     list(APPEND candidates ${versioned})

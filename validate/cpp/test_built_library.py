@@ -130,3 +130,40 @@ def test_a_user_who_may_not_install_gets_the_packages_named(monkeypatch: pytest.
     monkeypatch.setattr(prepare.os, "geteuid", lambda: 1000)
     assert prepare.main([str(tmp_path)]) == prepare.MISSING
     assert "apt-get install doctest-dev" in (tmp_path / "missing.txt").read_text(encoding="utf-8")
+
+
+def test_a_compiler_that_fails_is_named_with_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prepare = script("prepare")
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho no licence >&2\nexit 4\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent), prepend=os.pathsep)
+    assert prepare.main([str(tmp_path / "out")]) == prepare.MISSING
+    assert "c++ fails: no licence" in (tmp_path / "out" / "missing.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_headers_replace_an_include_that_has_none(tmp_path: Path, dangling: bool) -> None:
+    include = tmp_path / "include"
+    if dangling:
+        include.symlink_to(tmp_path / "nowhere")
+    else:
+        (include / "empty").mkdir(parents=True)
+    script("prepare")._remove(include)
+    assert not include.is_symlink()
+    assert not include.exists()
+
+
+def test_finding_tensorrt_keeps_the_names_of_its_caller(tmp_path: Path) -> None:
+    names = ("candidates", "prefix", "root_name", "roots", "folders", "system", "missing")
+    modules = Path(__file__).parents[2] / "engines" / "cpp" / "cmake"
+    program = tmp_path / "find.cmake"
+    lines = [f'list(APPEND CMAKE_MODULE_PATH "{modules}")', *(f"set({name} mine)" for name in names)]
+    lines += ["find_package(TensorRT QUIET COMPONENTS tensorrt rtx)"]
+    lines += [f'if(NOT {name} STREQUAL "mine")\nmessage(FATAL_ERROR "{name}: ${{{name}}}")\nendif()' for name in names]
+    lines += [f'include("{modules}/shared_library.cmake")', "crt_runtime_find_library(FOUND nothing_of_this_name /none)"]
+    lines += ['if(FOUND)\nmessage(FATAL_ERROR "found ${FOUND}")\nendif()']
+    program.write_text("\n".join(lines), encoding="utf-8")
+    result = subprocess.run(["cmake", "-P", program], capture_output=True, encoding="utf-8", timeout=60, check=False)
+    assert result.returncode == 0, result.stderr

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             _link_library(folder / "lib")
             if not (folder / "include" / HEADER).is_file():
                 _prepare_headers(folder)
-    except MissingError as error:
+    except (MissingError, OSError) as error:
         reason.write_text(f"{error}\n", encoding="utf-8")
         print(error, file=sys.stderr)
         return MISSING
@@ -62,7 +62,11 @@ def missing_packages() -> list[str]:
     if "g++" in missing:  # without a compiler nobody can say which headers it would find
         return [*missing, *HEADERS.values()]
     probe = "".join(f"#if !__has_include(<{header}>)\n{package}\n#endif\n" for header, package in HEADERS.items())
-    return missing + _output("c++", "-E", "-P", "-x", "c++", "-", text=probe).split()
+    try:
+        return missing + _output("c++", "-E", "-P", "-x", "c++", "-", text=probe).split()
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip() or f"exit code {error.returncode}"
+        raise MissingError(f"the C++ library needs a compiler that works, and c++ fails: {reason}") from error
 
 
 def _prepare_packages() -> None:
@@ -100,7 +104,7 @@ def _prepare_headers(folder: Path) -> None:
     include = folder / "include"
     system = Path("/usr/include/onnxruntime")
     if (system / HEADER).is_file():
-        include.unlink(missing_ok=True)
+        _remove(include)
         include.symlink_to(system)
         return
     how = "the C++ library needs ONNX Runtime's headers: set ONNXRUNTIME_ROOT to an unpacked release of it"
@@ -115,8 +119,17 @@ def _prepare_headers(folder: Path) -> None:
     partial = folder / "include.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(found[0].parent, partial)
+    _remove(include)
     partial.rename(include)
     shutil.rmtree(folder / "apt")
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link wherever it leads; nothing at all is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _unpacked_package(root: Path, codename: str, suite: str, how: str) -> Path:

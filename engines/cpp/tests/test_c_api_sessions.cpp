@@ -348,7 +348,8 @@ TEST_CASE("C API: a session that slides takes prompts beyond its capacity, but n
   for (crt_session* session : {sliding, fork}) {
     CHECK(crt_session_prefill(session, ids.data(), &length, 1, nullptr, nullptr) == CRT_OK);
     CHECK(crt_session_prefill(session, ids.data(), &huge, 1, nullptr, nullptr) == CRT_ERROR_INPUT);
-    CHECK_MESSAGE(error_names("row 0: 9223372036854775807 tokens are more than memory can hold"), std::string(crt_last_error()));
+    CHECK_MESSAGE(error_names("row 0: 9223372036854775807 tokens are more than memory can hold"),
+                  std::string(crt_last_error()));
     crt_session_close(session);
   }
 }

@@ -15,7 +15,8 @@
  * byte count may hold NUL bytes of the text and end with one more NUL that is not counted.
  *
  * Threads. A bundle may be used from any number of threads. A session, its generations and their text belong to one
- * thread at a time; a call on a session while another thread's call runs gives CRT_ERROR_INPUT. Sessions of one bundle
+ * thread at a time. A call on a session while another thread's call on it runs gives CRT_ERROR_INPUT; that does not
+ * cover crt_session_position(), nor the drawing and the callback inside crt_generation_next(). Sessions of one bundle
  * run in parallel and share weights and threads. Snapshots that are not being freed may be read by any thread. Do not
  * cancel a thread inside a call.
  */
@@ -172,7 +173,7 @@ CRT_API crt_status crt_session_target(const crt_session* session, const char** t
 CRT_API crt_status crt_session_batch(const crt_session* session, int64_t* batch);
 CRT_API crt_status crt_session_capacity(const crt_session* session, int64_t* capacity);
 CRT_API crt_status crt_session_vocab_size(const crt_session* session, int64_t* vocab);
-/* Tokens in the cache of each row, int64 [batch]; valid until the session's next call. */
+/* Tokens in the cache of each row, int64 [batch]; valid until the session's next call. For the session's own thread. */
 CRT_API crt_status crt_session_position(const crt_session* session, const int64_t** position);
 
 /* Append tokens to every row in parallel passes. ids: the tokens of all rows, one row after the other; lengths: int64

@@ -37,7 +37,9 @@ struct GenerationOptions {
 using TokenCallback = std::function<bool(std::int64_t row, std::int64_t token, const std::string& piece)>;
 
 /// Reads like an iterator: next() runs the model once. The session must outlive it and must not be moved; leave it
-/// alone while its generation is being read. For every token, these reasons to end its row are looked at in this order:
+/// alone while its generation is being read. A generation belongs to the thread that runs its session: another thread's
+/// call is refused only while the model runs, not while tokens are drawn or the callback is called.
+/// For every token, these reasons to end its row are looked at in this order:
 ///   stop_token      it is a stop token: not given out and not part of the row;
 ///   stop_string     the row's new text contains a stop string: the token counts, the text ends before the string;
 ///   max_new_tokens  it was the last token allowed;

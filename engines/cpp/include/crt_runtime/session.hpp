@@ -44,8 +44,9 @@ struct PrefillOptions {
 ///
 /// Rows never influence each other. A call that is refused (Error of kind input) changes nothing. A call that fails,
 /// or gives a value that is not finite, poisons the session: every further call is refused until reset() or restore().
-/// One thread at a time: a call while another runs is refused. Sessions of one bundle may run in different threads and
-/// share weights and threads. After the first steps, step() allocates nothing.
+/// One thread at a time: a call while another call of the session runs is refused; position() and generations, which
+/// belong to that thread, do not look. Sessions of one bundle may run in different threads and
+/// share weights and threads. After the first steps, step() allocates nothing of its own.
 class Session {
  public:
   ~Session();
@@ -57,9 +58,10 @@ class Session {
   std::int64_t capacity() const noexcept;
   std::int64_t vocab_size() const noexcept;
   std::optional<std::int64_t> eos_token_id() const noexcept;
-  /// Tokens in the cache of each row, int64 [batch].
+  /// Tokens in the cache of each row, int64 [batch]; for the thread that runs the session only.
   const std::int64_t* position() const noexcept;
-  /// Logits after each row's last token, float32 [batch, vocab], NaN for a row without tokens; valid until the next call.
+  /// Logits after each row's last token, float32 [batch, vocab], NaN for a row without tokens; valid until the next
+  /// call.
   const float* logits();
 
   /// Append tokens to every row in parallel passes; an empty row stays as it is. Returns logits().

@@ -72,7 +72,8 @@ using Binding = std::map<std::string, Rows>;
 class Launch {
  public:
   virtual ~Launch() = default;
-  /// Run once and wait for the result; throws Error(contract) if the runtime refused or failed. Allocates nothing.
+  /// Run once and wait for the result; throws Error(contract) if the runtime refused or failed. Allocates
+  /// nothing of its own.
   virtual void run() = 0;
 };
 

@@ -97,7 +97,8 @@ JsonValue read_header(const RegularFile& file, std::uint64_t* data_begin) {
     length = length << 8 | static_cast<unsigned char>(bytes[index]);
   }
   if (length > kMostHeaderBytes || length > size - kLengthBytes) {
-    throw SafetensorsError("its header claims " + std::to_string(length) + " bytes, the file has " + std::to_string(size) +
+    throw SafetensorsError("its header claims " + std::to_string(length) + " bytes, the file has " +
+                           std::to_string(size) +
                  ", and a header at most " + std::to_string(kMostHeaderBytes));
   }
   *data_begin = kLengthBytes + length;
@@ -180,7 +181,8 @@ std::vector<StoredTensor> stored_tensors(const JsonValue& header, std::uint64_t 
     next = stored.end;
   }
   if (next != data_bytes) {
-    throw SafetensorsError("its tensors take " + std::to_string(next) + " bytes, the file holds " + std::to_string(data_bytes));
+    throw SafetensorsError("its tensors take " + std::to_string(next) + " bytes, the file holds " +
+                           std::to_string(data_bytes));
   }
   return tensors;
 }

@@ -1,4 +1,5 @@
-// What a session's snapshot must hold: names, dtypes, shapes and values. The C++ twin of crt_export/runtime/snapshot.py.
+// What a session's snapshot must hold: names, dtypes, shapes and values.
+// The C++ twin of crt_export/runtime/snapshot.py.
 #pragma once
 
 #include <string>

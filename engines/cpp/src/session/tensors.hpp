@@ -48,7 +48,8 @@ class SessionTensors {
   void step(const std::int64_t* ids, const std::int64_t* positions, const std::vector<Group>& groups);
 
   /// Run several tokens per row of the groups. passes: 0 takes the unrolled graph, else that many calls of
-  /// prefill_pass. residual: float32 [batch], filled for the rows of the groups unless the model is a plain transformer.
+  /// prefill_pass. residual: float32 [batch], filled for the rows of the groups unless the model is a plain
+  /// transformer.
   void prefill(const std::vector<TokenSpan>& rows, const std::int64_t* positions, const std::vector<Group>& groups,
                std::int64_t passes, std::vector<float>& residual);
 

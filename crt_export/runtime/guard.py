@@ -16,6 +16,7 @@ class Guard:
         """Guard a new decoder."""
         self._decoder: Decoder | None = decoder
         self._failure = ""
+        self._closing = False
         self._lock = threading.Lock()
 
     @property
@@ -26,7 +27,7 @@ class Guard:
             InputError: The session is closed.
         """
         if self._decoder is None:
-            raise InputError("this session is closed; open another with bundle.session()")
+            raise _closed()
         return self._decoder
 
     def exclusive(self, *, poisoned: bool = False) -> _Exclusive:
@@ -47,10 +48,14 @@ class Guard:
     def enter(self, poisoned: bool) -> Decoder:
         """Take the session for one call; leave() gives it back."""
         if not self._lock.acquire(blocking=False):
+            if self._closing:  # whoever holds the lock: no later call will be let in
+                raise _closed()
             raise InputError(
                 "this session is busy with a call of another thread; use one session per thread, or a lock"
             )
         try:
+            if self._closing:
+                raise _closed()
             decoder = self.decoder
             if self._failure and not poisoned:
                 raise InputError(
@@ -75,9 +80,14 @@ class Guard:
         self._failure = ""
 
     def close(self) -> None:
-        """Let go of the decoder as soon as no call runs."""
+        """Let no further call in, and go of the decoder as soon as no call runs."""
+        self._closing = True
         with self._lock:
             self._decoder = None
+
+
+def _closed() -> InputError:
+    return InputError("this session is closed; open another with bundle.session()")
 
 
 # Classes, not generators: a step enters both, and a generator takes three times as long.

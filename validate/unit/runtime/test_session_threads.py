@@ -123,6 +123,8 @@ def test_closing_the_bundle_waits_for_a_call_that_runs(
     closing.start()
     closing.join(0.2)
     assert closing.is_alive()
+    with pytest.raises(InputError, match="this session is closed"):
+        session.step([51])
     paused.go_on.set()
     for thread in (running, closing):
         thread.join(60)

@@ -180,7 +180,7 @@ class Bundle:
         self.close()
 
     def _engine(self, target: Target, threads: int) -> Engine:
-        key = (target.name, threads)
+        key = (target.name, 0 if target.profile.compiled else threads)  # compiled engines have no CPU threads
         if key not in self._engines:
             self._engines[key] = self._open_engine(self._files, target, self._config, threads)
         return self._engines[key]

@@ -46,6 +46,11 @@ def test_logits_and_tokens_are_those_of_onnx_runtime(bundle: Bundle, batch: int)
     assert continued[0] == continued[1]
 
 
+def test_a_number_of_cpu_threads_loads_no_second_engine(bundle: Bundle) -> None:
+    engines = [tensors_of(bundle.session("recorded", threads=threads))._engine for threads in (None, 1, 2)]
+    assert len(set(map(id, engines))) == 1
+
+
 def test_greedy_steps_copy_no_logits_upload_nothing_and_allocate_nothing(bundle: Bundle, recording: Any) -> None:
     session = bundle.session("recorded")
     session.prefill([PROMPTS[0]])

@@ -187,7 +187,7 @@ def open_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
     Raises:
         BundleError: There is no bundle, it is unfinished, damaged, too new, or unvalidated.
     """
-    folder = Path(os.path.realpath(path))
+    folder = _real_folder(path)
     leftover = parse_leftover(folder)
     if leftover is not None:
         raise BundleError(
@@ -201,6 +201,17 @@ def open_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
             "--unvalidated, or pass allow_unvalidated=True if that is what you want"
         )
     return bundle
+
+
+def _real_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, links resolved; refuses what no path can be: NUL characters, lone surrogates, other types."""
+    try:
+        text = os.fsdecode(path)
+        with suppress(OSError):  # what is wrong with a path that can exist is said later
+            os.lstat(text)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"expected the path of a bundle folder, found {path!r} ({error})") from error
+    return Path(os.path.realpath(text))
 
 
 def _manifest_of(folder: Path) -> tuple[dict[str, Any], str]:

@@ -20,6 +20,7 @@ from crt_export.errors import (
 )
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
+from crt_export.runtime.counts import shown
 from crt_export.runtime.tensors import TensorSizes
 from crt_export.spec import TensorSpec, graph_spec
 
@@ -100,9 +101,9 @@ def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> 
         BundleError: Its profile is unusable.
     """
     entries: Mapping[str, Any] = files.manifest["targets"]
-    if name not in entries:
+    if not isinstance(name, str) or name not in entries:
         known = ", ".join(entries) or "(none)"
-        raise InputError(f"unknown target {name!r}: {files.path} was built for {known}")
+        raise InputError(f"unknown target {shown(name)}: {files.path} was built for {known}")
     entry = entries[name]
     try:
         profile = EngineProfile.from_dict(entry["profile"], source=f"{name} of {files.path}")

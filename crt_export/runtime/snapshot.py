@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.errors import BundleError, problem_list
+from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.runtime.counts import shown
 from crt_export.runtime.tensors import TensorSizes
 
 #: A session that goes on counts further, and the count must never overflow an int64.
@@ -41,11 +42,26 @@ class Snapshot:
         bundle: Identity of the bundle.
         target: Name of the target.
         tensors: Name to values, see the module.
+
+    Raises:
+        InputError: An attribute is of another type.
     """
 
     bundle: str
     target: str
     tensors: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        """Check the types; what the values are worth, restore() finds out."""
+        problems = [
+            f"{name} must be text, found {shown(value)}"
+            for name, value in (("bundle", self.bundle), ("target", self.target))
+            if not isinstance(value, str)
+        ]
+        if not isinstance(self.tensors, Mapping):
+            problems.append(f"tensors must map names to arrays, found {shown(self.tensors)}")
+        if problems:
+            raise InputError(problem_list("snapshot; take it with session.snapshot() or Snapshot.load()", problems))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file; a file that is there is replaced in one step, or stays as it was.
@@ -80,9 +96,14 @@ def check_snapshot(snapshot: Snapshot, *, bundle: str, target: str, sizes: Tenso
         sizes: The session's sizes.
 
     Raises:
-        BundleError: Another bundle, target or batch, tensors missing, unknown or of another dtype or shape, more
-            tokens than the session's capacity, or values that no session holds. Lists every problem of a kind.
+        BundleError: No snapshot, another bundle, target or batch, tensors missing, unknown or of another dtype or
+            shape, more tokens than the session's capacity, or values that no session holds. Lists every problem of
+            a kind.
     """
+    if not isinstance(snapshot, Snapshot):
+        raise BundleError(
+            f"expected a snapshot of session.snapshot() or Snapshot.load() to restore, found {shown(snapshot)}"
+        )
     problems = [*_origin_problems(snapshot, bundle, target)]
     problems = problems or [*_shape_problems(snapshot.tensors, sizes)] or [*_value_problems(snapshot.tensors, sizes)]
     if problems:

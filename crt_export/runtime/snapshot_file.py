@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crt_export.errors import BundleError, InputError
+from crt_export.errors import BundleError, CrtExportError, InputError
 
 FORMAT = "crt-export snapshot"
 FORMAT_VERSION = 1
@@ -34,9 +34,11 @@ def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensor
         "target": target,
         "sha256": _digest(arrays),
     }
-    final = Path(path)
+    final = _checked_path(path, InputError)
     if "\0" in str(final):
         raise InputError(f"cannot write the snapshot {str(final)!r}: a path must not hold a NUL byte")
+    if not final.name:  # "", "." or "/"
+        raise InputError(f"expected a file name to write the snapshot to, such as 'chat.snapshot', found {path!r}")
     partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as stream:
@@ -61,7 +63,7 @@ def load_snapshot(path: str | os.PathLike[str]) -> tuple[str, str, dict[str, np.
     Raises:
         BundleError: The file is missing, damaged, no snapshot, or of a newer format version.
     """
-    file = Path(path)
+    file = _checked_path(path, BundleError)
     if "\0" in str(file):
         raise BundleError(f"expected a snapshot file, found a path with a NUL byte: {str(file)!r}")
     if not file.is_file():
@@ -84,6 +86,15 @@ def load_snapshot(path: str | os.PathLike[str]) -> tuple[str, str, dict[str, np.
             f"{file} is damaged: its tensors have SHA-256 {digest}, its metadata say {metadata['sha256']!r:.80}"
         )
     return metadata["bundle"], metadata["target"], tensors
+
+
+def _checked_path(path: str | os.PathLike[str], kind: type[CrtExportError]) -> Path:
+    try:
+        found = Path(path)
+        os.fsencode(found)
+    except (TypeError, UnicodeError) as error:
+        raise kind(f"expected the path of a snapshot file, found {path!r} ({error})") from error
+    return found
 
 
 def _checked_metadata(file: Path, metadata: Mapping[str, str] | None) -> Mapping[str, str]:

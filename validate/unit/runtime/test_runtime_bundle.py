@@ -62,6 +62,12 @@ def test_a_tampered_file_is_refused_before_a_runtime_opens_it(copied: Path, file
         bundle.session(TARGET)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", None, 5], ids=["NUL", "lone surrogate", "None", "number"])
+def test_what_cannot_be_a_path_is_a_bundle_error(path: Any) -> None:
+    with pytest.raises(BundleError, match="expected the path of a bundle folder, found"):
+        load_bundle(path)
+
+
 def test_a_config_that_this_version_cannot_read_is_a_bundle_error(copied: Path) -> None:
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -83,6 +89,9 @@ def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
         ({"target": TARGET, "batch": 0}, "batch must be at least 1, found 0"),
         ({"target": TARGET, "batch": 1.5}, "batch must be a whole number"),
         ({"target": TARGET, "batch": True}, "batch must be a whole number"),
+        ({"target": TARGET, "batch": np.array([1, 2])}, r"batch must be a whole number, found array\(\[1, 2\]\)"),
+        ({"target": TARGET, "batch": -(10**5000)}, "batch must be at least 1, found a number of more than 4300 digits"),
+        ({"target": ["x"]}, r"unknown target \['x'\]"),
         ({"target": TARGET, "batch": 2**40}, "needs more memory than there is|compiled for a batch of at most"),
         ({"target": TARGET, "capacity": 0}, "capacity must be at least 1 and at most 64"),
         ({"target": TARGET, "capacity": 65}, "capacity must be at least 1 and at most 64.*found 65"),

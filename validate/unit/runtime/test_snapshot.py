@@ -223,3 +223,12 @@ def test_another_bundle_is_refused_even_with_the_same_graphs(crt: Any, tmp_path:
         assert rebuilt.files.identity != crt.bundle.files.identity
         with pytest.raises(BundleError, match=rf"taken with the bundle {crt.bundle.files.identity[:16]}, this one is"):
             rebuilt.session("ort-cpu-fp32").restore(taken)
+
+
+@pytest.mark.parametrize("other", [None, {"bundle": "b", "target": "t", "tensors": {}}], ids=["None", "dict"])
+def test_what_is_no_snapshot_is_refused_and_changes_nothing(crt: Any, other: Any) -> None:
+    session = started(crt)
+    position = session.position
+    with pytest.raises(BundleError, match=r"expected a snapshot of session\.snapshot\(\)"):
+        session.restore(other)
+    np.testing.assert_array_equal(session.position, position)

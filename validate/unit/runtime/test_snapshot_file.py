@@ -197,3 +197,23 @@ def test_nothing_and_a_folder_are_refused(tmp_path: Path) -> None:
         Snapshot.load(tmp_path / "absent")
     with pytest.raises(BundleError, match="expected a snapshot file, found a folder"):
         Snapshot.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_file_name_is_refused(snapshot: Snapshot, path: str) -> None:
+    with pytest.raises(InputError, match="expected a file name to write the snapshot to"):
+        snapshot.save(path)
+
+
+@pytest.mark.parametrize("path", ["\ud800", None, b"x"], ids=["lone surrogate", "None", "bytes"])
+def test_what_cannot_be_a_path_is_refused(snapshot: Snapshot, path: Any) -> None:
+    with pytest.raises(InputError, match="expected the path of a snapshot file"):
+        snapshot.save(path)
+    with pytest.raises(BundleError, match="expected the path of a snapshot file"):
+        Snapshot.load(path)
+
+
+@pytest.mark.parametrize("change", [{"bundle": None}, {"target": 5}, {"tensors": None}, {"tensors": [1]}])
+def test_a_snapshot_of_other_types_cannot_be_made(snapshot: Snapshot, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"(bundle|target) must be text|tensors must map names to arrays"):
+        dataclasses.replace(snapshot, **change)

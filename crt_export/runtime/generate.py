@@ -15,12 +15,14 @@ ends, what is left comes out; should a stop string turn up in it, the text ends 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from crt_export.errors import InputError, MissingDependencyError
+from crt_export.runtime.counts import shown
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.history import NO_TOKEN, History
 from crt_export.runtime.row_text import RowText
@@ -112,9 +114,11 @@ class Generation(Iterator[list[int | None]]):
                 stop token lets out text that was held back.
 
         Raises:
-            InputError: Stop strings, but a model without tokenizer.
+            InputError: Stop strings, but a model without tokenizer; or a callback that cannot be called.
             MissingDependencyError: Stop strings need the ``tokenizers`` library, which is not installed.
         """
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token must be a function of row, token and text, found {shown(on_token)}")
         tokenizer = _tokenizer(session, options)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.stop_reasons: list[str | None] = [None for _ in prompts]
@@ -186,12 +190,14 @@ class Generation(Iterator[list[int | None]]):
         if self.stop_reasons[row]:
             return None
         if token == NO_TOKEN:
-            raise InputError(f"row {row} holds no token: its session was reset while a generation was being read")
+            raise _no_token(row)
         return token
 
     def _sampled_token(self, row: int, logits: np.ndarray) -> int | None:
         if self.stop_reasons[row]:
             return None
+        if math.isnan(logits[0]):  # a session gives NaN for a row without tokens only
+            raise _no_token(row)
         history, sampling = self._session.history, self._options.sampling
         return sample_token(logits, sampling, row=row, step=int(history.drawn[row]), seen=history.seen[row])
 
@@ -228,6 +234,12 @@ class Generation(Iterator[list[int | None]]):
             if goes_on is False and self.stop_reasons[row] is None:
                 self.stop_reasons[row] = CALLBACK
                 self.pieces[row] += self._texts[row].finish()
+
+
+def _no_token(row: int) -> InputError:
+    return InputError(
+        f"row {row} holds no token: its session was reset while a generation was being read; start another generation"
+    )
 
 
 def _stop_tokens(session: GeneratingSession, options: GenerationOptions) -> frozenset[int]:

@@ -55,6 +55,19 @@ class GenerationOptions:
         return problems
 
 
+def checked_options(options: GenerationOptions | None) -> GenerationOptions:
+    """The options, or the defaults for None.
+
+    Raises:
+        InputError: They are something else, such as a dict.
+    """
+    if options is None:
+        return GenerationOptions()
+    if not isinstance(options, GenerationOptions):
+        raise InputError(f"options must be GenerationOptions(max_new_tokens=...) or None, found {shown(options)}")
+    return options
+
+
 def _counted(value: object, name: str, note: str = "") -> tuple[int | None, list[str]]:
     number = plain_int(value)
     sound = number is not None and number >= 1

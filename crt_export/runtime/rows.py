@@ -130,6 +130,7 @@ def padded(rows: Sequence[np.ndarray], seq: int) -> np.ndarray:
 
 
 _NONE = np.zeros(0, np.int64)
+_BOOLS = frozenset({bool, np.bool_})
 
 
 def _token_row(row: Sequence[int] | np.ndarray, vocab: int) -> tuple[np.ndarray, str]:
@@ -144,6 +145,8 @@ def _token_row(row: Sequence[int] | np.ndarray, vocab: int) -> tuple[np.ndarray,
         return _NONE, f"expected a flat list of token ids, found {found}"
     if array.size == 0:
         return _NONE, ""
+    if not hasattr(row, "dtype") and not _BOOLS.isdisjoint(map(type, row)):  # among numbers numpy makes them 0 and 1
+        return _NONE, "expected integers, found True or False among them"
     if array.dtype.kind not in "iu":
         return _NONE, f"expected integers, found {array.dtype} values such as {array[0]!r}"
     outside = np.flatnonzero((array < 0) | (array >= vocab))

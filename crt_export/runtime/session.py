@@ -11,7 +11,7 @@ from crt_export.errors import InputError
 from crt_export.runtime.counts import whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
-from crt_export.runtime.generation_options import GenerationOptions
+from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.guard import Guard
 from crt_export.runtime.history import NO_TOKEN, History
 from crt_export.runtime.origin import SessionOrigin
@@ -173,10 +173,11 @@ class Session:
 
         Raises:
             InputError: As for prefill(); a row without prompt holds nothing; prompt and new tokens together
-                exceed the capacity of a session that does not slide; or stop strings without a tokenizer.
+                exceed the capacity of a session that does not slide; stop strings without a tokenizer; or options
+                or a callback that are none.
             UnsupportedError: ``passes`` for a model or target without a graph of one pass.
         """
-        chosen = options if options is not None else GenerationOptions()
+        chosen = checked_options(options)
         with self._guard.exclusive() as decoder:
             given = [()] * self.batch if prompts is None else prompts
             tokens = continuing_rows(given, decoder.position, vocab=self.vocab_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from crt_export.errors import InputError
 from crt_export.runtime.bundle import Bundle
 from crt_export.runtime.generate import Generation, TokenCallback
-from crt_export.runtime.generation_options import GenerationOptions
+from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.session import Session
 
 
@@ -49,6 +49,7 @@ class TextGeneration(Iterator[str]):
         """Wrap a generation of one row and the session that it owns; applications call ``generate_text()``."""
         self._session = session
         self._generation = generation
+        self._broken = ""
 
     def __next__(self) -> str:
         """The next piece, never empty."""
@@ -57,7 +58,12 @@ class TextGeneration(Iterator[str]):
                 next(self._generation)
                 if piece := self._generation.pieces[0]:
                     return piece
-        except BaseException:  # the end, a failure, or an interrupt: nobody reads on
+        except StopIteration:
+            self.close()
+            raise
+        except BaseException as error:  # a failure or an interrupt: nobody reads on
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._broken = self._broken or f"failed ({text})"
             self.close()
             raise
 
@@ -66,9 +72,13 @@ class TextGeneration(Iterator[str]):
         """What came out in the end.
 
         Raises:
-            InputError: The text has not been read to its end.
+            InputError: The text has not been read to its end, or never will be: it failed or was closed.
         """
         reason = self._generation.stop_reasons[0]
+        if reason is None and self._broken:
+            raise InputError(
+                f"the generation {self._broken} before its end and has no result; start another with generate_text()"
+            )
         if reason is None:
             raise InputError("the generation has not ended; read it to its end first")
         return TextResult(
@@ -82,6 +92,7 @@ class TextGeneration(Iterator[str]):
 
     def close(self) -> None:
         """Release the session without reading on; closing twice is harmless."""
+        self._broken = self._broken or "was closed"
         self._session.close()
 
 
@@ -110,7 +121,7 @@ def generate_text(
             beyond the target's capacity.
         CrtExportError: What ``bundle.session()`` raises.
     """
-    chosen = options if options is not None else GenerationOptions()
+    chosen = checked_options(options)
     if not prompt:
         raise InputError("empty prompt: give at least one character to continue")
     ids = bundle.tokenizer.encode_prompt(prompt)

@@ -135,6 +135,35 @@ def test_text_is_streamed_in_whole_characters(crt: Any, prompt: str) -> None:
     assert (result.stop_reason, result.target) == ("max_new_tokens", TARGET)
 
 
+def test_a_text_that_failed_or_was_closed_says_so(crt: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the printer is on fire")
+
+    failed = generate_text(crt.bundle, "Hello", GenerationOptions(max_new_tokens=4), on_token=fail)
+    with pytest.raises(RuntimeError, match="printer"):
+        next(failed)
+    closed = generate_text(crt.bundle, "Hello", GenerationOptions(max_new_tokens=4))
+    closed.close()
+    for generation, reason in ((failed, r"failed \(the printer is on fire\)"), (closed, "was closed")):
+        with pytest.raises(InputError, match=f"the generation {reason} before its end and has no result"):
+            _ = generation.result
+    options: Any = {"max_new_tokens": 3}
+    with pytest.raises(InputError, match="options must be GenerationOptions"):
+        generate_text(crt.bundle, "Hello", options)
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingOptions(), SAMPLED, SamplingOptions(repetition_penalty=2)], ids=["greedy", "sampled", "penal"]
+)
+def test_a_reset_in_the_middle_is_named(crt: Any, sampling: SamplingOptions) -> None:
+    session = crt.bundle.session(TARGET)
+    generation = session.generate([PROMPT], GenerationOptions(max_new_tokens=4, sampling=sampling))
+    next(generation)
+    session.reset()
+    with pytest.raises(InputError, match="row 0 holds no token: its session was reset while"):
+        next(generation)
+
+
 def test_text_that_cannot_be_generated_is_refused_at_once(crt: Any) -> None:
     with pytest.raises(InputError, match="empty prompt"):
         generate_text(crt.bundle, "")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crt_export.errors import ContractError, InputError
-from crt_export.runtime import Session
+from crt_export.runtime import GenerationOptions, Session
 
 TARGET = "ort-cpu-fp32"
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -152,6 +152,8 @@ def test_the_cache_can_be_filled_to_the_last_token_and_no_further(either: Any) -
 
 
 Call = Callable[[Session], object]
+A_DICT: Any = {"max_new_tokens": 3}
+TEXT: Any = "x"
 REFUSED: list[tuple[str, Call, str]] = [
     ("no row has tokens", lambda s: s.prefill([[], []]), "empty prompt"),
     ("one row of two", lambda s: s.prefill([[40]]), "batch is 2, found 1 rows"),
@@ -165,6 +167,13 @@ REFUSED: list[tuple[str, Call, str]] = [
     ("id negative", lambda s: s.prefill([[-1], [41]]), "row 0: token id -1"),
     ("id beyond int64", lambda s: s.prefill([[2**70], [41]]), "row 0"),
     ("fractions", lambda s: s.prefill([[0.5], [41]]), "row 0: expected integers"),  # type: ignore[list-item]
+    ("true among ids", lambda s: s.prefill([[40], [1, True]]), "row 1: expected integers, found True or False"),
+    ("false of numpy", lambda s: s.prefill([(1, np.False_), [41]]), "row 0: expected integers"),  # type: ignore[list-item]
+    ("generate: true", lambda s: s.generate([[40, True], [41]]), "row 0: expected integers"),
+    ("chunk is an array", lambda s: s.prefill([[40], [41]], chunk=np.array([1, 2])), "chunk must be a whole number"),  # type: ignore[arg-type]
+    ("passes is an array", lambda s: s.prefill([[40], [41]], passes=np.array([1, 2])), "passes must be a whole"),  # type: ignore[arg-type]
+    ("options are a dict", lambda s: s.generate([[1], [1]], A_DICT), "options must be GenerationOptions"),
+    ("callback is text", lambda s: s.generate(None, GenerationOptions(max_new_tokens=2), on_token=TEXT), "on_token"),
     ("both rows wrong", lambda s: s.prefill([[-1], [999]]), "2 problems"),
     ("too long", lambda s: s.prefill([[40] * 30, [41]]), "row 0: 3 tokens in the cache and 30 more"),
     ("step: one of two", lambda s: s.step([40]), "batch is 2, found 1"),

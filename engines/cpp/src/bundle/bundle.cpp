@@ -110,7 +110,8 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   const bool slides = chosen_slide(options, config, capacity);
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
-  SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides};
+  SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides,
+                     target.joins_rows()};
   try {
     return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));
   } catch (const std::bad_alloc&) {

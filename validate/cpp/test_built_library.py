@@ -161,8 +161,12 @@ def test_finding_tensorrt_keeps_the_names_of_its_caller(tmp_path: Path) -> None:
     program = tmp_path / "find.cmake"
     lines = [f'list(APPEND CMAKE_MODULE_PATH "{modules}")', *(f"set({name} mine)" for name in names)]
     lines += ["find_package(TensorRT QUIET COMPONENTS tensorrt rtx)"]
-    lines += [f'if(NOT {name} STREQUAL "mine")\nmessage(FATAL_ERROR "{name}: ${{{name}}}")\nendif()' for name in names]
-    lines += [f'include("{modules}/shared_library.cmake")', "crt_runtime_find_library(FOUND nothing_of_this_name /none)"]
+    changed = 'if(NOT {0} STREQUAL "mine")\nmessage(FATAL_ERROR "{0}: ${{{0}}}")\nendif()'
+    lines += [changed.format(name) for name in names]
+    lines += [
+        f'include("{modules}/shared_library.cmake")',
+        "crt_runtime_find_library(FOUND nothing_of_this_name /none)",
+    ]
     lines += ['if(FOUND)\nmessage(FATAL_ERROR "found ${FOUND}")\nendif()']
     program.write_text("\n".join(lines), encoding="utf-8")
     result = subprocess.run(["cmake", "-P", program], capture_output=True, encoding="utf-8", timeout=60, check=False)

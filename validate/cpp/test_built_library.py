@@ -29,7 +29,8 @@ def script(name: str) -> ModuleType:
 
 def test_every_cpp_test_passes_and_none_is_left_out(cpp_build: Path, tiny: Path, windowed: Path) -> None:
     # Under the sanitizers' Python this program checks for leaks, which Python itself cannot be checked for.
-    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment |= {"ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1"}
     environment |= {"CRT_TEST_BUNDLE": str(tiny), "CRT_TEST_WINDOW_BUNDLE": str(windowed)}
     result = subprocess.run(
         [cpp_build / "tests" / "crt_runtime_tests", "--no-intro"],

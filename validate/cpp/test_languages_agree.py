@@ -139,22 +139,22 @@ def test_generation_stops_at_the_same_token_for_the_same_reason(in_python: Bundl
         (lambda session: session.prefill([[1], [2], [3]]), "3"),
         (lambda session: session.step([256, 0]), "256"),
         (lambda session: session.prefill([[5], [-2]]), "-2"),
-        (lambda session: session.prefill([[1] * 33, [2]]), "33"),
+        (lambda session: [session.prefill([[1] * 20, [2]]) for _ in range(2)], "20"),
     ],
     ids=["step: batch", "prefill: batch", "id too large", "id negative", "over the capacity"],
 )
 def test_both_refuse_with_the_same_text(
     in_python: Bundle, in_c: Any, c_library: Any, call: Callable[[Any], Any], found: str
 ) -> None:
+    twin, session = in_python.session(TARGET, batch=2), in_c.session(TARGET, batch=2)
     with pytest.raises(InputError) as in_one:
-        call(in_python.session(TARGET, batch=2))
-    session = in_c.session(TARGET, batch=2)
+        call(twin)
     with pytest.raises(c_library.CrtError) as in_other:
         call(session)
     assert in_other.value.kind == "input"
     assert found in in_other.value.message
     assert in_other.value.message == str(in_one.value)
-    assert session.position == [0, 0]
+    assert session.position == list(twin.position)
 
 
 def test_an_unvalidated_bundle_is_refused_unless_allowed(library: Any, c_library: Any, tiny: Path) -> None:

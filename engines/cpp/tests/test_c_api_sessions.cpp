@@ -321,7 +321,7 @@ TEST_CASE("C API: the number of rows and their lengths are judged before ids or 
   std::int64_t capacity = 0;
   REQUIRE(crt_session_capacity(opened.session, &capacity) == CRT_OK);
   for (const std::int64_t length : {capacity + 1, std::numeric_limits<std::int64_t>::max()}) {
-    refused_by_both(&length, 1, ("row 0: " + std::to_string(length) + " tokens exceed the capacity of ").c_str());
+    refused_by_both(&length, 1, (std::to_string(length) + " more exceed the capacity of ").c_str());
   }
   CHECK(crt_session_prefill(opened.session, kPrompt.data(), nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
   CHECK(error_names("batch is 1, found 0 rows"));

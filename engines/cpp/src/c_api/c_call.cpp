@@ -5,6 +5,7 @@
 #include <new>
 
 #include "bundle/problem_list.hpp"
+#include "session/rows.hpp"
 
 namespace crt::c_api {
 namespace {
@@ -38,14 +39,11 @@ crt_status status_from_kind(ErrorKind kind) noexcept {
 }
 
 /// What is wrong with a row's length; "" if nothing is.
-std::string length_problem(std::int64_t length, const RowLimits& limits) {
+std::string length_problem(std::int64_t length) {
   // More elements than an array can have; the allocation that would find out must not be tried.
   constexpr std::int64_t kMost = PTRDIFF_MAX / static_cast<std::int64_t>(sizeof(std::int64_t));
   const std::string found = std::to_string(length);
   if (length < 0) return "length " + found + " must be at least 0";
-  if (limits.capacity && length > *limits.capacity) {
-    return found + " tokens exceed the capacity of " + std::to_string(*limits.capacity);
-  }
   return length > kMost ? found + " tokens are more than memory can hold" : "";
 }
 
@@ -56,9 +54,12 @@ void check_lengths(const std::int64_t* lengths, std::size_t rows, const RowLimit
                                       std::to_string(limits.batch) + ", found " + std::to_string(rows) + " rows");
   }
   require({{lengths, "lengths"}});
+  if (limits.capacity) {
+    check_capacity({limits.positions, limits.positions + rows}, {lengths, lengths + rows}, *limits.capacity);
+  }
   std::vector<std::string> problems;
   for (std::size_t row = 0; row < rows; ++row) {
-    const std::string problem = length_problem(lengths[row], limits);
+    const std::string problem = length_problem(lengths[row]);
     if (!problem.empty()) problems.push_back("row " + std::to_string(row) + ": " + problem);
   }
   if (!problems.empty()) throw Error(ErrorKind::input, problem_list("lengths", problems));

@@ -66,7 +66,8 @@ Options taken_options(const Options* options, const char* type, const Options& d
 /// How many rows a call takes, and how many tokens a row can take at all.
 struct RowLimits {
   std::int64_t batch = 0;
-  std::optional<std::int64_t> capacity;  ///< none where rows slide
+  const std::int64_t* positions = nullptr;  ///< tokens in the cache of each row, int64 [batch]
+  std::optional<std::int64_t> capacity;     ///< none where rows slide
 };
 
 /// Rows from flat ids and lengths. Throws Error(input) before it reads a length if there are not batch rows, and before

@@ -55,8 +55,9 @@ std::unique_ptr<Handle> take(Handle* handle) noexcept {
 
 /// What the rows of a call on this session may be.
 inline RowLimits row_limits(const crt_session& session) {
-  const std::int64_t capacity = session.session->capacity();
-  return {session.session->batch(), session.slides ? std::nullopt : std::make_optional(capacity)};
+  const crt::Session& opened = *session.session;
+  const auto capacity = session.slides ? std::nullopt : std::make_optional(opened.capacity());
+  return {opened.batch(), opened.position(), capacity};
 }
 
 }  // namespace crt::c_api

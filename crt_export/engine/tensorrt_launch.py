@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from crt_export.engine.base import Rows
@@ -131,11 +132,10 @@ def capture(tools: LaunchTools, plan: LaunchPlan) -> Captured:
         raise ContractError(f"{tools.label}: TensorRT says that this engine cannot be captured into a CUDA graph")
     with tools.memory.releases.deferred():
         device.begin_capture(lane.stream)
-        try:
+        with ExitStack() as undo:
+            undo.callback(device.abandon_capture, lane.stream)
             _enqueue(tools, lane, plan)
-        except BaseException:
-            device.abandon_capture(lane.stream)
-            raise
+            undo.pop_all()
         graph = device.end_capture(lane.stream)
     return Captured(tools, lane, graph, plan.staging)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from crt_export.errors import InputError
@@ -138,8 +139,8 @@ def generate_text(
     # A session only as large as this text: attention costs by capacity, not by length. A compiled engine has one
     # capacity.
     session = bundle.session(name, capacity=None if built.profile.compiled else needed)
-    try:
-        return TextGeneration(session, session.generate([ids], chosen, on_token=on_token))
-    except BaseException:
-        session.close()
-        raise
+    with ExitStack() as undo:
+        undo.callback(session.close)
+        generation = TextGeneration(session, session.generate([ids], chosen, on_token=on_token))
+        undo.pop_all()  # from here on the generation closes its session
+    return generation

@@ -1,23 +1,25 @@
-"""Compare every graph of every target with PyTorch FP32 on held-out text."""
+"""Compare every target with PyTorch FP32, level by level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
-from crt_export.errors import InputError
+from crt_export.errors import ContractError, InputError
+from crt_export.machine import machine
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.case import ParityCase
-from crt_export.parity.gap import reference_gap_rows, target_gap_rows
-from crt_export.parity.half import half_row
-from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference, first_position
-from crt_export.parity.report import ParityReport, ParityRow
+from crt_export.parity.corpus import CorpusResult, check_corpus
+from crt_export.parity.level import CORPUS, LevelResult, ParitySetup, failed_check
+from crt_export.parity.levels import level_function
+from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
+from crt_export.parity.report import ParityReport
 from crt_export.parity.statistics import METHOD
-from crt_export.parity.target import check_target
 from crt_export.parity.tolerances import Tolerances, load_tolerances
-from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
+from crt_export.parity.windows import LEVELS, ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.text import TokenText
@@ -33,21 +35,23 @@ def check_parity(
     options: ParityOptions | None = None,
     tolerances: Tolerances | None = None,
     plan: W8A8Plan | None = None,
+    saved_outputs: Path | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
-    """Run every target through every regime and compare it with the same regime in PyTorch FP32.
+    """Take every target up the ladder, see :mod:`crt_export.parity.level`.
 
     Args:
         checkpoint: The reference, read by :func:`crt_export.checkpoint.load_checkpoint`.
         cases: The targets.
         text: Held-out text; none of it may have been calibrated on.
-        options: How much to measure.
+        options: Which levels, and how much to measure.
         tolerances: Limits; None reads ``validate/tolerances.toml``.
         plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
+        saved_outputs: Folder for the tensors of the one-step level, in the format of Polygraphy's tools.
         progress: Told what runs and how many windows are done.
 
     Returns:
-        The report; ``passed`` says whether every gate held. A graph that cannot run is a failed row, not an error.
+        The report; ``passed`` says whether every gate held. A graph that cannot run is a failed level, not an error.
 
     Raises:
         InputError: There is no target, or the text is too short.
@@ -56,103 +60,58 @@ def check_parity(
     if not cases:
         raise InputError("parity needs at least one target")
     options = options or ParityOptions()
-    tolerances = tolerances or load_tolerances()
     windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
-    reference = _reference(checkpoint, cases, windows, options, progress)
-    rows, notes = _half_rows(checkpoint, cases, reference, tolerances, plan, progress)
-    target_rows, largest = _target_rows(cases, reference, options, tolerances, progress)
-    rows += target_rows
+    setup = ParitySetup(
+        checkpoint=checkpoint,
+        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch),
+        text=text,
+        options=options,
+        tolerances=tolerances or load_tolerances(),
+        progress=progress,
+        saved_outputs=saved_outputs,
+    )
+    corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
+    results: list[LevelResult] = []
+    for level in (level for level in LEVELS if level in options.levels):
+        if level == CORPUS:
+            _prepare_reference(cases, setup)
+            corpus = check_corpus(cases, setup, plan)
+            results += corpus.levels
+        else:
+            results += [_climb(level, case, setup) for case in cases]
     return ParityReport(
-        rows=tuple(rows),
-        tolerances=tolerances.to_dict(),
+        rows=corpus.rows,
+        levels=tuple(results),
+        tolerances=setup.tolerances.to_dict(),
         text=_text_identity(windows),
-        notes=(*windows.notes, *notes, *_coverage_notes(rows, windows)),
+        notes=tuple(dict.fromkeys((*windows.notes, *corpus.notes, *(n for result in results for n in result.notes)))),
         method=METHOD,
         versions=installed_versions(_LIBRARIES),
-        largest_fp16=largest,
+        environment=machine(),
+        model={
+            "checkpoint": checkpoint.sha256,
+            "parameters": checkpoint.config.parameter_count,
+            "config": checkpoint.config.to_dict(),
+        },
+        largest_fp16=corpus.largest_fp16,
     )
 
 
-def _reference(
-    checkpoint: Checkpoint,
-    cases: Sequence[ParityCase],
-    windows: Windows,
-    options: ParityOptions,
-    progress: Progress,
-) -> Reference:
-    """PyTorch FP32 with the hidden states of every regime that a target will be compared in."""
-    reference = Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch)
+def _climb(level: str, case: ParityCase, setup: ParitySetup) -> LevelResult:
+    """One level of one target; a graph that breaks its contract fails the level with that sentence."""
+    setup.progress(f"{case.target}: {level}", 0, 0)
+    try:
+        return level_function(level)(case, setup)
+    except ContractError as error:
+        return LevelResult(level=level, target=case.target, checks=(failed_check("runs", str(error)),))
+
+
+def _prepare_reference(cases: Sequence[ParityCase], setup: ParitySetup) -> None:
+    """PyTorch FP32's hidden states in every regime that a target will be compared in."""
     for regime in (STEP, PREFILL, HANDOVER):
-        progress(f"PyTorch FP32: {regime}", 0, windows.count)
+        setup.progress(f"PyTorch FP32: {regime}", 0, setup.windows.count)
         for passes in sorted({case.unroll for case in cases}):
-            reference.hidden(regime, passes)
-    return reference
-
-
-def _half_rows(
-    checkpoint: Checkpoint,
-    cases: Sequence[ParityCase],
-    reference: Reference,
-    tolerances: Tolerances,
-    plan: W8A8Plan | None,
-    progress: Progress,
-) -> tuple[list[ParityRow], list[str]]:
-    """A row of real FP16 arithmetic per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
-    quantized = {case.residual_dtype for case in cases if case.precision == "w8a8"}
-    wanted: list[tuple[str, W8A8Plan | None]] = [
-        (dtype, None) for dtype in sorted({case.residual_dtype for case in cases if case.half})
-    ]
-    wanted += [(dtype, plan) for dtype in sorted(quantized) if plan is not None]
-    rows, notes = [], []
-    for residual_dtype, form in wanted:
-        row, found = half_row(checkpoint, reference, residual_dtype, tolerances, progress, plan=form)
-        rows.append(row)
-        notes += [note for note in found if note not in notes]
-    if quantized and plan is None:
-        notes.append(
-            "pytorch-half ran plain FP16 and not W8A8: a bundle holds the graphs, not the plan they were made of; "
-            "the largest FP16 values of the W8A8 graphs were observed all the same"
-        )
-    return rows, notes
-
-
-def _target_rows(
-    cases: Sequence[ParityCase],
-    reference: Reference,
-    options: ParityOptions,
-    tolerances: Tolerances,
-    progress: Progress,
-) -> tuple[list[ParityRow], dict[str, Mapping[str, Mapping[str, float]]]]:
-    """The reference's own regime gap, every target's rows, and the largest FP16 values by target."""
-    progress("PyTorch FP32: regime gap", 0, reference.windows.count)
-    gaps = {passes: reference_gap_rows(reference, passes) for passes in sorted({case.unroll for case in cases})}
-    rows = [row for gap in gaps.values() for row, _ in gap]
-    largest = {}
-    for case in cases:
-        result = check_target(case, reference, options, tolerances, progress)
-        own_gaps = target_gap_rows(case, result, gaps[case.unroll], tolerances, reference.model.config)
-        rows += [*result.rows, *own_gaps, *_compiled(case)]
-        if result.largest_fp16:
-            largest[case.target] = result.largest_fp16
-    return rows, largest
-
-
-def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:
-    """What the rows do not cover: the first half of the windows in the hand-over, likelihoods that gate nothing."""
-    positions = windows.length - first_position(HANDOVER, windows.length)
-    notes = [
-        f"handover rows score the second half of each window, from the last token of prefill on: "
-        f"{windows.count * positions:,} of {windows.count * windows.length:,} tokens"
-    ]
-    ungated = [row for row in rows if row.better_than_chance is False]
-    if ungated:
-        worst = max(row.reference_nll or 0.0 for row in ungated)
-        notes.append(
-            f"delta nll is reported but not gated in {len(ungated)} rows, nor in their regime gaps: PyTorch FP32 "
-            f"predicts this text worse than a uniform guess would (up to {worst:.3f} nat per token), and there a "
-            "rounding error shifts the mean to first order; logit errors and top-1 are gated"
-        )
-    return notes
+            setup.reference.hidden(regime, passes)
 
 
 def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:
@@ -161,21 +120,6 @@ def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:
     limits["max_position_embeddings of the model"] = config.max_position_embeddings
     reason = min(limits, key=lambda name: limits[name])
     return {"longest": limits[reason], "longest_reason": f"{reason} is {limits[reason]}"}
-
-
-def _compiled(case: ParityCase) -> list[ParityRow]:
-    """Engines that were compiled and cannot run here: listed, never passed."""
-    return [
-        ParityRow(
-            target=case.target,
-            runtime=case.runtime,
-            graph=graph,
-            precision=case.precision,
-            regime=graph,
-            status="compiled",
-        )
-        for graph in case.compiled
-    ]
 
 
 def _text_identity(windows: Windows) -> dict:

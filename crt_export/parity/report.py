@@ -1,14 +1,18 @@
-"""The result of a parity check: one row per target, graph and regime, and what was compared on what."""
+"""The result of a parity check: what every level found, one row per target, graph and regime, and on what."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from crt_export.errors import BundleError, problem_list
+from crt_export.parity.level import CORPUS, LevelResult, json_value
+
+#: Identity of the document and the version of its schema, ``validate/report.schema.json``.
+FORMAT = "crt-export parity report"
+FORMAT_VERSION = 1
 
 RUN = "run"
 COMPILED = "compiled"
@@ -93,7 +97,7 @@ class ParityRow:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; NaN and infinity, which JSON lacks, become None (the failures name them)."""
-        return {key: _json_value(value) for key, value in vars(self).items()}
+        return json_value(vars(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParityRow:
@@ -106,72 +110,88 @@ class ParityRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Every row and what they stand on. Nothing in it is drawn at random, so there is no seed to record.
+    """Everything that was compared and what it stands on.
 
     Attributes:
-        rows: All comparisons.
+        rows: All comparisons of the corpus level, and engines that were compiled and not run.
         tolerances: The limits used, as ``Tolerances.to_dict`` gives them.
         text: Source, sha256 of the token ids, offset and count of the tokens used, windows and their length.
+        levels: What every level found, target by target.
         notes: Sentences on what was shortened, left out or not gated, and why.
         method: How the intervals are computed.
         versions: Library versions that took part.
+        environment: Machine and interpreter: ``machine``, ``processor``, ``cores``, ``system``, ``python``.
+        model: ``checkpoint`` (content hash), ``config`` and ``parameters`` of the reference.
+        created: When, ISO 8601 in UTC; empty inside a bundle, whose content depends on its inputs only.
+        command: How to repeat it; empty where it did not come from the command line.
         largest_fp16: Per target and graph, the largest |value| of the largest FP16 tensors.
     """
 
     rows: tuple[ParityRow, ...]
     tolerances: Mapping[str, Any]
     text: Mapping[str, Any]
+    levels: tuple[LevelResult, ...] = ()
     notes: tuple[str, ...] = ()
     method: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    command: str = ""
     largest_fp16: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """True if something was gated and every gate held."""
-        gates = [row.passed for row in self.rows if row.passed is not None]
+        gates = [verdict.passed for verdict in (*self.rows, *self.levels) if verdict.passed is not None]
         return bool(gates) and all(gates)
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What every failed row says, with the row's name in front."""
-        return tuple(
-            f"{row.target} {row.regime} ({row.graph}): {failure}" for row in self.rows for failure in row.failures
-        )
+        """What every failed row and check says, with its name in front."""
+        rows = [f"{row.target} {row.regime} ({row.graph}): {failure}" for row in self.rows for failure in row.failures]
+        # The rows are the corpus level's own; a check that repeats a row's sentence is not a second failure.
+        said = {failure for row in self.rows for failure in row.failures}
+        checks = [
+            f"{result.target} {result.level} ({check.name}): {failure}"
+            for result in self.levels
+            for check in result.checks
+            for failure in check.failures
+            if not (result.level == CORPUS and failure in said)
+        ]
+        return (*rows, *checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of ``crt-export validate --json`` and of the manifest."""
-        return {"passed": self.passed, "rows": [row.to_dict() for row in self.rows]} | {
-            name.name: _json_value(getattr(self, name.name)) for name in dataclasses.fields(self) if name.name != "rows"
-        }
+        """The document of ``crt-export validate --json``, of ``report.json`` and of the manifest."""
+        values = {name.name: json_value(getattr(self, name.name)) for name in dataclasses.fields(self)}
+        values["rows"] = [row.to_dict() for row in self.rows]
+        values["levels"] = [result.to_dict() for result in self.levels]
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, "passed": self.passed, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParityReport:
-        """Read what to_dict wrote.
+        """Read what to_dict wrote; a report of before there was a version has rows and no levels.
 
         Raises:
-            BundleError: Keys are missing or unknown.
+            BundleError: Another format or version, or keys are missing or unknown.
         """
+        version = values.get("format_version", FORMAT_VERSION)
+        if values.get("format", FORMAT) != FORMAT or version != FORMAT_VERSION:
+            raise BundleError(
+                f"parity report: expected {FORMAT!r} of version {FORMAT_VERSION}, found "
+                f"{values.get('format', FORMAT)!r} of version {version!r}: use the crt-export that wrote it"
+            )
         known = {name.name for name in dataclasses.fields(cls)}
         problems = [f"no {key!r}" for key in sorted({"rows", "tolerances", "text"} - set(values))]
-        problems += [f"unknown key {key!r}" for key in sorted(set(values) - known - {"passed"})]
+        problems += [
+            f"unknown key {key!r}" for key in sorted(set(values) - known - {"passed", "format", "format_version"})
+        ]
         if problems:
             raise BundleError(problem_list("parity report", problems))
         try:
             rows = tuple(ParityRow.from_dict(row) for row in values["rows"])
-        except TypeError as error:
-            raise BundleError(f"parity report: a row cannot be read ({error})") from None
-        rest = {key: value for key, value in values.items() if key in known - {"rows", "notes"}}
-        return cls(rows=rows, notes=tuple(values.get("notes", ())), **rest)
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        items = [_json_value(item) for item in value]
-        # An interval with one unknown end is no interval.
-        return None if items and value and isinstance(value[0], float) and None in items else items
-    return value
+            levels = tuple(LevelResult.from_dict(result) for result in values.get("levels", ()))
+        except (TypeError, KeyError) as error:
+            raise BundleError(f"parity report: a row cannot be read, or a level ({error})") from None
+        rest = {key: value for key, value in values.items() if key in known - {"rows", "levels", "notes"}}
+        return cls(rows=rows, levels=levels, notes=tuple(values.get("notes", ())), **rest)

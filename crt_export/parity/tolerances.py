@@ -15,6 +15,8 @@ FILE = "tolerances.toml"
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
 #: Limits that a precision may leave out: nothing is gated then.
 _OPTIONAL = ("max_abs_logit_error",)
+_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap")
+_SHARES = ("top1_agreement", "top10_overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,22 @@ class Tolerance:
             calls of prefill_pass, its logits against head), relative to the largest |value|.
         relative_logit_error: Largest mean |logit difference| in units of the standard deviation of the reference's
             logits. Independent of what the text says, so it also judges models that predict it worse than chance.
+        tensor_error: One step from the reference's own state: largest |difference| of any output tensor over the
+            largest |value| of that tensor in the reference.
+        chain_error: The same at every step of a teacher-forced chain that feeds itself its own state and caches.
+        mean_kl: Largest mean Kullback-Leibler divergence, nats.
+        top10_overlap: Smallest mean share of the reference's ten likeliest tokens among the target's.
+        probability_change: Largest root mean square change of the probability of the text's next token.
+        divergence_margin: Free running: largest margin that the reference had for its own token where the target chose
+            another one first, in units of the standard deviation of the reference's logits.
+        anchor_error: K passes over K tokens are the recurrence: largest |difference| of the hidden states over the
+            largest |value|.
+        handover_delta_nll: Decoding from K passes against decoding from the recurrence, as far as FP32 does not do it
+            too: the 95 % interval of the paired difference lies within +- this, nats.
+        growth: Largest growth of the relative logit error per 1,000 tokens (upper end of its 95 % interval), in units
+            of the standard deviation of the reference's logits.
+        state_norm: Largest |log ratio| of the norm of the state to that of the reference, block by block.
+        selftest_error: Largest |difference| of a replayed tensor over the largest |value| of the vector.
         max_abs_logit_error: Largest |logit difference|; None is not gated.
     """
 
@@ -37,6 +55,17 @@ class Tolerance:
     gap_delta_nll: float
     consistency: float
     relative_logit_error: float
+    tensor_error: float
+    chain_error: float
+    mean_kl: float
+    top10_overlap: float
+    probability_change: float
+    divergence_margin: float
+    anchor_error: float
+    handover_delta_nll: float
+    growth: float
+    state_norm: float
+    selftest_error: float
     max_abs_logit_error: float | None = None
 
 
@@ -48,19 +77,22 @@ class Tolerances:
         near_tie_margin: Tokens whose two most likely candidates are closer than this in the reference are near ties
             and do not count for top-1 agreement, logits.
         fp16_headroom: Largest |value| that any FP16 tensor may take.
+        perplexity_gap: The certificate's smallest K is the smallest whose |perplexity gap| to the recurrence is at most
+            this with 95 % confidence.
         precisions: Limits per precision.
         reasons: Why each limit is what it is, by ``table.key``.
     """
 
     near_tie_margin: float
     fp16_headroom: float
+    perplexity_gap: float
     precisions: Mapping[str, Tolerance]
     reasons: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values as they stand in the report."""
         limits = {name: vars(tolerance).copy() for name, tolerance in self.precisions.items()}
-        return {"near_tie_margin": self.near_tie_margin, "fp16_headroom": self.fp16_headroom, **limits}
+        return {**{name: getattr(self, name) for name in _SHARED}, **limits}
 
 
 def load_tolerances(path: Path | None = None) -> Tolerances:
@@ -83,8 +115,7 @@ def load_tolerances(path: Path | None = None) -> Tolerances:
         for name in PRECISIONS
     }
     return Tolerances(
-        near_tie_margin=limits["shared", "near_tie_margin"],
-        fp16_headroom=limits["shared", "fp16_headroom"],
+        **{name: limits["shared", name] for name in _SHARED},
         precisions=precisions,
         reasons=reasons,
     )
@@ -95,7 +126,7 @@ def _limits_from_tables(
 ) -> tuple[dict[tuple[str, str], float], dict[str, str], list[str]]:
     """Limits by (table, key), reasons by ``table.key``, and what is wrong with the file."""
     keys = tuple(field.name for field in fields(Tolerance))
-    known = {"shared": ("near_tie_margin", "fp16_headroom"), **dict.fromkeys(PRECISIONS, keys)}
+    known = {"shared": _SHARED, **dict.fromkeys(PRECISIONS, keys)}
     problems = [f"unknown table [{table}]; known: {', '.join(known)}" for table in values if table not in known]
     limits: dict[tuple[str, str], float] = {}
     reasons: dict[str, str] = {}
@@ -118,7 +149,7 @@ def _entry_problems(label: str, entry: object) -> list[str]:
     limit, reason = entry["limit"], entry["reason"]
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
         problems.append(f"{label}: limit must be a number greater than 0, found {limit!r}")
-    elif label.endswith("top1_agreement") and limit > 1:
+    elif label.endswith(_SHARES) and limit > 1:
         problems.append(f"{label}: limit is a share and at most 1, found {limit!r}")
     if not isinstance(reason, str) or len(reason.split()) < 3:
         problems.append(f"{label}: reason must say why, found {reason!r}")

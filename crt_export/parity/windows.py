@@ -1,4 +1,4 @@
-"""What is measured on: consecutive windows of held-out text, all of one length."""
+"""What is measured and on what: the levels, and consecutive windows of held-out text, all of one length."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from crt_export.errors import InputError, problem_list
 from crt_export.text import VALIDATION_TOKENS, TokenText
 
 DEFAULT_WINDOW = 256
+#: The levels in the order they run, see :mod:`crt_export.parity.level`.
+LEVELS = ("contract", "one-step", "chain", "corpus", "free-running", "certificate", "long-run")
+#: What a build must pass; the certificate and the long run take longer and are asked for.
+BUILD_LEVELS = ("corpus",)
+
+_SMALLEST = {
+    "validation_tokens": 2,
+    "window": 2,
+    "window_batch": 1,
+    "threads": 0,
+    "chain_windows": 1,
+    "chain_steps": 2,
+    "prompts": 1,
+    "new_tokens": 1,
+    "long_run_tokens": 2000,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +38,12 @@ class ParityOptions:
         window_batch: Most windows per call.
         short_reason: Why fewer than 4,096 tokens or windows below 256 tokens are enough; part of the report.
         threads: CPU threads of ONNX Runtime, 0 for as many as PyTorch uses.
+        levels: Which levels of the ladder run, of ``LEVELS``.
+        chain_windows: Windows of the chain level, each of ``chain_steps`` teacher-forced steps.
+        chain_steps: Steps of the chain level.
+        prompts: Prompts of the free-running level.
+        new_tokens: Tokens that each prompt is continued by.
+        long_run_tokens: Tokens of the long-run level.
 
     Raises:
         InputError: A value is impossible, or a short run has no reason.
@@ -32,14 +54,23 @@ class ParityOptions:
     window_batch: int = 32
     short_reason: str = ""
     threads: int = 0
+    levels: tuple[str, ...] = BUILD_LEVELS
+    chain_windows: int = 4
+    chain_steps: int = 64
+    prompts: int = 32
+    new_tokens: int = 64
+    long_run_tokens: int = 20_480
 
     def __post_init__(self) -> None:
         """Check the values."""
         problems = [
             f"{name} must be an integer of at least {low}, found {getattr(self, name)!r}"
-            for name, low in (("validation_tokens", 2), ("window", 2), ("window_batch", 1), ("threads", 0))
+            for name, low in _SMALLEST.items()
             if type(getattr(self, name)) is not int or getattr(self, name) < low
         ]
+        problems += [f"level must be one of {', '.join(LEVELS)}, found {name!r}" for name in self._unknown_levels()]
+        if not self.levels:
+            problems.append("at least one level is needed, found none")
         if not problems and not self.short_reason.strip():
             problems = [
                 f"{name} must be at least {low}, found {value}: fewer say too little about a model "
@@ -52,6 +83,9 @@ class ParityOptions:
             ]
         if problems:
             raise InputError(problem_list("parity options", problems))
+
+    def _unknown_levels(self) -> list[str]:
+        return [name for name in self.levels if name not in LEVELS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

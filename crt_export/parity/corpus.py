@@ -1,0 +1,125 @@
+"""L3: likelihood, divergence and agreement on a text, for every graph of every target, with confidence intervals.
+
+Each regime of a target is compared with the same regime of PyTorch FP32; the gap between the regimes is a row of its
+own. ``data`` of the level: see :func:`corpus_result`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from crt_export.parity.case import ParityCase
+from crt_export.parity.gap import reference_gap_rows, target_gap_rows
+from crt_export.parity.half import half_row
+from crt_export.parity.level import CORPUS, Check, LevelResult, ParitySetup
+from crt_export.parity.reference import HANDOVER, first_position
+from crt_export.parity.report import ParityRow
+from crt_export.parity.scores import Scores
+from crt_export.parity.target import check_target
+from crt_export.parity.windows import Windows
+from crt_export.quantize.plan import W8A8Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusResult:
+    """Rows of all targets, what each level result says of them, notes, and the largest FP16 values by target."""
+
+    rows: tuple[ParityRow, ...]
+    levels: tuple[LevelResult, ...]
+    notes: tuple[str, ...]
+    largest_fp16: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None) -> CorpusResult:
+    """Run every regime of every target over all windows.
+
+    Args:
+        cases: The targets.
+        setup: Reference, text and limits.
+        plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
+    """
+    rows, notes = _half_rows(cases, setup, plan)
+    levels = [corpus_result("pytorch-half", rows, {})] if rows else []
+    setup.progress("PyTorch FP32: regime gap", 0, setup.windows.count)
+    gaps = {passes: reference_gap_rows(setup.reference, passes) for passes in sorted({case.unroll for case in cases})}
+    rows += [row for gap in gaps.values() for row, _ in gap]
+    largest = {}
+    for case in cases:
+        result = check_target(case, setup.reference, setup.options, setup.tolerances, setup.progress)
+        own = [*result.rows, *target_gap_rows(case, result, gaps[case.unroll], setup.tolerances, setup.config)]
+        rows += [*own, *_compiled(case)]
+        levels.append(corpus_result(case.target, own, result.scores))
+        if result.largest_fp16:
+            largest[case.target] = result.largest_fp16
+    notes += _coverage_notes(rows, setup.windows)
+    return CorpusResult(rows=tuple(rows), levels=tuple(levels), notes=tuple(notes), largest_fp16=largest)
+
+
+def corpus_result(target: str, rows: Sequence[ParityRow], scores: Mapping[str, Scores]) -> LevelResult:
+    """The level's answer about one target: a check per row."""
+    checks = tuple(
+        Check(name=f"{row.regime} {_span(row)}".strip(), passed=row.passed, failures=row.failures) for row in rows
+    )
+    return LevelResult(level=CORPUS, target=target, checks=checks)
+
+
+def _span(row: ParityRow) -> str:
+    return f"{row.positions[0]}-{row.positions[1]}" if row.positions else ""
+
+
+def _half_rows(
+    cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None
+) -> tuple[list[ParityRow], list[str]]:
+    """A row of real FP16 arithmetic per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
+    quantized = {case.residual_dtype for case in cases if case.precision == "w8a8"}
+    wanted: list[tuple[str, W8A8Plan | None]] = [
+        (dtype, None) for dtype in sorted({case.residual_dtype for case in cases if case.half})
+    ]
+    wanted += [(dtype, plan) for dtype in sorted(quantized) if plan is not None]
+    rows, notes = [], []
+    for residual_dtype, form in wanted:
+        row, found = half_row(
+            setup.checkpoint, setup.reference, residual_dtype, setup.tolerances, setup.progress, plan=form
+        )
+        rows.append(row)
+        notes += [note for note in found if note not in notes]
+    if quantized and plan is None:
+        notes.append(
+            "pytorch-half ran plain FP16 and not W8A8: a bundle holds the graphs, not the plan they were made of; "
+            "the largest FP16 values of the W8A8 graphs were observed all the same"
+        )
+    return rows, notes
+
+
+def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:
+    """What the rows do not cover: the first half of the windows in the hand-over, likelihoods that gate nothing."""
+    positions = windows.length - first_position(HANDOVER, windows.length)
+    notes = [
+        f"handover rows score the second half of each window, from the last token of prefill on: "
+        f"{windows.count * positions:,} of {windows.count * windows.length:,} tokens"
+    ]
+    ungated = [row for row in rows if row.better_than_chance is False]
+    if ungated:
+        worst = max(row.reference_nll or 0.0 for row in ungated)
+        notes.append(
+            f"delta nll is reported but not gated in {len(ungated)} rows, nor in their regime gaps: PyTorch FP32 "
+            f"predicts this text worse than a uniform guess would (up to {worst:.3f} nat per token), and there a "
+            "rounding error shifts the mean to first order; logit errors and top-1 are gated"
+        )
+    return notes
+
+
+def _compiled(case: ParityCase) -> list[ParityRow]:
+    """Engines that were compiled and cannot run here: listed, never passed."""
+    return [
+        ParityRow(
+            target=case.target,
+            runtime=case.runtime,
+            graph=graph,
+            precision=case.precision,
+            regime=graph,
+            status="compiled",
+        )
+        for graph in case.compiled
+    ]

@@ -1,0 +1,226 @@
+"""The ladder: what a level of evidence takes and what it answers.
+
+Every level is one module of this package with one function ``(ParityCase, ParitySetup) -> LevelResult``; later levels
+ask more of a target than earlier ones:
+
+======================  ==============  ==========================================================================
+level                   module          question
+======================  ==============  ==========================================================================
+L0 ``contract``         contract        Are the files what was agreed: names, dtypes, operators, weights, nothing else?
+L1 ``one-step``         one_step        One call from the reference's own state: is every output tensor right?
+L2 ``chain``            chain           Fed its own state for many steps: which tensor leaves the reference first?
+L3 ``corpus``           corpus          On a text: likelihood, divergence and agreement, with confidence intervals.
+L4 ``free-running``     free_running    Fed its own tokens: how long does it say the same?
+L5 ``certificate``      certificate     Do K parallel passes and the recurrence agree, for every K, after quantisation?
+``long-run``            long_run        Does the error grow over twenty thousand tokens?
+======================  ==============  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.config import ModelConfig
+from crt_export.model import Model
+from crt_export.parity.reference import Reference
+from crt_export.parity.tolerances import Tolerance, Tolerances
+from crt_export.parity.windows import ParityOptions, Windows
+from crt_export.progress import Progress
+from crt_export.text import TokenText
+
+CONTRACT = "contract"
+ONE_STEP = "one-step"
+CHAIN = "chain"
+CORPUS = "corpus"
+FREE_RUNNING = "free-running"
+CERTIFICATE = "certificate"
+LONG_RUN = "long-run"
+
+AT_MOST = "at most"
+AT_LEAST = "at least"
+WITHIN = "within"  # the whole interval lies in [-limit, limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One claim, what was measured for it, and whether it holds.
+
+    Attributes:
+        name: What was checked, unique within its level and target: ``step: present_key_values.0.key``.
+        figure: What the value is, with its unit: ``largest error / largest |value|``. Empty where nothing is measured.
+        value: The figure; None where there is none.
+        interval: Its 95 % confidence interval.
+        limit: What it is held against; None where it is reported only.
+        relation: How value or interval relate to the limit: ``at most``, ``at least`` or ``within``.
+        tolerance: Key of the limit in ``validate/tolerances.toml``, such as ``w8.delta_nll``; empty where it has none.
+        passed: None where nothing is gated.
+        failures: Sentences on what is wrong, empty if nothing: expected, found, where (graph, tensor, step).
+    """
+
+    name: str
+    figure: str = ""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    limit: float | None = None
+    relation: str = AT_MOST
+    tolerance: str = ""
+    passed: bool | None = None
+    failures: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return json_value(vars(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Check:
+        """Read what to_dict wrote."""
+        fixed: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """What one level found about one target.
+
+    Attributes:
+        level: ``contract`` to ``long-run``, see the module.
+        target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
+        checks: Every claim; at least one.
+        data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.
+        notes: Sentences on what was shortened or left out, and why.
+    """
+
+    level: str
+    target: str
+    checks: tuple[Check, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was gated, else whether every gate held."""
+        gates = [check.passed for check in self.checks if check.passed is not None]
+        return all(gates) if gates else None
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What every failed check says, with its name in front."""
+        return tuple(f"{check.name}: {failure}" for check in self.checks for failure in check.failures)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "level": self.level,
+            "target": self.target,
+            "passed": self.passed,
+            "checks": [check.to_dict() for check in self.checks],
+            "data": json_value(self.data),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LevelResult:
+        """Read what to_dict wrote."""
+        return cls(
+            level=values["level"],
+            target=values["target"],
+            checks=tuple(Check.from_dict(check) for check in values["checks"]),
+            data=values["data"],
+            notes=tuple(values["notes"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParitySetup:
+    """What every level is given besides the target.
+
+    Attributes:
+        checkpoint: The weights of the reference.
+        reference: PyTorch FP32 on the windows; computes each regime once and keeps it.
+        text: The held-out text that the windows are the start of.
+        options: How much to measure.
+        tolerances: The limits.
+        progress: Told what runs.
+        saved_outputs: Where the one-step level saves its tensors for Polygraphy's tools; None saves nothing.
+    """
+
+    checkpoint: Checkpoint
+    reference: Reference
+    text: TokenText
+    options: ParityOptions
+    tolerances: Tolerances
+    progress: Progress
+    saved_outputs: Path | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.checkpoint.config
+
+    @property
+    def model(self) -> Model:
+        """PyTorch FP32, in evaluation mode."""
+        return self.reference.model
+
+    @property
+    def windows(self) -> Windows:
+        """Consecutive windows of the text."""
+        return self.reference.windows
+
+    @property
+    def threads(self) -> int:
+        """CPU threads. PyTorch's count honours OMP_NUM_THREADS, so that checks side by side do not fight for cores."""
+        return self.options.threads or torch.get_num_threads()
+
+    def limits(self, precision: str) -> Tolerance:
+        """The limits of one precision."""
+        return self.tolerances.precisions[precision]
+
+
+def gate_at_most(name: str, figure: str, value: float, limit: float, tolerance: str, *, where: str = "") -> Check:
+    """A figure that may be at most ``limit``; NaN fails.
+
+    Args:
+        name: What was checked.
+        figure: What the value is, with its unit.
+        value: What was measured.
+        limit: The most it may be.
+        tolerance: Key of the limit in ``validate/tolerances.toml``.
+        where: Where the value was found, for the failure: ``at step 12 of window 3``.
+    """
+    passed = value <= limit
+    place = f" {where}" if where else ""
+    failures = () if passed else (f"{figure} is {value:.3g}{place}, expected at most {limit:g} ({tolerance})",)
+    return Check(
+        name=name, figure=figure, value=value, limit=limit, tolerance=tolerance, passed=passed, failures=failures
+    )
+
+
+def failed_check(name: str, *failures: str) -> Check:
+    """A claim that does not hold, or could not be looked at, for reasons that no figure gives."""
+    return Check(name=name, passed=False, failures=failures)
+
+
+def json_value(value: Any) -> Any:
+    """JSON-ready form; NaN and infinity, which JSON lacks, become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return json_value(vars(value))
+    if isinstance(value, Mapping):
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [json_value(item) for item in value]
+        # An interval with one unknown end is no interval.
+        return None if len(items) == 2 and isinstance(value, tuple) and None in items else items
+    return value

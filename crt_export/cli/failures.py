@@ -27,7 +27,7 @@ def run_app(app: click.Group, arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
-        with app.make_context("crt-export", arguments) as context:
+        with app.make_context("crt-export", arguments, obj=tuple(arguments)) as context:
             app.invoke(context)
             sys.stdout.flush()
         return 0

@@ -19,6 +19,12 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
 
 
+def junit_option(command: Command) -> Command:
+    """``--junit``."""
+    help_text = "Write the verdicts as JUnit XML, for CI systems."
+    return click.option("--junit", type=PATH, metavar="FILE.xml", help=help_text)(command)
+
+
 def text_options(command: Command) -> Command:
     """``--text`` and ``--tokens``, which exclude each other."""
     tokens = click.option("--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (int64, 1-D).")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_text
-from crt_export.cli.options import PATH, json_option, require_one_text, text_options, validation_tokens_option
+from crt_export.cli.invocation import command_line, now
+from crt_export.cli.level_table import write_level_table
+from crt_export.cli.options import (
+    PATH,
+    json_option,
+    junit_option,
+    require_one_text,
+    text_options,
+    validation_tokens_option,
+)
 from crt_export.cli.tables import write_parity_table
+from crt_export.ladder import LEVELS, VALIDATE_LEVELS
 
 
 @click.command()
@@ -16,7 +27,21 @@ from crt_export.cli.tables import write_parity_table
 @text_options
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Only this target; may be repeated.")
 @click.option("--checkpoint", type=PATH, metavar="DIR", help="The reference, for a bundle without one.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice([*LEVELS, "all"]),
+    help="Only this level of the ladder; may be repeated. Default: all but long-run.",
+)
 @validation_tokens_option
+@click.option(
+    "--long-run-tokens", type=int, default=20480, show_default=True, metavar="N", help="Tokens of the long-run level."
+)
+@click.option("--report", type=PATH, metavar="FILE.json", help="Write the report: all figures, as --json prints them.")
+@click.option("--html", type=PATH, metavar="FILE.html", help="Write the report for readers, one file with plots.")
+@junit_option
+@click.option("--save-outputs", type=PATH, metavar="DIR", help="Save one-step's tensors for Polygraphy's tools.")
 @json_option
 def validate(
     bundle: Path,
@@ -24,27 +49,52 @@ def validate(
     tokens: Path | None,
     targets: tuple[str, ...],
     checkpoint: Path | None,
+    levels: tuple[str, ...],
     validation_tokens: int,
+    long_run_tokens: int,
+    report: Path | None,
+    html: Path | None,
+    junit: Path | None,
+    save_outputs: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare every graph of BUNDLE that runs here with PyTorch FP32; exit code 1 if one does not agree."""
+    """Compare every graph of BUNDLE that runs here with PyTorch FP32; exit code 1 if one does not agree.
+
+    The levels, from the files to the regimes: contract, one-step, chain, corpus, free-running, certificate, long-run.
+    """
     require_one_text(text, tokens)
     from crt_export.parity import ParityOptions, validate_bundle
+    from crt_export.report.output import ReportFiles
 
+    files = ReportFiles(report=report, html=html, junit=junit)
+    files.check()
     with reserved_stdout(as_json), ProgressLine() as progress:
-        report = validate_bundle(
+        found = validate_bundle(
             bundle,
             text=text,
             tokens=tokens,
             targets=targets,
             checkpoint=checkpoint,
-            options=ParityOptions(validation_tokens=validation_tokens),
+            options=ParityOptions(
+                validation_tokens=validation_tokens, levels=_levels(levels), long_run_tokens=long_run_tokens
+            ),
+            saved_outputs=save_outputs,
             progress=progress,
         )
+        found = dataclasses.replace(found, created=now(), command=command_line())
+        files.write(found)
     if as_json:
-        write_json(report.to_dict())
+        write_json(found.to_dict())
     else:
-        write_parity_table(report.to_dict())
-        write_text("parity: passed" if report.passed else "parity: FAILED")
-    if not report.passed:
+        document = found.to_dict()
+        write_parity_table(document)
+        write_level_table(document)
+        write_text("parity: passed" if found.passed else "parity: FAILED")
+    if not found.passed:
         raise click.exceptions.Exit(1)
+
+
+def _levels(chosen: tuple[str, ...]) -> tuple[str, ...]:
+    if "all" in chosen:
+        return LEVELS
+    return tuple(name for name in LEVELS if name in chosen) or VALIDATE_LEVELS

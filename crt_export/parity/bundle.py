@@ -35,6 +35,7 @@ def validate_bundle(
     checkpoint: Path | None = None,
     options: ParityOptions | None = None,
     tolerances: Tolerances | None = None,
+    saved_outputs: Path | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare every graph of a bundle that runs here with PyTorch FP32.
@@ -50,6 +51,7 @@ def validate_bundle(
         checkpoint: The checkpoint the bundle was built from, for a bundle without one or to use another copy.
         options: How much to measure.
         tolerances: Limits; None reads ``validate/tolerances.toml``.
+        saved_outputs: Folder for the tensors of the one-step level; None saves nothing.
         progress: Told how far it is.
 
     Returns:
@@ -66,7 +68,15 @@ def validate_bundle(
     tokenizer = load_tokenizer(reference.path, reference.config)
     whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
     held_out = held_out_text(whole, files.manifest)
-    return check_parity(reference, cases, held_out, options=options, tolerances=tolerances, progress=progress)
+    return check_parity(
+        reference,
+        cases,
+        held_out,
+        options=options,
+        tolerances=tolerances,
+        saved_outputs=saved_outputs,
+        progress=progress,
+    )
 
 
 def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:

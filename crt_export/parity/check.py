@@ -9,17 +9,18 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.errors import ContractError, InputError
+from crt_export.ladder import CORPUS, LEVELS
 from crt_export.machine import machine
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus import CorpusResult, check_corpus
-from crt_export.parity.level import CORPUS, LevelResult, ParitySetup, failed_check
+from crt_export.parity.level import LevelResult, ParitySetup, failed_check
 from crt_export.parity.levels import level_function
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
 from crt_export.parity.report import ParityReport
 from crt_export.parity.statistics import METHOD
 from crt_export.parity.tolerances import Tolerances, load_tolerances
-from crt_export.parity.windows import LEVELS, ParityOptions, Windows, windows_from_text
+from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.text import TokenText

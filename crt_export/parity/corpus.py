@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from crt_export.ladder import CORPUS
 from crt_export.parity.case import ParityCase
 from crt_export.parity.gap import reference_gap_rows, target_gap_rows
 from crt_export.parity.half import half_row
-from crt_export.parity.level import CORPUS, Check, LevelResult, ParitySetup
+from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import HANDOVER, first_position
 from crt_export.parity.report import ParityRow
 from crt_export.parity.scores import Scores

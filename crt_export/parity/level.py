@@ -36,14 +36,6 @@ from crt_export.parity.windows import ParityOptions, Windows
 from crt_export.progress import Progress
 from crt_export.text import TokenText
 
-CONTRACT = "contract"
-ONE_STEP = "one-step"
-CHAIN = "chain"
-CORPUS = "corpus"
-FREE_RUNNING = "free-running"
-CERTIFICATE = "certificate"
-LONG_RUN = "long-run"
-
 AT_MOST = "at most"
 AT_LEAST = "at least"
 WITHIN = "within"  # the whole interval lies in [-limit, limit]

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from crt_export.ladder import CERTIFICATE, CHAIN, CONTRACT, FREE_RUNNING, LONG_RUN, ONE_STEP
 from crt_export.parity.case import ParityCase
-from crt_export.parity.level import (
-    CERTIFICATE,
-    CHAIN,
-    CONTRACT,
-    FREE_RUNNING,
-    LONG_RUN,
-    ONE_STEP,
-    LevelResult,
-    ParitySetup,
-)
+from crt_export.parity.level import LevelResult, ParitySetup
 
 _FUNCTIONS = {
     CONTRACT: ("contract", "check_contract_level"),

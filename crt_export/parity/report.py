@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crt_export.errors import BundleError, problem_list
-from crt_export.parity.level import CORPUS, LevelResult, json_value
+from crt_export.ladder import CORPUS
+from crt_export.parity.level import LevelResult, json_value
 
 #: Identity of the document and the version of its schema, ``validate/report.schema.json``.
 FORMAT = "crt-export parity report"

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
+from crt_export.ladder import LEVELS
 from crt_export.text import VALIDATION_TOKENS, TokenText
 
 DEFAULT_WINDOW = 256
-#: The levels in the order they run, see :mod:`crt_export.parity.level`.
-LEVELS = ("contract", "one-step", "chain", "corpus", "free-running", "certificate", "long-run")
 #: What a build must pass; the certificate and the long run take longer and are asked for.
 BUILD_LEVELS = ("corpus",)
 

@@ -1,0 +1,60 @@
+"""The ladder as a table: what each level found about each target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crt_export.cli.console import write_table, write_text
+
+_COLUMNS = ("target", "level", "gates>", "closest to its limit", "value>", "limit>", "result")
+_SHOWN_FAILURES = 20
+
+
+def write_level_table(report: Mapping[str, Any]) -> None:
+    """Write a line per target and level, and below them what failed."""
+    results = report.get("levels", [])
+    if not results:
+        return
+    write_table(_COLUMNS, [_cells(result) for result in results], title="the ladder, level by level")
+    failures = [
+        f"{result['target']} {result['level']}: {check['name']}: {failure}"
+        for result in results
+        for check in result["checks"]
+        for failure in check["failures"]
+    ]
+    for failure in failures[:_SHOWN_FAILURES]:
+        write_text(f"failed: {failure}")
+    if len(failures) > _SHOWN_FAILURES:
+        write_text(f"failed: {len(failures) - _SHOWN_FAILURES} more, all of them in the report (--json, --report)")
+
+
+def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
+    gates = [check for check in result["checks"] if check["passed"] is not None]
+    held = sum(check["passed"] for check in gates)
+    closest = max(_measured(gates), key=_nearness, default=None)
+    named = ("-", "-", "-") if closest is None else (closest["name"], _value(closest), f"{closest['limit']:g}")
+    outcome = "run" if result["passed"] is None else "passed" if result["passed"] else "FAILED"
+    return (result["target"], result["level"], f"{held}/{len(gates)}", *named, outcome)
+
+
+def _measured(gates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [check for check in gates if check["limit"] and (check["value"] is not None or check["interval"])]
+
+
+def _nearness(check: Mapping[str, Any]) -> float:
+    """How much of its limit a check uses up: 1 is at the limit."""
+    if check["relation"] == "within":
+        return max(abs(end) for end in check["interval"] or [check["value"]]) / check["limit"]
+    value, limit = check["value"], check["limit"]
+    if check["relation"] == "at least":
+        # A share: how much of what may be missing is missing.
+        return (1 - value) / (1 - limit) if limit < 1 else limit / value if value else float("inf")
+    return value / limit
+
+
+def _value(check: Mapping[str, Any]) -> str:
+    if check["relation"] == "within" and check["interval"]:
+        low, high = check["interval"]
+        return f"[{low:+.1e}, {high:+.1e}]"
+    return f"{check['value']:.3g}"

@@ -11,12 +11,17 @@ _COLUMNS = ("target", "level", "gates>", "closest to its limit", "value>", "limi
 _SHOWN_FAILURES = 20
 
 
-def write_level_table(report: Mapping[str, Any]) -> None:
-    """Write a line per target and level, and below them what failed."""
+def write_level_table(report: Mapping[str, Any], *, failures: bool = True) -> None:
+    """Write a line per target and level, and below them what failed, unless the caller says that itself."""
     results = report.get("levels", [])
     if not results:
         return
     write_table(_COLUMNS, [_cells(result) for result in results], title="the ladder, level by level")
+    if failures:
+        _write_failures(results)
+
+
+def _write_failures(results: Sequence[Mapping[str, Any]]) -> None:
     failures = [
         f"{result['target']} {result['level']}: {check['name']}: {failure}"
         for result in results

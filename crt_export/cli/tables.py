@@ -7,6 +7,7 @@ from typing import Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_table, write_text
+from crt_export.cli.level_table import write_level_table
 
 PARITY_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
@@ -53,11 +54,14 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
     if manifest["parity"] is not None:
         write_text("")
         write_parity_table(manifest["parity"])
+        write_level_table(manifest["parity"])
 
 
 def write_parity_table(report: Mapping[str, Any]) -> None:
     """Write the rows of a parity report, and below them what the report says about them."""
     rows = report.get("rows", [])
+    if not rows:
+        return
     write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
     notes = list(report.get("notes", ()))
     if any(row.get("excess_gap") is not None for row in rows):

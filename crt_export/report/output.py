@@ -7,9 +7,12 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crt_export.errors import InputError, problem_list
-from crt_export.parity.report import ParityReport
+
+if TYPE_CHECKING:  # an old report can be read where torch is not installed
+    from crt_export.parity.report import ParityReport
 
 
 @dataclass(frozen=True, kw_only=True)

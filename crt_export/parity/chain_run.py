@@ -1,0 +1,212 @@
+"""Run the step graph of one target on texts, fed its own state and caches, and compare everything it delivers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from crt_export.engine.ort import OrtGraph
+from crt_export.model import Model
+from crt_export.parity.binding import BoundGraph, new_caches
+from crt_export.parity.case import ParityCase
+from crt_export.parity.chain_errors import ChainErrors
+from crt_export.parity.trace import Trace
+
+#: Slots beyond the last token where the capacity is ours to choose: something that must stay zero.
+_SPARE_SLOTS = 8
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+class ChainReference:
+    """What the reference says about a trace, by output name, as numpy arrays and in the cache's head dim."""
+
+    def __init__(self, model: Model, trace: Trace, cache_head_dim: int) -> None:
+        """Take the caches apart by name and find the largest |value| of every tensor.
+
+        Args:
+            model: The reference, for logits.
+            trace: What it delivered.
+            cache_head_dim: Head dim of the target's caches, at least the model's; what is beyond it must be zero.
+        """
+        self._model, self.trace = model, trace
+        self.caches: dict[str, np.ndarray] = {}
+        for layer, pair in enumerate(zip(trace.keys, trace.values, strict=True)):
+            for kind, values in zip(("key", "value"), pair, strict=True):
+                padding = (0, cache_head_dim - values.shape[-1])
+                self.caches[f"present_key_values.{layer}.{kind}"] = torch.nn.functional.pad(values, padding).numpy()
+        self.scales = {name: _largest(values) for name, values in self.caches.items()}
+        self.scales["next_state"] = _largest(trace.hidden.numpy())
+        steps = range(trace.ids.shape[1])
+        self.scales["logits"] = max(_largest(self.logits(slice(None), step)) for step in steps)
+
+    @torch.no_grad()
+    def logits(self, texts: slice, step: int) -> np.ndarray:
+        """Float32 [texts, vocab]."""
+        return self._model.head(self.trace.hidden[texts, step]).numpy()
+
+    def state(self, texts: slice, step: int) -> np.ndarray:
+        """Float32 [texts, 1, hidden]."""
+        return self.trace.hidden[texts, step : step + 1].numpy()
+
+
+class TargetChain:
+    """One target on the buffers of a few rows, which it keeps from text to text as a deployed session does."""
+
+    def __init__(self, case: ParityCase, reference: ChainReference, graph: OrtGraph, rows: int) -> None:
+        """Allocate and bind.
+
+        Args:
+            case: The target.
+            reference: What it is compared with.
+            graph: Its step graph.
+            rows: Texts per call.
+        """
+        self._case, self._reference, self._rows = case, reference, rows
+        config, trace = reference._model.config, reference.trace
+        capacity = trace.ids.shape[1] + _SPARE_SLOTS if case.capacity is None else case.capacity
+        self._config, self._sizes = config, {"batch": rows, "capacity": capacity}
+        spec = case.spec("step", config)
+        self._caches = new_caches(spec, self._sizes)
+        self._bound = BoundGraph(graph, spec, self._sizes, self._caches)
+        self._written: dict[str, np.ndarray] = {}
+
+    def reset(self) -> None:
+        """Zero the caches and the state, as a session does before another text."""
+        for cache in self._caches.values():
+            cache.write(np.zeros(1))
+        self._bound.set(state=np.zeros(1))
+        self._written = {name: np.zeros_like(self._cache(name)) for name in self._reference.caches}
+
+    def prefill(self, graph: OrtGraph, texts: slice, first: int, errors: ChainErrors) -> None:
+        """Take the first tokens of some texts in K passes of the prefill graph and compare what it hands over.
+
+        Raises:
+            ContractError: The graph failed.
+        """
+        start = self._reference.trace.start
+        sizes = {**self._sizes, "seq": start}
+        bound = BoundGraph(graph, self._case.spec("prefill", self._config), sizes, self._caches)
+        ids = self._reference.trace.ids[texts, :start]
+        bound.run(input_ids=ids, length=np.full(len(ids), start))
+        self._compare(bound, texts, first, slice(0, start), errors)
+        self._carry_state(bound)
+
+    def step(self, position: int, texts: slice, first: int, errors: ChainErrors) -> None:
+        """Feed one token of some texts and compare every output.
+
+        Args:
+            position: Tokens before it.
+            texts: Which texts of the trace.
+            first: Their index among the texts of ``errors``.
+            errors: Takes the result.
+
+        Raises:
+            ContractError: The graph failed.
+        """
+        self._feed(position, texts)
+        self._compare(self._bound, texts, first, slice(position, position + 1), errors)
+        self._carry_state(self._bound)
+
+    def outputs(self, position: int, texts: slice) -> dict[str, np.ndarray]:
+        """Feed one token of some texts and copy what it gives."""
+        self._feed(position, texts)
+        names = [name for name in ("next_state", "logits") if self._bound.has(name)]
+        found = {name: self._bound.read(name).copy() for name in names}
+        self._carry_state(self._bound)
+        return found
+
+    def cache_problems(self, windows: Sequence[int]) -> list[str]:
+        """What was written to a cache after its step, or beyond the last token; ``windows`` names the rows."""
+        end, problems = self._reference.trace.ids.shape[1], []
+        for name, written in self._written.items():
+            changed = _differs(self._cache(name), written).any(axis=(1, 3))
+            for part, what in (
+                (changed[:, :end], "was written to again after its own step"),
+                (changed[:, end:], f"is not zero, though only {end} tokens were fed"),
+            ):
+                if part.any():
+                    row, slot = (int(index) for index in np.argwhere(part)[0])
+                    slot += end if "zero" in what else 0
+                    problems.append(f"{name} of window {windows[row]}: slot {slot} {what}")
+        return problems
+
+    def _feed(self, position: int, texts: slice) -> None:
+        ids = self._reference.trace.ids[texts, position : position + 1]
+        self._bound.run(input_ids=ids, position=np.full(len(ids), position))
+
+    def _carry_state(self, bound: BoundGraph) -> None:
+        if bound.has("next_state"):
+            self._bound.set(state=bound.read("next_state"))
+
+    def _compare(self, bound: BoundGraph, texts: slice, first: int, slots: slice, errors: ChainErrors) -> None:
+        step, found = slots.stop - 1, {}
+        for name, expected in self._reference.caches.items():
+            new = self._cache(name)[:, :, slots]
+            self._written[name][:, :, slots] = new
+            found[name] = _errors(new, expected[texts, :, slots], self._reference.scales[name])
+        if bound.has("next_state"):
+            state, scale = bound.read("next_state"), self._reference.scales["next_state"]
+            found["next_state"] = _errors(state, self._reference.state(texts, step), scale)
+        logits, expected = bound.read("logits"), self._reference.logits(texts, step)
+        found["logits"] = _errors(logits, expected, self._reference.scales["logits"])
+        tokens, positions = bound.read("next_token")[:, 0], bound.read("next_position")
+        details = {
+            "next_token": [*map(_token_problem, tokens, logits, expected)],
+            "next_position": [
+                "" if position == step + 1 else f"is {position}, expected {step + 1}" for position in positions
+            ],
+        }
+        found["next_token"] = _token_errors(tokens, logits, expected, self._reference.scales["logits"])
+        found["next_position"] = np.abs(positions - (step + 1)).astype(np.float64)
+        errors.add(first, step, found, details)
+
+    def _cache(self, name: str) -> np.ndarray:
+        return self._caches[name.replace("present_", "past_", 1)].read()
+
+
+def tensor_order(reference: ChainReference, recurrent: bool) -> list[str]:
+    """The outputs in the order in which a step computes them."""
+    return [*reference.caches, *(["next_state"] if recurrent else []), "logits", "next_token", "next_position"]
+
+
+def _largest(values: np.ndarray) -> float:
+    return max(float(np.abs(values).max()), _TINY)
+
+
+def _errors(found: np.ndarray, expected: np.ndarray, scale: float) -> np.ndarray:
+    """Largest |difference| over the scale, per row; NaN stays NaN."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(found.astype(np.float32) - expected)
+    return difference.reshape(len(found), -1).max(axis=1).astype(np.float64) / scale
+
+
+def _token_errors(tokens: np.ndarray, logits: np.ndarray, expected: np.ndarray, scale: float) -> np.ndarray:
+    """The smallest logit error that explains each token: half the reference's margin, over the scale."""
+    inside = (tokens >= 0) & (tokens < logits.shape[1])
+    chosen = np.where(inside, tokens, 0)
+    rows = np.arange(len(tokens))
+    margin = expected.max(axis=1) - expected[rows, chosen]
+    # Where logits are NaN they are named themselves, and no token is right or wrong.
+    own = ~np.isfinite(logits).all(axis=1) | (logits[rows, chosen] == logits.max(axis=1))
+    return np.where(inside & own, margin / (2 * scale), np.inf)
+
+
+def _token_problem(token: int, logits: np.ndarray, expected: np.ndarray) -> str:
+    if not 0 <= token < len(logits):
+        return f"is {token}, expected an id below {len(logits)}"
+    if not np.isfinite(logits).all():
+        return ""
+    if logits[token] != logits.max():
+        return f"is {token}, expected the argmax of logits, {int(logits.argmax())}"
+    if token != expected.argmax():
+        margin = float(expected.max() - expected[token])
+        return f"is {token}, expected {int(expected.argmax())}, whose logit is {margin:.3g} larger in the reference"
+    return ""
+
+
+def _differs(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return (found != expected) & ~(np.isnan(found) & np.isnan(expected))
+
+

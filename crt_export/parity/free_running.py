@@ -1,0 +1,245 @@
+"""L4: greedy continuations of many prompts, each fed its own tokens, by the target and by PyTorch FP32.
+
+Once two continuations differ in a token their histories differ, so only the first divergent token of a prompt says
+something about the target: there the reference had the same history, and its margin (its logit of its own token minus
+that of the target's) says how close the decision was. The gate holds the largest such margin, in units of the standard
+deviation of the reference's logits. The figures have the names and meaning of OpenVINO's who_what_benchmark (after
+Deiseroth et al., "Divergent Token Metrics", arXiv 2311.01544): FDT is the number of tokens before the first divergent
+one, SDT the number of divergent tokens after matching what the two have in common; ``norm`` divides by the tokens of a
+continuation. ``data``:
+
+* ``prompts``, ``prompt_tokens``, ``new_tokens``, ``identical`` (prompts with the same continuation)
+* ``agreement`` (FDT per prompt), ``agreement_mean``, ``agreement_median``, ``first_divergence_normalised`` (FDT norm)
+* ``divergent_tokens`` (mean SDT), ``divergent_share`` (SDT norm)
+* ``divergences``: per prompt that diverged ``prompt``, ``token``, ``expected`` and ``found`` (ids), ``margin``,
+  ``relative_margin``, ``near_tie`` (whether the margin is below the shared near-tie margin)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+import numpy as np
+import torch
+
+from crt_export.engine.ort import OrtGraph
+from crt_export.errors import ContractError
+from crt_export.ladder import FREE_RUNNING
+from crt_export.parity.binding import BoundGraph, new_caches
+from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.trace import Continuation, continue_greedily
+
+#: Longest prompt.
+_PROMPT_TOKENS = 32
+#: A model above the first number continues at most as many prompts, by as many tokens, as the others say.
+_LARGE_PARAMETERS, _LARGE_PROMPTS, _LARGE_NEW_TOKENS = 20_000_000, 8, 32
+_BATCH_BYTES = 512 * 2**20
+_FIGURE = "largest margin of the reference at a first divergence / standard deviation of its logits"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Prompts:
+    """Token ids, int64 [prompts, tokens], how far to continue them, and notes on what was shortened."""
+
+    ids: np.ndarray
+    new_tokens: int
+    notes: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What the target gave: tokens, int64 [prompts, new tokens], and sentences on what was wrong by itself."""
+
+    tokens: np.ndarray
+    not_finite: list[str] = field(default_factory=list)
+    not_argmax: list[str] = field(default_factory=list)
+
+
+def check_free_running(case: ParityCase, setup: ParitySetup) -> LevelResult:
+    """Continue prompts from the text by greedy decoding through the step graph.
+
+    Args:
+        case: The target.
+        setup: Reference, text, ``prompts`` and ``new_tokens``.
+
+    Raises:
+        ContractError: The step graph differs from its contract, cannot be loaded, or fails.
+    """
+    prompts = _prompts(case, setup)
+    expected = continue_greedily(setup.reference, prompts.ids, _reference_tokens(prompts, setup))
+    graph = load_checked_graph(case, "step", setup.config, setup.threads)
+    run = _Run(tokens=np.zeros((len(prompts.ids), prompts.new_tokens), np.int64))
+    rows = max(1, _BATCH_BYTES // _bytes_per_row(case, setup, prompts))
+    for first in range(0, len(prompts.ids), rows):
+        _continue(case, setup, graph, prompts.ids[first : first + rows], first, run)
+    data = _figures(prompts, expected, run.tokens, setup)
+    checks = (
+        _margin_check(case, setup, data),
+        _claim("logits", run.not_finite),
+        _claim("next_token", run.not_argmax),
+        Check(
+            name="agreement",
+            figure="tokens before the first divergent one / new tokens",
+            value=data["first_divergence_normalised"],
+            relation=AT_LEAST,
+        ),
+    )
+    return LevelResult(level=FREE_RUNNING, target=case.target, checks=checks, data=data, notes=prompts.notes)
+
+
+def _prompts(case: ParityCase, setup: ParitySetup) -> _Prompts:
+    """Prompts at even distances of the text, as many and as long as text, model and capacity have room for."""
+    options, notes, positions = setup.options, [], setup.config.max_position_embeddings
+    count, wanted = options.prompts, options.new_tokens
+    if setup.config.parameter_count > _LARGE_PARAMETERS:
+        count, wanted = min(count, _LARGE_PROMPTS), min(wanted, _LARGE_NEW_TOKENS)
+        if (count, wanted) != (options.prompts, options.new_tokens):
+            notes.append(
+                f"free-running: {count} prompts continued by {wanted} tokens instead of {options.prompts} by "
+                f"{options.new_tokens}: the model has more than {_LARGE_PARAMETERS:,} parameters"
+            )
+    length = max(1, min(_PROMPT_TOKENS, setup.windows.length // 2))
+    room = min(positions, positions if case.capacity is None else case.capacity) - length + 1
+    if room < wanted:
+        notes.append(
+            f"free-running: {room} new tokens instead of {wanted}: {case.target} holds {room + length - 1} tokens"
+        )
+    starts = np.unique(np.linspace(0, len(setup.text) - length, count).round().astype(int))
+    if len(starts) < count:
+        notes.append(f"free-running: {len(starts)} prompts instead of {count}: the text has no more")
+    ids = np.ascontiguousarray(setup.text.ids[starts[:, None] + np.arange(length)])
+    return _Prompts(ids=ids, new_tokens=min(room, wanted), notes=tuple(notes))
+
+
+def _reference_tokens(prompts: _Prompts, setup: ParitySetup) -> int:
+    """As many as any target may ask for, so that all share one continuation whatever their capacity."""
+    room = setup.config.max_position_embeddings - prompts.ids.shape[1] + 1
+    wanted = setup.options.new_tokens
+    if setup.config.parameter_count > _LARGE_PARAMETERS:
+        wanted = min(wanted, _LARGE_NEW_TOKENS)
+    return min(room, wanted)
+
+
+def _continue(
+    case: ParityCase, setup: ParitySetup, graph: OrtGraph, prompts: np.ndarray, first: int, run: _Run
+) -> None:
+    """Run some prompts through the step graph and then feed every ``next_token`` back; fills in ``run``."""
+    length, total = prompts.shape[1], prompts.shape[1] + run.tokens.shape[1] - 1
+    spec = case.spec("step", setup.config)
+    sizes = {"batch": len(prompts), "capacity": total if case.capacity is None else case.capacity}
+    bound = BoundGraph(graph, spec, sizes, new_caches(spec, sizes))
+    for position in range(total):
+        new = position - length
+        fed = prompts[:, position] if new < 0 else run.tokens[first : first + len(prompts), new]
+        # An id that no model knows was noted when it came out; what is fed in its place no longer matters.
+        fed = np.where((fed >= 0) & (fed < setup.config.vocab_size), fed, 0)
+        try:
+            bound.run(input_ids=fed[:, None], position=np.full(len(prompts), position))
+        except ContractError as error:
+            raise ContractError(f"step {position} of {total}: {error}") from error
+        if bound.has("next_state"):
+            bound.set(state=bound.read("next_state"))
+        logits, tokens = bound.read("logits"), bound.read("next_token")[:, 0]
+        _note_problems(logits, tokens, position, first, run)
+        if new + 1 >= 0:
+            run.tokens[first : first + len(prompts), new + 1] = tokens
+
+
+def _note_problems(logits: np.ndarray, tokens: np.ndarray, position: int, first: int, run: _Run) -> None:
+    """The first logits that are not finite, and the first token that is not their argmax."""
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all() and not run.not_finite:
+        run.not_finite.append(f"NaN or infinite, first in prompt {first + int(finite.argmin())} at position {position}")
+    inside = (tokens >= 0) & (tokens < logits.shape[1])
+    own = logits[np.arange(len(tokens)), np.where(inside, tokens, 0)]
+    wrong = finite & ~(inside & (own == logits.max(axis=1)))
+    if wrong.any() and not run.not_argmax:
+        row = int(wrong.argmax())
+        run.not_argmax.append(
+            f"{tokens[row]} after position {position} of prompt {first + row}, expected the argmax of its logits, "
+            f"{int(logits[row].argmax())}"
+        )
+
+
+def _figures(prompts: _Prompts, expected: Continuation, found: np.ndarray, setup: ParitySetup) -> dict[str, Any]:
+    reference = expected.tokens[:, : prompts.new_tokens]
+    differs = reference != found
+    agreement = np.where(differs.any(axis=1), differs.argmax(axis=1), prompts.new_tokens)
+    divergent = [_divergent_tokens(a, b) for a, b in zip(reference.tolist(), found.tolist(), strict=True)]
+    return {
+        "prompts": len(found),
+        "prompt_tokens": prompts.ids.shape[1],
+        "new_tokens": prompts.new_tokens,
+        "identical": int((~differs.any(axis=1)).sum()),
+        "agreement": agreement.tolist(),
+        "agreement_mean": float(agreement.mean()),
+        "agreement_median": float(np.median(agreement)),
+        "first_divergence_normalised": float(agreement.mean() / prompts.new_tokens),
+        "divergent_tokens": float(np.mean(divergent)),
+        "divergent_share": float(np.mean(divergent) / prompts.new_tokens),
+        "divergences": [
+            _divergence(prompt, int(agreement[prompt]), expected, int(found[prompt, agreement[prompt]]), setup)
+            for prompt in np.flatnonzero(differs.any(axis=1)).tolist()
+        ],
+    }
+
+
+def _divergent_tokens(expected: list[int], found: list[int]) -> int:
+    blocks = SequenceMatcher(None, expected, found, autojunk=False).get_matching_blocks()
+    return len(found) - sum(block.size for block in blocks)
+
+
+@torch.no_grad()
+def _divergence(prompt: int, token: int, expected: Continuation, found: int, setup: ParitySetup) -> dict[str, Any]:
+    """The reference's view of the first token in which a target differs from it."""
+    logits = setup.model.head(expected.hidden[prompt, token]).double().numpy()
+    own = int(expected.tokens[prompt, token])
+    margin = float(logits[own] - logits[found]) if 0 <= found < len(logits) else np.inf
+    return {
+        "prompt": prompt,
+        "token": token,
+        "expected": own,
+        "found": found,
+        "margin": margin,
+        "relative_margin": margin / max(float(logits.std()), float(np.finfo(np.float32).tiny)),
+        "near_tie": margin <= setup.tolerances.near_tie_margin,
+    }
+
+
+def _margin_check(case: ParityCase, setup: ParitySetup, data: dict[str, Any]) -> Check:
+    limit = setup.limits(case.precision).divergence_margin
+    divergences = data["divergences"]
+    worst = max((entry["relative_margin"] for entry in divergences), default=0.0)
+    beyond = [entry for entry in divergences if not entry["relative_margin"] <= limit]
+    failures = []
+    if beyond:
+        first = min(beyond, key=lambda entry: (entry["token"], entry["prompt"]))
+        failures.append(
+            f"{len(beyond)} of {data['prompts']} prompts diverge where the reference was sure, first prompt "
+            f"{first['prompt']} at token {first['token']}: found {first['found']}, expected {first['expected']}, whose "
+            f"logit is {first['margin']:.3g} larger, {first['relative_margin']:.3g} standard deviations, expected at "
+            f"most {limit:g} ({case.precision}.divergence_margin)"
+        )
+    return Check(
+        name="first divergence",
+        figure=_FIGURE,
+        value=worst,
+        limit=limit,
+        tolerance=f"{case.precision}.divergence_margin",
+        passed=not failures,
+        failures=tuple(failures),
+    )
+
+
+def _claim(name: str, problems: list[str]) -> Check:
+    return failed_check(name, *problems) if problems else Check(name=name, passed=True)
+
+
+def _bytes_per_row(case: ParityCase, setup: ParitySetup, prompts: _Prompts) -> int:
+    config = setup.config
+    slots = case.capacity or prompts.ids.shape[1] + prompts.new_tokens
+    heads = 2 * config.num_hidden_layers * config.num_attention_heads * case.cache_head_dim
+    return heads * slots * np.dtype(case.cache_dtype).itemsize

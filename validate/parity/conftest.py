@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from crt_export.bundle import MANIFEST_NAME
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.pipeline import BuildOptions, build
 from crt_export.text import TokenText
 
+if str(Path(__file__).parent) not in sys.path:  # for faults.py; pytest's import mode leaves the path alone
+    sys.path.append(str(Path(__file__).parent))
+
 
 @pytest.fixture(scope="session")
 def parity_checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
-    """One layer, K = 2."""
-    return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
+    """Two layers, K = 2."""
+    return load_checkpoint(make_checkpoint(hidden_size=16, intermediate_size=32, unroll_steps=2))
 
 
 @pytest.fixture(scope="session")
-def parity_bundle(parity_checkpoint: Checkpoint, heldout_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A validated bundle for ort-cpu-fp32, all four graphs in ``graphs/NAME.fp32.onnx``."""
-    output = tmp_path_factory.mktemp("bundle") / "tiny"
-    build(
-        BuildOptions(
-            checkpoint=parity_checkpoint.path, output=output, targets=("ort-cpu-fp32",), text=heldout_text, capacity=64
-        )
+def parity_bundle(parity_checkpoint: Checkpoint, heldout_text: Path, shared_folder: Path) -> Path:
+    """A validated bundle for ort-cpu-fp32, all four graphs in ``graphs/NAME.fp32.onnx``; the workers share it."""
+    output = shared_folder / "parity-bundle"
+    options = BuildOptions(
+        checkpoint=parity_checkpoint.path, output=output, targets=("ort-cpu-fp32",), text=heldout_text, capacity=64
     )
+    with FileLock(output.with_suffix(".lock")):
+        if not (output / MANIFEST_NAME).is_file():
+            build(options)
     return output
 
 

@@ -33,6 +33,12 @@ CAPACITY = 24
 
 
 @pytest.fixture(scope="module")
+def parity_checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    """One layer: what is looked for here does not depend on their number."""
+    return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
+
+
+@pytest.fixture(scope="module")
 def built(parity_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Step, prefill (one pass) and head in FP16 as a TensorRT target has them: capacity fixed, attention decomposed."""
     folder = tmp_path_factory.mktemp("built")

@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 SOURCES := $(shell find crt_export -name "*.py") $(wildcard graphs/*.toml engines/*.toml \
-  validate/tolerances.toml examples/demo/heldout.txt)
+  validate/tolerances.toml validate/report.schema.json examples/demo/heldout.txt) \
+  $(wildcard crt_export/report/templates/*)
 PACKAGING := pyproject.toml README.md LICENSE NOTICE
 
 # TensorRT-RTX has wheels for Linux on x86_64 only; elsewhere the demo leaves its targets out.
@@ -50,11 +51,13 @@ test: $(VENV)/.dev $(VENV)/.installed bindings
 # tests report theirs. --capture=sys: what a sanitizer says before it ends the process goes to the terminal.
 # allocator_may_return_null=1: a request for more memory than there is fails, as it does outside.
 SANITIZERS = $$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)
-evidence: $(VENV)/.dev $(VENV)/.installed cpp
+evidence: $(VENV)/.dev $(VENV)/.browser $(VENV)/.installed cpp
 	$(call cpp-build,build/cpp-sanitize,-DCRT_RUNTIME_SANITIZE=ON)
 	LD_PRELOAD=$(SANITIZERS) CRT_RUNTIME_LIBRARY=$(CURDIR)/build/cpp-sanitize/libcrt_runtime.so \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(TEST_ENVIRONMENT) \
 	  $(BIN)/pytest validate/cpp -m "not evidence" --capture=sys
+	$(BIN)/python validate/ux/prepare_browser.py build/browser || \
+	  [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_BROWSER" != 1 ]
 	$(PYTEST) -m evidence
 
 # --- C++ library ----------------------------------------------------------------------------------------------
@@ -110,11 +113,16 @@ dist/.built: $(VENV)/.tools $(SOURCES) $(PACKAGING)
 
 # Dependencies are installed with the wheel's own extras, so that a wrong extra fails here.
 $(VENV)/.demo: constraints.txt pyproject.toml | dist/.built
-	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx]"
+	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,report]"
 	@touch $@
 
 $(VENV)/.dev: constraints.txt pyproject.toml $(VENV)/.demo | dist/.built
-	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,dev]"
+	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,report,dev]"
+	@touch $@
+
+# The driver of the browser that the report is looked at with.
+$(VENV)/.browser: constraints.txt pyproject.toml $(VENV)/.dev | dist/.built
+	$(INSTALL) "$$(echo dist/*.whl)[browser]"
 	@touch $@
 
 $(VENV)/.installed: dist/.built $(VENV)/.demo

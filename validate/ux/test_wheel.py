@@ -47,6 +47,7 @@ def test_wheel_holds_the_whole_catalogue(wheel: zipfile.ZipFile, root: Path) -> 
         *root.glob("graphs/*.toml"),
         *root.glob("engines/*.toml"),
         root / "validate" / "tolerances.toml",
+        root / "validate" / "report.schema.json",
     ]
     expected = {f"crt_export/_catalog/{path.relative_to(root).as_posix()}" for path in tracked}
     expected |= {f"crt_export/_catalog/validate/{name}" for name in ("heldout.txt", "LICENSE.PSF.txt")}
@@ -57,7 +58,8 @@ def test_wheel_holds_the_whole_catalogue(wheel: zipfile.ZipFile, root: Path) -> 
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile, root: Path) -> None:
     modules = {path.relative_to(root).as_posix() for path in (root / "crt_export").rglob("*.py")}
     found = {name for name in wheel.namelist() if name.startswith("crt_export/") and "/_catalog/" not in name}
-    assert found == modules | {"crt_export/py.typed"}
+    templates = {path.relative_to(root).as_posix() for path in (root / "crt_export" / "report" / "templates").iterdir()}
+    assert found == modules | templates | {"crt_export/py.typed"}
 
 
 def test_wheel_carries_licence_and_notice(wheel: zipfile.ZipFile) -> None:
@@ -83,6 +85,7 @@ def test_constraints_pin_every_requirement_exactly(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     installed = [*project["dependencies"], *extras["export"], *extras["cpu"], *extras["rtx"], *extras["dev"]]
+    installed += [*extras["report"], *extras["browser"]]
     for requirement in installed:
         name = requirement.split("[")[0].split(">")[0].split(";")[0].strip().lower()
         assert name in pins, requirement

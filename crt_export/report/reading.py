@@ -1,0 +1,116 @@
+"""Read a parity report: a ``report.json``, or the one that a bundle holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.report.schema import report_schema, schema_problems
+
+_MAX_BYTES = 256 << 20
+_SHOWN_PROBLEMS = 10
+_KIND = "a parity report (crt-export validate --report FILE.json, or report.json of a bundle)"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report and hold it against its schema.
+
+    Args:
+        path: A ``report.json``, or the folder of a bundle, validated or not.
+
+    Returns:
+        The document; every key of ``validate/report.schema.json`` is there and of its type.
+
+    Raises:
+        InputError: The file cannot be read, is no report, or is one of another version; names what was expected.
+        BundleError: The folder is no bundle, or its bundle was built without a report.
+    """
+    if path.is_dir():
+        return _report_of_bundle(path)
+    document = _json_of_file(path)
+    return checked_report(document, str(path))
+
+
+def checked_report(document: object, where: str) -> dict[str, Any]:
+    """The document if it is a report of this version.
+
+    Args:
+        document: What was parsed from JSON.
+        where: The file, for errors.
+
+    Raises:
+        InputError: It is none; lists what is wrong.
+    """
+    if not isinstance(document, dict):
+        raise InputError(f"{where}: expected {_KIND}, found {type(document).__name__}")
+    if "format" not in document and {"rows", "tolerances", "text"} <= set(document):
+        raise InputError(
+            f"{where} is a parity report from before reports had a version: validate the bundle again with this "
+            "crt-export"
+        )
+    expected = {key: report_schema()["properties"][key]["const"] for key in ("format", "format_version")}
+    found = {key: document.get(key) for key in expected}
+    if found["format"] != expected["format"]:
+        raise InputError(f"{where}: expected {_KIND}, found format {found['format']!r:.60}")
+    if found["format_version"] != expected["format_version"] or isinstance(found["format_version"], bool):
+        raise InputError(
+            f"{where} is a parity report of version {found['format_version']!r:.60}; this crt-export reads version "
+            f"{expected['format_version']}: use the crt-export that wrote it, or validate again with this one"
+        )
+    problems = list(itertools.islice(schema_problems(document), _SHOWN_PROBLEMS + 1))
+    if problems:
+        if len(problems) > _SHOWN_PROBLEMS:
+            problems[-1] = "and more"
+        raise InputError(problem_list(f"{where}: a parity report that is damaged or of a newer crt-export", problems))
+    return document
+
+
+def _report_of_bundle(folder: Path) -> dict[str, Any]:
+    from crt_export.bundle import open_bundle
+
+    parity = open_bundle(folder, allow_unvalidated=True).manifest["parity"]
+    if parity is None:
+        raise BundleError(
+            f"{folder} was built without validation (--unvalidated), so it holds no report: make one with "
+            f"'crt-export validate {folder} --report FILE.json'"
+        )
+    return checked_report(parity, f"the report of {folder}")
+
+
+def _json_of_file(path: Path) -> object:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason}): expected {_KIND}") from None
+    if len(content) > _MAX_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: expected {_KIND}")
+    try:
+        return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply: expected {_KIND}") from None
+    except ValueError as error:  # of JSON, of UTF-8, of numbers
+        raise InputError(f"{path} is not JSON ({error}): expected {_KIND}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond the range of floats")
+    return value
+
+
+def _bounded(text: str) -> int:
+    value = int(text) if len(text) <= 20 else 2**63
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{text[:20]}... is beyond 64 bits")
+    return value

@@ -1,0 +1,108 @@
+"""The level: both runs of one target, their checks and their data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from crt_export.errors import ContractError
+from crt_export.ladder import LONG_RUN
+from crt_export.parity.case import ParityCase
+from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.long_run.blocks import Block, blocks_of_run, unit_errors
+from crt_export.parity.long_run.gates import GROWTH, growth_check, headroom_checks, run_checks
+from crt_export.parity.long_run.growth import Growth, growth_from_units
+from crt_export.parity.long_run.headroom import LongHeadroom, observe_long_run
+from crt_export.parity.long_run.reference import long_reference
+from crt_export.parity.long_run.run import TargetRun, run_target
+from crt_export.parity.long_run.schedule import Schedule, check_length, schedules
+
+_REPORTED_TENSORS = 16
+
+
+def check_long_run(case: ParityCase, setup: ParitySetup) -> LevelResult:
+    """Decode a long text in one run and in chained windows, see :mod:`crt_export.parity.long_run`.
+
+    Args:
+        case: The target; its step graph runs.
+        setup: Text, reference, limits, and how many tokens (``options.long_run_tokens``).
+
+    Raises:
+        InputError: The text is too short; the message says what is needed.
+    """
+    check_length(setup.text, setup.options.long_run_tokens)
+    runs, notes = schedules(case, setup.config, setup.options.long_run_tokens)
+    checks: list[Check] = []
+    data: list[Mapping[str, Any]] = []
+    for schedule in runs:
+        try:
+            found, figures = _check_run(case, setup, schedule)
+        except ContractError as error:
+            checks.append(failed_check(f"{schedule.kind}: runs", str(error)))
+            continue
+        checks += found
+        data.append(figures)
+        if figures["growth"] is None:
+            notes.append(f"long run of {case.target}: the {schedule.kind} run is too short to fit its growth")
+    return LevelResult(
+        level=LONG_RUN, target=case.target, checks=tuple(checks), data={"runs": data}, notes=tuple(notes)
+    )
+
+
+def _check_run(case: ParityCase, setup: ParitySetup, schedule: Schedule) -> tuple[list[Check], dict[str, Any]]:
+    """One run: its checks, and its entry in the data."""
+    tolerances, limits = setup.tolerances, setup.limits(case.precision)
+    reference = long_reference(setup, schedule)
+    run = run_target(case, setup, schedule, reference)
+    blocks = blocks_of_run(run, schedule, tolerances.near_tie_margin)
+    growth = growth_from_units(unit_errors(run, schedule.unit), schedule.unit)
+    checks = [*run_checks(run, schedule, blocks, case.precision, tolerances)]
+    fitted = growth_check(schedule, growth, limits.growth, f"{case.precision}.growth")
+    checks += [fitted] if fitted else []
+    headroom = observe_long_run(case, setup, schedule, reference) if case.half else None
+    if headroom is not None:
+        checks += headroom_checks(schedule, headroom, tolerances.fp16_headroom)
+    return checks, {
+        "kind": schedule.kind,
+        "tokens": schedule.tokens,
+        "capacity": schedule.capacity,
+        "trained": schedule.trained,
+        "window": schedule.window,
+        "blocks": [_block_data(block) for block in blocks],
+        "growth": _growth_data(growth, fitted),
+        **_watch_data(run),
+        **_headroom_data(headroom),
+    }
+
+
+def _block_data(block: Block) -> dict[str, Any]:
+    return vars(block).copy()
+
+
+def _growth_data(growth: Growth | None, check: Check | None) -> dict[str, Any] | None:
+    if growth is None or check is None:
+        return None
+    return {
+        "figure": GROWTH,
+        "per_1000_tokens": growth.slope,
+        "ci": (growth.low, growth.high),
+        "limit": check.limit,
+        "gated": check.passed is not None,
+        "units": growth.units,
+        "unit_tokens": growth.unit_tokens,
+        "autocorrelation": growth.autocorrelation,
+    }
+
+
+def _watch_data(run: TargetRun) -> dict[str, Any]:
+    return {"non_finite": run.non_finite, "first_non_finite": run.first_non_finite or None}
+
+
+def _headroom_data(headroom: LongHeadroom | None) -> dict[str, Any]:
+    if headroom is None:
+        return {"headroom": None, "headroom_by_layer": None, "headroom_by_layer_trained": None}
+    return {
+        "headroom": dict(list(headroom.whole.items())[:_REPORTED_TENSORS]),
+        "headroom_by_layer": headroom.by_layer(headroom.whole),
+        "headroom_by_layer_trained": headroom.by_layer(headroom.trained),
+    }

@@ -1,0 +1,121 @@
+"""Which token is fed at which position, and when the cache is emptied."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from crt_export.config import ModelConfig
+from crt_export.errors import InputError
+from crt_export.parity.case import ParityCase
+from crt_export.text import TokenText
+
+SINGLE = "single"
+CHAINED = "chained"
+#: Tokens of a block.
+BLOCK = 1000
+#: Tokens of a chained window where the training length is not known.
+_DEFAULT_WINDOW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One run.
+
+    Attributes:
+        kind: ``single`` or ``chained``.
+        tokens: Tokens fed.
+        capacity: Room of the cache, tokens.
+        unit: Tokens of one observation of the growth; the window of a chained run.
+        trained: Training length of the model; None where it is not known.
+        slides: Whether a full cache forgets what the attention window no longer sees.
+    """
+
+    kind: str
+    tokens: int
+    capacity: int
+    unit: int
+    trained: int | None
+    slides: bool = False
+
+    @property
+    def window(self) -> int | None:
+        """Tokens after which the cache is emptied; None: never."""
+        return self.unit if self.kind == CHAINED else None
+
+    @property
+    def gated_tokens(self) -> int:
+        """Tokens from the start on whose position is below the training length."""
+        if self.kind == CHAINED:
+            return self.tokens
+        return min(self.tokens, self.trained or 0)
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Consecutive blocks; none of them lies on both sides of the training length."""
+        edges = {0, self.tokens, *range(BLOCK, self.tokens, BLOCK)}
+        if self.kind == SINGLE and self.trained:
+            edges |= {self.trained // part for part in (8, 4, 2, 1) if 0 < self.trained // part < self.tokens}
+        return [slice(start, stop) for start, stop in itertools.pairwise(sorted(edges))]
+
+
+def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[Schedule], list[str]]:
+    """The runs of one target, and notes on what was shortened.
+
+    Args:
+        case: The target; its capacity is a limit where the files are fixed to one.
+        config: The model.
+        tokens: Tokens asked for.
+    """
+    room, reason = config.max_position_embeddings, "max_position_embeddings of the model"
+    if case.capacity is not None and case.capacity < room:
+        room, reason = case.capacity, f"capacity of {case.target}"
+    trained = config.training_sequence_length
+    window = min(trained or _DEFAULT_WINDOW, room, tokens)
+    slides = room < tokens and config.sliding_window is not None and config.sliding_window <= room
+    length = tokens if slides else min(tokens, room)
+    # ONNX Runtime's graphs leave the capacity open; those of a compiled target are fixed to theirs.
+    runs = [
+        Schedule(
+            kind=SINGLE,
+            tokens=length,
+            capacity=case.capacity or min(length, room),
+            unit=window,
+            trained=trained,
+            slides=slides,
+        ),
+        Schedule(kind=CHAINED, tokens=tokens, capacity=case.capacity or window, unit=window, trained=trained),
+    ]
+    return runs, _notes(case, config, runs, tokens, f"{reason} is {room:,}")
+
+
+def check_length(text: TokenText, tokens: int) -> None:
+    """The text must have one token more than the run feeds.
+
+    Raises:
+        InputError: It has fewer; the message says what is needed.
+    """
+    if len(text) < tokens + 1:
+        raise InputError(
+            f"{text.source}: {len(text):,} held-out tokens are too few for the long run, which feeds {tokens:,} and "
+            f"needs one more to predict: give a text of at least {tokens + 1:,} tokens (--text FILE or --tokens "
+            "FILE.npy), leave the level long-run out, or ask for a shorter run (long_run_tokens)"
+        )
+
+
+def _notes(case: ParityCase, config: ModelConfig, runs: list[Schedule], tokens: int, reason: str) -> list[str]:
+    single, chained = runs
+    name, notes = f"long run of {case.target}", []
+    if single.tokens < tokens:
+        advice = "; a build with a larger --capacity has the room" if reason.startswith("capacity") else ""
+        notes.append(f"{name}: the single run has {single.tokens:,} of {tokens:,} tokens, {reason}{advice}")
+    if single.slides:
+        notes.append(f"{name}: {reason}, so the single run goes on by the runtime's slide rule; PyTorch counts on")
+    if config.training_sequence_length is None:
+        notes.append(
+            f"{name}: the training length is not known, so the chained run has windows of {chained.unit} tokens and "
+            "the single run is reported, not gated"
+        )
+    elif chained.unit < config.training_sequence_length:
+        notes.append(f"{name}: chained windows of {chained.unit} tokens, {reason}")
+    return notes

@@ -36,6 +36,9 @@ from crt_export.ladder import LEVELS, VALIDATE_LEVELS
 )
 @validation_tokens_option
 @click.option(
+    "--window", type=int, default=256, show_default=True, metavar="N", help="Tokens per window, at least 256."
+)
+@click.option(
     "--long-run-tokens", type=int, default=20480, show_default=True, metavar="N", help="Tokens of the long-run level."
 )
 @click.option("--report", type=PATH, metavar="FILE.json", help="Write the report: all figures, as --json prints them.")
@@ -51,6 +54,7 @@ def validate(
     checkpoint: Path | None,
     levels: tuple[str, ...],
     validation_tokens: int,
+    window: int,
     long_run_tokens: int,
     report: Path | None,
     html: Path | None,
@@ -76,7 +80,10 @@ def validate(
             targets=targets,
             checkpoint=checkpoint,
             options=ParityOptions(
-                validation_tokens=validation_tokens, levels=_levels(levels), long_run_tokens=long_run_tokens
+                validation_tokens=validation_tokens,
+                window=window,
+                levels=_levels(levels),
+                long_run_tokens=long_run_tokens,
             ),
             saved_outputs=save_outputs,
             progress=progress,

@@ -1,0 +1,226 @@
+"""L5, the regime certificate: do K parallel passes and the recurrence agree, for every K, in the form that is deployed?
+
+Each target is measured against its own recurrence: its step chain over each window from position 0, and K passes over
+the same window as one chunk, for K from 1 to twice its unroll. Both regimes' h go through the target's head, so their
+difference is that of the states. How far FP32 itself is apart belongs to the model; a target is gated by the excess
+over that, below the training length and where FP32 predicts the text better than chance. What the equations say exactly
+(T passes over T tokens are T steps, the first K positions after K passes) is gated for every model.
+
+``data`` (lists are per K of ``passes``, intervals 95 % over windows, nats unless said otherwise):
+
+* ``unroll``, ``trained`` (training length or None), ``window`` (tokens), ``windows``, ``passes``;
+* ``spans``: per span ``start``, ``stop``, ``gated``, ``sequential_nll``, ``sequential_perplexity``, ``nll``,
+  ``perplexity``, ``gap_nll`` and ``gap_nll_ci`` (K passes - recurrence), ``perplexity_gap`` and ``perplexity_gap_ci``
+  (delta method), ``kl`` and ``kl_ci`` (of K passes from the recurrence), ``excess`` and ``excess_ci`` (gap - FP32's
+  gap; None in ``reference``), ``smallest_passes`` (smallest K whose perplexity gap lies within
+  ``shared.perplexity_gap`` with 95 % confidence, and that of all larger K; None where there is none);
+* ``positions``: ``edges`` of buckets, ``passes`` (some), ``gap_nll``, ``gap_nll_ci``, ``kl``, ``kl_ci``, each a list
+  per K of a list per bucket;
+* ``residual``: per K ``passes``, ``residual_median``, ``error_median``, ``error_max`` (largest |h - h of the
+  recurrence|), ``ratio_median`` and ``ratio_p95`` (error / residual), ``correlation`` (of their logarithms), all over
+  windows;
+* ``prefix``: per K the largest error of the first K positions over the largest |h|;
+* ``anchors``: ``graph``, ``tokens``, ``passes``, ``error`` (largest of ``tensors``), ``limit``, ``tensors``;
+* ``handover``: steps continuing from K passes over ``start`` tokens up to ``stop``, below the training length:
+  ``passes`` (some), ``delta_nll``, ``delta_nll_ci``, ``kl``, ``kl_ci``, ``max_state_error`` (largest |h error| over the
+  largest |h|), ``excess``, ``excess_ci``, ``gated``; ``handover_above``: the same above it, None where the windows do
+  not reach that far;
+* ``reference``: the same ``spans``, ``positions``, ``residual``, ``prefix``, ``handover`` and ``handover_above`` of
+  PyTorch FP32.
+
+A plain transformer has no passes: its lists are empty, and its one anchor is prefill against the step chain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from crt_export.ladder import CERTIFICATE
+from crt_export.parity.case import ParityCase
+from crt_export.parity.certificate.anchors import Anchors
+from crt_export.parity.certificate.coverage import Coverage, coverage_of
+from crt_export.parity.certificate.forms import ReferenceForm
+from crt_export.parity.certificate.gates import RELATIVE, exactness_checks, regime_checks, reported_checks
+from crt_export.parity.certificate.handover import handover_curves
+from crt_export.parity.certificate.measure import Measurement, measure
+from crt_export.parity.certificate.plain import plain_errors
+from crt_export.parity.certificate.residual import residual_curve
+from crt_export.parity.certificate.spans import position_curves, smallest_passes, span_curves
+from crt_export.parity.certificate.target_form import TargetForm
+from crt_export.parity.level import LevelResult, ParitySetup, gate_at_most, json_value
+from crt_export.parity.reference import Reference
+
+__all__ = ["certify", "smallest_passes"]
+
+#: PyTorch FP32's own regimes, measured once for all targets of a setup.
+_MEASURED: WeakKeyDictionary[Reference, dict[tuple[tuple[int, ...], int], Measurement]] = WeakKeyDictionary()
+
+
+def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
+    """Measure both regimes of a target for every number of passes.
+
+    Args:
+        case: The target.
+        setup: Reference, windows and limits.
+
+    Returns:
+        Gates of exactness and of what the target adds to FP32's own regime gap, figures of the model, and all curves.
+
+    Raises:
+        ContractError: A graph is missing, failed, or delivered NaN or infinity.
+    """
+    coverage = coverage_of(case, setup)
+    if not setup.config.recurrent:
+        return _certify_plain(case, setup, coverage)
+    reference = _reference_measurement(setup, coverage)
+    targets = setup.windows.targets[: coverage.windows]
+    form = TargetForm(
+        case,
+        setup.config,
+        setup.windows.inputs[: coverage.windows],
+        threads=setup.threads,
+        kept=[tokens - 1 for tokens in (*coverage.anchors, min(coverage.unroll, coverage.length))],
+    )
+    anchors = Anchors(form, coverage)
+    label = f"{case.target}: certificate"
+    setup.progress(label, 0, coverage.windows)
+    measured = measure(
+        form,
+        coverage,
+        targets,
+        observe=anchors,
+        on_progress=lambda done: setup.progress(label, done, coverage.windows),
+    )
+    limits = setup.limits(case.precision)
+    better = float(reference.sequential_nll.mean()) < math.log(setup.config.vocab_size)
+    perplexity_gap = setup.tolerances.perplexity_gap
+    data = {
+        **_extent(coverage),
+        **_curves(measured, coverage, reference, perplexity_gap),
+        "anchors": _anchor_entries(anchors.errors, limits.anchor_error),
+        "reference": _curves(reference, coverage, None, perplexity_gap),
+    }
+    checks = exactness_checks(form, anchors, measured, coverage, limits)
+    checks += regime_checks(measured, reference, coverage, case.precision, limits, judged=better and coverage.whole)
+    checks += reported_checks(data, coverage, perplexity_gap)
+    return LevelResult(
+        level=CERTIFICATE,
+        target=case.target,
+        checks=tuple(checks),
+        data=json_value(data),
+        notes=(*coverage.notes, *_notes(coverage, better=better)),
+    )
+
+
+def _certify_plain(case: ParityCase, setup: ParitySetup, coverage: Coverage) -> LevelResult:
+    limit = setup.limits(case.precision).anchor_error
+    errors = plain_errors(case, setup, coverage)
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else math.inf)
+    key = ("prefill", coverage.length, 1)
+    check = gate_at_most(
+        f"anchor: prefill over {coverage.length} tokens is {coverage.length} steps",
+        RELATIVE,
+        errors[worst],
+        limit,
+        f"{case.precision}.anchor_error",
+        where=f"in {worst}",
+    )
+    data = {
+        **_extent(coverage),
+        "passes": [],
+        "spans": [],
+        "positions": {"edges": [], "passes": [], "gap_nll": [], "gap_nll_ci": [], "kl": [], "kl_ci": []},
+        "residual": [],
+        "prefix": [],
+        "anchors": _anchor_entries({key: errors}, limit),
+        "handover": {name: [] for name in ("passes", "delta_nll", "delta_nll_ci", "kl", "max_state_error")},
+        "handover_above": None,
+        "reference": None,
+    }
+    note = (
+        "certificate: a plain transformer has one regime, so there are no curves over K: prefill is held to the steps"
+    )
+    return LevelResult(
+        level=CERTIFICATE, target=case.target, checks=(check,), data=json_value(data), notes=(*coverage.notes, note)
+    )
+
+
+def _reference_measurement(setup: ParitySetup, coverage: Coverage) -> Measurement:
+    known = _MEASURED.setdefault(setup.reference, {})
+    key = (coverage.passes, coverage.windows)
+    if key not in known:
+        label = "PyTorch FP32: certificate"
+        setup.progress(label, 0, coverage.windows)
+        known[key] = measure(
+            ReferenceForm(setup.reference, coverage.windows),
+            coverage,
+            setup.windows.targets[: coverage.windows],
+            on_progress=lambda done: setup.progress(label, done, coverage.windows),
+        )
+    return known[key]
+
+
+def _extent(coverage: Coverage) -> dict[str, Any]:
+    return {
+        "unroll": coverage.unroll,
+        "trained": coverage.trained,
+        "window": coverage.length,
+        "windows": coverage.windows,
+        "passes": list(coverage.passes),
+    }
+
+
+def _curves(
+    measured: Measurement, coverage: Coverage, reference: Measurement | None, perplexity_gap: float
+) -> dict[str, Any]:
+    handovers = handover_curves(measured, coverage, reference)
+    return {
+        "spans": span_curves(measured, coverage, reference, perplexity_gap),
+        "positions": position_curves(measured, coverage),
+        "residual": residual_curve(measured, coverage),
+        "prefix": [float(error) for error in measured.prefix_error],
+        "handover": handovers[0],
+        "handover_above": handovers[1] if len(handovers) > 1 else None,
+    }
+
+
+def _anchor_entries(errors: Mapping[tuple[str, int, int], Mapping[str, float]], limit: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "graph": graph,
+            "tokens": tokens,
+            "passes": passes,
+            "error": float(np.max([*found.values()])),  # NaN if any is
+            "limit": limit,
+            "tensors": dict(found),
+        }
+        for (graph, tokens, passes), found in errors.items()
+    ]
+
+
+def _notes(coverage: Coverage, *, better: bool) -> list[str]:
+    notes = []
+    if not better:
+        notes.append(
+            "certificate: PyTorch FP32 predicts this text worse than a uniform guess would, so differences in "
+            "likelihood are reported and not gated; states, caches and logits of the anchors are"
+        )
+    if coverage.trained is None:
+        notes.append("certificate: the training length is not known, so all positions count as below it")
+    elif coverage.trained > coverage.length:
+        notes.append(
+            f"certificate: windows of {coverage.length} tokens lie below the training length {coverage.trained}, so "
+            "nothing is said about positions above it"
+        )
+    if coverage.selected != coverage.passes:
+        listed = ", ".join(map(str, coverage.selected))
+        notes.append(
+            f"certificate: hand-overs and curves by position are measured for K in {listed}; all other curves for "
+            f"every K up to {coverage.passes[-1]}"
+        )
+    return notes

@@ -14,6 +14,7 @@ from crt_export.checkpoint import CHECKPOINT_FILES, Checkpoint, load_checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity.case import ParityCase
 from crt_export.parity.check import check_parity
+from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
@@ -75,6 +76,7 @@ def validate_bundle(
         options=options,
         tolerances=tolerances,
         saved_outputs=saved_outputs,
+        recorded_nll=recorded_nll(files.manifest),
         progress=progress,
     )
 
@@ -190,6 +192,14 @@ def held_out_text(whole: TokenText, manifest: Mapping[str, Any]) -> TokenText:
     # Build calibrates on the start of its text.
     end = calibrated.offset + len(calibrated)
     return TokenText(ids=np.ascontiguousarray(whole.ids[end:]), source=whole.source, offset=end)
+
+
+def recorded_nll(manifest: Mapping[str, Any]) -> float | None:
+    """How well PyTorch FP32 predicted the bundle's validation text token by token, nats; None without a report."""
+    for row in (manifest["parity"] or {}).get("rows", ()):
+        if row.get("regime") == STEP and row.get("reference_nll") is not None:
+            return float(row["reference_nll"])
+    return None
 
 
 def _recognised(record: Mapping[str, Any] | None, whole: TokenText) -> TokenText | None:

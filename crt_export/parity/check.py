@@ -12,6 +12,7 @@ from crt_export.errors import ContractError, InputError
 from crt_export.ladder import CORPUS, LEVELS
 from crt_export.machine import machine
 from crt_export.model import model_from_checkpoint
+from crt_export.parity.bootstrap import METHOD as BOOTSTRAP_METHOD
 from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus import CorpusResult, check_corpus
 from crt_export.parity.level import LevelResult, ParitySetup, failed_check
@@ -37,6 +38,7 @@ def check_parity(
     tolerances: Tolerances | None = None,
     plan: W8A8Plan | None = None,
     saved_outputs: Path | None = None,
+    recorded_nll: float | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Take every target up the ladder, see :mod:`crt_export.parity.level`.
@@ -49,6 +51,8 @@ def check_parity(
         tolerances: Limits; None reads ``validate/tolerances.toml``.
         plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
         saved_outputs: Folder for the tensors of the one-step level, in the format of Polygraphy's tools.
+        recorded_nll: How well PyTorch FP32 predicted the text that the bundle was built on, nats per token; a text it
+            predicts worse than a uniform guess is then refused as not the model's.
         progress: Told what runs and how many windows are done.
 
     Returns:
@@ -70,6 +74,7 @@ def check_parity(
         tolerances=tolerances or load_tolerances(),
         progress=progress,
         saved_outputs=saved_outputs,
+        recorded_nll=recorded_nll,
     )
     corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
     results: list[LevelResult] = []
@@ -86,7 +91,7 @@ def check_parity(
         tolerances=setup.tolerances.to_dict(),
         text=_text_identity(windows),
         notes=tuple(dict.fromkeys((*windows.notes, *corpus.notes, *(n for result in results for n in result.notes)))),
-        method=METHOD,
+        method=f"{METHOD}; {BOOTSTRAP_METHOD}",
         versions=installed_versions(_LIBRARIES),
         environment=machine(),
         model={

@@ -1,7 +1,8 @@
 """L3: likelihood, divergence and agreement on a text, for every graph of every target, with confidence intervals.
 
 Each regime of a target is compared with the same regime of PyTorch FP32; the gap between the regimes is a row of its
-own. ``data`` of the level: see :func:`corpus_result`.
+own. Whether the text is one the model knows is a check of its own, of ``pytorch-fp32``. ``data`` of the level: see
+:func:`corpus_result` and :func:`crt_export.parity.text_gate.check_text`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 
 from crt_export.ladder import CORPUS
 from crt_export.parity.case import ParityCase
-from crt_export.parity.gap import reference_gap_rows, target_gap_rows
-from crt_export.parity.half import half_row
-from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.gap import reference_gap_rows, target_gaps
+from crt_export.parity.half import compare_half
+from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.reference import HANDOVER, first_position
 from crt_export.parity.report import ParityRow
-from crt_export.parity.scores import Scores
+from crt_export.parity.rows import Comparison
 from crt_export.parity.target import check_target
+from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import Windows
 from crt_export.quantize.plan import W8A8Plan
 
@@ -40,57 +42,66 @@ def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan
         setup: Reference, text and limits.
         plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
     """
-    rows, notes = _half_rows(cases, setup, plan)
-    levels = [corpus_result("pytorch-half", rows, {})] if rows else []
+    halves, notes = _halves(cases, setup, plan)
+    rows = [half.row for half in halves]
+    levels = [corpus_result("pytorch-half", halves)] if halves else []
     setup.progress("PyTorch FP32: regime gap", 0, setup.windows.count)
     gaps = {passes: reference_gap_rows(setup.reference, passes) for passes in sorted({case.unroll for case in cases})}
     rows += [row for gap in gaps.values() for row, _ in gap]
+    levels.append(check_text(setup, _reference_nll([row for row, _ in next(iter(gaps.values()))])))
     largest = {}
     for case in cases:
         result = check_target(case, setup.reference, setup.options, setup.tolerances, setup.progress)
-        own = [*result.rows, *target_gap_rows(case, result, gaps[case.unroll], setup.tolerances, setup.config)]
-        rows += [*own, *_compiled(case)]
-        levels.append(corpus_result(case.target, own, result.scores))
+        own = [*result.comparisons, *target_gaps(case, result, gaps[case.unroll], setup.tolerances, setup.config)]
+        rows += [*(comparison.row for comparison in own), *_compiled(case)]
+        levels.append(corpus_result(case.target, own))
         if result.largest_fp16:
             largest[case.target] = result.largest_fp16
     notes += _coverage_notes(rows, setup.windows)
     return CorpusResult(rows=tuple(rows), levels=tuple(levels), notes=tuple(notes), largest_fp16=largest)
 
 
-def corpus_result(target: str, rows: Sequence[ParityRow], scores: Mapping[str, Scores]) -> LevelResult:
-    """The level's answer about one target: a check per row."""
-    checks = tuple(
-        Check(name=f"{row.regime} {_span(row)}".strip(), passed=row.passed, failures=row.failures) for row in rows
+def corpus_result(target: str, comparisons: Sequence[Comparison]) -> LevelResult:
+    """The level's answer about one target: the checks that its rows stand on.
+
+    ``data``: ``regimes``, by the label of each comparison that ran to its end, what
+    :mod:`crt_export.parity.corpus_statistics` lists.
+    """
+    return LevelResult(
+        level=CORPUS,
+        target=target,
+        checks=tuple(check for comparison in comparisons for check in comparison.checks),
+        data={"regimes": {item.label: item.figures for item in comparisons if item.figures is not None}},
     )
-    return LevelResult(level=CORPUS, target=target, checks=checks)
 
 
-def _span(row: ParityRow) -> str:
-    return f"{row.positions[0]}-{row.positions[1]}" if row.positions else ""
+def _reference_nll(gaps: Sequence[ParityRow]) -> float:
+    """Of the step chain over whole windows: a gap row covers some positions, and has the steps as its reference."""
+    return sum((row.reference_nll or 0.0) * row.tokens for row in gaps) / sum(row.tokens for row in gaps)
 
 
-def _half_rows(
+def _halves(
     cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None
-) -> tuple[list[ParityRow], list[str]]:
-    """A row of real FP16 arithmetic per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
+) -> tuple[list[Comparison], list[str]]:
+    """Real FP16 arithmetic: one per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
     quantized = {case.residual_dtype for case in cases if case.precision == "w8a8"}
     wanted: list[tuple[str, W8A8Plan | None]] = [
         (dtype, None) for dtype in sorted({case.residual_dtype for case in cases if case.half})
     ]
     wanted += [(dtype, plan) for dtype in sorted(quantized) if plan is not None]
-    rows, notes = [], []
+    halves, notes = [], []
     for residual_dtype, form in wanted:
-        row, found = half_row(
+        half, found = compare_half(
             setup.checkpoint, setup.reference, residual_dtype, setup.tolerances, setup.progress, plan=form
         )
-        rows.append(row)
+        halves.append(half)
         notes += [note for note in found if note not in notes]
     if quantized and plan is None:
         notes.append(
             "pytorch-half ran plain FP16 and not W8A8: a bundle holds the graphs, not the plan they were made of; "
             "the largest FP16 values of the W8A8 graphs were observed all the same"
         )
-    return rows, notes
+    return halves, notes
 
 
 def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:

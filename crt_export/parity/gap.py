@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from crt_export.config import ModelConfig
 from crt_export.parity.case import ParityCase
 from crt_export.parity.reference import PREFILL, STEP, Reference
 from crt_export.parity.report import ParityRow
-from crt_export.parity.rows import GAP, gap_row, gate_gap
-from crt_export.parity.scores import Scorer, Scores
+from crt_export.parity.rows import GAP, Comparison, gap_row, gate_gap
+from crt_export.parity.scores import reference_nll
 from crt_export.parity.target import TargetResult
 from crt_export.parity.tolerances import Tolerances
 
@@ -32,7 +31,7 @@ def spans(length: int, trained: int | None) -> list[slice]:
 
 def reference_gap_rows(reference: Reference, passes: int) -> list[GapRow]:
     """The model's own gap: one row per span, and the paired differences it stands on."""
-    step, prefill = (_own_scores(reference, regime, passes) for regime in (STEP, PREFILL))
+    step, prefill = (reference_nll(reference, regime, passes) for regime in (STEP, PREFILL))
     row = ParityRow(
         target="pytorch-fp32",
         runtime="pytorch",
@@ -46,16 +45,17 @@ def reference_gap_rows(reference: Reference, passes: int) -> list[GapRow]:
     return [gap_row(row, step, prefill, span) for span in spans(reference.windows.length, trained)]
 
 
-def target_gap_rows(
+def target_gaps(
     case: ParityCase,
     result: TargetResult,
     reference_gaps: Sequence[GapRow],
     tolerances: Tolerances,
     config: ModelConfig,
-) -> list[ParityRow]:
+) -> list[Comparison]:
     """The gap of one target per span; none where a regime it compares did not run, which is a failed row already."""
     if STEP not in result.scores or PREFILL not in result.scores:
         return []
+    step, prefill = result.scores[STEP], result.scores[PREFILL]
     row = ParityRow(
         target=case.target,
         runtime="onnxruntime",
@@ -66,23 +66,12 @@ def target_gap_rows(
         arithmetic=case.arithmetic,
     )
     limit = tolerances.precisions[case.precision].gap_delta_nll
-    rows = []
+    comparisons = []
     for reference_row, reference_gap in reference_gaps:
         assert reference_row.positions is not None
         span = slice(*reference_row.positions)
-        own, gap = gap_row(row, result.scores[STEP], result.scores[PREFILL], span)
+        own, gap = gap_row(row, step.nll, prefill.nll, span)
         trained = config.training_sequence_length
-        gated = result.scores[STEP].better_than_chance and (trained is None or span.stop <= trained)
-        rows.append(gate_gap(own, gap, reference_gap, limit if gated else None))
-    return rows
-
-
-def _own_scores(reference: Reference, regime: str, passes: int) -> Scores:
-    """The reference scored against itself: only its likelihoods are used."""
-    scorer, windows = Scorer(reference, regime, passes), reference.windows
-    block = max(1, 2_000_000 // (windows.count * reference.model.config.vocab_size))
-    for first in range(0, windows.length, block):
-        everything, positions = slice(0, windows.count), slice(first, min(first + block, windows.length))
-        logits = reference.logits(regime, passes, everything, positions)
-        scorer.add(everything, first, torch.as_tensor(logits))
-    return scorer.scores()
+        gated = step.better_than_chance and (trained is None or span.stop <= trained)
+        comparisons.append(gate_gap(own, gap, reference_gap, limit if gated else None))
+    return comparisons

@@ -11,7 +11,7 @@ from crt_export.errors import UnsupportedError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.report import ParityRow
-from crt_export.parity.rows import row_from_scores
+from crt_export.parity.rows import Comparison, compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
@@ -24,7 +24,7 @@ _LARGE_MODEL = 20_000_000
 _WINDOWS_OF_LARGE_MODEL = 4
 
 
-def half_row(
+def compare_half(
     checkpoint: Checkpoint,
     reference: Reference,
     residual_dtype: str,
@@ -32,7 +32,7 @@ def half_row(
     progress: Progress,
     *,
     plan: W8A8Plan | None = None,
-) -> tuple[ParityRow, list[str]]:
+) -> tuple[Comparison, list[str]]:
     """Run the teacher-forced chain with FP16 activations, and FP16 weights or the INT8 linears of a plan.
 
     Args:
@@ -44,7 +44,7 @@ def half_row(
         plan: The W8A8 plan that the graphs were made of; None runs plain FP16.
 
     Returns:
-        The row, and notes on what was shortened.
+        The comparison, and notes on what was shortened.
     """
     form = f"W8A8, {residual_dtype} residual" if plan else f"{residual_dtype} residual stream"
     progress(f"PyTorch FP16 ({form}): {STEP}", 0, reference.windows.count)
@@ -59,11 +59,12 @@ def half_row(
         steps=windows.length,
         arithmetic="int8-emulated+fp16" if plan else "fp16",
     )
-    scorer = Scorer(reference, STEP, 1)
+    label = f"{STEP} ({form})"
+    scorer = Scorer(reference, STEP, 1, near_tie_margin=tolerances.near_tie_margin)
     try:
         model = model_from_checkpoint(checkpoint, torch.float16, _DTYPES[residual_dtype])
     except UnsupportedError as error:
-        return row_from_scores(row, scorer.scores(), tolerances, [str(error)]), notes
+        return compare(row, scorer.scores(), tolerances, [str(error)], label=label), notes
     if plan is not None:
         model = emulate_w8a8(model, plan)
     half = Reference(model, windows, batch=windows.count)
@@ -71,7 +72,7 @@ def half_row(
     for first in range(0, windows.length, block):
         last = min(first + block, windows.length)
         scorer.add(slice(0, windows.count), first, half.logits(STEP, 1, slice(0, windows.count), slice(first, last)))
-    return row_from_scores(row, scorer.scores(), tolerances, scorer.problems), notes
+    return compare(row, scorer.scores(), tolerances, scorer.problems, label=label), notes
 
 
 def _affordable(reference: Reference, parameters: int) -> tuple[Reference, list[str]]:

@@ -144,6 +144,8 @@ class ParitySetup:
         tolerances: The limits.
         progress: Told what runs.
         saved_outputs: Where the one-step level saves its tensors for Polygraphy's tools; None saves nothing.
+        recorded_nll: How well the reference predicted the text of the bundle's own report, nats per token; None where
+            there is no such report.
     """
 
     checkpoint: Checkpoint
@@ -153,6 +155,7 @@ class ParitySetup:
     tolerances: Tolerances
     progress: Progress
     saved_outputs: Path | None = None
+    recorded_nll: float | None = None
 
     @property
     def config(self) -> ModelConfig:

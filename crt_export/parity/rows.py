@@ -1,22 +1,55 @@
-"""Scores -> rows: the figures of one comparison and the gates they have to pass."""
+"""Scores -> rows: the figures of one comparison, and the checks its verdict comes from."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from crt_export.parity.corpus_statistics import corpus_statistics
+from crt_export.parity.gates import coverage_check, figure_checks, gap_check
+from crt_export.parity.level import Check
 from crt_export.parity.report import ParityRow
 from crt_export.parity.scores import Scores
 from crt_export.parity.statistics import Interval, paired_interval, ratio_interval
-from crt_export.parity.tolerances import Tolerance, Tolerances
+from crt_export.parity.tolerances import Tolerances
 
 GAP = "regime-gap"
 
 
-def row_from_scores(row: ParityRow, scores: Scores, tolerances: Tolerances, problems: Sequence[str]) -> ParityRow:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """One row and the checks it stands on.
+
+    Attributes:
+        label: What the checks are called after: ``prefill``, ``regime-gap 0-128``.
+        row: Its failures are those of the checks, in their order.
+        checks: Every gate and every figure that is only reported.
+        figures: Those of :func:`crt_export.parity.corpus_statistics.corpus_statistics`; None where the regime did not
+            run to its end, or the row is a regime gap.
+    """
+
+    label: str
+    row: ParityRow
+    checks: tuple[Check, ...] = ()
+    figures: Mapping[str, Any] | None = None
+
+    def judged(self, *checks: Check) -> Comparison:
+        """With more checks: the row fails with their sentences, and passes if one was gated and none failed."""
+        checks = (*self.checks, *checks)
+        gates = [check.passed for check in checks if check.passed is not None]
+        failures = tuple(failure for check in checks for failure in check.failures)
+        row = dataclasses.replace(self.row, failures=failures, passed=all(gates) if gates else None)
+        return dataclasses.replace(self, row=row, checks=checks)
+
+
+def compare(
+    row: ParityRow, scores: Scores, tolerances: Tolerances, problems: Sequence[str], *, label: str = ""
+) -> Comparison:
     """Fill in the figures of a comparison and gate them.
 
     Args:
@@ -24,18 +57,22 @@ def row_from_scores(row: ParityRow, scores: Scores, tolerances: Tolerances, prob
         scores: What was measured.
         tolerances: The limits; those of ``row.precision`` apply.
         problems: What already went wrong while it ran.
+        label: What to call the checks after; empty is the regime.
 
     Returns:
         The row with figures, the steps that every window took, ``passed`` and one sentence per failure. Where tokens
         are missing or not finite the figures stay None: a mean over what is left would describe something else.
     """
-    compared = scores.compared
+    label, compared = label or row.regime, scores.compared
     tokens, expected = int(compared.sum()), compared.size
-    failures = list(problems)
+    problems = list(problems)
     if tokens == 0:
-        failures.append("nothing was compared")
+        problems.append("nothing was compared")
     elif tokens < expected:
-        failures.append(f"{tokens} of {expected} tokens were compared")
+        problems.append(f"{tokens} of {expected} tokens were compared")
+    finite = bool(np.isfinite(scores.nll).all() and np.isfinite(scores.largest_error).all())
+    if tokens == expected and not finite and not problems:
+        problems.append("logits are NaN or infinite")
     row = dataclasses.replace(
         row,
         tokens=tokens,
@@ -43,27 +80,27 @@ def row_from_scores(row: ParityRow, scores: Scores, tolerances: Tolerances, prob
         near_tie_margin=tolerances.near_tie_margin,
         positions=(scores.start, scores.start + compared.shape[1]),
     )
-    if tokens == expected and np.isfinite(scores.nll).all() and np.isfinite(scores.largest_error).all():
-        row, interval = _with_figures(row, scores, tolerances.near_tie_margin)
-        failures += _gate_failures(row, interval, tolerances.precisions[row.precision])
-    elif tokens == expected and not failures:
-        failures.append("logits are NaN or infinite")
-    return dataclasses.replace(row, failures=tuple(failures), passed=not failures)
+    coverage = coverage_check(label, tokens, expected, problems)
+    if tokens < expected or not finite:
+        return Comparison(label=label, row=row).judged(coverage)
+    row, figures = _with_figures(row, scores, tolerances.near_tie_margin), corpus_statistics(scores)
+    gates = figure_checks(label, row, figures, tolerances.precisions[row.precision], vocab=scores.vocab)
+    return Comparison(label=label, row=row, figures=figures).judged(coverage, *gates)
 
 
-def gap_row(row: ParityRow, step: Scores, prefill: Scores, span: slice) -> tuple[ParityRow, np.ndarray]:
+def gap_row(row: ParityRow, sequential: np.ndarray, parallel: np.ndarray, span: slice) -> tuple[ParityRow, np.ndarray]:
     """How far K passes are from the recurrence of the same target, on some positions of the windows.
 
     Args:
         row: Names.
-        step: Scores of the step chain.
-        prefill: Scores of the K passes.
+        sequential: Negative log-likelihoods of the step chain, nats [windows, positions].
+        parallel: Those of the K passes.
         span: Positions.
 
     Returns:
         The row, not gated, and the paired differences [windows, positions].
     """
-    parallel, sequential = prefill.nll[:, span], step.nll[:, span]
+    parallel, sequential = parallel[:, span], sequential[:, span]
     gap = parallel - sequential
     interval = paired_interval(gap)
     row = dataclasses.replace(
@@ -76,22 +113,15 @@ def gap_row(row: ParityRow, step: Scores, prefill: Scores, span: slice) -> tuple
     return row, gap
 
 
-def gate_gap(row: ParityRow, gap: np.ndarray, reference_gap: np.ndarray, limit: float | None) -> ParityRow:
+def gate_gap(row: ParityRow, gap: np.ndarray, reference_gap: np.ndarray, limit: float | None) -> Comparison:
     """Judge a target's regime gap against FP32's own, paired; None as limit only reports."""
     excess = paired_interval(gap - reference_gap)
     row = dataclasses.replace(row, excess_gap=excess.mean, excess_gap_ci=(excess.low, excess.high))
-    if limit is None:
-        return row
-    failures = []
-    if not excess.within(limit):
-        failures.append(
-            f"K passes and steps are further apart than in FP32: 95 % interval of the excess "
-            f"[{excess.low:.3g}, {excess.high:.3g}] nat is not within +-{limit:g}"
-        )
-    return dataclasses.replace(row, passed=not failures, failures=tuple(failures))
+    label = f"{GAP} {row.positions[0]}-{row.positions[1]}" if row.positions else GAP
+    return Comparison(label=label, row=row).judged(gap_check(label, row.precision, excess, limit))
 
 
-def _with_figures(row: ParityRow, scores: Scores, margin: float) -> tuple[ParityRow, Interval]:
+def _with_figures(row: ParityRow, scores: Scores, margin: float) -> ParityRow:
     interval = paired_interval(scores.nll - scores.reference_nll)
     relative = ratio_interval(scores.mean_error, np.maximum(scores.spread, np.finfo(np.float32).tiny))
     return dataclasses.replace(
@@ -104,7 +134,7 @@ def _with_figures(row: ParityRow, scores: Scores, margin: float) -> tuple[Parity
         relative_logit_error_ci=(relative.low, relative.high),
         mean_kl=float(scores.kl.mean()),
         better_than_chance=scores.better_than_chance,
-    ), interval
+    )
 
 
 def _top1(scores: Scores, margin: float) -> dict:
@@ -129,28 +159,3 @@ def _likelihoods(found: np.ndarray, expected: np.ndarray, interval: Interval) ->
 
 def _perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf  # float64 ends near exp(709)
-
-
-def _gate_failures(row: ParityRow, interval: Interval, limits: Tolerance) -> list[str]:
-    failures = []
-    if row.better_than_chance and not interval.within(limits.delta_nll):
-        failures.append(
-            f"95 % interval of delta NLL [{interval.low:.3g}, {interval.high:.3g}] nat is not within "
-            f"+-{limits.delta_nll:g}"
-        )
-    if row.top1_agreement is None:
-        failures.append(f"top-1 was not compared: no token has a margin above {row.near_tie_margin:g} in the reference")
-    elif row.top1_agreement < limits.top1_agreement:
-        failures.append(
-            f"top-1 agreement {row.top1_agreement:.2%} of {row.top1_tokens} tokens is below {limits.top1_agreement:.2%}"
-        )
-    relative = row.relative_logit_error
-    if relative is not None and not relative <= limits.relative_logit_error:
-        failures.append(
-            f"mean |logit error| is {relative:.3g} of the logits' standard deviation, above "
-            f"{limits.relative_logit_error:g}"
-        )
-    error = row.max_abs_logit_error
-    if limits.max_abs_logit_error is not None and error is not None and not error <= limits.max_abs_logit_error:
-        failures.append(f"largest |logit error| {error:.3g} is above {limits.max_abs_logit_error:g}")
-    return failures

@@ -26,18 +26,20 @@ _SHUFFLES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TextEvidence:
-    """Why a sample was accepted as text.
+    """What a sample of tokens shows of being text.
 
     Attributes:
         tokens: Number of tokens looked at.
         repetition: How often two tokens of the sample are equal, relative to uniform noise (1.0 is noise).
         dependence: Mutual information of tokens one or two apart, whichever is larger, beyond that of a shuffled copy,
             in nats (0.0 is noise).
+        problems: Sentences on what text has and this has not; empty if it looks like text.
     """
 
     tokens: int
     repetition: float
     dependence: float
+    problems: tuple[str, ...] = ()
 
 
 def check_is_text(tokens: NDArray[np.int64], vocab_size: int) -> TextEvidence:
@@ -53,6 +55,28 @@ def check_is_text(tokens: NDArray[np.int64], vocab_size: int) -> TextEvidence:
     Raises:
         InputError: Wrong shape or dtype, ids out of range, or the tokens are noise (with the figures that say so).
     """
+    evidence = text_evidence(tokens, vocab_size)
+    if evidence.problems:
+        raise InputError(
+            problem_list(
+                f"expected text to calibrate on, found {tokens.size} tokens that look random or shuffled "
+                "(give real text of the kind the model was trained on)",
+                evidence.problems,
+            )
+        )
+    return evidence
+
+
+def text_evidence(tokens: NDArray[np.int64], vocab_size: int) -> TextEvidence:
+    """Measure what text has and noise has not, and judge nothing.
+
+    Args:
+        tokens: Token ids, int64 [windows, seq], seq above 2; neighbours within a window are neighbours in the text.
+        vocab_size: Number of tokens there are.
+
+    Raises:
+        InputError: Wrong shape or dtype, or ids out of range.
+    """
     _check_ids(tokens, vocab_size)
     repetition, least_repetition = _repetition(tokens, vocab_size)
     found = [_dependence(tokens, lag) for lag in _LAGS]
@@ -66,15 +90,7 @@ def check_is_text(tokens: NDArray[np.int64], vocab_size: int) -> TextEvidence:
         problems.append(
             f"a token tells {dependence:.3f} nat about the next ones, in text {least_dependence:.3f} or more"
         )
-    if problems:
-        raise InputError(
-            problem_list(
-                f"expected text to calibrate on, found {tokens.size} tokens that look random or shuffled "
-                "(give real text of the kind the model was trained on)",
-                problems,
-            )
-        )
-    return TextEvidence(tokens=tokens.size, repetition=repetition, dependence=dependence)
+    return TextEvidence(tokens=tokens.size, repetition=repetition, dependence=dependence, problems=tuple(problems))
 
 
 def _check_ids(tokens: NDArray[np.int64], vocab_size: int) -> None:

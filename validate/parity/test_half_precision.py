@@ -20,7 +20,7 @@ from crt_export.graph.passes.decompose_attention import decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity, load_tolerances
-from crt_export.parity.half import half_row
+from crt_export.parity.half import compare_half
 from crt_export.parity.observers import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
@@ -161,7 +161,7 @@ def test_a_graph_without_fp16_is_refused_as_evidence() -> None:
 def _half(checkpoint: Checkpoint, text: TokenText, plan: W8A8Plan | None = None) -> ParityRow:
     windows = windows_from_text(text, OPTIONS, longest=64, longest_reason="")
     reference = Reference(model_from_checkpoint(checkpoint), windows, batch=8)
-    return half_row(checkpoint, reference, "float16", load_tolerances(), no_progress, plan=plan)[0]
+    return compare_half(checkpoint, reference, "float16", load_tolerances(), no_progress, plan=plan)[0].row
 
 
 @pytest.fixture(scope="module")

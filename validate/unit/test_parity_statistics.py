@@ -13,7 +13,7 @@ import pytest
 from crt_export.catalog import definition_path
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityReport, ParityRow, load_tolerances
-from crt_export.parity.rows import gate_gap, row_from_scores
+from crt_export.parity.rows import compare, gate_gap
 from crt_export.parity.scores import Scores
 from crt_export.parity.statistics import Interval, paired_interval, ratio_interval, student_t_quantile
 
@@ -91,7 +91,7 @@ def test_equivalence_needs_the_whole_interval_inside() -> None:
 def _scores(**changes: Any) -> Scores:
     full = {
         "nll": 2.0, "reference_nll": 2.0, "kl": 0.0, "largest_error": 0.0, "mean_error": 0.0, "spread": 1.0,
-        "margin": 1.0, "agrees": 1.0,
+        "margin": 1.0, "agrees": 1.0, "overlap": 1.0,
     }  # fmt: skip
     arrays = {name: np.full((4, 8), changes.pop(name, value)) for name, value in full.items()}
     return Scores(start=0, vocab=256, **arrays)
@@ -104,7 +104,7 @@ def _row(precision: str = "fp32") -> ParityRow:
 
 
 def test_equal_scores_pass_with_every_figure() -> None:
-    row = row_from_scores(_row(), _scores(), load_tolerances(), [])
+    row = compare(_row(), _scores(), load_tolerances(), []).row
     assert row.passed is True
     assert (row.tokens, row.delta_nll, row.top1_agreement, row.top1_tokens) == (32, 0, 1, 32)
     assert row.perplexity == pytest.approx(math.exp(2))
@@ -115,7 +115,7 @@ def test_point_gates_report_their_interval_over_windows() -> None:
     scores = _scores()
     scores.agrees[0, :4] = 0.0  # one window of four agrees in half of its tokens
     scores.mean_error[0] = 0.4
-    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    row = compare(_row(), scores, load_tolerances(), []).row
     half = 3.1824 * 0.25 / 2  # t(3) * standard deviation 0.25 of (0.5, 1, 1, 1) / sqrt(4)
     assert row.top1_agreement == 0.875
     assert row.top1_ci == pytest.approx((0.875 - half, 0.875 + half), abs=1e-4)
@@ -137,7 +137,7 @@ def test_point_gates_report_their_interval_over_windows() -> None:
     ],
 )
 def test_each_gate_fails_with_its_own_sentence(precision: str, change: dict[str, float], sentence: str) -> None:
-    row = row_from_scores(_row(precision), _scores(**change), load_tolerances(), [])
+    row = compare(_row(precision), _scores(**change), load_tolerances(), []).row
     assert row.passed is False
     assert len(row.failures) == 1
     assert sentence in row.failures[0]
@@ -146,7 +146,7 @@ def test_each_gate_fails_with_its_own_sentence(precision: str, change: dict[str,
 def test_a_near_tie_does_not_count_for_top1() -> None:
     scores = _scores()
     scores.margin[0, 0], scores.agrees[0, 0] = 0.009, 0.0
-    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    row = compare(_row(), scores, load_tolerances(), []).row
     assert (row.passed, row.top1_agreement, row.top1_tokens) == (True, 1.0, 31)
 
 
@@ -154,29 +154,29 @@ def test_missing_tokens_fail_and_leave_no_figures() -> None:
     scores = _scores()
     for name in ("nll", "reference_nll", "margin"):
         getattr(scores, name)[2, 5:] = np.nan
-    row = row_from_scores(_row(), scores, load_tolerances(), [])
+    row = compare(_row(), scores, load_tolerances(), []).row
     assert row.failures == ("29 of 32 tokens were compared",)
     assert (row.passed, row.tokens, row.steps, row.nll) == (False, 29, 5, None)
 
 
 def test_nothing_compared_fails() -> None:
-    row = row_from_scores(_row(), _scores(nll=np.nan, margin=np.nan), load_tolerances(), [])
+    row = compare(_row(), _scores(nll=np.nan, margin=np.nan), load_tolerances(), []).row
     assert (row.passed, row.failures, row.tokens, row.steps) == (False, ("nothing was compared",), 0, 0)
 
 
 def test_a_nan_likelihood_fails_even_if_nobody_reported_it() -> None:
-    row = row_from_scores(_row(), _scores(nll=np.nan), load_tolerances(), [])
+    row = compare(_row(), _scores(nll=np.nan), load_tolerances(), []).row
     assert (row.passed, row.failures) == (False, ("logits are NaN or infinite",))
 
 
 def test_regime_gap_is_judged_against_the_gap_of_fp32() -> None:
     own = np.full((4, 8), 0.5)
-    same = gate_gap(_row(), own, own.copy(), 1e-5)
+    same = gate_gap(_row(), own, own.copy(), 1e-5).row
     assert (same.passed, same.excess_gap) == (True, 0)
-    wider = gate_gap(_row(), own, own - 1e-3, 1e-5)
+    wider = gate_gap(_row(), own, own - 1e-3, 1e-5).row
     assert wider.passed is False
     assert "further apart than in FP32" in wider.failures[0]
-    assert gate_gap(_row(), own, own - 1e-3, None).passed is None
+    assert gate_gap(_row(), own, own - 1e-3, None).row.passed is None
 
 
 def test_tolerances_are_those_the_project_promises() -> None:
@@ -219,8 +219,8 @@ def _report(*rows: ParityRow) -> ParityReport:
 
 
 def test_report_passes_only_if_something_was_gated_and_held() -> None:
-    good = row_from_scores(_row(), _scores(), load_tolerances(), [])
-    bad = row_from_scores(_row(), _scores(nll=3.0), load_tolerances(), [])
+    good = compare(_row(), _scores(), load_tolerances(), []).row
+    bad = compare(_row(), _scores(nll=3.0), load_tolerances(), []).row
     compiled = ParityRow(
         target="t", runtime="tensorrt-rtx", graph="step", precision="fp16", regime="step", status="compiled"
     )
@@ -232,8 +232,8 @@ def test_report_passes_only_if_something_was_gated_and_held() -> None:
 
 
 def test_report_survives_json_and_has_the_promised_keys() -> None:
-    good = row_from_scores(_row(), _scores(), load_tolerances(), [])
-    infinite = row_from_scores(_row(), _scores(largest_error=np.inf), load_tolerances(), ["overflow"])
+    good = compare(_row(), _scores(), load_tolerances(), []).row
+    infinite = compare(_row(), _scores(largest_error=np.inf), load_tolerances(), ["overflow"]).row
     document = json.loads(json.dumps(_report(good, infinite).to_dict(), allow_nan=False))
     assert ParityReport.from_dict(document) == _report(good, infinite)
     assert set(document) >= {"passed", "rows", "tolerances", "text"}
@@ -255,10 +255,10 @@ def test_likelihood_gates_only_models_that_predict_better_than_chance() -> None:
     """A random model is worse than a uniform guess: there an error of the logits shifts the mean to first order."""
     noise = np.random.default_rng(0).normal(0.01, 1e-4, (4, 8))
     fits, guesses = 5.0, 6.0  # a uniform guess over 256 tokens costs ln 256 = 5.545 nat
-    row = row_from_scores(_row("w8"), _scores(nll=fits + noise, reference_nll=fits), load_tolerances(), ())
+    row = compare(_row("w8"), _scores(nll=fits + noise, reference_nll=fits), load_tolerances(), ()).row
     assert row.better_than_chance
     assert "delta NLL" in row.failures[0]
-    row = row_from_scores(_row("w8"), _scores(nll=guesses + noise, reference_nll=guesses), load_tolerances(), ())
+    row = compare(_row("w8"), _scores(nll=guesses + noise, reference_nll=guesses), load_tolerances(), ()).row
     assert not row.better_than_chance
     assert row.passed
     assert row.delta_nll == pytest.approx(0.01, rel=0.1)
@@ -267,7 +267,7 @@ def test_likelihood_gates_only_models_that_predict_better_than_chance() -> None:
 @pytest.mark.parametrize("reference_nll", [2.0, 9.0])
 def test_relative_logit_error_gates_every_model(reference_nll: float) -> None:
     scores = _scores(nll=reference_nll, reference_nll=reference_nll, mean_error=0.1, spread=2.0)
-    row = row_from_scores(_row("w8a8"), scores, load_tolerances(), ())
+    row = compare(_row("w8a8"), scores, load_tolerances(), ()).row
     assert row.relative_logit_error == pytest.approx(0.05)
     assert row.passed is False
     assert "standard deviation" in row.failures[0]

@@ -17,7 +17,7 @@ from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityRow, load_tolerances
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.rollout import Rollout
-from crt_export.parity.rows import row_from_scores
+from crt_export.parity.rows import compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
 from crt_export.quantize import W8A8Options, calibrate, calibration_windows, plan_w8a8, quantize_w8, quantize_w8a8
@@ -67,7 +67,7 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
         scorer = Scorer(reference, STEP, UNROLL)
         Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
         row = ParityRow(target="demo", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
-        return row_from_scores(row, scorer.scores(), load_tolerances(), scorer.problems)
+        return compare(row, scorer.scores(), load_tolerances(), scorer.problems).row
 
     return run
 
@@ -81,7 +81,7 @@ def _set_weights(graph: ir.Model, model: Model) -> None:
 
 
 def _require_within_the_gates(row: ParityRow) -> None:
-    """All of the 95 % interval, top-1 and logit error: what ``row_from_scores`` judges, and that it did."""
+    """All of the 95 % interval, top-1 and logit error: what ``compare`` judges, and that it did."""
     assert row.passed, row.failures
     assert row.tokens == 4096
     assert row.better_than_chance, "the likelihood was not gated"

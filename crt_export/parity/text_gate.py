@@ -1,0 +1,78 @@
+"""Is the validation text one that the model knows? Agreement on a text outside its domain proves little.
+
+A bundle's own report records how well PyTorch FP32 predicted the text it was built on. If the model had learnt that and
+now predicts worse than a uniform guess would, the text is not the model's: another tokenizer, another language, random
+bytes. Without such a record, as during a build, nothing is gated: untrained models are exported too, and for them every
+text is as good as noise. What the tokens show of being text without asking any model
+(:func:`crt_export.quantize.text.text_evidence`) is reported either way.
+"""
+
+from __future__ import annotations
+
+import math
+
+from crt_export.ladder import CORPUS
+from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.quantize.text import TextEvidence, text_evidence
+
+TARGET = "pytorch-fp32"
+#: Share of a uniform guess's surprise below which a model has learnt something; one that has not lies above 1 - 0.05 of
+#: it on any text, but for luck with a tiny vocabulary.
+_LEARNT = 0.95
+#: Tokens looked at without the model: enough for its statistics, and a fraction of a second.
+_EVIDENCE_TOKENS = 16_384
+_SHORTEST_WINDOW = 3
+
+
+def check_text(setup: ParitySetup, nll: float) -> LevelResult:
+    """Judge the text by how well the reference predicts it.
+
+    Args:
+        setup: Windows, and the recorded likelihood if there is one.
+        nll: Mean negative log-likelihood of the text under PyTorch FP32 token by token, nats.
+
+    Returns:
+        One check, gated where a report was recorded of a model that had learnt its text. ``data``: ``regimes`` (empty:
+        the reference is not compared with itself) and ``text``: ``nll``, ``uniform_nll``, ``recorded_nll``,
+        ``repetition`` and ``dependence`` (of noise 1 and 0), None where unknown.
+    """
+    uniform = math.log(setup.config.vocab_size)
+    recorded = setup.recorded_nll
+    evidence = _evidence(setup)
+    gated = recorded is not None and recorded <= _LEARNT * uniform
+    passed = nll < uniform if gated else None
+    failures, notes = (), ()
+    doubts = "; ".join(evidence.problems) if evidence is not None else ""
+    if passed is False:
+        failures = (
+            f"this is not text the model knows: PyTorch FP32 predicts it with {nll:.3f} nat per token, worse than a "
+            f"uniform guess ({uniform:.3f}), where the bundle's report records {recorded:.3f}"
+            + (f" ({doubts})" if doubts else "")
+            + ": validate on text like that which the model was trained on, encoded by its own tokenizer",
+        )
+    elif doubts:
+        notes = (f"the validation text looks random or shuffled ({doubts}): its figures say little about real text",)
+    check = Check(
+        name="text",
+        figure="negative log-likelihood of PyTorch FP32, nats per token; the limit is a uniform guess",
+        value=nll,
+        limit=uniform if gated else None,
+        passed=passed,
+        failures=failures,
+    )
+    text = {
+        "nll": nll,
+        "uniform_nll": uniform,
+        "recorded_nll": recorded,
+        "repetition": None if evidence is None else evidence.repetition,
+        "dependence": None if evidence is None else evidence.dependence,
+    }
+    return LevelResult(level=CORPUS, target=TARGET, checks=(check,), data={"regimes": {}, "text": text}, notes=notes)
+
+
+def _evidence(setup: ParitySetup) -> TextEvidence | None:
+    """None where windows are too short to see neighbours in."""
+    tokens = setup.windows.inputs
+    if tokens.shape[1] < _SHORTEST_WINDOW:
+        return None
+    return text_evidence(tokens[: max(1, _EVIDENCE_TOKENS // tokens.shape[1])], setup.config.vocab_size)

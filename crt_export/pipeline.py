@@ -28,6 +28,7 @@ from crt_export.stages.graphs import write_graphs
 from crt_export.stages.manifest import manifest_from_build
 from crt_export.stages.options import BuildOptions, profiles_from_options
 from crt_export.stages.targets import BuiltTarget, build_target
+from crt_export.stages.vectors import write_vectors
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 
@@ -69,6 +70,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
+        write_vectors(checkpoint, tokenizer, profiles, text.validation, staging.path, progress)
         report = None
         if options.validated and text.validation is not None:
             report = _validated(checkpoint, targets, text.validation, plan, staging.path, options, progress)

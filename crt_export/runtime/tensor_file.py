@@ -1,0 +1,136 @@
+"""Safetensors files of this package: the same bytes for the same content, and nothing of a file is trusted.
+
+Snapshots and self-test vectors are such files. Their metadata (strings) hold ``format``, ``format_version`` and
+``sha256``, which is over the little-endian bytes of all tensors in order of their sorted names. The safetensors
+library writes metadata in an order of its own, another one in every process; here they are sorted, so that equal
+content gives equal files, in Python and in C++.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from crt_export.errors import BundleError, InputError, problem_list
+
+_DTYPES = {"I64": "int64", "F32": "float32", "F16": "float16", "U8": "uint8"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFileKind:
+    """What a file is, and which versions of it are read.
+
+    Attributes:
+        format: Metadata ``format``.
+        version: Newest metadata ``format_version`` that this package reads, and the one it writes.
+        title: What messages call such a file, with its article.
+        required: Metadata that must be there besides ``format``, ``format_version`` and ``sha256``.
+    """
+
+    format: str
+    version: int
+    title: str
+    required: tuple[str, ...]
+
+
+def tensor_file_bytes(kind: TensorFileKind, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The content of a file.
+
+    Args:
+        kind: What it is.
+        metadata: Its metadata but for ``format``, ``format_version`` and ``sha256``.
+        tensors: int64, float32, float16 or uint8 by name.
+
+    Raises:
+        InputError: A tensor has another dtype.
+    """
+    arrays = {name: _little_endian(np.asarray(values)) for name, values in tensors.items()}
+    unknown = [f"{name} is {values.dtype}" for name, values in arrays.items() if values.dtype.name not in _NAMES]
+    if unknown:
+        raise InputError(problem_list(f"{kind.title} has {', '.join(_NAMES)} only", unknown))
+    every = {
+        **metadata,
+        "format": kind.format,
+        "format_version": str(kind.version),
+        "sha256": _digest(arrays),
+    }
+    header: dict[str, object] = {"__metadata__": dict(sorted(every.items()))}
+    # As the safetensors library does: largest elements first, so that all stay aligned.
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    begin = 0
+    for name in order:
+        values = arrays[name]
+        header[name] = {
+            "dtype": _NAMES[values.dtype.name],
+            "shape": list(values.shape),
+            "data_offsets": [begin, begin + values.nbytes],
+        }
+        begin += values.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return b"".join([struct.pack("<Q", len(text)), text, *(arrays[name].tobytes() for name in order)])
+
+
+def read_tensor_file(kind: TensorFileKind, file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Read a file and compare its checksum; what the tensors are worth, the caller finds out.
+
+    Returns:
+        Metadata, and tensors by name.
+
+    Raises:
+        BundleError: The file is missing, damaged, something else, or of a newer format version.
+    """
+    try:
+        # safetensors itself refuses headers beyond 100 MB and tensors that overlap, leave gaps or pass the end.
+        with safe_open(str(file), framework="np") as opened:
+            metadata = _checked_metadata(kind, file, opened.metadata() or {})
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+            unknown = sorted(f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES)
+            if unknown:
+                known = ", ".join(_DTYPES)
+                raise BundleError(f"{file} is not {kind.title}: {'; '.join(unknown)}; {kind.title} has {known} only")
+            tensors = {name: opened.get_tensor(name) for name in sorted(dtypes)}
+    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        raise BundleError(f"{file} is not {kind.title} or damaged: {error}") from error
+    digest = _digest(tensors)
+    if digest != metadata["sha256"]:
+        raise BundleError(
+            f"{file} is damaged: its tensors have SHA-256 {digest}, its metadata say {metadata['sha256']!r:.80}"
+        )
+    return metadata, tensors
+
+
+def _checked_metadata(kind: TensorFileKind, file: Path, found: dict[str, str]) -> dict[str, str]:
+    if found.get("format") != kind.format:
+        raise BundleError(f"{file} is not {kind.title}: its format is {found.get('format')!r:.80}, not {kind.format!r}")
+    version = found.get("format_version", "")
+    if not (version.isascii() and version.isdigit() and int(version[:9]) >= 1):
+        raise BundleError(f"{file} is not {kind.title}: its format version is {version!r:.80}")
+    if int(version[:9]) > kind.version:
+        raise BundleError(
+            f"{file} has format version {version:.20}; this version reads up to {kind.version}: upgrade crt-export"
+        )
+    missing = [key for key in (*kind.required, "sha256") if key not in found]
+    if missing:
+        raise BundleError(f"{file} is not {kind.title}: its metadata lack {', '.join(missing)}")
+    return found
+
+
+def _little_endian(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(values.shape)
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(_little_endian(tensors[name]).tobytes())
+    return digest.hexdigest()

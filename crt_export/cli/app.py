@@ -9,6 +9,7 @@ from crt_export.cli.build import build
 from crt_export.cli.doctor import doctor
 from crt_export.cli.generate import generate
 from crt_export.cli.inspect import inspect
+from crt_export.cli.selftest import selftest
 from crt_export.cli.targets import targets
 from crt_export.cli.validate import validate
 
@@ -23,5 +24,5 @@ def app(debug: bool) -> None:
     """Export a trained context-ready transformer from PyTorch to a verified deployment."""
 
 
-for command in (build, validate, generate, inspect, targets, doctor):
+for command in (build, validate, selftest, generate, inspect, targets, doctor):
     app.add_command(command)

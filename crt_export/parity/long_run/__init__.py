@@ -18,9 +18,9 @@ decodes the same tokens in the very same way:
     have 256 tokens, or as many as positions or capacity allow. All of it is gated.
 
 Gates: no NaN or infinity at any step (the first one is named: step, position, tensor); the norm of the state, block by
-block; the relative error of the logits below the training length; how fast that error grows, see
-:mod:`crt_export.parity.long_run.growth`; and for targets that compute in FP16 the largest |value| of every tensor,
-gathered by layer.
+block; the relative error of the logits below the training length; how fast that error grows in the chained run, by the
+upper end of the interval of :mod:`crt_export.parity.long_run.growth`, from 4,000 tokens on; and for targets that
+compute in FP16 the largest |value| of every tensor, gathered by layer.
 
 ``data`` of the level::
 

@@ -10,12 +10,12 @@ from crt_export.ladder import LONG_RUN
 from crt_export.parity.case import ParityCase
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.long_run.blocks import Block, blocks_of_run, unit_errors
-from crt_export.parity.long_run.gates import GROWTH, growth_check, headroom_checks, run_checks
-from crt_export.parity.long_run.growth import Growth, growth_from_units
+from crt_export.parity.long_run.gates import GATED_GROWTH_TOKENS, GROWTH, growth_check, headroom_checks, run_checks
+from crt_export.parity.long_run.growth import SMALLEST_UNITS, Growth, growth_from_units
 from crt_export.parity.long_run.headroom import LongHeadroom, observe_long_run
 from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.run import TargetRun, run_target
-from crt_export.parity.long_run.schedule import Schedule, check_length, schedules
+from crt_export.parity.long_run.schedule import CHAINED, Schedule, check_length, schedules
 
 _REPORTED_TENSORS = 16
 
@@ -42,8 +42,7 @@ def check_long_run(case: ParityCase, setup: ParitySetup) -> LevelResult:
             continue
         checks += found
         data.append(figures)
-        if figures["growth"] is None:
-            notes.append(f"long run of {case.target}: the {schedule.kind} run is too short to fit its growth")
+        notes += _growth_notes(case, schedule, figures["growth"])
     return LevelResult(
         level=LONG_RUN, target=case.target, checks=tuple(checks), data={"runs": data}, notes=tuple(notes)
     )
@@ -73,6 +72,15 @@ def _check_run(case: ParityCase, setup: ParitySetup, schedule: Schedule) -> tupl
         **_watch_data(run),
         **_headroom_data(headroom),
     }
+
+
+def _growth_notes(case: ParityCase, schedule: Schedule, growth: Mapping[str, Any] | None) -> list[str]:
+    run = f"long run of {case.target}: the growth of the {schedule.kind} run"
+    if growth is None:
+        return [f"{run} is not given: fewer than {SMALLEST_UNITS} windows"]
+    if schedule.kind == CHAINED and not growth["gated"]:
+        return [f"{run} is not gated: {schedule.tokens:,} tokens, it takes {GATED_GROWTH_TOKENS:,}"]
+    return []
 
 
 def _block_data(block: Block) -> dict[str, Any]:

@@ -1,0 +1,311 @@
+"""Long run: the rule of the chained windows, the growth and its interval, and faults that show late or grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from fault_edits import Edit, constant, node, replace_output
+
+from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.errors import InputError
+from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions, load_tolerances
+from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.long_run import check_long_run
+from crt_export.parity.long_run.growth import SMALLEST_UNITS, growth_from_units
+from crt_export.parity.long_run.headroom import layers_of_tensors
+from crt_export.parity.long_run.reference import long_reference
+from crt_export.parity.long_run.schedule import SINGLE, Schedule, schedules
+from crt_export.parity.reference import Reference
+from crt_export.parity.windows import windows_from_text
+from crt_export.progress import no_progress
+from crt_export.text import TokenText
+
+TOKENS, WINDOW, POSITIONS = 4000, 32, 64
+
+
+def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: Model | None = None) -> ParitySetup:
+    options = ParityOptions(
+        validation_tokens=64, window=32, long_run_tokens=tokens, short_reason="tiny models", threads=1
+    )
+    windows = windows_from_text(text, options, longest=32, longest_reason="tiny models")
+    return ParitySetup(
+        checkpoint=checkpoint,
+        reference=Reference(model or model_from_checkpoint(checkpoint), windows, batch=2),
+        text=text,
+        options=options,
+        tolerances=load_tolerances(),
+        progress=no_progress,
+    )
+
+
+def _case(checkpoint: Checkpoint, step: Path, **changes: Any) -> ParityCase:
+    values: dict[str, Any] = {
+        "target": "ort-cpu-fp32", "runtime": "onnxruntime", "precision": "fp32", "unroll": 2,
+        "cache_dtype": "float32", "cache_head_dim": checkpoint.config.head_dim, "graphs": {"step": step},
+    }  # fmt: skip
+    return ParityCase(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
+    return _setup(parity_checkpoint, real_text)
+
+
+@pytest.fixture(scope="module")
+def sound(setup: ParitySetup, parity_bundle: Path) -> LevelResult:
+    return check_long_run(_case(setup.checkpoint, parity_bundle / "graphs" / "step.fp32.onnx"), setup)
+
+
+@pytest.fixture
+def spoiled(setup: ParitySetup, parity_bundle: Path, tmp_path: Path) -> Callable[[Edit], LevelResult]:
+    """``spoiled(edit)``: the level on a copy of the step graph that was edited."""
+
+    def run(edit: Edit) -> LevelResult:
+        graphs = Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
+        step = graphs / "step.fp32.onnx"
+        model = onnx.load(step, load_external_data=False)
+        edit(model)
+        onnx.save(model, step)
+        return check_long_run(_case(setup.checkpoint, step), setup)
+
+    return run
+
+
+def _check(result: LevelResult, name: str) -> Check:
+    return next(check for check in result.checks if check.name == name)
+
+
+def _run(result: LevelResult, kind: str) -> dict[str, Any]:
+    return next(run for run in result.to_dict()["data"]["runs"] if run["kind"] == kind)
+
+
+# --- a sound target
+def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
+    assert sound.passed, sound.failures
+    single, chained = _run(sound, "single"), _run(sound, "chained")
+    assert (single["tokens"], single["window"], chained["tokens"], chained["window"]) == (64, None, TOKENS, WINDOW)
+    assert [(b["start"], b["stop"], b["gated"]) for b in single["blocks"]] == [
+        (0, 4, True), (4, 8, True), (8, 16, True), (16, 32, True), (32, 64, False),
+    ]  # fmt: skip
+    assert [(b["start"], b["stop"]) for b in chained["blocks"]] == [(n, n + 1000) for n in range(0, TOKENS, 1000)]
+    assert all(block["gated"] and 0 < block["relative_error"] < 1e-5 for block in chained["blocks"])
+    assert all(abs(b["state_norm"] / b["reference_state_norm"] - 1) < 1e-5 for b in chained["blocks"])
+    assert chained["growth"]["gated"]
+    assert chained["growth"]["ci"][0] < chained["growth"]["per_1000_tokens"] < chained["growth"]["ci"][1]
+    assert any("64 of 4,000 tokens, max_position_embeddings of the model is 64" in note for note in sound.notes)
+
+
+def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParitySetup, sound: LevelResult) -> None:
+    """The documented rule, written out: position 0, nothing cached, h of the token before."""
+    model, ids = setup.model, torch.from_numpy(setup.text.ids[None, : 3 * WINDOW])
+    state, expected = model.start(1).state, []
+    for start in range(0, 3 * WINDOW, WINDOW):
+        carry = model.start(1)
+        for t in range(start, start + WINDOW):
+            h, carry = model.step(ids[:, t : t + 1], type(carry)(**{**vars(carry), "state": state}))
+            state = h
+            expected.append(h[0, 0])
+    _, chained = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
+    found = long_reference(setup, chained).states[: 3 * WINDOW]
+    assert torch.allclose(found, torch.stack(expected), atol=1e-5)
+    assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0][0, 0], atol=1e-3)
+
+
+def test_the_reference_is_computed_once_and_serves_shorter_runs(setup: ParitySetup, sound: LevelResult) -> None:
+    single, _ = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
+    short, _ = schedules(_case(setup.checkpoint, Path("step"), capacity=40), setup.config, TOKENS)[0]
+    whole, part = long_reference(setup, single), long_reference(setup, short)
+    assert long_reference(setup, single) is whole
+    assert (whole.windows.length, part.windows.length) == (64, 40)
+    assert torch.equal(part.states, whole.states[:40])
+
+
+def test_text_that_is_too_short_says_what_is_needed(parity_checkpoint: Checkpoint, real_text: TokenText) -> None:
+    text = TokenText(ids=real_text.ids[:2000], source="short.txt")
+    with pytest.raises(InputError, match=r"short\.txt: 2,000 held-out tokens .* at least 2,001 tokens"):
+        check_long_run(_case(parity_checkpoint, Path("step")), _setup(parity_checkpoint, text, 2000))
+
+
+# --- faults in the file
+def test_a_state_scaled_by_one_in_two_thousand_is_a_wrong_norm(spoiled: Callable[[Edit], LevelResult]) -> None:
+    result = spoiled(
+        replace_output(
+            "next_state", constant("gain", 1.0005, np.float32), node("Mul", ["before", "gain"], "next_state")
+        )
+    )
+    check = _check(result, "chained: state norm")
+    assert check.passed is False
+    assert check.value == pytest.approx(math.log(1.0005), rel=0.2)
+    assert "in tokens" in check.failures[0]
+
+
+def test_an_error_that_accumulates_is_growth(spoiled: Callable[[Edit], LevelResult]) -> None:
+    """One channel of the state adds up what it was: right at the first token, further off with every one."""
+    first = np.zeros(16, np.float32)
+    first[0] = 1
+    result = spoiled(
+        replace_output(
+            "next_state",
+            constant("channel", first, np.float32),
+            constant("drift", first * 1e-4, np.float32),
+            node("Mul", ["state", "channel"], "kept"),
+            node("Sub", ["kept", "drift"], "kept.drifted"),
+            node("Add", ["before", "kept.drifted"], "next_state"),
+        )
+    )
+    check = _check(result, "chained: growth")
+    assert check.passed is False
+    assert check.interval is not None
+    assert check.interval[1] > 100 * (check.limit or math.inf)
+    assert "windows of 32 tokens; its upper end is expected to be at most" in check.failures[0]
+
+
+def _only_time(ids: np.ndarray, after: int) -> int:
+    """A step whose pair of position and token occurs nowhere else in the chained run."""
+    pairs = ids[:TOKENS] + 1000 * (np.arange(TOKENS) % WINDOW)
+    values, counts = np.unique(pairs, return_counts=True)
+    unique = np.flatnonzero(np.isin(pairs, values[counts == 1]))
+    return int(unique[unique >= after][0])
+
+
+@pytest.mark.parametrize("tensor", ["logits", "next_state"])
+def test_nan_at_one_late_step_is_named(spoiled: Callable[[Edit], LevelResult], setup: ParitySetup, tensor: str) -> None:
+    step = _only_time(setup.text.ids, 3000)
+    axes = [1, 2] if tensor == "next_state" else [1]
+    result = spoiled(_nan_once(tensor, step % WINDOW, int(setup.text.ids[step]), axes))
+    check = _check(result, "chained: NaN and infinity")
+    assert check.passed is False
+    assert check.failures == (f"first at step {step} (position {step % WINDOW}), tensor {tensor}",)
+    if tensor == "logits":
+        assert check.value == 1
+        assert _run(result, "chained")["blocks"][3]["nll"] is None
+        assert _run(result, "chained")["blocks"][2]["nll"] is not None
+
+
+def _nan_once(tensor: str, position: int, token: int, axes: Sequence[int]) -> Edit:
+    return replace_output(
+        tensor,
+        constant("at.position", position),
+        constant("at.token", token),
+        constant("at.column", [1]),
+        constant("at.axes", axes),
+        constant("at.nan", np.nan, np.float32),
+        node("Equal", ["position", "at.position"], "at.row"),
+        node("Squeeze", ["input_ids", "at.column"], "at.ids"),
+        node("Equal", ["at.ids", "at.token"], "at.same"),
+        node("And", ["at.row", "at.same"], "at.both"),
+        node("Unsqueeze", ["at.both", "at.axes"], "at.mask"),
+        node("Where", ["at.mask", "at.nan", "before"], tensor),
+    )
+
+
+def test_a_graph_that_stops_is_a_failed_run_with_its_step(setup: ParitySetup, parity_bundle: Path) -> None:
+    case = _case(setup.checkpoint, parity_bundle / "graphs" / "missing.onnx")
+    result = check_long_run(case, setup)
+    assert [check.name for check in result.checks] == ["single: runs", "chained: runs"]
+    assert result.passed is False
+    assert "missing.onnx" in result.failures[0]
+
+
+# --- other models
+def test_a_full_cache_slides_where_the_model_has_an_attention_window(
+    tiny_bundle: Callable[..., tuple[Path, Model]], tiny_checkpoint: Path, real_text: TokenText
+) -> None:
+    """The single run goes past the 64 positions of the model; PyTorch counts on with longer tables."""
+    bundle, model = tiny_bundle("windowed", num_hidden_layers=2, unroll_steps=2, sliding_window=6)
+    checkpoint = dataclasses.replace(load_checkpoint(tiny_checkpoint), config=model.config)
+    setup = _setup(checkpoint, real_text, 2000, model)
+    result = check_long_run(_case(checkpoint, bundle / "graphs" / "step.fp32.onnx"), setup)
+    assert result.passed, result.failures
+    single, chained = _run(result, "single"), _run(result, "chained")
+    assert (single["tokens"], single["capacity"], chained["window"]) == (2000, 64, 32)
+    assert all(block["relative_error"] < 1e-5 for block in single["blocks"])
+    assert any("slide rule" in note for note in result.notes)
+    assert model.rope_cos.shape[0] == 64
+    # Too few tokens for an interval worth gating.
+    assert chained["growth"]["gated"] is False
+    assert any("4,000" in note and "growth" in note for note in result.notes)
+
+
+@pytest.mark.evidence
+def test_a_plain_transformer_has_no_state_to_judge(
+    make_checkpoint: Callable[..., Path], real_text: TokenText, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(
+        make_checkpoint(
+            model_type="transformer", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=48, training_sequence_length=None, rope_layout="half",
+        )
+    )  # fmt: skip
+    setup = _setup(checkpoint, real_text)
+    graph = export_graph(setup.model, "step")
+    write_graph(graph, tmp_path / "step.onnx", write_weights({"step": graph}, tmp_path / "fp32.weights"))
+    result = check_long_run(_case(checkpoint, tmp_path / "step.onnx"), setup)
+    assert result.passed, result.failures
+    single, chained = _run(result, "single"), _run(result, "chained")
+    assert (single["tokens"], chained["tokens"], chained["window"]) == (48, TOKENS, 48)
+    assert chained["blocks"][0]["state_norm"] is None
+    assert not any("state norm" in check.name for check in result.checks)
+    assert any("training length is not known" in note for note in result.notes)
+
+
+def test_layers_follow_the_weights(parity_bundle: Path) -> None:
+    step = parity_bundle / "graphs" / "step.fp32.onnx"
+    nodes = onnx.load(step, load_external_data=False).graph.node
+    attention = next(item for item in nodes if item.op_type == "Attention")
+    layers = layers_of_tensors(
+        step, [*(name for item in nodes for name in item.output), f"{attention.name} (bound of its scores)"]
+    )
+    assert set(layers.values()) >= {"positions", "embed", "correction", "layers.0", "layers.1", "final_norm", "lm_head"}
+    assert layers["logits"] == "lm_head"
+    assert layers["next_state"] == "layers.1"
+    assert layers["present_key_values.0.key"] == "layers.0"
+    assert layers[f"{attention.name} (bound of its scores)"] == "layers.0"
+    assert list(dict.fromkeys(layers.values()))[-2:] == ["final_norm", "lm_head"]
+
+
+# --- schedule and growth
+def test_no_block_lies_on_both_sides_of_the_training_length() -> None:
+    run = Schedule(kind=SINGLE, tokens=20_480, capacity=20_480, unit=128, trained=128)
+    edges = [part.start for part in run.blocks]
+    assert edges[:7] == [0, 16, 32, 64, 128, 1000, 2000]
+    assert (run.blocks[-1].start, run.blocks[-1].stop, run.gated_tokens) == (20_000, 20_480, 128)
+
+
+def test_growth_is_the_slope_of_a_line() -> None:
+    growth = growth_from_units(0.01 + 3e-4 * np.arange(40) * 0.25, 250)
+    assert growth is not None
+    assert growth.slope == pytest.approx(3e-4)
+    assert growth.high - growth.low < 1e-12
+    assert growth_from_units(np.ones(SMALLEST_UNITS - 1), 250) is None
+    late = growth_from_units(np.append(np.ones(20), np.nan), 250)
+    assert late is not None
+    assert math.isnan(late.high)
+
+
+def test_the_interval_covers_the_slope_where_neighbours_are_alike() -> None:
+    """400 made runs whose noise carries half of itself on: 95 % within three points, far less without adjustment."""
+    generator = np.random.default_rng(5)
+    covered, plain = [], []
+    for _ in range(400):
+        noise = generator.standard_normal(160)
+        for i in range(1, 160):
+            noise[i] += 0.5 * noise[i - 1]
+        growth = growth_from_units(noise + 0.7 * np.arange(160) * 0.128, 128)
+        assert growth is not None
+        covered.append(growth.low <= 0.7 <= growth.high)
+        shrink = math.sqrt((1 - growth.autocorrelation) / (1 + growth.autocorrelation))
+        plain.append(abs(growth.slope - 0.7) <= (growth.high - growth.slope) * shrink)
+    assert 0.92 <= np.mean(covered) <= 0.98
+    assert np.mean(plain) < 0.80

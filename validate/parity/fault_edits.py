@@ -138,6 +138,30 @@ def drop_first_pass(model: onnx.ModelProto) -> None:
     model.graph.node.extend(reversed(kept))
 
 
+def rotate_halves(model: onnx.ModelProto) -> None:
+    """Rotary embedding of the ``half`` layout in a graph of the ``interleaved`` one: pairs (j, j + head_dim/2).
+
+    Every rotation reshapes [.., head_dim] to [.., head_dim/2, 2], takes the pairs apart by two Slices and stacks them
+    again: its input is brought into pairs and its result back into halves.
+    """
+    rotations = [item for item in nodes_of(model, "Reshape") if _consumers(model, item.output[0]) == ["Slice", "Slice"]]
+    stacks = {item.output[0] for item in nodes_of(model, "Concat") if _makers(model, item.input) == ["Unsqueeze"] * 2}
+    tails = [item for item in nodes_of(model, "Reshape") if item.input[0] in stacks]
+    assert len(rotations) == len(tails) > 0
+    tables = next(tensor for tensor in model.graph.initializer if tensor.name == "rope_cos")
+    pairs = np.arange(2 * tables.dims[1]).reshape(2, -1).T.flatten()
+    parts: list[Part] = [constant("pairs", pairs), constant("halves", np.argsort(pairs))]
+    for item in rotations:
+        name = f"{item.output[0]}.pairs"
+        parts.append(node("Gather", [item.input[0], "pairs"], name, axis=3))
+        item.input[0] = name
+    for item in tails:
+        rotated = item.output[0]
+        item.output[0] = f"{rotated}.pairs"
+        parts.append(node("Gather", [f"{rotated}.pairs", "halves"], rotated, axis=3))
+    _extend(model, parts)
+
+
 def exchange_names(first: str, second: str) -> Edit:
     """Exchange two substrings in the names of all values that nodes read and write; the graph's border stays."""
 
@@ -184,6 +208,14 @@ def stored_tensor(graph: Path, name: str) -> tuple[Path, np.ndarray, int]:
     count = int(np.prod(tensor.dims))
     values = np.frombuffer(path.read_bytes(), dtype, count, start).reshape(tensor.dims)
     return path, values.copy(), start
+
+
+def _consumers(model: onnx.ModelProto, value: str) -> list[str]:
+    return [item.op_type for item in model.graph.node if value in item.input]
+
+
+def _makers(model: onnx.ModelProto, values: Sequence[str]) -> list[str]:
+    return [item.op_type for value in values for item in model.graph.node if value in item.output]
 
 
 def _extend(model: onnx.ModelProto, parts: Sequence[Part]) -> None:

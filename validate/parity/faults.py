@@ -21,6 +21,7 @@ from fault_edits import (
     node,
     replace_output,
     replace_value,
+    rotate_halves,
     set_attribute,
     shift_input,
 )
@@ -330,6 +331,18 @@ CACHES = (
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 ARITHMETIC = (
     Fault(
+        name="RoPE layout wrong in the step graph",
+        inject=_step(rotate_halves),
+        caught={"fp32": "one-step", "w8": "one-step"},
+        says=(r"\bstep\b", r"key_values\.0\.key"),
+    ),
+    Fault(
+        name="RoPE layout wrong in every graph",
+        inject=_running(rotate_halves),
+        caught={"fp32": "one-step", "w8": "one-step"},
+        says=(r"key_values\.0\.key",),
+    ),
+    Fault(
         name="attention scale of twice the head_dim",
         inject=_running(set_attribute("Attention", "scale", lambda scale: scale * 0.5**0.5)),  # type: ignore[operator]
         caught={"fp32": "one-step", "w8": "one-step"},
@@ -402,7 +415,10 @@ CONTRACT = (
         says=(r"\bstep\b", r"missing \['logits'\], unexpected \['log_probabilities'\]"),
     ),
     Fault(
-        name="an extra output", inject=_step(_add_output), caught=_CONTRACT, says=(r"\bstep\b", r"unexpected \['debug'\]")
+        name="an extra output",
+        inject=_step(_add_output),
+        caught=_CONTRACT,
+        says=(r"\bstep\b", r"unexpected \['debug'\]"),
     ),
     Fault(
         name="an output left out",

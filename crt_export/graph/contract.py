@@ -26,14 +26,19 @@ def check_contract(graph: ir.Model, spec: GraphSpec) -> None:
         ContractError: With every difference.
     """
     problems = [
-        *_tensor_problems("input", graph.graph.inputs, spec.inputs),
-        *_tensor_problems("output", graph.graph.outputs, spec.outputs),
+        *interface_problems(graph, spec),
         *_operator_problems(graph),
         *_alias_problems(graph, spec),
         *_weight_problems(graph),
     ]
     if problems:
         raise ContractError(problem_list(f"graph {spec.name} breaks its contract graphs/{spec.name}.toml", problems))
+
+
+def interface_problems(graph: ir.Model, spec: GraphSpec) -> Iterator[str]:
+    """Every difference in names, order, dtypes and dims of inputs and outputs, one sentence each."""
+    yield from _tensor_problems("input", graph.graph.inputs, spec.inputs)
+    yield from _tensor_problems("output", graph.graph.outputs, spec.outputs)
 
 
 def _tensor_problems(kind: str, values, tensors: tuple[TensorSpec, ...]) -> Iterator[str]:

@@ -70,6 +70,8 @@ DEPENDENCIES = (
     _dependency("onnx-ir", "onnx_ir", "export", (1, 0), "build: graph passes"),
     _dependency("onnxscript", "onnxscript", "export", (0, 7), "build: the exporter's operators"),
     _dependency("tokenizers", "tokenizers", "text", (0, 21), "models with a tokenizer.json"),
+    _dependency("jinja2", "jinja2", "report", (3, 1), "report, validate --html: the page"),
+    _dependency("matplotlib", "matplotlib", "report", (3, 9), "report, validate --html: its plots"),
     _dependency("onnxruntime", "onnxruntime", "cpu", (1, 24), "ort-cpu-* targets"),
     _dependency("onnxruntime-gpu", "onnxruntime", "cuda", (1, 24), "ort-cuda-* targets (and ort-cpu-*)"),
     _dependency("tensorrt", "tensorrt", "tensorrt", (10, 16), "trt-* targets"),
@@ -214,6 +216,26 @@ def _gpu_obstacle(profile: EngineProfile, devices: Sequence[Gpu]) -> list[str]:
     return (
         [] if found == wanted or newer_will_do else [f"this machine's first GPU is {devices[0].name}, {_dotted(found)}"]
     )
+
+
+def require_extra(distributions: Iterable[str], purpose: str) -> None:
+    """Refuse to begin where optional packages are missing; nothing is imported to find out.
+
+    Args:
+        distributions: Names of ``DEPENDENCIES``, all of one extra.
+        purpose: What needs them.
+
+    Raises:
+        MissingDependencyError: One is missing or too old; names all of them and the extra.
+    """
+    unusable = [dependency for dependency in map(find_dependency, distributions) if not dependency.usable]
+    if unusable:
+        found = ", ".join(
+            f"{dependency.distribution} {'.'.join(map(str, dependency.minimum))} or newer"
+            f" ({f'found {dependency.version}' if dependency.version else 'not installed'})"
+            for dependency in unusable
+        )
+        raise MissingDependencyError(f"{purpose} needs {found}: pip install 'crt-export[{unusable[0].extra}]'")
 
 
 def missing_module_error(module: str | None, purpose: str) -> MissingDependencyError | None:

@@ -1,0 +1,133 @@
+"""The certificate's curves over the number of passes K: perplexity, gap, residual, hand-over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from crt_export.report.numbers import number_text
+from crt_export.report.plots.drawing import Plot, add_band, add_line, known, positive, span_name
+from crt_export.report.svg import GOOD, INK, MUTED, SERIES, add_legend, log_axis, new_plot, symlog_axis
+
+_PASSES = "passes K"
+
+
+def plot_perplexity(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
+    """Perplexity by K with its band, the recurrence as a horizontal line, and the same of PyTorch FP32."""
+    passes, spans = data.get("passes") or [], [span for span in data.get("spans") or [] if span.get("perplexity")]
+    if not passes or not spans:
+        return None
+    figure, axes = new_plot(_PASSES, "perplexity")
+    sequential = []
+    for index, span in enumerate(spans):
+        level = span.get("sequential_perplexity")
+        add_line(axes, passes, span["perplexity"], f"K passes, {span_name(span)}", index)
+        if level is not None:
+            sequential.append(f"{number_text(level, 4)} at {span_name(span)}")
+            shifted = [_shifted(interval, level) for interval in span.get("perplexity_gap_ci") or []]
+            add_band(axes, passes, shifted, index)
+            axes.axhline(level, color=SERIES[index % len(SERIES)], linewidth=0.9, linestyle=(0, (2, 2)))
+    for number, span in enumerate((data.get("reference") or {}).get("spans") or []):
+        label = "PyTorch FP32" if number == 0 else "_nolegend_"
+        add_line(axes, passes, span.get("perplexity") or [], label, 4, color=INK, marker="", linewidth=0.7)
+    log_axis(axes, "y")
+    _whole_passes(axes)
+    add_legend(figure, axes, columns=1)
+    return Plot(
+        title="Perplexity by number of passes",
+        caption=(
+            "K parallel passes against the exact recurrence (dotted line), with 95 % bands. The recurrence has "
+            f"perplexity {'; '.join(sequential)}."
+        ),
+        figure=figure,
+    )
+
+
+def plot_gap(data: Mapping[str, Any], tolerances: Mapping[str, Any]) -> Plot | None:
+    """The perplexity gap with its interval against the bound that a reader would call equal."""
+    passes, spans = data.get("passes") or [], [span for span in data.get("spans") or [] if span.get("perplexity_gap")]
+    if not passes or not spans:
+        return None
+    bound = tolerances.get("perplexity_gap")
+    bound = bound if isinstance(bound, int | float) and bound > 0 else 0.01
+    figure, axes = new_plot(_PASSES, "perplexity of K passes − perplexity of the recurrence")
+    axes.axhspan(-bound, bound, color=GOOD, alpha=0.13, linewidth=0)
+    found = []
+    for index, span in enumerate(spans):
+        add_line(axes, passes, span["perplexity_gap"], span_name(span), index)
+        add_band(axes, passes, span.get("perplexity_gap_ci") or [], index)
+        smallest = span.get("smallest_passes")
+        words = f"K = {smallest}" if smallest is not None else "no K measured here"
+        found.append(f"{words} at {span_name(span)}")
+    symlog_axis(axes, "y", bound)
+    _whole_passes(axes)
+    add_legend(figure, axes)
+    caption = (
+        f"Shaded: |gap| ≤ {number_text(bound)}, linear there and logarithmic beyond. The smallest K that holds it with "
+        f"95 % confidence: {'; '.join(found)}."
+    )
+    return Plot(title="Regime gap by number of passes", caption=caption, figure=figure)
+
+
+def plot_residual(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
+    """The residual that a runtime can see against the error that it cannot."""
+    rows = [
+        row for row in data.get("residual") or [] if (row.get("residual_median") or 0) > 0 and row.get("error_median")
+    ]
+    if not rows:
+        return None
+    figure, axes = new_plot("residual: largest change of h in the last pass", "true error: |h − h of the recurrence|")
+    residuals = [row["residual_median"] for row in rows]
+    axes.plot([min(residuals), max(residuals)], [min(residuals), max(residuals)], color=MUTED, linewidth=0.8,
+              linestyle=(0, (2, 2)), label="error = residual")  # fmt: skip
+    add_line(axes, residuals, positive([row["error_median"] for row in rows]), "median", 0)
+    add_line(axes, residuals, positive([row.get("error_max") for row in rows]), "largest", 1, linestyle="none")
+    log_axis(axes, "x")
+    log_axis(axes, "y")
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+        axes.annotate(f"K={row['passes']}", (row["residual_median"], row["error_median"]), xytext=(4, -9),
+                      textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+    add_legend(figure, axes, columns=3)
+    correlations = known(row.get("correlation") for row in rows)
+    words = f" Correlation over windows, median over K: {number_text(_middle(correlations))}." if correlations else ""
+    return Plot(
+        title="Residual against true error",
+        caption=f"One point per K. Points on the dotted line: the residual is the error.{words}",
+        figure=figure,
+    )
+
+
+def plot_handover(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
+    """What decoding loses when it continues from K passes."""
+    handover = data.get("handover") or {}
+    passes, deltas = handover.get("passes") or [], handover.get("delta_nll") or []
+    figure, axes = new_plot("passes K before decoding continues", "Δ negative log-likelihood, nats per token")
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    if not add_line(axes, passes, deltas, "delta", 0):
+        return None
+    add_band(axes, passes, handover.get("delta_nll_ci") or [], 0)
+    _whole_passes(axes)
+    ends = [abs(end) for interval in handover.get("delta_nll_ci") or [] for end in known(interval or [])]
+    symlog_axis(axes, "y", max(min(ends, default=1e-4), 1e-9))
+    states = known(handover.get("max_state_error") or [])
+    words = f" Largest state error at the last K: {number_text(states[-1])}." if states else ""
+    return Plot(
+        title="Hand-over from K passes to decoding",
+        caption=f"Steps after a K-pass prefill against steps after the recurrence, 95 % band.{words}",
+        figure=figure,
+    )
+
+
+def _shifted(interval: Any, by: float) -> tuple[float, float] | None:
+    if interval is None or None in interval:
+        return None
+    return interval[0] + by, interval[1] + by
+
+
+def _whole_passes(axes: Any) -> None:
+    """No tick between two whole numbers of passes."""
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=8)
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,204 @@
+"""Plots as SVG inside an HTML page: the page's own colours and fonts, and the same bytes for the same data."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+from crt_export.report.numbers import power_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: In units of 1/72 inch: about as wide as a phone, so that text keeps its size there.
+_WIDTH, _HEIGHT = 340, 232
+#: Room for what stands around the axes, and for a line of the legend, in the same units.
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND_LINE = 44, 6, 20, 36, 15
+
+# matplotlib knows no CSS variable: these colours stand in for them and are exchanged in the SVG.
+INK, MUTED, GRID = "#010203", "#010204", "#010205"
+SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215")
+GOOD = "#010221"
+_VARIABLES = {
+    INK: "--plot-ink",
+    MUTED: "--plot-muted",
+    GRID: "--plot-grid",
+    GOOD: "--plot-good",
+    **{color: f"--plot-{index}" for index, color in enumerate(SERIES, start=1)},
+}
+#: Lines that differ in shape as well, so that nobody has to tell colours apart.
+DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)), (0, (9, 2)))
+MARKERS = ("o", "s", "^", "D", "v")
+
+_STYLE = {
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9.5,
+    "figure.facecolor": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.borderaxespad": 0.0,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "xtick.major.size": 3,
+    "xtick.minor.size": 0,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 9,
+    "ytick.major.size": 3,
+    "ytick.minor.size": 0,
+}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """matplotlib's defaults with this package's style, whatever the user's settings are; they are put back after."""
+    import matplotlib
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]), matplotlib.rc_context():
+        yield
+
+
+def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure with one set of axes; the label of the vertical axis stands above it, where it is read first."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
+    axes = figure.add_subplot()
+    set_margins(figure)
+    axes.set_xlabel(xlabel)
+    axes.set_title(ylabel, loc="left", color=MUTED, pad=5)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def set_margins(figure: Figure, *, left: float = _LEFT, legend_lines: int = 0) -> None:
+    """Place the axes: the same margins in every plot, so that plots side by side are aligned."""
+    bottom = _BOTTOM + legend_lines * _LEGEND_LINE
+    figure.set_size_inches(_WIDTH / 72, (_HEIGHT + legend_lines * _LEGEND_LINE) / 72)
+    height = _HEIGHT + legend_lines * _LEGEND_LINE
+    figure.subplots_adjust(left=left / _WIDTH, right=1 - _RIGHT / _WIDTH, top=1 - _TOP / height, bottom=bottom / height)
+
+
+def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    """Name the lines below the plot, where they cover no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        set_margins(figure, legend_lines=-(-len(handles) // columns))
+        figure.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=columns, columnspacing=1.3,
+            borderpad=0.1, labelspacing=0.35,
+        )  # fmt: skip
+
+
+def log_axis(axes: Axes, which: str) -> None:
+    """Logarithmic, ticks as powers of ten, and 2 and 5 of each where there are few. To be called after plotting."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = getattr(axes, f"{which}axis")
+    steps = (1.0,) if high > 60 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=7))
+    axis.set_major_formatter(FuncFormatter(_decade))
+    axis.set_minor_locator(NullLocator())
+
+
+def symlog_axis(axes: Axes, which: str, linear: float) -> None:
+    """Logarithmic on both sides of zero, linear within ``linear`` of it."""
+    from matplotlib.ticker import FuncFormatter, NullLocator, SymmetricalLogLocator
+
+    getattr(axes, f"set_{which}scale")("symlog", linthresh=linear)
+    axis = getattr(axes, f"{which}axis")
+    locator = SymmetricalLogLocator(base=10, linthresh=linear)
+    locator.set_params(numticks=7)
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(_decade))
+    axis.set_minor_locator(NullLocator())
+
+
+def _decade(value: float, _: int | None = None) -> str:
+    """1, 10, 0.1 and 0.01 as they are, other powers of ten as powers."""
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{abs(value):.0e}".partition("e")
+    sign = "−" if value < 0 else ""
+    if -2 <= int(exponent) <= 3:
+        return f"{sign}{abs(value):g}"
+    return f"{sign}{'' if mantissa == '1' else f'{mantissa}×'}{power_text(int(exponent))}"
+
+
+def svg_from_figure(figure: Figure, *, identity: str, title: str, description: str) -> str:
+    """The figure as an ``<svg>`` element.
+
+    Args:
+        figure: What :func:`new_plot` made.
+        identity: Unique within the page, letters, digits and hyphens: every id in the SVG begins with it.
+        title: What assistive technology names the plot.
+        description: What is to be seen, in a sentence.
+
+    Returns:
+        The element without fixed size, colours as CSS variables, text as text in the page's font.
+    """
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": identity}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=metadata)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = _own_ids(text, identity)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    text = re.sub(r"(?:font-family: )?'DejaVu Sans'(?:, sans-serif)?", lambda found: _font(found[0]), text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    label = f'role="img" aria-labelledby="{identity}-title {identity}-desc"'
+    head = f"<svg {box[0] if box else ''} {label}>"
+    words = (
+        f'<title id="{identity}-title">{escape(title)}</title><desc id="{identity}-desc">{escape(description)}</desc>'
+    )
+    return head + words + re.sub(r"\n\s*", "\n", text[text.index(">") + 1 :]).strip()
+
+
+def _font(found: str) -> str:
+    return "font-family: var(--sans)" if found.startswith("font-family") else "var(--sans)"
+
+
+def _own_ids(text: str, identity: str) -> str:
+    """Drop ids that nothing points at, and put the plot's name before the others: they share a page."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+
+    def renamed(found: re.Match[str]) -> str:
+        return f' id="{identity}-{found[1]}"' if found[1] in used else ""
+
+    text = re.sub(r' id="([^"]*)"', renamed, text)
+    text = re.sub(r"url\(#", f"url(#{identity}-", text)
+    return re.sub(r'(?:xlink:)?href="#', f'href="#{identity}-', text)

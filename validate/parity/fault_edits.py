@@ -1,13 +1,14 @@
 """Surgery on a built ONNX file: what the faults of :mod:`faults` are made of.
 
-Every function works on the ``onnx.ModelProto`` of a graph of the contract, of any precision, number of layers and passes:
-it finds what it changes by operator and by the names of the contract, never by the exporter's numbered values.
+Every function works on the ``onnx.ModelProto`` of a graph of the contract, of any precision, number of layers and
+passes: it finds what it changes by operator and by the names of the contract, never by the exporter's numbered values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +34,7 @@ def constant(name: str, value: object, dtype: type = np.int64) -> TensorProto:
     return numpy_helper.from_array(np.array(value, dtype), name)
 
 
-def node(operator: str, inputs: Sequence[str], output: str, **attributes: object) -> onnx.NodeProto:
+def node(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
     """A node with one output."""
     return helper.make_node(operator, list(inputs), [output], **attributes)
 

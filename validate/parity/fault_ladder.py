@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from faults import Fault
 
 from crt_export.errors import CrtExportError
 from crt_export.ladder import CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
-from crt_export.parity import ParityOptions, ParityReport, validate_bundle
+from crt_export.parity import ParityOptions, validate_bundle
 from crt_export.parity.level import Check
+from crt_export.selftest import run_selftest
 
-#: The levels of the gate that take less than a minute; ``opening`` stands for a bundle that is refused before them.
+#: The levels of the gate that take less than a minute. Before them stands ``opening``: a bundle or text is refused;
+#: after them ``selftest``, the replay of the vectors where the bundle is deployed.
 FAST_LEVELS = (CONTRACT, ONE_STEP, CHAIN, CORPUS, FREE_RUNNING)
 OPENING = "opening"
+SELFTEST = "selftest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,33 +72,42 @@ def catch(
     """
     fault.inject(bundle)
     bundle.sign()
-    first: Catch | None = None
-    also: list[str] = []
-    for level in FAST_LEVELS:
-        chosen = ParityOptions(levels=(level,), **options)
-        try:
-            report = validate_bundle(bundle.path, text=text, tokens=tokens, options=chosen)
-        except CrtExportError as error:
-            sentence = str(error)
-            return Catch(
-                fault=fault.name,
-                target=bundle.target,
-                level=OPENING,
-                figure=f"exit code {error.exit_code}",
-                sentence=sentence,
-                named=_names(sentence, fault.says),
-            )
-        if report.passed:
-            continue
-        if first is not None:
-            also.append(level)
-            continue
-        first = _caught(fault, bundle.target, level, report)
-        if not everything:
-            return first
-    if first is None:
+    caught: list[Catch] = []
+    for level in (*FAST_LEVELS, SELFTEST):
+        found = _ask(level, fault, bundle, options, text, tokens)
+        if found is not None:
+            caught.append(found)
+            if found.level == OPENING or not everything:
+                break
+    if not caught:
         return Catch(fault=fault.name, target=bundle.target, level=None)
-    return Catch(**{**asdict(first), "also": tuple(also)})
+    return replace(caught[0], also=tuple(str(later.level) for later in caught[1:]))
+
+
+def _ask(
+    level: str, fault: Fault, bundle: SpoiledBundle, options: dict[str, Any], text: Path | None, tokens: Path | None
+) -> Catch | None:
+    """What one level says; None where it finds nothing."""
+    try:
+        if level == SELFTEST:
+            return _caught(fault, bundle.target, level, [(None, line) for line in run_selftest(bundle.path).failures])
+        chosen = ParityOptions(levels=(level,), **options)
+        report = validate_bundle(bundle.path, text=text, tokens=tokens, options=chosen)
+    except CrtExportError as error:
+        refused = SELFTEST if level == SELFTEST else OPENING
+        found = _caught(fault, bundle.target, refused, [(None, str(error))])
+        return found and replace(found, figure=f"exit code {error.exit_code}")
+    return _caught(
+        fault,
+        bundle.target,
+        level,
+        [
+            (check, f"{check.name}: {sentence}")
+            for result in report.levels
+            for check in result.checks
+            for sentence in check.failures
+        ],
+    )
 
 
 def markdown_table(catches: Sequence[Catch]) -> str:
@@ -109,24 +121,14 @@ def markdown_table(catches: Sequence[Catch]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _caught(fault: Fault, target: str, level: str, report: ParityReport) -> Catch:
-    failed = [
-        (check, f"{check.name}: {sentence}")
-        for result in report.levels
-        if result.level == level
-        for check in result.checks
-        for sentence in check.failures
-    ]
-    named = [pair for pair in failed if _names(pair[1], fault.says)]
+def _caught(fault: Fault, target: str, level: str, failed: Sequence[tuple[Check | None, str]]) -> Catch | None:
+    """The failure that names the place, else the first; None where there is none."""
+    if not failed:
+        return None
+    named = [pair for pair in failed if all(re.search(pattern, pair[1]) for pattern in fault.says)]
     check, sentence = (named or failed)[0]
-    return Catch(
-        fault=fault.name,
-        target=target,
-        level=level,
-        figure=_figure(check),
-        sentence=sentence,
-        named=bool(named),
-    )
+    figure = "" if check is None else _figure(check)
+    return Catch(fault=fault.name, target=target, level=level, figure=figure, sentence=sentence, named=bool(named))
 
 
 def _figure(check: Check) -> str:
@@ -134,10 +136,6 @@ def _figure(check: Check) -> str:
         return ""
     found = f"{check.value:.3g}" if check.interval is None else f"[{check.interval[0]:.3g}, {check.interval[1]:.3g}]"
     return f"{found}, {check.relation} {check.limit:g}"
-
-
-def _names(sentence: str, says: Sequence[str]) -> bool:
-    return all(re.search(pattern, sentence) for pattern in says)
 
 
 def _short(sentence: str, most: int = 200) -> str:

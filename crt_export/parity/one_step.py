@@ -1,0 +1,251 @@
+"""Level L1: one call from the reference's own state: is every output tensor right?
+
+Each graph is called with inputs that PyTorch FP32 made: at the start of a text and in its middle, rows at different
+positions in one call, chunks padded on the right, a row with nothing but padding, a first iterate of zeros and one that
+is wrong. Every output is compared: caches slot by slot, with the past as it was and nothing beyond what was written.
+
+The error of a tensor is its largest |difference| over the largest |value| that the reference has in it; of
+``residual``, which is a difference of hidden states, over the largest |value| of ``next_hidden``. ``next_token`` must
+be the argmax of the target's own logits and may differ from the reference's only where the reference is near a tie.
+
+``data`` of the result::
+
+    positions   tokens in the cache before the calls
+    tensors     per graph and output: max_abs, mean_abs, relative (the error above), limit; integers have none of these
+
+Outputs of both sides are saved for Polygraphy's tools, see :mod:`crt_export.parity.polygraphy_results`; saved caches
+stop at the last slot written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crt_export.engine.ort import OrtGraph
+from crt_export.errors import ContractError
+from crt_export.ladder import ONE_STEP
+from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.one_step_calls import Call, OneStepCalls
+from crt_export.parity.polygraphy_results import compare_outputs, save_outputs
+from crt_export.spec import GraphSpec, graph_names
+
+Array = NDArray[Any]
+
+FIGURE = "largest error / largest |value|"
+REFERENCE_RUN = "pytorch-fp32"
+_CACHE = "present_key_values."
+
+
+def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
+    """Call every graph of a target from the reference's own inputs and compare every output.
+
+    Args:
+        case: The target.
+        setup: Reference, text, limits, and where to save the outputs.
+
+    Returns:
+        One check per graph and output; a graph that cannot run is one failed check.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime or Polygraphy is not installed.
+    """
+    calls = OneStepCalls(case, setup)
+    checks: list[Check] = []
+    tensors: dict[str, Any] = {}
+    for name in graph_names(setup.config):
+        comparison = _Comparison(case, setup, name)
+        try:
+            graph = load_checked_graph(case, name, setup.config, setup.threads)
+            for call in calls.of(name):
+                comparison.add(graph, call, calls.capacity)
+        except ContractError as error:
+            checks.append(failed_check(f"{name}: runs", str(error)))
+        checks += comparison.checks()
+        tensors[name] = comparison.data()
+        if setup.saved_outputs is not None and comparison.outputs:
+            runs = {case.target: comparison.outputs, REFERENCE_RUN: comparison.references}
+            save_outputs(setup.saved_outputs / case.target / f"{name}.json", runs)
+    return LevelResult(
+        level=ONE_STEP,
+        target=case.target,
+        checks=tuple(checks),
+        data={"positions": calls.positions, "tensors": tensors},
+    )
+
+
+@dataclass
+class _Tensor:
+    """What was found about one output over all calls."""
+
+    max_abs: float = 0.0
+    mean_abs: float = 0.0
+    relative: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+class _Comparison:
+    """All calls of one graph."""
+
+    def __init__(self, case: ParityCase, setup: ParitySetup, name: str) -> None:
+        self._name, self._config = name, setup.config
+        self._spec: GraphSpec = case.spec(name, setup.config)
+        self._limit = setup.limits(case.precision).tensor_error
+        self._tolerance = f"{case.precision}.tensor_error"
+        self._near_tie = setup.tolerances.near_tie_margin
+        self._found: dict[str, _Tensor] = {}
+        self.outputs: list[dict[str, Array]] = []
+        self.references: list[dict[str, Array]] = []
+
+    def add(self, graph: OrtGraph, call: Call, capacity: int) -> None:
+        """Run one call and compare it.
+
+        Raises:
+            ContractError: ONNX Runtime failed.
+        """
+        whole = graph.run({tensor.name: call.inputs[tensor.name] for tensor in self._spec.inputs})
+        sizes = {"batch": len(call.rows), "capacity": capacity}
+        sizes["seq"] = next((v.shape[1] for k, v in call.inputs.items() if k in ("input_ids", "hidden")), 1)
+        sound = self._sound(whole, call, sizes)
+        expected = {name: call.expected[name] for name in sound}
+        self.outputs.append(sound)
+        self.references.append(expected)
+        floats = [name for name, values in sound.items() if values.dtype.kind == "f"]
+        scales = {name: self._scale(name, call.expected) for name in floats}
+        limits = {name: self._limit * scale for name, scale in scales.items()}
+        differences = compare_outputs(
+            {name: sound[name] for name in floats}, {name: expected[name] for name in floats}, limits
+        )
+        for name, difference in differences.items():
+            tensor = self._tensor(name)
+            tensor.max_abs = float(np.maximum(tensor.max_abs, difference.largest))
+            tensor.mean_abs = float(np.maximum(tensor.mean_abs, difference.mean))
+            relative = difference.largest / scales[name] if scales[name] else float(difference.largest > 0)
+            tensor.relative = float(np.maximum(tensor.relative, relative))
+            if not difference.passed:
+                tensor.failures.append(self._sentence(name, sound[name], expected[name], relative, call))
+        self._compare_integers(sound, expected, call)
+        for name in (name for name in sound if name.startswith(_CACHE)):
+            self._compare_slots(name, whole[name], call)
+
+    def checks(self) -> list[Check]:
+        """One per output that was compared."""
+        checks = []
+        for spec in self._spec.outputs:
+            found = self._found.get(spec.name)
+            if found is None:
+                continue
+            gated = spec.dtype != "int64"
+            checks.append(
+                Check(
+                    name=f"{self._name}: {spec.name}",
+                    figure=FIGURE if gated else "",
+                    value=found.relative if gated else None,
+                    limit=self._limit if gated else None,
+                    tolerance=self._tolerance if gated else "",
+                    passed=not found.failures,
+                    failures=tuple(found.failures),
+                )
+            )
+        return checks
+
+    def data(self) -> dict[str, dict[str, float]]:
+        """Per float output its figures."""
+        return {
+            spec.name: {
+                "max_abs": self._found[spec.name].max_abs,
+                "mean_abs": self._found[spec.name].mean_abs,
+                "relative": self._found[spec.name].relative,
+                "limit": self._limit,
+            }
+            for spec in self._spec.outputs
+            if spec.name in self._found and spec.dtype != "int64"
+        }
+
+    def _tensor(self, name: str) -> _Tensor:
+        return self._found.setdefault(name, _Tensor())
+
+    def _sound(self, whole: Mapping[str, Array], call: Call, sizes: Mapping[str, int]) -> dict[str, Array]:
+        """The outputs that can be compared at all, caches up to the last slot written; the others fail."""
+        for name in sorted(whole.keys() - {spec.name for spec in self._spec.outputs}):
+            raise ContractError(f"{self._name}: output {name} is not part of the contract")
+        sound = {}
+        for spec in self._spec.outputs:
+            shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
+            found = whole.get(spec.name)
+            problem = None
+            if found is None:
+                problem = f"{self._name} delivers no {spec.name}"
+            elif found.dtype != np.dtype(spec.dtype) or found.shape != shape or not found.size:
+                problem = (
+                    f"{self._name}: {spec.name} is {found.dtype} {list(found.shape)}, "
+                    f"expected {spec.dtype} {list(shape)} ({call.name})"
+                )
+            elif found.dtype.kind == "f" and not np.isfinite(found).all():
+                row = int(np.argwhere(~np.isfinite(found))[0][0])
+                problem = f"{self._name}: {spec.name} is NaN or infinite at {call.rows[row]} ({call.name})"
+            if problem is None and found is not None:
+                self._tensor(spec.name)
+                used = found[:, :, : call.slots] if spec.name.startswith(_CACHE) else found
+                sound[spec.name] = np.ascontiguousarray(used)
+            else:
+                self._tensor(spec.name).failures.append(str(problem))
+                self._tensor(spec.name).relative = float("nan")
+        return sound
+
+    @staticmethod
+    def _scale(name: str, expected: Mapping[str, Array]) -> float:
+        """Largest |value| of the reference; a residual is a difference of hidden states and is off as they are."""
+        return float(np.abs(expected["next_hidden" if name == "residual" else name]).max())
+
+    def _sentence(self, name: str, found: Array, expected: Array, relative: float, call: Call) -> str:
+        error = np.abs(found.astype(np.float64) - expected)
+        place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), error.shape))
+        return (
+            f"{FIGURE} is {relative:.3g}, expected at most {self._limit:g} ({self._tolerance}); at {list(place)} "
+            f"expected {expected[place]:.6g}, found {found[place]:.6g} ({call.rows[place[0]]}; {call.name})"
+        )
+
+    def _compare_integers(self, found: Mapping[str, Array], expected: Mapping[str, Array], call: Call) -> None:
+        if "next_position" in found:
+            wrong = np.flatnonzero(found["next_position"] != expected["next_position"])
+            for row in wrong[:1]:
+                self._tensor("next_position").failures.append(
+                    f"is {found['next_position'][row]}, expected {expected['next_position'][row]} "
+                    f"({call.rows[row]}; {call.name})"
+                )
+        if "next_token" in found and "logits" in found:
+            self._compare_tokens(found, expected, call)
+
+    def _compare_tokens(self, found: Mapping[str, Array], expected: Mapping[str, Array], call: Call) -> None:
+        own, due = found["logits"], expected["logits"]
+        allowed = max(self._near_tie, 2 * self._limit * float(np.abs(due).max()))
+        for row, token in enumerate(found["next_token"][:, 0]):
+            where = f"({call.rows[row]}; {call.name})"
+            if not 0 <= token < own.shape[1] or own[row, token] != own[row].max():
+                sentence = f"is {token}, the argmax of the graph's own logits is {own[row].argmax()} {where}"
+                self._tensor("next_token").failures.append(sentence)
+                continue
+            margin = float(due[row].max() - due[row, token])
+            if margin > allowed:
+                self._tensor("next_token").failures.append(
+                    f"is {token}, expected {due[row].argmax()}, whose logit is {margin:.3g} larger in the reference: "
+                    f"no near tie, which ends at {allowed:.3g} {where}"
+                )
+
+    def _compare_slots(self, name: str, cache: Array, call: Call) -> None:
+        """The past is as it was given, and what was not written is zero."""
+        past = call.inputs[name.replace("present", "past")]
+        for row, (start, stop) in enumerate(call.written):
+            if not np.array_equal(cache[row, :, :start], past[row, :, :start]):
+                sentence = f"slots before {start} were changed ({call.rows[row]}; {call.name})"
+                self._tensor(name).failures.append(sentence)
+            touched = np.flatnonzero(cache[row, :, stop:].any(axis=(0, 2)))
+            if len(touched):
+                sentence = f"slot {stop + touched[0]} is not zero, slots from {stop} on are unused"
+                self._tensor(name).failures.append(f"{sentence} ({call.rows[row]}; {call.name})")

@@ -2,17 +2,17 @@
 
 The tokens are the text's (teacher forcing), so that the reference and the target see the same history and any
 difference is the target's own, accumulated through its state and caches. A few rows of windows run on one set of
-buffers, are reset as a deployed session is, and run the next windows; after the last reset the first steps of the first
-windows must repeat themselves bit by bit, so nothing can have outlived a reset. A second chain starts from the hand-over
-of the prefill graph.
+buffers, are reset as a deployed session is, and run the next windows; after the last reset the first steps of the
+first windows must repeat themselves bit by bit, so nothing can have outlived a reset. A second chain starts from the
+hand-over of the prefill graph.
 
-The error of a tensor at a step is its largest |difference| over the largest |value| that it takes in the reference along
-the chain; for a cache it is that of the slot that the step wrote. ``next_token`` counts with the smallest logit error
-that explains it, half of the reference's margin, over the largest |logit|. ``data``:
+The error of a tensor at a step is its largest |difference| over the largest |value| that it takes in the reference
+along the chain; for a cache it is that of the slot that the step wrote. ``next_token`` counts with the smallest logit
+error that explains it, half of the reference's margin, over the largest |logit|. ``data``:
 
 * ``windows`` (indices), ``steps``
-* ``tensors``: per output ``largest``, ``step`` (where that was) and ``by_step`` (largest over windows, per step that ran;
-  None where it is NaN or infinite)
+* ``tensors``: per output ``largest``, ``step`` (where that was) and ``by_step`` (largest over windows, per step that
+  ran; None where it is NaN or infinite)
 * ``first_divergence``: None, or ``step``, ``window``, ``tensor``, ``error``, ``limit``
 * ``handover``: None, or ``start`` (tokens in parallel passes), ``passes``, ``tensors`` and ``first_divergence`` of the
   second chain; its first step is ``start - 1``, what the prefill graph itself delivers
@@ -33,6 +33,7 @@ from crt_export.parity.chain_errors import ChainErrors, ChainText
 from crt_export.parity.chain_run import ChainReference, TargetChain, tensor_order
 from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check, gate_at_most
 from crt_export.parity.trace import trace_tokens
+from crt_export.parity.value_scale import value_divisors
 from crt_export.spec import graph_names
 
 #: Steps that are repeated after the last reset.
@@ -109,7 +110,8 @@ def _run_texts(case: ParityCase, setup: ParitySetup, chain: _Chain) -> _Outcome:
     starts = [min(start, len(chain.windows) - rows) for start in range(0, len(chain.windows), rows)]
     starts = [0, 0] if len(chain.windows) == 1 else starts
     trace = trace_tokens(setup.reference, chain.ids)
-    reference = ChainReference(setup.model, trace, case.cache_head_dim)
+    divisors = value_divisors(case, setup.checkpoint)
+    reference = ChainReference(setup.model, trace, case.cache_head_dim, divisors)
     target = TargetChain(case, reference, load_checked_graph(case, "step", setup.config, setup.threads), rows)
     texts = [
         ChainText(window=chain.windows[start + row], after_reset=turn > 0)
@@ -151,13 +153,15 @@ def _handover(case: ParityCase, setup: ParitySetup, chain: _Chain, tolerance: st
         return Check(name="hand-over"), None
     start, count = chain.ids.shape[1] // 2, len(chain.windows)
     trace = trace_tokens(setup.reference, chain.ids, start=start, passes=case.unroll)
-    reference = ChainReference(setup.model, trace, case.cache_head_dim)
+    divisors = value_divisors(case, setup.checkpoint)
+    reference = ChainReference(setup.model, trace, case.cache_head_dim, divisors)
     steps = range(start - 1, chain.ids.shape[1])
     errors = ChainErrors(
         tensor_order(reference, setup.config.recurrent),
         [ChainText(window=window) for window in chain.windows],
         steps,
         setup.limits(case.precision).chain_error,
+        first_graph="prefill",
     )
     outcome, everything = _Outcome(errors=errors), slice(0, count)
     try:
@@ -207,7 +211,9 @@ def _steps_check(outcome: _Outcome) -> Check:
     compared = outcome.errors.compared
     taken, asked = int(compared.sum(axis=1).min()), compared.shape[1]
     failures = (
-        [f"{taken} of {asked} steps were compared in every window", outcome.failed] if taken < asked else [outcome.failed]
+        [f"{taken} of {asked} steps were compared in every window", outcome.failed]
+        if taken < asked
+        else [outcome.failed]
     )
     return Check(
         name="steps",
@@ -247,6 +253,8 @@ def _claim(name: str, problems: Sequence[str], failed: str) -> Check:
     """Something that has no figure."""
     if problems:
         return failed_check(name, *problems)
-    return failed_check(name, "not looked at, because the chain did not run to its end") if failed else Check(
-        name=name, passed=True
+    return (
+        failed_check(name, "not looked at, because the chain did not run to its end")
+        if failed
+        else Check(name=name, passed=True)
     )

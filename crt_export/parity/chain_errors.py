@@ -28,6 +28,7 @@ class Divergence:
     """Where a chain left the reference first.
 
     Attributes:
+        graph: The graph that delivered it.
         step: Position of the token that was fed.
         text: The text.
         tensor: The first tensor, in the order in which a step computes them.
@@ -36,6 +37,7 @@ class Divergence:
         detail: What was found and expected, where an error alone does not tell.
     """
 
+    graph: str
     step: int
     text: ChainText
     tensor: str
@@ -45,8 +47,11 @@ class Divergence:
 
     @property
     def place(self) -> str:
-        """``at step 12 of window 3``."""
-        return f"at step {self.step} of window {self.text.window}" + ", after a reset" * self.text.after_reset
+        """``step graph at step 12 of window 3``."""
+        return (
+            f"{self.graph} graph at step {self.step} of window {self.text.window}"
+            + ", after a reset" * self.text.after_reset
+        )
 
     @property
     def sentence(self) -> str:
@@ -74,7 +79,15 @@ class Divergence:
 class ChainErrors:
     """Filled while a chain runs; every array is [texts, steps]."""
 
-    def __init__(self, tensors: Sequence[str], texts: Sequence[ChainText], steps: range, limit: float) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[str],
+        texts: Sequence[ChainText],
+        steps: range,
+        limit: float,
+        *,
+        first_graph: str = "step",
+    ) -> None:
         """Start with nothing compared.
 
         Args:
@@ -82,14 +95,18 @@ class ChainErrors:
             texts: What the chain is run on.
             steps: Positions that are compared.
             limit: The most that an error may be.
+            first_graph: The graph that the first position is from; all others are from ``step``.
         """
+        self._first_graph = first_graph
         self.texts, self.steps, self.limit = tuple(texts), steps, limit
         shape = (len(self.texts), len(steps))
         self._errors = {name: np.zeros(shape) for name in tensors}
         self.compared = np.zeros(shape, bool)
         self._details: dict[tuple[str, int, int], str] = {}
 
-    def add(self, first: int, step: int, errors: Mapping[str, np.ndarray], details: Mapping[str, Sequence[str]]) -> None:
+    def add(
+        self, first: int, step: int, errors: Mapping[str, np.ndarray], details: Mapping[str, Sequence[str]]
+    ) -> None:
         """Note one step of some texts.
 
         Args:
@@ -113,7 +130,7 @@ class ChainErrors:
         return float(self._errors[tensor].max())
 
     def first_divergence(self, tensor: str | None = None, *, after_reset: bool = False) -> Divergence | None:
-        """The earliest step beyond the limit, there the first tensor and its worst text.
+        """The earliest step beyond the limit, there the first tensor and of that the first text.
 
         Args:
             tensor: Look at this one only.
@@ -129,9 +146,11 @@ class ChainErrors:
         if not found:
             return None
         column, _, name = min(found)
-        errors = np.where(wanted, self._errors[name][:, column], -1.0)
-        text, step = int(errors.argmax()), self.steps[column]
+        errors = self._errors[name][:, column]
+        # The first text, not the worst: a text after a reset is named only where the fresh ones were right.
+        text, step = int(((errors > self.limit) & wanted).argmax()), self.steps[column]
         return Divergence(
+            graph="step" if column else self._first_graph,
             step=step,
             text=self.texts[text],
             tensor=name,

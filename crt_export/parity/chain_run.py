@@ -22,15 +22,17 @@ _TINY = float(np.finfo(np.float32).tiny)
 class ChainReference:
     """What the reference says about a trace, by output name, as numpy arrays and in the cache's head dim."""
 
-    def __init__(self, model: Model, trace: Trace, cache_head_dim: int) -> None:
+    def __init__(self, model: Model, trace: Trace, cache_head_dim: int, divisors: Sequence[np.ndarray]) -> None:
         """Take the caches apart by name and find the largest |value| of every tensor.
 
         Args:
             model: The reference, for logits.
             trace: What it delivered.
             cache_head_dim: Head dim of the target's caches, at least the model's; what is beyond it must be zero.
+            divisors: Per layer what the target's values are divided by, see :mod:`crt_export.parity.value_scale`.
         """
-        self._model, self.trace = model, trace
+        self.model, self.trace = model, trace
+        self.divisors = {f"present_key_values.{layer}.value": found for layer, found in enumerate(divisors)}
         self.caches: dict[str, np.ndarray] = {}
         for layer, pair in enumerate(zip(trace.keys, trace.values, strict=True)):
             for kind, values in zip(("key", "value"), pair, strict=True):
@@ -44,7 +46,7 @@ class ChainReference:
     @torch.no_grad()
     def logits(self, texts: slice, step: int) -> np.ndarray:
         """Float32 [texts, vocab]."""
-        return self._model.head(self.trace.hidden[texts, step]).numpy()
+        return self.model.head(self.trace.hidden[texts, step]).numpy()
 
     def state(self, texts: slice, step: int) -> np.ndarray:
         """Float32 [texts, 1, hidden]."""
@@ -64,7 +66,7 @@ class TargetChain:
             rows: Texts per call.
         """
         self._case, self._reference, self._rows = case, reference, rows
-        config, trace = reference._model.config, reference.trace
+        config, trace = reference.model.config, reference.trace
         capacity = trace.ids.shape[1] + _SPARE_SLOTS if case.capacity is None else case.capacity
         self._config, self._sizes = config, {"batch": rows, "capacity": capacity}
         spec = case.spec("step", config)
@@ -121,15 +123,14 @@ class TargetChain:
         """What was written to a cache after its step, or beyond the last token; ``windows`` names the rows."""
         end, problems = self._reference.trace.ids.shape[1], []
         for name, written in self._written.items():
-            changed = _differs(self._cache(name), written).any(axis=(1, 3))
-            for part, what in (
-                (changed[:, :end], "was written to again after its own step"),
-                (changed[:, end:], f"is not zero, though only {end} tokens were fed"),
+            changed = np.any(_differs(self._cache(name), written), axis=(1, 3))
+            for first, part, what in (
+                (0, changed[:, :end], "was written to again after its own step"),
+                (end, changed[:, end:], f"is not zero, though only {end} tokens were fed"),
             ):
                 if part.any():
                     row, slot = (int(index) for index in np.argwhere(part)[0])
-                    slot += end if "zero" in what else 0
-                    problems.append(f"{name} of window {windows[row]}: slot {slot} {what}")
+                    problems.append(f"{name} of window {windows[row]}: slot {first + slot} {what}")
         return problems
 
     def _feed(self, position: int, texts: slice) -> None:
@@ -145,6 +146,7 @@ class TargetChain:
         for name, expected in self._reference.caches.items():
             new = self._cache(name)[:, :, slots]
             self._written[name][:, :, slots] = new
+            new = new.astype(np.float32) * self._reference.divisors.get(name, np.float32(1))
             found[name] = _errors(new, expected[texts, :, slots], self._reference.scales[name])
         if bound.has("next_state"):
             state, scale = bound.read("next_state"), self._reference.scales["next_state"]
@@ -178,7 +180,7 @@ def _largest(values: np.ndarray) -> float:
 def _errors(found: np.ndarray, expected: np.ndarray, scale: float) -> np.ndarray:
     """Largest |difference| over the scale, per row; NaN stays NaN."""
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = np.abs(found.astype(np.float32) - expected)
+        difference = np.abs(found - expected)
     return difference.reshape(len(found), -1).max(axis=1).astype(np.float64) / scale
 
 
@@ -207,6 +209,4 @@ def _token_problem(token: int, logits: np.ndarray, expected: np.ndarray) -> str:
 
 
 def _differs(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return (found != expected) & ~(np.isnan(found) & np.isnan(expected))
-
-
+    return np.not_equal(found, expected) & ~(np.isnan(found) & np.isnan(expected))

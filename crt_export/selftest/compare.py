@@ -10,8 +10,6 @@ from crt_export.selftest.replay import Observed
 from crt_export.selftest.report import TensorResult
 from crt_export.selftest.vectors import Vectors
 
-_TINY = float(np.finfo(np.float32).tiny)
-
 
 @dataclass
 class _Largest:
@@ -30,7 +28,7 @@ class Comparison:
     Attributes:
         vectors: All vectors.
         run: Name of the run that the replay must reproduce.
-        limit: Largest |difference| over the largest |value| of the vector.
+        limit: Largest |difference| over the largest |value| of the vectors.
     """
 
     vectors: Vectors
@@ -43,11 +41,12 @@ class Comparison:
         """Compare logits, state and next token of one index."""
         index = observed.index
         expected = self.vectors.tensors[f"{self.run}.logits.{index}"]
-        self._compare("logits", observed.logits[self.vectors.columns(index)], expected, place(self.vectors, index))
+        where, scale = place(self.vectors, index), self.vectors.scale(self.run, "logits")
+        self._compare("logits", observed.logits[self.vectors.columns(index)], expected, scale, where)
         if observed.state is not None:
-            state = self.vectors.tensors[f"{self.run}.state"][index]
-            self._compare("state", observed.state, state, place(self.vectors, index))
-        self._check_token(observed, float(np.abs(expected).max()))
+            states = self.vectors.tensors[f"{self.run}.state"]
+            self._compare("state", observed.state, states[index], self.vectors.scale(self.run, "state"), where)
+        self._check_token(observed, scale)
 
     def add_caches(self, observed: Observed) -> None:
         """Compare the caches; entries that pad the head dim must be zero."""
@@ -58,7 +57,8 @@ class Comparison:
             found = found.astype(np.float32)
             with np.errstate(invalid="ignore"):
                 position = int(np.abs(found - expected).max(axis=(0, 2)).argmax())
-            self._compare(name, found, expected, f"at position {position}")
+            scale = self.vectors.scale(self.run, name)
+            self._compare(name, found, expected, scale, f"at position {position}")
 
     @property
     def results(self) -> tuple[TensorResult, ...]:
@@ -78,9 +78,8 @@ class Comparison:
         ]
         return (*off, *self._tokens)
 
-    def _compare(self, name: str, found: np.ndarray, expected: np.ndarray, where: str) -> None:
+    def _compare(self, name: str, found: np.ndarray, expected: np.ndarray, scale: float, where: str) -> None:
         largest = self._tensors.setdefault(name, _Largest())
-        scale = max(float(np.abs(expected).max(initial=0.0)), _TINY)
         with np.errstate(invalid="ignore"):
             error = float(np.abs(found - expected).max(initial=0.0)) / scale
         if not error <= largest.error:  # NaN too

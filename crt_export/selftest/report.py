@@ -19,7 +19,7 @@ class TensorResult:
 
     Attributes:
         tensor: ``logits``, ``state``, ``past_key_values.{layer}.key`` or ``.value``.
-        largest: Largest |difference| over the largest |value| of the vector.
+        largest: Largest |difference| over the largest |value| of the vectors.
         where: Where that is: after which step, at which position; empty where all are exact.
         limit: What ``largest`` may be.
     """

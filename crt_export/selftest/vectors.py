@@ -22,7 +22,7 @@ snapshots (:mod:`crt_export.runtime.tensor_file`), ``generator`` ("crt-export 0.
 ``checkpoint`` (the content hash of the checkpoint), ``ids`` (where the tokens are from: "validation text",
 "packaged text" or "random"), ``seed`` (of random ones, else empty), ``prompt`` (P), ``steps`` (S), ``logit_stride``,
 and ``limits``: JSON, per precision the largest |difference| that the self-test allows, over the largest |value| of
-the vector it is compared with. It stands in the file because a deployed machine has no other place for it.
+the tensor in all steps of the run. It stands in the file because a deployed machine has no other place for it.
 """
 
 from __future__ import annotations
@@ -104,6 +104,12 @@ class Vectors:
         stride = int(self.metadata["logit_stride"])
         return slice(None) if index in (0, self.steps) else slice(index % stride, None, stride)
 
+    def scale(self, run: str, tensor: str) -> float:
+        """Largest |value| of a tensor in a run, of all its steps: what an error is relative to."""
+        names = [f"{run}.{tensor}.{index}" for index in range(self.steps + 1)] if tensor == "logits" else []
+        largest = [float(np.abs(self.tensors[name]).max(initial=0.0)) for name in names or [f"{run}.{tensor}"]]
+        return max(*largest, float(np.finfo(np.float32).tiny))
+
     def to_bytes(self) -> bytes:
         """The content of the file."""
         return tensor_file_bytes(VECTORS, self.metadata, self.tensors)
@@ -158,6 +164,9 @@ def _is_limit(value: object) -> bool:
 def _shape_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
     if RECURRENCE not in vectors.runs:
         yield f"they hold no run {RECURRENCE!r}"
+    if vectors.steps > len(vectors.tensors):  # names of that many steps would fill the memory
+        yield f"metadata steps is {vectors.steps}, but the file has {len(vectors.tensors)} tensors"
+        return
     expected = _expected(vectors, config)
     yield from (f"{name} is missing" for name in expected if name not in vectors.tensors)
     yield from (f"{name} is unknown" for name in vectors.tensors if name not in expected)

@@ -13,6 +13,10 @@ else()
 endif()
 
 install(TARGETS crt_runtime EXPORT crt_runtime-targets)
+# The program finds the library in the installed folder, wherever that is moved to.
+file(RELATIVE_PATH library_folder "/${CMAKE_INSTALL_BINDIR}" "/${CMAKE_INSTALL_LIBDIR}")
+set_target_properties(crt-selftest PROPERTIES INSTALL_RPATH "\$ORIGIN/${library_folder}")
+install(TARGETS crt-selftest)
 install(DIRECTORY include/crt_runtime DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(EXPORT crt_runtime-targets NAMESPACE crt_runtime:: DESTINATION "${package_folder}")
 

@@ -6,6 +6,7 @@
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/generation.hpp"
 #include "crt_runtime/sampling.hpp"
+#include "crt_runtime/selftest.hpp"
 #include "crt_runtime/session.hpp"
 #include "crt_runtime/snapshot.hpp"
 #include "crt_runtime/tokenizer.hpp"

@@ -101,6 +101,8 @@ BundleFiles BundleFiles::open(const std::string& path, bool allow_unvalidated) {
                     "or allow an unvalidated bundle if that is what you want");
   }
   files.identity_ = manifest.identity;
+  files.checkpoint_ = content.at("checkpoint").at("sha256").string();
+  files.validated_ = content.at("validated").boolean();
   files.config_ = config_of(folder, content.at("config"));
   files.contracts_ = graph_contracts(files.config_);
   files.take_tables(content);

@@ -85,6 +85,11 @@ class BundleFiles {
   const std::string& path() const noexcept { return path_; }
   const std::string& identity() const noexcept { return identity_; }
   const ModelConfig& config() const noexcept { return config_; }
+  /// Content hash of the checkpoint that the bundle was built from.
+  const std::string& checkpoint() const noexcept { return checkpoint_; }
+  /// Whether it was shown to agree with PyTorch when it was built.
+  bool validated() const noexcept { return validated_; }
+  bool contains(const std::string& name) const { return files_.count(name) != 0; }
   const std::vector<std::string>& target_names() const noexcept { return target_names_; }
   /// Throws Error(input) if there is no such target, Error(bundle) if its entry is unusable.
   const Target& target(const std::string& name) const;
@@ -115,6 +120,8 @@ class BundleFiles {
 
   std::string path_;
   std::string identity_;
+  std::string checkpoint_;
+  bool validated_ = false;
   ModelConfig config_;
   std::vector<std::string> target_names_;  // in the order of the manifest
   std::map<std::string, TargetEntry> targets_;

@@ -23,7 +23,7 @@ struct StoredTensor {
   std::uint64_t end = 0;
 };
 
-/// Bytes per element; unset for a dtype that no snapshot has.
+/// Bytes per element; unset for a dtype that no file of this package has.
 std::optional<std::uint64_t> element_bytes(const std::string& dtype) noexcept {
   if (dtype == "I64") {
     return 8;
@@ -139,7 +139,7 @@ StoredTensor stored_tensor(const std::string& name, const JsonValue& entry) {
   const std::optional<std::uint64_t> width = element_bytes(stored.tensor.dtype);
   if (!width) {
     throw SafetensorsError(in_quotes(name, 80) + " is " + in_quotes(stored.tensor.dtype, 80) +
-                 "; a snapshot has I64, F32, F16, U8 only");
+                 "; expected I64, F32, F16 or U8");
   }
   if (offsets.size() != 2 || offsets[0] > offsets[1]) {
     throw SafetensorsError(in_quotes(name, 80) + ": data_offsets must be begin and end");

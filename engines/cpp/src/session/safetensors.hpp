@@ -26,7 +26,7 @@ class SafetensorsFile {
 
   /// A string of the metadata; nullptr if it has none of this name.
   const std::string* metadata(const std::string& key) const noexcept;
-  /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have a dtype of a snapshot.
+  /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have one of the four dtypes of this package.
   std::vector<SnapshotTensor> tensors() const;
 
  private:

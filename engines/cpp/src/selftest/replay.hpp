@@ -1,0 +1,51 @@
+// Feed the tokens of the vectors to a session, through its public calls only: the twin of crt_export/selftest/replay.py.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "crt_runtime/session.hpp"
+#include "selftest/vectors.hpp"
+
+namespace crt {
+
+enum class Feed {
+  step,          ///< token by token
+  prefill,       ///< the unrolled graph
+  prefill_pass,  ///< as many single passes as a chunk has tokens, which is the exact recurrence
+};
+
+const char* feed_name(Feed feed) noexcept;
+
+struct Feeding {
+  Feed by = Feed::step;
+  std::int64_t chunk = 1;  ///< most tokens per call of prefill
+  std::int64_t steps = 0;  ///< steps after the prompt
+};
+
+/// One cache of a session of one row, [heads, tokens, head_dim] as float32.
+struct ObservedCache {
+  std::string name;  ///< past_key_values.{layer}.key or .value
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+
+/// What a session holds after the prompt (index 0) or after step index.
+struct Observed {
+  std::int64_t index = 0;
+  std::vector<float> logits;
+  std::int64_t next_token = 0;
+  std::vector<float> state;  ///< empty for a plain transformer
+  std::vector<ObservedCache> caches;
+};
+
+/// Run a session of one row from its start, looking at it after the prompt and after every step.
+void replay(Session& session, const SelftestVectors& vectors, const Feeding& feeding,
+            const std::function<void(Observed)>& look);
+
+/// Where in a run an index is: "after step 3".
+std::string place(const SelftestVectors& vectors, std::int64_t index, const char* preposition = "after");
+
+}  // namespace crt

@@ -1,0 +1,219 @@
+#include "selftest/vectors.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "bundle/json.hpp"
+#include "bundle/message_text.hpp"
+#include "bundle/paths.hpp"
+#include "bundle/problem_list.hpp"
+#include "crt_runtime/error.hpp"
+#include "engine/tensor_names.hpp"
+#include "session/finite.hpp"
+#include "session/tensor_file.hpp"
+
+namespace crt {
+
+namespace {
+
+constexpr char kNextTokens[] = ".next_tokens";
+constexpr std::int64_t kMostDigits = 9;
+
+const TensorFileKind& vectors_kind() {
+  static const TensorFileKind kind{
+      "crt-export selftest vectors",
+      1,
+      "a file of self-test vectors",
+      {"generator", "torch", "checkpoint", "ids", "seed", "prompt", "steps", "logit_stride", "limits"}};
+  return kind;
+}
+
+std::string shape_text(const std::string& dtype, const std::vector<std::int64_t>& shape) {
+  std::vector<std::string> dims;
+  for (const std::int64_t dim : shape) {
+    dims.push_back(std::to_string(dim));
+  }
+  return dtype + " [" + joined(dims) + "]";
+}
+
+/// A whole number of the metadata; adds a problem if it is none.
+std::int64_t count_of(const std::map<std::string, std::string>& metadata, const char* key, std::int64_t least,
+                      std::vector<std::string>* problems) {
+  const std::string& text = metadata.at(key);
+  const bool digits = !text.empty() && text.size() <= static_cast<std::size_t>(kMostDigits) &&
+                      text.find_first_not_of("0123456789") == std::string::npos;
+  const std::int64_t number = digits ? std::stoll(text) : least - 1;
+  if (number < least) {
+    problems->push_back(std::string("metadata ") + key + " must be a whole number of at least " +
+                        std::to_string(least) + ", found " + in_quotes(text, 80));
+  }
+  return number;
+}
+
+/// Limits by precision; unset where they are no JSON object of numbers above 0.
+std::optional<std::map<std::string, double>> limits_of(const std::string& text) {
+  std::map<std::string, double> limits;
+  try {
+    const JsonValue parsed = parse_json(text);
+    if (!parsed.is_object()) {
+      return std::nullopt;
+    }
+    for (const auto& [precision, value] : parsed.object().members()) {
+      if (!value.is_number() || !(value.number() > 0)) {
+        return std::nullopt;
+      }
+      limits[precision] = value.number();
+    }
+  } catch (const JsonError&) {
+    return std::nullopt;
+  }
+  return limits;
+}
+
+template <typename Value>
+std::vector<Value> values_of(const SnapshotTensor& tensor) {
+  std::vector<Value> values(tensor.data.size() / sizeof(Value));
+  if (!values.empty()) {
+    std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(Value));
+  }
+  return values;
+}
+
+[[noreturn]] void refuse(const std::string& path, const std::vector<std::string>& problems) {
+  throw Error(ErrorKind::bundle,
+              problem_list("the self-test vectors " + path + " cannot be used; build the bundle again", problems));
+}
+
+}  // namespace
+
+std::string prefill_run(std::int64_t unroll, std::int64_t chunk) {
+  return "prefill.k" + std::to_string(unroll) + ".chunk" + std::to_string(chunk);
+}
+
+bool SelftestVectors::has_run(const std::string& run) const noexcept {
+  return std::find(runs_.begin(), runs_.end(), run) != runs_.end();
+}
+
+SelftestVectors SelftestVectors::load(const std::string& path, const ModelConfig& config,
+                                      const std::string& checkpoint) {
+  SelftestVectors vectors;
+  std::vector<std::string> problems;
+  try {
+    const TensorFile file = read_tensor_file(vectors_kind(), path);
+    vectors.take_metadata(file.metadata, checkpoint, &problems);
+    if (problems.empty()) {
+      vectors.check_shapes(file.tensors, config, &problems);
+    }
+    if (problems.empty()) {
+      vectors.take_values(file.tensors, config, &problems);
+    }
+  } catch (const SystemError& error) {
+    throw Error(ErrorKind::bundle, "cannot read the self-test vectors " + path + ": " + error.what());
+  }
+  if (!problems.empty()) {
+    refuse(path, problems);
+  }
+  return vectors;
+}
+
+void SelftestVectors::take_metadata(const std::map<std::string, std::string>& metadata, const std::string& checkpoint,
+                                    std::vector<std::string>* problems) {
+  if (metadata.at("checkpoint") != checkpoint) {
+    problems->push_back("they were made of the checkpoint " + first_characters(metadata.at("checkpoint"), 16) +
+                        ", the bundle of " + first_characters(checkpoint, 16) + " (content hashes)");
+  }
+  prompt_ = count_of(metadata, "prompt", 1, problems);
+  steps_ = count_of(metadata, "steps", 0, problems);
+  stride_ = count_of(metadata, "logit_stride", 1, problems);
+  const std::optional<std::map<std::string, double>> limits = limits_of(metadata.at("limits"));
+  if (limits) {
+    limits_ = *limits;
+  } else {
+    problems->push_back("metadata limits must be a JSON object of numbers above 0, found " +
+                        in_quotes(metadata.at("limits"), 80));
+  }
+}
+
+std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(const ModelConfig& config) const {
+  const std::int64_t tokens = prompt_ + steps_;
+  std::map<std::string, Expected> expected{{"input_ids", {"I64", {tokens}}}};
+  for (const std::string& run : runs_) {
+    for (std::int64_t index = 0; index <= steps_; ++index) {
+      const std::int64_t left = std::max<std::int64_t>(0, config.vocab - first_column(index));
+      const std::int64_t stride = column_stride(index);
+      expected[run + ".logits." + std::to_string(index)] = {"F32", {(left + stride - 1) / stride}};
+    }
+    if (config.recurrent) {
+      expected[run + ".state"] = {"F32", {steps_ + 1, config.hidden}};
+    }
+    expected[run + kNextTokens] = {"I64", {steps_ + 1}};
+    expected[run + ".margins"] = {"F32", {steps_ + 1}};
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+      const Expected cache{"F32", {config.heads, tokens, config.head_dim}};
+      expected[run + "." + names::past_key_values_key(layer)] = cache;
+      expected[run + "." + names::past_key_values_value(layer)] = cache;
+    }
+  }
+  return expected;
+}
+
+void SelftestVectors::check_shapes(const std::vector<SnapshotTensor>& tensors, const ModelConfig& config,
+                                   std::vector<std::string>* problems) {
+  const std::string ending = kNextTokens;
+  std::map<std::string, const SnapshotTensor*> found;
+  for (const SnapshotTensor& tensor : tensors) {
+    found[tensor.name] = &tensor;
+    const std::size_t size = tensor.name.size();
+    if (size > ending.size() && tensor.name.compare(size - ending.size(), ending.size(), ending) == 0) {
+      runs_.push_back(tensor.name.substr(0, size - ending.size()));
+    }
+  }
+  if (!has_run(kRecurrence)) {
+    problems->push_back(std::string("they hold no run '") + kRecurrence + "'");
+  }
+  // A number of steps beyond the tensors of the file would ask for more names than memory holds.
+  if (steps_ > static_cast<std::int64_t>(tensors.size())) {
+    problems->push_back("metadata steps is " + std::to_string(steps_) + ", but the file has " +
+                        std::to_string(tensors.size()) + " tensors");
+    return;
+  }
+  const std::map<std::string, Expected> wanted = expected(config);
+  for (const auto& [name, form] : wanted) {
+    const auto tensor = found.find(name);
+    if (tensor == found.end()) {
+      problems->push_back(name + " is missing");
+    } else if (tensor->second->dtype != form.dtype || tensor->second->shape != form.shape) {
+      problems->push_back(name + " must be " + shape_text(form.dtype, form.shape) + ", found " +
+                          shape_text(tensor->second->dtype, tensor->second->shape));
+    }
+  }
+  for (const auto& entry : found) {
+    if (wanted.count(entry.first) == 0) {
+      problems->push_back(entry.first + " is unknown");
+    }
+  }
+}
+
+void SelftestVectors::take_values(const std::vector<SnapshotTensor>& tensors, const ModelConfig& config,
+                                  std::vector<std::string>* problems) {
+  for (const SnapshotTensor& tensor : tensors) {
+    if (tensor.dtype == "F32") {
+      std::vector<float>& values = values_[tensor.name];
+      values = values_of<float>(tensor);
+      if (!all_finite(values.data(), values.size())) {
+        problems->push_back(tensor.name + " is not finite");
+      }
+      continue;
+    }
+    std::vector<std::int64_t>& numbers = numbers_[tensor.name];
+    numbers = values_of<std::int64_t>(tensor);
+    const auto outside = [&config](std::int64_t token) { return token < 0 || token >= config.vocab; };
+    if (std::any_of(numbers.begin(), numbers.end(), outside)) {
+      problems->push_back(tensor.name + " holds tokens outside the vocabulary (0 to " +
+                          std::to_string(config.vocab - 1) + ")");
+    }
+  }
+}
+
+}  // namespace crt

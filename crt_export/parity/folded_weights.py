@@ -56,6 +56,22 @@ def _parts(linear: str, group: LinearInput, config: ModelConfig, precision: str)
     return (f"{linear}.weight_q", f"{linear}.weight_scale", f"{group.name}.input_scale", *bias)
 
 
+def value_factors(checkpoint: Checkpoint, precision: str, weights: Arrays) -> tuple[Floats, ...]:
+    """What a graph divides the values in its cache by, per layer float32 [heads, 1, head_dim]; ones but for ``w8a8``.
+
+    Smoothing lets v and o trade scale, so the cache of a ``w8a8`` graph holds smoothed values. They are recovered from
+    the graph's own weights; whether v and o carry the same factor is for the contract level to say.
+    """
+    config = checkpoint.config
+    shape = (config.num_attention_heads, 1, config.head_dim)
+    factors = []
+    for group in (group for group in linear_inputs(config) if group.producer is not None):
+        folded = FoldedGroup(group, checkpoint, precision, weights)
+        usable = precision == "w8a8" and weights.names.issuperset(folded.names)
+        factors.append((folded.factor() if usable else np.ones(config.hidden_size, np.float32)).reshape(shape))
+    return tuple(factors)
+
+
 class FoldedGroup:
     """One activation with its readers, and for v and o of a ``w8a8`` layer the two groups that share a factor."""
 
@@ -69,6 +85,10 @@ class FoldedGroup:
             involved.append(self._groups[group.producer])
         names = [name for other in involved for name in self._names(other)]
         self.names = tuple(dict.fromkeys(names))
+
+    def factor(self) -> Floats:
+        """What smoothing divided the channels of the activation by, float32 [channels]."""
+        return self._factor(self._group)[0]
 
     def check(self) -> tuple[list[str], float]:
         """Sentences on what is wrong, and the largest distance of a weight in quantisation steps."""

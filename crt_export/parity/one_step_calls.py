@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from crt_export.model import Carry, Model
 from crt_export.parity.case import ParityCase
+from crt_export.parity.folded_weights import value_factors
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import PREFILL, STEP
+from crt_export.parity.weight_audit import Weights
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -70,7 +73,10 @@ class OneStepCalls:
         self._ids = torch.from_numpy(windows.inputs[chosen][:, : self.past + self.seq])
         self._hidden, carry = setup.model.sequential(self._ids)
         self._keys = [self._as_cached(keys) for keys in carry.keys]
-        self._values = [self._as_cached(values) for values in carry.values]
+        # A cache of values is smoothed in some precisions: both what goes in and what is expected to come out.
+        self._smoothing = [torch.from_numpy(factor) for factor in _smoothing(case, setup)]
+        smoothed = [values / factor for values, factor in zip(carry.values, self._smoothing, strict=True)]
+        self._values = [self._as_cached(values) for values in smoothed]
         self.capacity = case.capacity or self.past + self.seq + _SPARE
 
     @property
@@ -128,7 +134,10 @@ class OneStepCalls:
         return Carry(
             state=state,
             keys=tuple(keys[windows, :, :position] for keys in self._keys),
-            values=tuple(values[windows, :, :position] for values in self._values),
+            values=tuple(
+                values[windows, :, :position] * factor
+                for values, factor in zip(self._values, self._smoothing, strict=True)
+            ),
             position=torch.full((len(rows),), position),
         )
 
@@ -147,7 +156,10 @@ class OneStepCalls:
             part = [rows[index] for index in group]
             outputs = reference_outputs(self._model, ids[group], self._carry(part), iterate[group], part, passes)
             for output, values in outputs.items():
-                values = self._placed(values, slots) if output.startswith("present") else values
+                if output.endswith(".value"):
+                    values = values / self._smoothing[int(output.split(".")[1])].numpy()
+                if output.startswith("present"):
+                    values = self._placed(values, slots)
                 expected.setdefault(output, np.zeros((len(rows), *values.shape[1:]), values.dtype))[group] = values
         return Call(
             name=name,
@@ -232,6 +244,17 @@ def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, 
     for layer, (keys, values) in enumerate(zip(after.keys, after.values, strict=True)):
         outputs = {**outputs, f"present_key_values.{layer}.key": keys, f"present_key_values.{layer}.value": values}
     return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def _smoothing(case: ParityCase, setup: ParitySetup) -> tuple[NDArray[np.float32], ...]:
+    """Factors of the target's value caches, from its step graph; a file that cannot be read fails its own checks."""
+    try:
+        weights = Weights(ir.load(case.graphs[STEP]))
+        return value_factors(setup.checkpoint, case.precision, weights)
+    except Exception:  # protobuf, onnx_ir and the file system raise many kinds for a damaged or missing file
+        config = setup.config
+        ones = np.ones((config.num_attention_heads, 1, config.head_dim), np.float32)
+        return (ones,) * config.num_hidden_layers
 
 
 def _by_position(rows: list[Row]) -> list[list[int]]:

@@ -70,7 +70,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
-        write_vectors(checkpoint, tokenizer, profiles, text.validation, staging.path, progress)
+        write_vectors(checkpoint, tokenizer, profiles, text.validation, plan, staging.path, progress)
         report = None
         if options.validated and text.validation is not None:
             report = _validated(checkpoint, targets, text.validation, plan, staging.path, options, progress)

@@ -8,7 +8,7 @@ import numpy as np
 
 from crt_export.selftest.replay import Observed
 from crt_export.selftest.report import TensorResult
-from crt_export.selftest.vectors import Vectors
+from crt_export.selftest.vectors import Vectors, divisor_name
 
 
 @dataclass
@@ -28,11 +28,13 @@ class Comparison:
     Attributes:
         vectors: All vectors.
         run: Name of the run that the replay must reproduce.
+        precision: Precision of the target.
         limit: Largest |difference| over the largest |value| of the vectors.
     """
 
     vectors: Vectors
     run: str
+    precision: str
     limit: float
     _tensors: dict[str, _Largest] = field(default_factory=dict)
     _tokens: list[str] = field(default_factory=list)
@@ -55,6 +57,10 @@ class Comparison:
             expected = np.zeros_like(found, np.float32)
             expected[..., : stored.shape[-1]] = stored
             found = found.astype(np.float32)
+            layer, _, kind = name.removeprefix("past_key_values.").partition(".")
+            divisors = self.vectors.tensors.get(divisor_name(self.precision, int(layer)))
+            if kind == "value" and divisors is not None:
+                found[..., : stored.shape[-1]] *= divisors[:, None]
             with np.errstate(invalid="ignore"):
                 position = int(np.abs(found - expected).max(axis=(0, 2)).argmax())
             scale = self.vectors.scale(self.run, name)

@@ -119,7 +119,7 @@ def _replays(session: Session, recurrent: bool, target: Target, vectors: Vectors
         plan.append((RECURRENCE, Feeding(by="prefill_pass", chunk=chunk, steps=min(steps, _FEW_STEPS))))
     results, seen = [], []
     for name, feeding in plan:
-        comparison = Comparison(vectors=vectors, run=name, limit=limit)
+        comparison = Comparison(vectors=vectors, run=name, precision=target.profile.precision, limit=limit)
         observed, failure = _observe(session, vectors, feeding, comparison)
         if feeding is by_prefill:
             seen = observed

@@ -15,6 +15,9 @@ chunk among the targets. Index 0 is after the prompt, index i after step i, so a
 ``{run}.margins``                        float32 [S + 1]              how far the second best logit is below the best
 ``{run}.past_key_values.{l}.key|value``  float32 [heads, P + S,       keys and values of all tokens
                                          head_dim]
+``value_divisors.{precision}.{l}``       float32 [heads, head_dim]    powers of two that the values of this precision's
+                                                                      targets are divided by (SmoothQuant trades scale
+                                                                      between v and o); absent where they are not
 =======================================  ===========================  ==================================================
 
 The metadata (strings) are ``format`` ("crt-export selftest vectors"), ``format_version`` ("1"), ``sha256`` as in
@@ -53,6 +56,11 @@ _COUNTS = {"prompt": 1, "steps": 0, "logit_stride": 1}
 def prefill_run(unroll: int, chunk: int) -> str:
     """Name of the run whose prompt goes through K passes over chunks of at most ``chunk`` tokens."""
     return f"prefill.k{unroll}.chunk{chunk}"
+
+
+def divisor_name(precision: str, layer: int) -> str:
+    """Name of the tensor that says what a precision divides the values of a layer by."""
+    return f"value_divisors.{precision}.{layer}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,6 +187,10 @@ def _shape_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
 def _expected(vectors: Vectors, config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     steps, tokens, vocab = vectors.steps, vectors.prompt + vectors.steps, config.vocab_size
     expected: dict[str, tuple[str, tuple[int, ...]]] = {"input_ids": ("int64", (tokens,))}
+    for precision in vectors.limits:
+        if divisor_name(precision, 0) in vectors.tensors:
+            form = ("float32", (config.num_attention_heads, config.head_dim))
+            expected |= {divisor_name(precision, layer): form for layer in range(config.num_hidden_layers)}
     for run in vectors.runs:
         for index in range(steps + 1):
             columns = len(range(vocab)[vectors.columns(index)])
@@ -198,5 +210,7 @@ def _value_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
     for name, values in vectors.tensors.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             yield f"{name} is not finite"
+        if name.startswith("value_divisors.") and not (values > 0).all():
+            yield f"{name} must be above 0"
         if values.dtype.kind == "i" and ((values < 0) | (values >= config.vocab_size)).any():
             yield f"{name} holds tokens outside the vocabulary (0 to {config.vocab_size - 1})"

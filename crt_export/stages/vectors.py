@@ -19,7 +19,8 @@ from crt_export.model import Carry, Model, model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
-from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, prefill_run
+from crt_export.quantize import W8A8Plan
+from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, prefill_run
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ def write_vectors(
     tokenizer: Tokenizer | None,
     profiles: Sequence[EngineProfile],
     text: TokenText | None,
+    plan: W8A8Plan | None,
     folder: Path,
     progress: Progress = no_progress,
 ) -> Path:
@@ -46,6 +48,7 @@ def write_vectors(
         tokenizer: Its tokenizer, for the packaged text.
         profiles: Resolved targets: their passes, chunks and capacities.
         text: Validation text of the build; without it the packaged text, and random tokens where that cannot be used.
+        plan: Quantisation of w8a8, which scales value caches; None when no target has that precision.
         folder: Staging folder.
         progress: Told that it is done.
 
@@ -56,7 +59,7 @@ def write_vectors(
         BuildError: PyTorch's own values are not finite.
     """
     progress("make the vectors of the self-test", 0, 0)
-    vectors = make_vectors(checkpoint, tokenizer, profiles, text)
+    vectors = make_vectors(checkpoint, tokenizer, profiles, text, plan)
     file = folder / VECTORS_FILE
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(vectors.to_bytes())
@@ -68,6 +71,7 @@ def make_vectors(
     tokenizer: Tokenizer | None,
     profiles: Sequence[EngineProfile],
     text: TokenText | None,
+    plan: W8A8Plan | None = None,
 ) -> Vectors:
     """The vectors themselves; arguments and errors as for :func:`write_vectors`."""
     config = checkpoint.config
@@ -93,6 +97,8 @@ def make_vectors(
         },
         tensors=tensors,
     )
+    if plan is not None:
+        tensors |= _value_divisors(plan, config)
     tensors |= _run(model, empty, RECURRENCE, None)
     for unroll, chunk in sorted(chunks):
         tensors |= _run(model, empty, prefill_run(unroll, chunk), (unroll, chunk))
@@ -122,6 +128,15 @@ def _tokens(
         return packaged.ids[:count].copy(), "packaged text", ""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(config.vocab_size, (count,), generator=generator).numpy(), "random", str(_SEED)
+
+
+def _value_divisors(plan: W8A8Plan, config: ModelConfig) -> dict[str, np.ndarray]:
+    """What smoothing divides the channels of v by, and with them the value caches; o takes it back."""
+    shape = (config.num_attention_heads, config.head_dim)
+    return {
+        divisor_name("w8a8", layer): plan.factors[f"layers.{layer}.attn.o"].astype(np.float32).reshape(shape)
+        for layer in range(config.num_hidden_layers)
+    }
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ int run(const std::vector<std::string>& arguments) {
     std::fprintf(stream,
                  "usage: crt-selftest BUNDLE [TARGET...]\n"
                  "Replay the vectors in BUNDLE, made by PyTorch FP32, on this machine; TARGETs must run.\n"
-                 "Exit codes: 0 passed, 1 a target is off, 2 unusable bundle or arguments, 3 a target cannot run here.\n");
+                 "Exit codes: 0 passed, 1 a target is off, 2 unusable bundle or arguments, 3 cannot run here.\n");
     return arguments.empty() ? kExitUnusable : 0;
   }
   const auto start = std::chrono::steady_clock::now();

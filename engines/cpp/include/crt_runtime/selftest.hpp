@@ -49,9 +49,9 @@ struct SelftestReport {
   bool passed() const noexcept { return exit_code() == 0; }
 };
 
-/// Replay the vectors of a bundle (selftest/vectors.safetensors, made by PyTorch FP32) on every target that this library
-/// runs, or on those that are asked for. An unvalidated bundle may be given.
-/// Throws Error(bundle) if the bundle or its vectors are missing, damaged or too new, Error(input) for an unknown target.
+/// Replay the vectors of a bundle (selftest/vectors.safetensors, made by PyTorch FP32) on every target that this
+/// library runs, or on those that are asked for. An unvalidated bundle may be given. Throws Error(bundle) if the bundle
+/// or its vectors are missing, damaged or too new, Error(input) for an unknown target.
 SelftestReport run_selftest(const std::string& bundle, const std::vector<std::string>& targets = {});
 
 }  // namespace crt

@@ -42,8 +42,8 @@ std::string three_digits(double value) {
   return text.str();
 }
 
-Comparison::Comparison(const SelftestVectors& vectors, std::string run, double limit)
-    : vectors_(vectors), run_(std::move(run)), limit_(limit) {}
+Comparison::Comparison(const SelftestVectors& vectors, std::string run, std::string precision, double limit)
+    : vectors_(vectors), run_(std::move(run)), precision_(std::move(precision)), limit_(limit) {}
 
 void Comparison::add(const Observed& observed) {
   const std::int64_t index = observed.index;
@@ -65,7 +65,10 @@ void Comparison::add(const Observed& observed) {
 }
 
 void Comparison::add_caches(const Observed& observed) {
+  std::int64_t number = 0;  // key and value of layer 0, then of layer 1, ...
   for (const ObservedCache& cache : observed.caches) {
+    const std::string divisor = divisor_name(precision_, number++ / 2);
+    const bool divided = cache.is_value && vectors_.has_values(divisor);
     const std::vector<float>& stored = vectors_.values(run_ + "." + cache.name);
     const auto heads = static_cast<std::size_t>(cache.shape[0]);
     const auto tokens = static_cast<std::size_t>(cache.shape[1]);
@@ -75,12 +78,17 @@ void Comparison::add_caches(const Observed& observed) {
     double largest = 0.0;
     std::size_t position = 0;
     std::vector<float> expected(padded, 0.0F);
+    std::vector<float> found(padded, 0.0F);
     for (std::size_t head = 0; head < heads; ++head) {
       for (std::size_t token = 0; token < tokens; ++token) {
         const float* entry = stored.data() + (head * all_tokens + token) * head_dim;
         std::copy(entry, entry + std::min(head_dim, padded), expected.begin());
-        const float* found = cache.values.data() + (head * tokens + token) * padded;
-        const double difference = largest_difference(found, expected.data(), padded);
+        const float* values = cache.values.data() + (head * tokens + token) * padded;
+        std::copy(values, values + padded, found.begin());
+        for (std::size_t dim = 0; divided && dim < std::min(head_dim, padded); ++dim) {
+          found[dim] *= vectors_.values(divisor)[head * head_dim + dim];
+        }
+        const double difference = largest_difference(found.data(), expected.data(), padded);
         if (!(difference <= largest) && !std::isnan(largest)) {
           largest = difference;
           position = token;

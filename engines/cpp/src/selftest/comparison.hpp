@@ -15,7 +15,7 @@ namespace crt {
 class Comparison {
  public:
   /// limit: largest |difference| over the largest |value| of the vectors.
-  Comparison(const SelftestVectors& vectors, std::string run, double limit);
+  Comparison(const SelftestVectors& vectors, std::string run, std::string precision, double limit);
 
   /// Compare logits, state and next token of one index.
   void add(const Observed& observed);
@@ -43,6 +43,7 @@ class Comparison {
 
   const SelftestVectors& vectors_;
   std::string run_;
+  std::string precision_;
   double limit_;
   std::vector<Largest> largest_;
   std::vector<std::string> tokens_;

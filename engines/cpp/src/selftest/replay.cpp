@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
+#include "engine/engine.hpp"
 #include "session/float16.hpp"
 
 namespace crt {
@@ -41,7 +43,10 @@ Observed observed(Session& session, std::int64_t index) {
     if (tensor.name == "state") {
       found.state = floats_of(tensor);
     } else if (tensor.name.compare(0, prefix.size(), prefix) == 0) {
-      found.caches.push_back({tensor.name, {tensor.shape.begin() + 1, tensor.shape.end()}, floats_of(tensor)});
+      // Session::snapshot() gives key and value of every layer in turn.
+      const bool is_value = found.caches.size() % 2 == 1;
+      Shape shape(tensor.shape.begin() + 1, tensor.shape.end());
+      found.caches.push_back({tensor.name, is_value, std::move(shape), floats_of(tensor)});
     }
   }
   return found;

@@ -1,4 +1,5 @@
-// Feed the tokens of the vectors to a session, through its public calls only: the twin of crt_export/selftest/replay.py.
+// Feed the tokens of the vectors to a session, through its public calls only.
+// The C++ twin of crt_export/selftest/replay.py.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct Feeding {
 
 /// One cache of a session of one row, [heads, tokens, head_dim] as float32.
 struct ObservedCache {
-  std::string name;  ///< past_key_values.{layer}.key or .value
+  std::string name;       ///< past_key_values.{layer}.key or .value
+  bool is_value = false;  ///< or a key
   std::vector<std::int64_t> shape;
   std::vector<float> values;
 };

@@ -94,7 +94,7 @@ std::vector<SelftestReplay> TargetRun::replays() {
 }
 
 SelftestReplay TargetRun::compared(const std::string& run, const Feeding& feeding, double limit) {
-  Comparison comparison(vectors_, run, limit);
+  Comparison comparison(vectors_, run, target_.precision, limit);
   std::vector<Observed> seen;
   const std::vector<std::string> failed = observe(feeding, &seen, &comparison);
   if (feeding.by == Feed::prefill) {

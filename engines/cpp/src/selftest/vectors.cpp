@@ -18,6 +18,7 @@ namespace crt {
 namespace {
 
 constexpr char kNextTokens[] = ".next_tokens";
+constexpr char kDivisors[] = "value_divisors.";
 constexpr std::int64_t kMostDigits = 9;
 
 const TensorFileKind& vectors_kind() {
@@ -91,6 +92,10 @@ std::string prefill_run(std::int64_t unroll, std::int64_t chunk) {
   return "prefill.k" + std::to_string(unroll) + ".chunk" + std::to_string(chunk);
 }
 
+std::string divisor_name(const std::string& precision, std::int64_t layer) {
+  return kDivisors + precision + "." + std::to_string(layer);
+}
+
 bool SelftestVectors::has_run(const std::string& run) const noexcept {
   return std::find(runs_.begin(), runs_.end(), run) != runs_.end();
 }
@@ -135,9 +140,15 @@ void SelftestVectors::take_metadata(const std::map<std::string, std::string>& me
   }
 }
 
-std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(const ModelConfig& config) const {
+std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(
+    const ModelConfig& config, const std::map<std::string, const SnapshotTensor*>& found) const {
   const std::int64_t tokens = prompt_ + steps_;
   std::map<std::string, Expected> expected{{"input_ids", {"I64", {tokens}}}};
+  for (const auto& limit : limits_) {
+    for (std::int64_t layer = 0; found.count(divisor_name(limit.first, 0)) != 0 && layer < config.layers; ++layer) {
+      expected[divisor_name(limit.first, layer)] = {"F32", {config.heads, config.head_dim}};
+    }
+  }
   for (const std::string& run : runs_) {
     for (std::int64_t index = 0; index <= steps_; ++index) {
       const std::int64_t left = std::max<std::int64_t>(0, config.vocab - first_column(index));
@@ -178,7 +189,7 @@ void SelftestVectors::check_shapes(const std::vector<SnapshotTensor>& tensors, c
                         std::to_string(tensors.size()) + " tensors");
     return;
   }
-  const std::map<std::string, Expected> wanted = expected(config);
+  const std::map<std::string, Expected> wanted = expected(config, found);
   for (const auto& [name, form] : wanted) {
     const auto tensor = found.find(name);
     if (tensor == found.end()) {
@@ -203,6 +214,10 @@ void SelftestVectors::take_values(const std::vector<SnapshotTensor>& tensors, co
       values = values_of<float>(tensor);
       if (!all_finite(values.data(), values.size())) {
         problems->push_back(tensor.name + " is not finite");
+      }
+      const bool divisors = tensor.name.compare(0, std::strlen(kDivisors), kDivisors) == 0;
+      if (divisors && !std::all_of(values.begin(), values.end(), [](float value) { return value > 0; })) {
+        problems->push_back(tensor.name + " must be above 0");
       }
       continue;
     }

@@ -17,6 +17,8 @@ inline constexpr char kRecurrence[] = "recurrence";
 
 /// Name of the run whose prompt goes through K passes over chunks of at most that many tokens.
 std::string prefill_run(std::int64_t unroll, std::int64_t chunk);
+/// Name of the tensor that says what a precision divides the values of a layer by; not every one does.
+std::string divisor_name(const std::string& precision, std::int64_t layer);
 
 /// What PyTorch FP32 computed for a few tokens: a prompt, then teacher-forced steps, in several runs.
 class SelftestVectors {
@@ -32,6 +34,7 @@ class SelftestVectors {
   const std::map<std::string, double>& limits() const noexcept { return limits_; }
   const std::vector<std::string>& runs() const noexcept { return runs_; }
   bool has_run(const std::string& run) const noexcept;
+  bool has_values(const std::string& name) const noexcept { return values_.count(name) != 0; }
   const std::vector<float>& values(const std::string& name) const { return values_.at(name); }
   const std::vector<std::int64_t>& numbers(const std::string& name) const { return numbers_.at(name); }
   /// Which columns of the logits are stored at an index: the first, and how far apart.
@@ -49,7 +52,9 @@ class SelftestVectors {
   bool all_columns(std::int64_t index) const noexcept { return index == 0 || index == steps_; }
   void take_metadata(const std::map<std::string, std::string>& metadata, const std::string& checkpoint,
                      std::vector<std::string>* problems);
-  std::map<std::string, Expected> expected(const ModelConfig& config) const;
+  /// Dtype and shape of every tensor; of those that may be absent, those whose first layer is found.
+  std::map<std::string, Expected> expected(const ModelConfig& config,
+                                           const std::map<std::string, const SnapshotTensor*>& found) const;
   void check_shapes(const std::vector<SnapshotTensor>& tensors, const ModelConfig& config,
                     std::vector<std::string>* problems);
   void take_values(const std::vector<SnapshotTensor>& tensors, const ModelConfig& config,

@@ -6,9 +6,11 @@ import click
 
 from crt_export import __version__
 from crt_export.cli.build import build
+from crt_export.cli.compare import compare
 from crt_export.cli.doctor import doctor
 from crt_export.cli.generate import generate
 from crt_export.cli.inspect import inspect
+from crt_export.cli.report import report
 from crt_export.cli.selftest import selftest
 from crt_export.cli.targets import targets
 from crt_export.cli.validate import validate
@@ -24,5 +26,5 @@ def app(debug: bool) -> None:
     """Export a trained context-ready transformer from PyTorch to a verified deployment."""
 
 
-for command in (build, validate, selftest, generate, inspect, targets, doctor):
+for command in (build, validate, report, compare, selftest, generate, inspect, targets, doctor):
     app.add_command(command)

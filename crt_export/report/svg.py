@@ -147,7 +147,8 @@ def _decade(value: float, _: int | None = None) -> str:
     """1, 10, 0.1 and 0.01 as they are, other powers of ten as powers."""
     if value == 0:
         return "0"
-    mantissa, _, exponent = f"{abs(value):.0e}".partition("e")
+    mantissa, _, exponent = f"{abs(value):.1e}".partition("e")
+    mantissa = mantissa.removesuffix(".0")
     sign = "−" if value < 0 else ""
     if -2 <= int(exponent) <= 3:
         return f"{sign}{abs(value):g}"

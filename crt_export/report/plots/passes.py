@@ -14,22 +14,22 @@ _PASSES = "passes K"
 
 def plot_perplexity(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
     """Perplexity by K with its band, the recurrence as a horizontal line, and the same of PyTorch FP32."""
-    passes, spans = data.get("passes") or [], [span for span in data.get("spans") or [] if span.get("perplexity")]
+    passes, spans = data.get("passes") or [], _with_curve(data.get("spans"), "perplexity")
     if not passes or not spans:
         return None
     figure, axes = new_plot(_PASSES, "perplexity")
     sequential = []
     for index, span in enumerate(spans):
         level = span.get("sequential_perplexity")
-        add_line(axes, passes, span["perplexity"], f"K passes, {span_name(span)}", index)
-        if level is not None:
+        add_line(axes, passes, positive(span["perplexity"]), f"K passes, {span_name(span)}", index)
+        if level is not None and level > 0:
             sequential.append(f"{number_text(level, 4)} at {span_name(span)}")
             shifted = [_shifted(interval, level) for interval in span.get("perplexity_gap_ci") or []]
-            add_band(axes, passes, shifted, index)
+            add_band(axes, passes, shifted, index, floor=level / 100)
             axes.axhline(level, color=SERIES[index % len(SERIES)], linewidth=0.9, linestyle=(0, (2, 2)))
     for number, span in enumerate((data.get("reference") or {}).get("spans") or []):
         label = "PyTorch FP32" if number == 0 else "_nolegend_"
-        add_line(axes, passes, span.get("perplexity") or [], label, 4, color=INK, marker="", linewidth=0.7)
+        add_line(axes, passes, positive(span.get("perplexity") or []), label, 4, color=INK, marker="", linewidth=0.7)
     log_axis(axes, "y")
     _whole_passes(axes)
     add_legend(figure, axes, columns=1)
@@ -45,7 +45,10 @@ def plot_perplexity(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | Non
 
 def plot_gap(data: Mapping[str, Any], tolerances: Mapping[str, Any]) -> Plot | None:
     """The perplexity gap with its interval against the bound that a reader would call equal."""
-    passes, spans = data.get("passes") or [], [span for span in data.get("spans") or [] if span.get("perplexity_gap")]
+    passes, spans = (
+        data.get("passes") or [],
+        [span for span in data.get("spans") or [] if known(span.get("perplexity_gap") or [])],
+    )
     if not passes or not spans:
         return None
     bound = tolerances.get("perplexity_gap")
@@ -116,6 +119,11 @@ def plot_handover(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
         caption=f"Steps after a K-pass prefill against steps after the recurrence, 95 % band.{words}",
         figure=figure,
     )
+
+
+def _with_curve(spans: Any, key: str) -> list[Mapping[str, Any]]:
+    """Spans whose curve has anything that a logarithmic axis can show."""
+    return [span for span in spans or [] if known(positive(span.get(key) or []))]
 
 
 def _shifted(interval: Any, by: float) -> tuple[float, float] | None:

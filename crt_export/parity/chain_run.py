@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from crt_export.engine.ort import OrtGraph
 from crt_export.model import Model
@@ -22,22 +23,24 @@ _TINY = float(np.finfo(np.float32).tiny)
 class ChainReference:
     """What the reference says about a trace, by output name, as numpy arrays and in the cache's head dim."""
 
-    def __init__(self, model: Model, trace: Trace, cache_head_dim: int, divisors: Sequence[np.ndarray]) -> None:
+    def __init__(self, model: Model, trace: Trace, cache_head_dim: int, factors: Sequence[np.ndarray]) -> None:
         """Take the caches apart by name and find the largest |value| of every tensor.
 
         Args:
             model: The reference, for logits.
             trace: What it delivered.
             cache_head_dim: Head dim of the target's caches, at least the model's; what is beyond it must be zero.
-            divisors: Per layer what the target's values are divided by, see :mod:`crt_export.parity.value_scale`.
+            factors: Per layer what the target divides the values in its cache by, [heads, 1, head_dim].
         """
         self.model, self.trace = model, trace
-        self.divisors = {f"present_key_values.{layer}.value": found for layer, found in enumerate(divisors)}
         self.caches: dict[str, np.ndarray] = {}
-        for layer, pair in enumerate(zip(trace.keys, trace.values, strict=True)):
-            for kind, values in zip(("key", "value"), pair, strict=True):
-                padding = (0, cache_head_dim - values.shape[-1])
-                self.caches[f"present_key_values.{layer}.{kind}"] = torch.nn.functional.pad(values, padding).numpy()
+        self.factors: dict[str, np.ndarray] = {}
+        padding = (0, cache_head_dim - model.config.head_dim)
+        for layer, (keys, values, factor) in enumerate(zip(trace.keys, trace.values, factors, strict=True)):
+            name = f"present_key_values.{layer}"
+            self.caches[f"{name}.key"] = functional.pad(keys, padding).numpy()
+            self.caches[f"{name}.value"] = functional.pad(values, padding).numpy()
+            self.factors[f"{name}.value"] = functional.pad(torch.from_numpy(factor), padding, value=1.0).numpy()
         self.scales = {name: _largest(values) for name, values in self.caches.items()}
         self.scales["next_state"] = _largest(trace.hidden.numpy())
         steps = range(trace.ids.shape[1])
@@ -146,7 +149,7 @@ class TargetChain:
         for name, expected in self._reference.caches.items():
             new = self._cache(name)[:, :, slots]
             self._written[name][:, :, slots] = new
-            new = new.astype(np.float32) * self._reference.divisors.get(name, np.float32(1))
+            new = new.astype(np.float32) * self._reference.factors.get(name, np.float32(1))
             found[name] = _errors(new, expected[texts, :, slots], self._reference.scales[name])
         if bound.has("next_state"):
             state, scale = bound.read("next_state"), self._reference.scales["next_state"]

@@ -15,7 +15,8 @@ def nearness(check: Mapping[str, Any]) -> float:
 
     Returns:
         0 where nothing is measured or nothing is held against it; infinity for a failure without a figure. Of a share
-        that must be at least the limit, what counts is how much of what may be missing is missing.
+        that must be at least the limit, what counts is how much of what may be missing is missing; a count, such as the
+        tokens that were asked for, is there or is not.
     """
     value, interval, limit = check["value"], check["interval"], check["limit"]
     if limit is None or not limit or (value is None and not interval):
@@ -26,5 +27,7 @@ def nearness(check: Mapping[str, Any]) -> float:
     if value is None:
         return math.inf if check["passed"] is False else 0.0
     if check["relation"] == "at least":
-        return (1 - value) / (1 - limit) if limit < 1 else limit / value if value else math.inf
+        if limit < 1:
+            return (1 - value) / (1 - limit)
+        return 0.0 if value >= limit else math.inf
     return value / limit

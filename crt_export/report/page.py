@@ -35,14 +35,13 @@ class CheckLine:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelBlock:
-    """A level of a target: its checks that matter first, all of them, and its notes."""
+    """A level of a target: its checks that matter first, and all of them."""
 
     level: str
     result: str
     gates: str
     shown: tuple[CheckLine, ...]
     checks: tuple[CheckLine, ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +250,6 @@ def _level(result: Mapping[str, Any]) -> LevelBlock:
         gates=f"{good} of {gates} gates held" if gates else "nothing gated",
         shown=tuple(map(_check_line, shown)),
         checks=() if few else tuple(map(_check_line, result["checks"])),
-        notes=tuple(result["notes"]),
     )
 
 
@@ -288,9 +286,9 @@ def _row_line(row: Mapping[str, Any], tolerances: Mapping[str, Any]) -> RowLine:
     return RowLine(
         regime=f"{row['regime']}{span}",
         graph=row["graph"],
-        tokens=f"{int(row['tokens']):,}",
+        tokens=f", {int(row['tokens']):,} tokens" if row["tokens"] else "",
         perplexity=number_text(row["perplexity"], 5),
-        reference=number_text(row["reference_perplexity"], 5) + (" (its steps)" if gap and row["nll"] else ""),
+        reference=(number_text(row["reference_perplexity"], 5) + " (its steps)" * gap) if row["perplexity"] else "",
         delta=("excess " if excess else "") + number_text(row[delta], 2),
         delta_interval=interval_text(row[interval]),
         delta_limit=limit("±", "gap_delta_nll" if gap else "delta_nll", delta) if gated else "",

@@ -119,13 +119,16 @@ def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
 
 def log_axis(axes: Axes, which: str) -> None:
     """Logarithmic, ticks as powers of ten, and 2 and 5 of each where there are few. To be called after plotting."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
     axis = getattr(axes, f"{which}axis")
-    steps = (1.0,) if high > 60 * low else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=7))
+    if high < 8 * low:  # less than a decade: round numbers as on a linear axis
+        ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 60 * low else (1.0, 2.0, 5.0), numticks=7))
     axis.set_major_formatter(FuncFormatter(_decade))
     axis.set_minor_locator(NullLocator())
 
@@ -150,8 +153,8 @@ def _decade(value: float, _: int | None = None) -> str:
     mantissa, _, exponent = f"{abs(value):.1e}".partition("e")
     mantissa = mantissa.removesuffix(".0")
     sign = "−" if value < 0 else ""
-    if -2 <= int(exponent) <= 3:
-        return f"{sign}{abs(value):g}"
+    if -3 <= int(exponent) <= 3:
+        return f"{sign}{abs(value):.3g}"
     return f"{sign}{'' if mantissa == '1' else f'{mantissa}×'}{power_text(int(exponent))}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,9 +88,12 @@ def plot_residual(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
     add_line(axes, residuals, positive([row.get("error_max") for row in rows]), "largest", 1, linestyle="none")
     log_axis(axes, "x")
     log_axis(axes, "y")
-    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        axes.annotate(f"K={row['passes']}", (row["residual_median"], row["error_median"]), xytext=(4, -9),
-                      textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+    apart = residuals[0] > 5 * residuals[-1]
+    for row in (rows[0], rows[-1]) if apart else rows[:1]:
+        axes.annotate(
+            f"K={row['passes']}", (row["residual_median"], row["error_median"]), xytext=(-3, -10), fontsize=8.5,
+            textcoords="offset points", color=MUTED, ha="right" if row is rows[0] else "left",
+        )  # fmt: skip
     add_legend(figure, axes, columns=3)
     correlations = known(row.get("correlation") for row in rows)
     words = f" Correlation over windows, median over K: {number_text(_middle(correlations))}." if correlations else ""
@@ -110,8 +114,10 @@ def plot_handover(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
         return None
     add_band(axes, passes, handover.get("delta_nll_ci") or [], 0)
     _whole_passes(axes)
-    ends = [abs(end) for interval in handover.get("delta_nll_ci") or [] for end in known(interval or [])]
-    symlog_axis(axes, "y", max(min(ends, default=1e-4), 1e-9))
+    ends = sorted(abs(end) for interval in handover.get("delta_nll_ci") or [] for end in known(interval or []))
+    # Linear up to a power of ten about as wide as most intervals, so that the axis shows where zero lies among them.
+    typical = ends[len(ends) // 2] if ends else 0.0
+    symlog_axis(axes, "y", 10.0 ** math.floor(math.log10(typical)) if typical > 1e-12 else 1e-12)
     states = known(handover.get("max_state_error") or [])
     words = f" Largest state error at the last K: {number_text(states[-1])}." if states else ""
     return Plot(

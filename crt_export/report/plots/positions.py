@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crt_export.report.plots.drawing import Plot, add_band, add_line, add_threshold, positive
@@ -46,12 +46,13 @@ def plot_likelihood_by_position(data: Mapping[str, Any], _: Mapping[str, Any]) -
     shown = 0
     for name, regime in list((data.get("regimes") or {}).items())[:_MOST_LINES]:
         buckets = regime.get("by_position") or []
-        middles = [_centre(bucket) for bucket in buckets]
+        middles = bucket_middles(buckets)
         if add_line(axes, middles, [bucket.get("delta_nll") for bucket in buckets], _label(name), shown):
             add_band(axes, middles, [bucket.get("delta_nll_ci") for bucket in buckets], shown)
             shown += 1
     if not shown:
         return None
+    scale_positions(axes, data)
     _plain_powers(axes)
     add_legend(figure, axes, columns=4)
     return Plot(
@@ -72,8 +73,18 @@ def _middle(low: float, high: float) -> float:
     return ((low + 1) * high) ** 0.5 if high > low else low + 1
 
 
-def _centre(bucket: Mapping[str, Any]) -> float:
-    return (bucket.get("start", 0) + bucket.get("stop", 0)) / 2
+def bucket_middles(buckets: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Where buckets of positions are drawn: positions counted from 1, in the middle of a logarithmic axis."""
+    return [_middle(bucket.get("start", 0), bucket.get("stop", 0)) for bucket in buckets]
+
+
+def scale_positions(axes: Any, data: Mapping[str, Any]) -> None:
+    """Logarithmic where the buckets grow with the position, as they do where the first tokens are looked at closely."""
+    for regime in (data.get("regimes") or {}).values():
+        widths = [bucket.get("stop", 0) - bucket.get("start", 0) for bucket in regime.get("by_position") or []]
+        if widths and 0 < 8 * min(widths) <= max(widths):
+            log_axis(axes, "x")
+            return
 
 
 def _label(name: str) -> str:

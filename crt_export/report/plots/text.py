@@ -7,6 +7,7 @@ from typing import Any
 
 from crt_export.report.numbers import number_text, power_text, share_text
 from crt_export.report.plots.drawing import Plot, add_band, add_line, add_threshold, known, positive
+from crt_export.report.plots.positions import bucket_middles, scale_positions
 from crt_export.report.svg import DASHES, SERIES, add_legend, log_axis, new_plot
 
 _MOST_LINES = 5
@@ -49,7 +50,7 @@ def plot_divergence_by_position(data: Mapping[str, Any], _: Mapping[str, Any]) -
     shown = 0
     for name, regime in list((data.get("regimes") or {}).items())[:_MOST_LINES]:
         buckets = regime.get("by_position") or []
-        middles = [(bucket.get("start", 0) + bucket.get("stop", 0)) / 2 for bucket in buckets]
+        middles = bucket_middles(buckets)
         values = positive([bucket.get("kl") for bucket in buckets])
         if add_line(axes, middles, values, name.encode("ascii", "replace").decode()[:24], shown):
             floor = min(known(values)) / 10
@@ -58,6 +59,7 @@ def plot_divergence_by_position(data: Mapping[str, Any], _: Mapping[str, Any]) -
     if not shown:
         return None
     log_axis(axes, "y")
+    scale_positions(axes, data)
     add_legend(figure, axes, columns=4)
     return Plot(
         title="Drift by position, divergence",

@@ -182,7 +182,7 @@ def _data(level: str, scale: float) -> dict[str, Any]:
         "contract": {"graphs": {"step": {"file": "graphs/step.onnx", "bytes": 61234, "opset": {"": 24}}}},
         "one-step": {"positions": [0, 1, 127], "tensors": {"step": {"logits": {"max_abs": 1e-3, "relative": 1e-4}}}},
         "chain": {
-            "windows": 4,
+            "windows": [0, 5, 10, 15],
             "steps": 64,
             "tensors": {
                 name: {

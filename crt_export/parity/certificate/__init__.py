@@ -47,7 +47,7 @@ from crt_export.parity.certificate.coverage import Coverage, coverage_of
 from crt_export.parity.certificate.forms import ReferenceForm
 from crt_export.parity.certificate.gates import RELATIVE, exactness_checks, regime_checks, reported_checks
 from crt_export.parity.certificate.handover import handover_curves
-from crt_export.parity.certificate.measure import Measurement, measure
+from crt_export.parity.certificate.measurement import Measurement, measure
 from crt_export.parity.certificate.plain import plain_errors
 from crt_export.parity.certificate.residual import residual_curve
 from crt_export.parity.certificate.spans import position_curves, smallest_passes, span_curves

@@ -9,7 +9,7 @@ from typing import Any
 from crt_export.parity.certificate.anchors import Anchors
 from crt_export.parity.certificate.coverage import Coverage
 from crt_export.parity.certificate.handover import handover_excess
-from crt_export.parity.certificate.measure import Measurement
+from crt_export.parity.certificate.measurement import Measurement
 from crt_export.parity.certificate.spans import excess_interval
 from crt_export.parity.certificate.target_form import TargetForm
 from crt_export.parity.level import WITHIN, Check, gate_at_most

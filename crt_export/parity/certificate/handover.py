@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.parity.certificate.coverage import Coverage
-from crt_export.parity.certificate.measure import Continuation, Measurement
+from crt_export.parity.certificate.measurement import Continuation, Measurement
 from crt_export.parity.certificate.spans import bounds
 from crt_export.parity.statistics import Interval, paired_interval
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.parity.certificate.coverage import Coverage
-from crt_export.parity.certificate.measure import Measurement
+from crt_export.parity.certificate.measurement import Measurement
 
 _FEWEST_WINDOWS = 3
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.parity.certificate.coverage import Coverage
-from crt_export.parity.certificate.measure import Measurement
+from crt_export.parity.certificate.measurement import Measurement
 from crt_export.parity.statistics import Interval, paired_interval
 
 _LARGEST_EXPONENT = 700  # float64 ends near exp(709)

@@ -1,0 +1,474 @@
+"""L5: what is exact is held to be exact, what is a figure is right on made data, faults in the passes are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fault_edits import Edit, constant, node, replace_value
+
+from crt_export.bundle import open_bundle
+from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.errors import ContractError
+from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions
+from crt_export.parity.bundle import case_from_manifest, held_out_text
+from crt_export.parity.certificate import certify, coverage, measurement, smallest_passes, target_form
+from crt_export.parity.certificate.coverage import coverage_of
+from crt_export.parity.certificate.forms import Chain, ReferenceForm, relative_error
+from crt_export.parity.certificate.gates import gate_within
+from crt_export.parity.certificate.measurement import compare_states
+from crt_export.parity.certificate.residual import residual_curve
+from crt_export.parity.certificate.spans import perplexity_gap_interval
+from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.reference import Reference
+from crt_export.parity.statistics import Interval
+from crt_export.parity.tolerances import load_tolerances
+from crt_export.parity.windows import windows_from_text
+from crt_export.progress import no_progress
+from crt_export.text import TokenText
+
+GRAPHS = ("step", "prefill", "prefill_pass", "head")
+WINDOW, TRAINED, UNROLL, COUNT = 48, 32, 2, 6
+
+
+def _setup(checkpoint: Checkpoint, text: TokenText, **changes: Any) -> ParitySetup:
+    values: dict[str, Any] = {"validation_tokens": COUNT * WINDOW, "window": WINDOW, "short_reason": "test of a level"}
+    options = ParityOptions(**{**values, **changes}, threads=1)
+    windows = windows_from_text(text, options, longest=10_000, longest_reason="nothing")
+    return ParitySetup(
+        checkpoint=checkpoint,
+        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch),
+        text=text,
+        options=options,
+        tolerances=load_tolerances(),
+        progress=no_progress,
+    )
+
+
+@pytest.fixture(scope="module")
+def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
+    return _setup(parity_checkpoint, real_text)
+
+
+@pytest.fixture(scope="module")
+def case(parity_bundle: Path, parity_checkpoint: Checkpoint) -> ParityCase:
+    return _case(parity_bundle / "graphs", parity_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def sound(case: ParityCase, setup: ParitySetup) -> LevelResult:
+    return certify(case, setup)
+
+
+def _case(folder: Path, checkpoint: Checkpoint) -> ParityCase:
+    return ParityCase(
+        target="ort-cpu-fp32",
+        runtime="onnxruntime",
+        precision="fp32",
+        graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
+        unroll=UNROLL,
+        cache_dtype="float32",
+        cache_head_dim=checkpoint.config.head_dim,
+    )
+
+
+def _check(result: LevelResult, start: str) -> Check:
+    return next(check for check in result.checks if check.name.startswith(start))
+
+
+# --- sound graphs
+def test_sound_graphs_are_exact_where_the_equations_are(sound: LevelResult) -> None:
+    assert sound.passed, sound.failures
+    anchors = {(entry["graph"], entry["tokens"], entry["passes"]): entry for entry in sound.data["anchors"]}
+    assert set(anchors) == {("prefill_pass", tokens, tokens) for tokens in (1, 2, 4)} | {("prefill", 2, 2)}
+    for entry in anchors.values():
+        assert entry["error"] == max(entry["tensors"].values()) < 1e-5
+        caches = {f"present_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")}
+        assert set(entry["tensors"]) == {"next_hidden", "logits", "head logits", *caches}
+    assert max(sound.data["prefix"]) < 1e-5
+    assert max(sound.data["prefix"]) > 0, "a figure of zero would mean that nothing was compared"
+
+
+def test_the_curves_have_the_agreed_shape(sound: LevelResult) -> None:
+    data = json.loads(json.dumps(sound.to_dict()))["data"]
+    passes = list(range(1, 2 * UNROLL + 1))
+    assert (data["unroll"], data["trained"], data["window"], data["windows"]) == (UNROLL, TRAINED, WINDOW, COUNT)
+    assert data["passes"] == passes
+    assert [(s["start"], s["stop"], s["gated"]) for s in data["spans"]] == [(0, 32, True), (32, 48, False)]
+    per_pass = ("nll", "perplexity", "gap_nll", "gap_nll_ci", "perplexity_gap", "perplexity_gap_ci", "kl", "kl_ci")
+    for form in (data, data["reference"]):
+        for span in form["spans"]:
+            assert {name: len(span[name]) for name in per_pass} == dict.fromkeys(per_pass, len(passes))
+            assert span["perplexity"][-1] == pytest.approx(math.exp(span["nll"][-1]))
+        assert [entry["passes"] for entry in form["residual"]] == passes
+        positions = form["positions"]
+        assert positions["edges"] == [0, 1, 2, 4, 8, 16, 32, 48]
+        assert positions["passes"] == [1, 2, 4]
+        assert np.array(positions["gap_nll_ci"]).shape == (3, 7, 2)
+        assert np.array(positions["kl"]).shape == (3, 7)
+    assert [len(span["excess"]) for span in data["spans"]] == [len(passes)] * 2
+    assert (data["handover"]["start"], data["handover"]["stop"], data["handover"]["gated"]) == (16, 32, True)
+    above = data["handover_above"]
+    assert (above["start"], above["stop"], above["gated"]) == (24, 48, False)
+    assert len(above["delta_nll"]) == len(above["max_state_error"]) == len(above["passes"]) == 3
+
+
+def test_one_pass_differs_and_more_passes_come_closer(sound: LevelResult) -> None:
+    kl = sound.data["spans"][0]["kl"]
+    assert kl[0] > 1e-4, "one pass ignores the recurrence"
+    assert kl[0] > kl[1] > kl[2] > kl[3] > 0
+    errors = [entry["error_median"] for entry in sound.data["residual"]]
+    assert errors == sorted(errors, reverse=True)
+    states = sound.data["handover"]["max_state_error"]
+    assert states[0] > states[1] > states[2] > 0
+
+
+def test_the_first_position_of_every_curve_is_exact(sound: LevelResult) -> None:
+    positions = sound.data["positions"]
+    for row, passes in zip(positions["kl"], positions["passes"], strict=True):
+        exact = [stop for stop in positions["edges"][1:] if stop <= passes]
+        assert all(abs(value) < 1e-9 for value in row[: len(exact)])
+        assert row[-2] > 1e-9, "past the first K positions there is something to see"
+
+
+def test_the_target_gives_the_figures_of_the_reference(sound: LevelResult) -> None:
+    for own, reference in zip(sound.data["spans"], sound.data["reference"]["spans"], strict=True):
+        assert own["nll"] == pytest.approx(reference["nll"], abs=1e-6)
+        assert own["kl"] == pytest.approx(reference["kl"], rel=1e-3, abs=1e-9)
+        assert np.abs(own["excess"]).max() < 1e-6
+        assert reference["excess"] is None
+    for name in ("delta_nll", "kl", "max_state_error"):
+        assert sound.data["handover"][name] == pytest.approx(sound.data["reference"]["handover"][name], abs=1e-6)
+
+
+def test_a_model_worse_than_chance_is_judged_by_its_states_only(sound: LevelResult) -> None:
+    assert any("worse than a uniform guess" in note for note in sound.notes)
+    likelihoods = [c for c in sound.checks if c.name.startswith(("regime gap", "hand-over"))]
+    assert len(likelihoods) == 6
+    assert all(check.passed is None and check.interval is not None for check in likelihoods)
+    assert all(check.passed for check in sound.checks if check.name.startswith(("anchor", "prefix", "step", "prefill")))
+
+
+def test_figures_do_not_depend_on_batches_or_pieces(
+    sound: LevelResult, case: ParityCase, parity_checkpoint: Checkpoint, real_text: TokenText, monkeypatch: Any
+) -> None:
+    largest: list[int] = []
+    head = target_form.TargetForm.head
+
+    def watched(self: target_form.TargetForm, hidden: np.ndarray) -> np.ndarray:
+        logits = head(self, hidden)
+        largest.append(logits.size)
+        return logits
+
+    monkeypatch.setattr(target_form.TargetForm, "head", watched)
+    for module in (measurement, target_form):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 10_000)
+    parts = certify(case, _setup(parity_checkpoint, real_text, window_batch=4))
+    assert max(largest) <= 10_000, "no more logits at a time than a block"
+    for own, whole in zip(parts.data["spans"], sound.data["spans"], strict=True):
+        assert own["nll"] == pytest.approx(whole["nll"], abs=1e-6)
+        assert own["kl_ci"] == [pytest.approx(interval, rel=1e-3, abs=1e-8) for interval in whole["kl_ci"]]
+    assert parts.data["handover"]["kl"] == pytest.approx(sound.data["handover"]["kl"], rel=1e-3, abs=1e-8)
+
+
+def test_enough_passes_over_short_windows_leave_no_gap(
+    case: ParityCase, parity_checkpoint: Checkpoint, real_text: TokenText
+) -> None:
+    result = certify(case, _setup(parity_checkpoint, real_text, validation_tokens=32, window=4))
+    assert result.passed, result.failures
+    span = result.data["spans"][0]
+    assert (span["start"], span["stop"]) == (0, 4)
+    assert abs(span["gap_nll"][3]) < 1e-6
+    assert span["kl"][3] < 1e-9 < span["kl"][0]
+    assert span["smallest_passes"] is not None
+    assert result.data["handover_above"] is None
+    assert any("nothing is said about positions above" in note for note in result.notes)
+
+
+# --- what a target or a model lacks
+def test_a_target_without_single_passes_is_certified_in_steps_of_its_unroll(
+    sound: LevelResult, case: ParityCase, setup: ParitySetup
+) -> None:
+    graphs = {name: path for name, path in case.graphs.items() if name != "prefill_pass"}
+    result = certify(dataclasses.replace(case, graphs=graphs), setup)
+    assert result.passed, result.failures
+    assert result.data["passes"] == [2, 4]
+    assert result.data["spans"][0]["nll"] == pytest.approx(sound.data["spans"][0]["nll"][1::2], abs=1e-7)
+    assert any("no prefill_pass graph" in note for note in result.notes)
+
+
+def test_windows_are_left_out_where_they_take_too_long(
+    case: ParityCase, parity_checkpoint: Checkpoint, real_text: TokenText, monkeypatch: Any
+) -> None:
+    per_window = parity_checkpoint.config.parameter_count * WINDOW * 2 * UNROLL
+    monkeypatch.setattr(coverage, "MOST_WORK", 3 * per_window)
+    setup = _setup(parity_checkpoint, real_text)
+    assert coverage_of(case, setup).windows == 3
+    result = certify(case, setup)
+    assert result.passed, result.failures
+    assert result.data["windows"] == 3
+    assert any("3 of 6 windows" in note and "reported and not gated" in note for note in result.notes)
+    monkeypatch.setattr(coverage, "MOST_WORK", 1)
+    assert coverage_of(case, setup).windows == 2, "an interval needs two"
+
+
+def test_a_plain_transformer_is_held_to_its_steps(
+    tiny_bundle: Callable[..., tuple[Path, Any]], make_checkpoint: Callable[..., Path], real_text: TokenText,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from crt_export.graph import export_graph, write_graph, write_weights
+
+    folder, model = tiny_bundle("plain", model_type="transformer", num_hidden_layers=2, eos_token_id=3)
+    head = export_graph(model, "head")
+    write_graph(head, tmp_path / "head.onnx", write_weights({"head": head}, tmp_path / "head.weights"))
+    checkpoint = load_checkpoint(make_checkpoint(model_type="transformer", num_hidden_layers=2, eos_token_id=3))
+    case = ParityCase(
+        target="plain", runtime="onnxruntime", precision="fp32", unroll=1, cache_dtype="float32",
+        graphs={"head": tmp_path / "head.onnx"} | {n: folder / f"graphs/{n}.fp32.onnx" for n in ("step", "prefill")},
+        cache_head_dim=model.config.head_dim,
+    )  # fmt: skip
+    result = certify(case, _setup(checkpoint, real_text))
+    assert result.passed, result.failures
+    assert [(check.value or 0) < 1e-5 for check in result.checks] == [True]
+    entry = result.data["anchors"][0]
+    assert (entry["graph"], entry["tokens"], entry["passes"]) == ("prefill", WINDOW, 1)
+    assert set(entry["tensors"]) >= {"logits of every step", "present_key_values.1.value"}
+    assert result.data["spans"] == result.data["passes"] == []
+    assert any("plain transformer" in note for note in result.notes)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+    wrong = shutil.copytree(folder / "graphs", tmp_path / "wrong")
+    _edit(wrong, "prefill", replace_value("position", constant("one", 1), node("Add", ["position", "one"], "late"),
+                                          result="late", consumers=lambda n: n.op_type != "TensorScatter"))  # fmt: skip
+    spoiled = {name: wrong / path.name if name == "prefill" else path for name, path in case.graphs.items()}
+    failed = certify(dataclasses.replace(case, graphs=spoiled), _setup(checkpoint, real_text))
+    assert failed.passed is False
+    assert "expected at most" in failed.failures[0]
+
+
+# --- faults
+def _edit(folder: Path, name: str, edit: Edit) -> None:
+    path = folder / f"{name}.fp32.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    onnx.save(model, path)
+
+
+#: The pass starts from zero whatever it is fed.
+_drop_hidden = replace_value(
+    "hidden",
+    constant("nothing", 0, np.float32),
+    node("Mul", ["hidden", "nothing"], "dropped"),
+    result="dropped",
+)
+
+
+def _unshift(model: onnx.ModelProto) -> None:
+    """Every token reads its own h of the last pass, not that of the token before it."""
+    concat = next(n for n in model.graph.node if n.op_type == "Concat" and list(n.input) == ["state", "hidden"])
+    concat.input[:] = ["hidden", "state"]
+
+
+def _ignore_state(model: onnx.ModelProto) -> None:
+    replace_value(
+        "state", constant("nothing", 0, np.float32), node("Mul", ["state", "nothing"], "stateless"), result="stateless"
+    )(model)
+
+
+def _halve_residual(model: onnx.ModelProto) -> None:
+    for existing in model.graph.node:
+        existing.output[:] = ["before" if name == "residual" else name for name in existing.output]
+    model.graph.initializer.append(constant("half", 0.5, np.float32))
+    model.graph.node.append(node("Mul", ["before", "half"], "residual"))
+
+
+_TWO_STEPS = "anchor: 2 passes of prefill_pass over 2 tokens are 2 steps"
+_PREFIX = "prefix: after K passes of prefill_pass the first K positions are exact"
+
+
+@pytest.mark.parametrize(
+    ("graph", "edit", "failed"),
+    [
+        ("prefill_pass", _drop_hidden, (_TWO_STEPS, _PREFIX, "prefill: 2 passes are 2 calls of prefill_pass")),
+        ("prefill_pass", _unshift, (_TWO_STEPS, _PREFIX)),
+        ("prefill_pass", _halve_residual, ("prefill_pass: residual is the change of next_hidden",)),
+        ("step", _ignore_state, (_TWO_STEPS, _PREFIX, "anchor: 2 passes of prefill over 2 tokens are 2 steps")),
+    ],
+)
+def test_a_fault_in_the_passes_is_named(
+    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path,
+    graph: str, edit: Edit, failed: tuple[str, ...],
+) -> None:  # fmt: skip
+    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
+    _edit(folder, graph, edit)
+    result = certify(_case(folder, parity_checkpoint), setup)
+    assert result.passed is False
+    for name in failed:
+        failure = next(failure for failure in result.failures if failure.startswith(name))
+        assert "expected at most" in failure
+    assert _check(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
+
+
+def test_one_pass_too_few_in_prefill_is_named(
+    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
+    shutil.copyfile(folder / "prefill_pass.fp32.onnx", folder / "prefill.fp32.onnx")
+    failures = certify(_case(folder, parity_checkpoint), setup).failures
+    assert [failure.split(":")[0] for failure in failures] == ["anchor", "prefill"]
+    assert failures[0].startswith("anchor: 2 passes of prefill over 2 tokens are 2 steps")
+
+
+def test_nan_in_a_state_is_an_error_that_says_where(
+    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path
+) -> None:
+    from fault_edits import nan_at
+
+    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
+    _edit(folder, "step", nan_at("next_state", 7))
+    with pytest.raises(ContractError, match="next_state is NaN or infinite, first in window 0 at position 7"):
+        certify(_case(folder, parity_checkpoint), setup)
+
+
+# --- arithmetic
+def _intervals(*means: float, half: float = 0.002) -> list[Interval]:
+    return [Interval(mean=mean, low=mean - half, high=mean + half) for mean in means]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "found"),
+    [
+        (_intervals(0.5, 0.1, 0.007, 0.001), 3),
+        (_intervals(0.5, 0.1, 0.0085, 0.001), 4),  # the interval, not the mean, has to lie within
+        (_intervals(0.001, 0.001, 0.5, 0.001), 4),  # a K that only happens to be near does not count
+        (_intervals(0.5, 0.001, 0.001, 0.02), None),
+        (_intervals(0.001, -0.001, 0.001, -0.007), 1),
+        (_intervals(0.001, 0.001, math.nan, 0.001), 4),
+        (_intervals(0.001, 0.001, 0.001, math.nan), None),
+    ],
+)
+def test_the_smallest_k_holds_for_all_larger_ones_too(gaps: list[Interval], found: int | None) -> None:
+    assert smallest_passes((1, 2, 3, 4), gaps, 0.01) == found
+
+
+def test_passes_may_come_in_strides() -> None:
+    assert smallest_passes((5, 10), _intervals(0.5, 0.001), 0.01) == 10
+
+
+def test_the_perplexity_gap_is_that_of_the_means_and_its_interval_covers() -> None:
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        sequential = random.normal(1.0, 0.3, (16, 1)) + random.normal(0, 0.5, (16, 32))
+        parallel = sequential + random.normal(0.01, 0.02, (16, 32))
+        interval = perplexity_gap_interval(parallel, sequential)
+        assert interval.mean == pytest.approx(math.exp(parallel.mean()) - math.exp(sequential.mean()), rel=1e-6)
+        # Of the population: E[x] = 1, and the gap of 0.01 nat is on top.
+        found += interval.low <= math.exp(1.01) - math.exp(1.0) <= interval.high
+    assert 180 <= found <= 200, "a 95 % interval covers the truth in about 190 of 200 draws"
+
+
+def test_a_perplexity_beyond_numbers_has_no_gap() -> None:
+    assert math.isnan(perplexity_gap_interval(np.full((4, 2), 800.0), np.full((4, 2), 1.0)).mean)
+
+
+def test_an_interval_gate_needs_the_whole_interval() -> None:
+    inside, outside = _intervals(0.001)[0], _intervals(0.009)[0]
+    assert gate_within("a", "figure", inside, 0.01, "w8.gap_delta_nll").passed is True
+    failed = gate_within("a", "figure", outside, 0.01, "w8.gap_delta_nll")
+    assert failed.passed is False
+    assert "expected within +-0.01 (w8.gap_delta_nll)" in failed.failures[0]
+    assert gate_within("a", "figure", outside, None, "").passed is None
+    assert gate_within("a", "figure", Interval(mean=math.nan, low=math.nan, high=math.nan), 1, "").passed is False
+
+
+def test_likelihoods_are_right_to_a_nanonat(parity_checkpoint: Checkpoint, setup: ParitySetup) -> None:
+    form = ReferenceForm(setup.reference, COUNT)
+    chain = form.chain(slice(0, COUNT))
+    nudged = chain.hidden + np.float32(1e-4)
+    targets = setup.windows.targets
+    sequential, nll, kl = compare_states(form, chain.hidden, nudged[None], targets)
+    wide = [form.head(states).astype(np.longdouble) for states in (chain.hidden, nudged)]
+    logs = [logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)) for logits in wide]
+    expected = [-np.take_along_axis(log, targets[..., None], -1)[..., 0] for log in logs]
+    assert np.abs(sequential - expected[0]).max() < 1e-9
+    assert np.abs(nll[0] - expected[1]).max() < 1e-9
+    assert np.abs(kl[0] - (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1)).max() < 1e-12
+
+
+def test_reference_windows_that_are_left_out_change_nothing(setup: ParitySetup) -> None:
+    few, all_windows = ReferenceForm(setup.reference, 2), ReferenceForm(setup.reference, COUNT)
+    assert np.abs(few.chain(slice(0, 2)).hidden - all_windows.chain(slice(0, 2)).hidden).max() < 1e-5
+
+
+def test_relative_errors_see_nan_and_shapes() -> None:
+    one = np.ones((2, 3), np.float32)
+    assert relative_error(one * 2, one) == 1
+    assert math.isnan(relative_error(one * np.nan, one))
+    assert relative_error(one[:1], one) == math.inf
+    assert Chain(hidden=one).caches == {}
+
+
+def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) -> None:
+    residual = np.array([[1.0, 2.0, 4.0, 8.0]] * 3 + [[0.0] * 4])
+    error = np.array([[0.5, 1.0, 2.0, 4.0], [4.0, 2.0, 1.0, 0.5], [1.0] * 4, [0.0] * 4])
+    nothing = np.zeros((4, 4))
+    made = measurement.Measurement(
+        sequential_nll=nothing, nll=nothing, kl=nothing, prefix_error=nothing[0], continuations=(),
+        residual=residual, error=error,
+    )  # fmt: skip
+    falling, rising, flat, still = residual_curve(made, coverage_of(case, setup))
+    assert (falling["ratio_median"], falling["ratio_p95"], falling["correlation"]) == (0.5, 0.5, pytest.approx(1))
+    assert rising["correlation"] == pytest.approx(-1)
+    assert rising["error_max"] == 4
+    assert (flat["correlation"], flat["ratio_median"]) == (None, pytest.approx(0.375))
+    assert (still["ratio_median"], still["ratio_p95"], still["correlation"]) == (None, None, None)
+
+
+# --- the demo
+@pytest.mark.evidence
+@pytest.mark.timeout(900)
+def test_the_certificate_of_the_demo(demo_bundle: Path, heldout_text: Path) -> None:
+    """Figures of README and closing notes; two to four minutes."""
+    files = open_bundle(demo_bundle)
+    checkpoint = load_checkpoint(demo_bundle / "reference")
+    ids = np.frombuffer(heldout_text.read_bytes(), np.uint8).astype(np.int64)
+    text = held_out_text(TokenText(ids=ids, source="heldout.txt"), files.manifest)
+    setup = _setup(checkpoint, text, validation_tokens=4096, window=256)
+    results = {name: certify(case_from_manifest(files, name), setup) for name in files.manifest["targets"]}
+    assert set(results) >= {"ort-cpu-fp32", "ort-cpu-int8"}
+    for result in results.values():
+        assert result.passed, (result.target, result.failures)
+        below = result.data["spans"][0]
+        assert (below["start"], below["stop"], below["gated"]) == (0, 128, True)
+        assert below["smallest_passes"] <= result.data["unroll"]
+        low, high = below["perplexity_gap_ci"][result.data["unroll"] - 1]
+        assert -0.01 <= low <= high <= 0.01
+        gated = [check for check in result.checks if check.name.startswith(("regime gap", "hand-over")) and check.limit]
+        assert len(gated) == 3, "K and 2 K below the training length, and the hand-over there"
+        assert all(check.passed for check in gated)
+    single, quantised = (results[name].data["spans"][0] for name in ("ort-cpu-fp32", "ort-cpu-int8"))
+    # FP32 goes on converging; INT8 reaches a floor where only rounding is left.
+    assert single["kl"][19] < 1e-7 < single["kl"][9]
+    assert 1e-5 < quantised["kl"][19] < 1e-3
+    residual = results["ort-cpu-fp32"].data["residual"][9]
+    assert residual["ratio_p95"] < 1.5
+    assert residual["correlation"] > 0.5
+
+
+@pytest.fixture
+def demo_bundle() -> Path:
+    """The bundle of ``make demo``."""
+    path = Path(__file__).resolve().parents[2] / "build" / "demo"
+    if not (path / "manifest.json").is_file():
+        pytest.skip("there is no build/demo: make demo builds it")
+    return path

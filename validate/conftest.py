@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, stage_bundle
-from crt_export.checkpoint import load_checkpoint, tensor_shapes, write_checkpoint
+from crt_export.checkpoint import Checkpoint, load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.spec import graph_names, graph_spec
+from crt_export.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
@@ -75,6 +77,16 @@ def _random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
         return 1 + normal(shape, 0.1) if name.endswith("norm.weight") else normal(shape, 0.1)
 
     return {name: weight(name, shape) for name, shape in tensor_shapes(config).items()}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Write the golden files of this name anew; 'formats' is all but bundle-v1 (validate/golden/README.md).",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -191,10 +203,46 @@ def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Ca
         output = shared_folder / f"runtime-{name}-{kind}"
         with FileLock(output.with_suffix(".lock")):
             if not (output / MANIFEST_NAME).is_file():
-                _write_bundle(output, model, checkpoint.sha256)
+                _write_bundle(output, model, checkpoint)
         return output, model
 
     return write
+
+
+@pytest.fixture(scope="session")
+def sign_again() -> Callable[[Path], None]:
+    """``sign_again(bundle)``: make the manifest list the bundle's files as they are now."""
+
+    def sign(bundle: Path) -> None:
+        path = bundle / MANIFEST_NAME
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        contents = {file.relative_to(bundle).as_posix(): file.read_bytes() for file in bundle.rglob("*.*")}
+        manifest["files"] = {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in sorted(contents.items())
+            if name != MANIFEST_NAME
+        }
+        path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    return sign
+
+
+@pytest.fixture(scope="session")
+def change_step_weight(sign_again: Callable[[Path], None]) -> Callable[..., None]:
+    """``change_step_weight(bundle, weight, factor)``: scale a weight of the FP32 step graph alone, and sign again."""
+
+    def change(bundle: Path, weight: str, factor: float) -> None:
+        import onnx
+
+        path = bundle / "graphs" / "step.fp32.onnx"
+        graph = onnx.load(path)
+        (tensor,) = [found for found in graph.graph.initializer if found.name == weight]
+        values = onnx.numpy_helper.to_array(tensor) * torch.tensor(factor).numpy()
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float32"), weight))
+        onnx.save(graph, path)
+        sign_again(bundle)
+
+    return change
 
 
 @pytest.fixture(scope="session")
@@ -218,8 +266,9 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layers.0.mlp.down.weight"][:, 0] = 3e38
 
 
-def _write_bundle(output: Path, model: Model, checkpoint_hash: str) -> None:
+def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
     from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
+    from crt_export.stages.vectors import write_vectors
 
     config = model.config
     names = [name for name in graph_names(config) if name != "head"]
@@ -240,13 +289,15 @@ def _write_bundle(output: Path, model: Model, checkpoint_hash: str) -> None:
             "cache_dtype": "float32",
         }
         profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}
+        resolved = [profile.with_unroll(config.unroll_steps) for profile in profiles.values()]
+        write_vectors(checkpoint, load_tokenizer(checkpoint.path, config), resolved, None, None, staging.path)
         staging.commit(
             {
                 "tool": {"name": "crt-export", "version": "0.1.0"},
                 "libraries": {},
                 "validated": False,
                 "config": config.to_dict(),
-                "checkpoint": {"sha256": checkpoint_hash},
+                "checkpoint": {"sha256": checkpoint.sha256},
                 "options": {},
                 "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
                 "graphs": [

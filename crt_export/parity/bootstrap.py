@@ -4,8 +4,8 @@ Tokens of one window depend on each other, so whole windows are drawn with repla
 neighbouring windows are. A statistic is a function of sums (a mean is a sum over a count), so a resample costs one row
 of a matrix product. Since every figure and every target with as many windows sees the same resamples, differences
 between them are paired. The interval is bias-corrected and accelerated (BCa): B. Efron, Better bootstrap confidence
-intervals, JASA 82 (1987); it follows skewed figures such as a mean divergence, and a monotone function of a figure has
-that function of its interval.
+intervals, JASA 82 (1987); it follows skewed figures such as a mean divergence, and a monotone function of a figure has,
+but for the jackknife's estimate of the acceleration, that function of its interval.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Scorer:
         targets = self._targets[windows, positions].unsqueeze(-1)
         self._note_non_finite(found, windows, position)
         columns = slice(positions.start - self.start, positions.stop - self.start)
-        for name, values in _token_scores(found, expected, targets, self._near_tie).items():
+        for name, values in token_scores(found, expected, targets, self._near_tie).items():
             self._arrays[name][windows, columns] = values.numpy()
 
     def scores(self) -> Scores:
@@ -135,8 +135,18 @@ def reference_nll(reference: Reference, regime: str, passes: int) -> np.ndarray:
     return torch.cat(parts, dim=1).numpy()
 
 
-def _token_scores(found: Tensor, expected: Tensor, targets: Tensor, near_tie: float) -> dict[str, Tensor]:
-    """Per token, float64 [windows, positions]; logits [windows, positions, vocab], targets [windows, positions, 1]."""
+def token_scores(found: Tensor, expected: Tensor, targets: Tensor, near_tie: float) -> dict[str, Tensor]:
+    """The arrays of :class:`Scores`.
+
+    Args:
+        found: Logits of the target, float32 [windows, positions, vocab].
+        expected: Those of the reference, the same shape.
+        targets: The text's next tokens, int64 [windows, positions, 1].
+        near_tie: How far below the reference's tenth logit a token still counts as one of its ten.
+
+    Returns:
+        Per name, float64 [windows, positions].
+    """
     kept = min(TOP, expected.shape[-1])
     best, chosen = expected.topk(kept, dim=-1).values, found.topk(kept, dim=-1).indices
     among_best = expected.gather(-1, chosen) >= best[..., -1:] - near_tie

@@ -12,7 +12,7 @@ from crt_export import __version__
 from crt_export.checkpoint import load_checkpoint
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-VERBS = ("build", "validate", "generate", "inspect", "targets", "doctor")
+VERBS = ("build", "validate", "report", "compare", "generate", "inspect", "targets", "doctor")
 
 
 def test_version(crt_export: Run) -> None:
@@ -44,6 +44,9 @@ def test_help_names_every_verb_and_exit_code(crt_export: Run) -> None:
         (("generate", "x", "--prompt", "a", "--stop", "", "--passes", "0"), "2 problems"),
         (("generate", "absent", "--prompt", "a"), "no such bundle folder"),
         (("inspect", "absent"), "no such bundle folder"),
+        (("report", "absent", "--output", "x.html"), "absent cannot be read"),
+        (("report", "absent"), "Missing option '--output'"),
+        (("compare", "absent", "absent"), "absent cannot be read"),
     ],
 )
 def test_wrong_use_is_exit_2_with_the_reason_on_stderr(

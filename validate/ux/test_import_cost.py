@@ -52,3 +52,9 @@ def test_help_loads_nothing_but_click(python: Run, arguments: list[str]) -> None
 def test_targets_and_doctor_load_no_framework(python: Run) -> None:
     statement = "from crt_export.cli import main\nassert main(['targets']) == 0\nmain(['doctor'])"
     assert not loaded(python, statement) & HEAVY
+
+
+def test_reading_and_comparing_reports_loads_no_framework_and_no_plots(python: Run) -> None:
+    """A report is compared where only the core is installed."""
+    modules = "crt_export.report.compare, crt_export.report.reading, crt_export.report.output, crt_export.report.html"
+    assert not loaded(python, f"import {modules}") & (HEAVY | {"matplotlib", "jinja2"})

@@ -295,7 +295,7 @@ def _sample(targets: int = 3, levels: tuple[str, ...] = LEVELS) -> dict[str, Any
     chosen = TARGETS[:targets]
     rows = [_row(*target, regime=regime) for target in chosen for regime in ("step", "prefill")]
     if targets > 1:
-        compiled = {"graph": "step", "precision": "fp16", "regime": "step", "status": "compiled"}
+        compiled: dict[str, Any] = {"graph": "step", "precision": "fp16", "regime": "step", "status": "compiled"}
         rows.append(ParityRow(target="rtx-sm80-fp16", runtime="tensorrt-rtx", **compiled))
     report = ParityReport(
         rows=tuple(rows),

@@ -12,7 +12,7 @@ from crt_export.text import VALIDATION_TOKENS, TokenText
 
 DEFAULT_WINDOW = 256
 #: What a build must pass; the certificate and the long run take longer and are asked for.
-BUILD_LEVELS = ("chain", "corpus", "free-running")
+BUILD_LEVELS = ("contract", "one-step", "chain", "corpus", "free-running")
 
 _SMALLEST = {
     "validation_tokens": 2,

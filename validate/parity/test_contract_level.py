@@ -1,0 +1,365 @@
+"""L0: what is wrong with a file is found without running it, by the sentence that names it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.graph import GraphExporter, write_graph, write_weights
+from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions
+from crt_export.parity.contract import check_contract_level
+from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.reference import Reference
+from crt_export.parity.tolerances import load_tolerances
+from crt_export.parity.windows import windows_from_text
+from crt_export.progress import no_progress
+from crt_export.quantize import (
+    CalibrationOptions,
+    W8A8Plan,
+    calibrate,
+    calibration_windows,
+    plan_w8a8,
+    quantize_w8,
+    quantize_w8a8,
+)
+from crt_export.text import TokenText
+
+LENGTH = 32
+GRAPHS = ("step", "prefill", "prefill_pass", "head")
+FORMS = ("fp32", "fp16", "w8", "w8a8")
+Edit = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture(scope="session")
+def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
+    options = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="a test of levels", threads=1)
+    windows = windows_from_text(real_text, options, longest=LENGTH, longest_reason="a test")
+    return ParitySetup(
+        checkpoint=parity_checkpoint,
+        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=8),
+        text=real_text,
+        options=options,
+        tolerances=load_tolerances(),
+        progress=no_progress,
+    )
+
+
+@pytest.fixture
+def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle's FP32 graphs, to be damaged."""
+    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
+
+
+@pytest.fixture(scope="session")
+def forms(
+    parity_bundle: Path, parity_checkpoint: Checkpoint, real_text: TokenText, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``step`` and ``head`` in every precision; only FP16 is exported for it."""
+    folder = tmp_path_factory.mktemp("forms")
+    exporter = GraphExporter(model_from_checkpoint(parity_checkpoint, torch.float16))
+    made: dict[str, dict[str, ir.Model]] = {form: {} for form in FORMS}
+    for name in ("step", "head"):
+        made["fp32"][name] = ir.load(parity_bundle / "graphs" / f"{name}.fp32.onnx")
+        made["w8"][name] = made["fp32"][name].clone()
+        quantize_w8(made["w8"][name], 16)
+        made["fp16"][name] = exporter.graph(name)
+        made["w8a8"][name] = made["fp16"][name].clone()
+        quantize_w8a8(made["w8a8"][name], _plan(parity_checkpoint, real_text))
+    for form, models in made.items():
+        weights = write_weights(models, folder / f"{form}.weights")
+        for name, model in models.items():
+            write_graph(model, folder / f"{name}.{form}.onnx", weights)
+    return folder
+
+
+def _plan(checkpoint: Checkpoint, text: TokenText) -> W8A8Plan:
+    model = model_from_checkpoint(checkpoint)
+    options = CalibrationOptions(windows=32, minimum_tokens=512)
+    windows = calibration_windows(text.ids, seq=16, options=options)
+    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options))
+
+
+def _case(folder: Path, checkpoint: Checkpoint, form: str = "fp32", runtime: str = "onnxruntime") -> ParityCase:
+    half = form in ("fp16", "w8a8")
+    files = {name: folder / f"{name}.{form}.onnx" for name in GRAPHS}
+    return ParityCase(
+        target=f"test-{form}",
+        runtime=runtime,
+        precision=form,
+        graphs={name: path for name, path in files.items() if path.is_file()},
+        unroll=2,
+        cache_dtype="float16" if half else "float32",
+        cache_head_dim=checkpoint.config.head_dim,
+    )
+
+
+def _failures(result: LevelResult, graph: str) -> list[str]:
+    return [failure for failure in result.failures if failure.startswith(f"{graph}:")]
+
+
+def _edit(folder: Path, name: str, edit: Edit, form: str = "fp32") -> None:
+    path = folder / f"{name}.{form}.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    onnx.save(model, path)
+
+
+def _swap(mapping: dict[str, str], *, inputs: bool = True, outputs: bool = False) -> Edit:
+    """Exchange tensor names in the nodes."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if inputs:
+                node.input[:] = [mapping.get(name, name) for name in node.input]
+            if outputs:
+                node.output[:] = [mapping.get(name, name) for name in node.output]
+
+    return edit
+
+
+def _both_ways(one: str, other: str) -> dict[str, str]:
+    return {one: other, other: one}
+
+
+def _rename_output(model: onnx.ModelProto) -> None:
+    _swap({"logits": "scores"}, outputs=True)(model)
+    next(output for output in model.graph.output if output.name == "logits").name = "scores"
+
+
+def _add_output(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["logits"], ["debug"]))
+    model.graph.output.append(helper.make_tensor_value_info("debug", TensorProto.FLOAT, ["batch", 256]))
+
+
+def _half_state(model: onnx.ModelProto) -> None:
+    state = next(value for value in model.graph.input if value.name == "state")
+    state.type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def _foreign_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("FusedGelu", ["logits"], ["x"], domain="com.example", name="foreign"))
+    model.opset_import.append(helper.make_opsetid("com.example", 3))
+
+
+def _dead_reader(model: onnx.ModelProto) -> None:
+    """Nothing that counts reads ``hidden`` any more, but a node still does."""
+    _swap({"hidden": "state"})(model)
+    model.graph.node.append(helper.make_node("Abs", ["hidden"], ["dead"]))
+
+
+def _constant_output(model: onnx.ModelProto) -> None:
+    _swap({"next_position": "computed"}, outputs=True)(model)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(4, np.int64), "next_position"))
+
+
+def _swap_updates(model: onnx.ModelProto) -> None:
+    first, second = (
+        node for node in model.graph.node if node.op_type == "TensorScatter" and node.input[0].endswith(".value")
+    )
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+
+
+def _drop_a_product(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if "layers.1.mlp.up.weight" in node.input)
+    node.op_type = "Add"
+
+
+def _move(location: str) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "embed.weight")
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+
+    return edit
+
+
+def _older_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 23
+
+
+def _hidden_weight(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((16, 16), np.float32), "extra"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sound_files_pass_in_every_precision(forms: Path, setup: ParitySetup, form: str) -> None:
+    result = check_contract_level(_case(forms, setup.checkpoint, form), setup)
+    assert [*_failures(result, "step"), *_failures(result, "head")] == []
+    assert "prefill: file: target" in "\n".join(result.failures), "a missing graph is a failure of its own"
+    facts = result.data["graphs"]["step"]
+    assert facts["external_files"] == [f"{form}.weights"]
+    assert facts["weights_checked"] >= len(setup.checkpoint.tensors)
+    product = "com.microsoft::MatMulNBits" if form == "w8" else "MatMul"
+    assert facts["operators"][product] == 2 * 6 + 2 + 1
+
+
+def test_the_whole_bundle_passes(parity_bundle: Path, setup: ParitySetup) -> None:
+    result = check_contract_level(_case(parity_bundle / "graphs", setup.checkpoint), setup)
+    assert result.passed, result.failures
+    assert len(result.checks) == 4 * 7
+    assert set(result.data["graphs"]) == set(GRAPHS)
+
+
+@pytest.mark.parametrize(
+    ("graph", "edit", "sentence"),
+    [
+        ("step", _rename_output, "interface: outputs differ: missing ['logits'], unexpected ['scores']"),
+        ("head", _add_output, "interface: outputs differ: missing [], unexpected ['debug']"),
+        ("step", _half_state, "interface: input state: float32 [batch, 1, 16]: found FLOAT16"),
+        ("step", _foreign_operator, "operators: operator com.example::FusedGelu (1 nodes, such as foreign)"),
+        ("step", _foreign_operator, "operators: opset of com.example: expected none, found 3"),
+        ("step", _older_opset, "operators: opset of ai.onnx: expected 24, found 23"),
+        ("step", _move("/etc/passwd"), "external data: tensor embed.weight points at '/etc/passwd', which is an abs"),
+        ("step", _move("../fp32.weights"), "external data: tensor embed.weight points at '../fp32.weights', which"),
+        ("prefill_pass", _swap({"hidden": "state"}), "data flow: input hidden is read by no node"),
+        ("prefill_pass", _dead_reader, "data flow: input hidden is read only by nodes that no output depends on"),
+        ("step", _constant_output, "data flow: output next_position is computed by no node: it is a constant"),
+        (
+            "step",
+            _swap(_both_ways("past_key_values.0.key", "past_key_values.1.key")),
+            "caches: output present_key_values.0.key continues past_key_values.1.key, expected past_key_values.0.key",
+        ),
+        (
+            "step",
+            _swap(_both_ways("present_key_values.0.value", "present_key_values.1.value"), outputs=True),
+            "caches: output present_key_values.1.value continues past_key_values.0.value",
+        ),
+        (
+            "step",
+            _swap_updates,
+            "caches: output present_key_values.0.value stores what layers.1.attn.v computes, expected layers.0.attn.v",
+        ),
+        ("prefill", _drop_a_product, "linears: layers.1.mlp.up multiplies 1 times, expected 2"),
+        (
+            "step",
+            _swap(_both_ways("layers.0.attn.q.weight", "layers.0.attn.k.weight")),
+            "caches: output present_key_values.0.key stores what layers.0.attn.q computes",
+        ),
+        ("step", _hidden_weight, "weights: constant extra of 256 values is no weight of the checkpoint"),
+    ],
+)
+def test_a_fault_in_a_file_is_named(graphs: Path, setup: ParitySetup, graph: str, edit: Edit, sentence: str) -> None:
+    _edit(graphs, graph, edit)
+    result = check_contract_level(_case(graphs, setup.checkpoint), setup)
+    assert result.passed is False
+    found = _failures(result, graph)
+    assert any(failure.startswith(f"{graph}: {sentence}") for failure in found), found
+    others = [failure for failure in result.failures if not failure.startswith(f"{graph}:")]
+    assert others == [], "the other graphs are sound"
+
+
+def test_one_pass_too_few_is_counted(graphs: Path, setup: ParitySetup) -> None:
+    shutil.copyfile(graphs / "prefill_pass.fp32.onnx", graphs / "prefill.fp32.onnx")
+    found = _failures(check_contract_level(_case(graphs, setup.checkpoint), setup), "prefill")
+    assert "prefill: linears: 1 passes are unrolled, expected 2" in found
+
+
+def test_an_operator_of_another_runtime_is_refused(forms: Path, setup: ParitySetup) -> None:
+    result = check_contract_level(_case(forms, setup.checkpoint, "w8", "tensorrt-rtx"), setup)
+    found = _failures(result, "head")
+    assert any("operator com.microsoft::MatMulNBits (1 nodes" in failure for failure in found), found
+    assert any("opset of com.microsoft: expected none, found 1" in failure for failure in found), found
+
+
+def test_weights_that_lie_elsewhere_are_not_opened(graphs: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.weights"
+    shutil.copyfile(graphs / "fp32.weights", outside)
+    _edit(graphs, "step", _move(str(outside)))
+    found = _failures(check_contract_level(_case(graphs, setup.checkpoint), setup), "step")
+    assert "step: weights: not read: the external data must lie beside the graph" in found
+
+
+def test_a_short_weight_file_fails_the_weights(graphs: Path, setup: ParitySetup) -> None:
+    weights = graphs / "fp32.weights"
+    weights.write_bytes(weights.read_bytes()[:4096])
+    result = check_contract_level(_case(graphs, setup.checkpoint), setup)
+    assert {check.name for check in result.checks if not check.passed} == {f"{name}: weights" for name in GRAPHS}
+
+
+def _in_place(folder: Path, form: str, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change a tensor in the weight file that all graphs of a precision share, or inside each graph."""
+    for name in ("step", "head"):
+        path = folder / f"{name}.{form}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        for found in (found for found in model.graph.initializer if found.name == tensor):
+            if not found.external_data:
+                found.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(found)), tensor))
+                continue
+            place = {entry.key: entry.value for entry in found.external_data}
+            weights = folder / f"{form}.weights"
+            data = bytearray(weights.read_bytes())
+            start, count = int(place["offset"]), int(place["length"])
+            dtype = helper.tensor_dtype_to_np_dtype(found.data_type)
+            values = np.frombuffer(bytes(data[start : start + count]), dtype)
+            data[start : start + count] = change(values).astype(dtype).tobytes()
+            weights.write_bytes(bytes(data))
+            onnx.save(model, path)
+            return
+        onnx.save(model, path)
+
+
+def _one_percent(values: np.ndarray) -> np.ndarray:
+    return values * np.asarray(1.01, np.float32)
+
+
+def _one_level(values: np.ndarray) -> np.ndarray:
+    """One weight one quantisation step towards the middle of the range."""
+    changed = values.copy()
+    level = int(changed.flat[3])
+    changed.flat[3] = level + 1 if level < 100 else level - 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("form", "tensor", "change", "sentence"),
+    [
+        ("fp32", "layers.0.attn.o.weight", _one_percent, "layers.0.attn.o.weight: 256 of 256 values differ"),
+        ("fp32", "embed.weight", _one_percent, "embed.weight: 4096 of 4096 values differ"),
+        ("fp32", "rope_cos", _one_percent, "rope_cos: differs from position x theta"),
+        ("fp16", "layers.1.mlp.down.weight", _one_percent, "layers.1.mlp.down.weight: "),
+        ("fp16", "layers.1.mlp_norm.bias", _one_percent, "layers.1.mlp_norm.bias: "),
+        ("w8", "layers.0.mlp.up.weight_scales", _one_percent, "weight layers.0.mlp.up: value"),
+        ("w8", "layers.0.mlp.up.weight_blocks", _one_level, "weight layers.0.mlp.up: value"),
+        ("w8", "layers.0.attn_norm.weight", _one_percent, "16 of 16 channels are not the checkpoint's divided by one"),
+        ("w8", "layers.0.attn_norm.weight", lambda gain: gain * 2, "channels are not the checkpoint's divided by one"),
+        ("w8", "layers.0.attn.v.bias", _one_percent, "layers.0.attn.v.bias: 16 of 16 values differ"),
+        ("w8a8", "layers.1.attn.v.weight_scale", _one_percent, "weight layers.1.attn.v: value"),
+        ("w8a8", "layers.1.attn.o.weight_q", _one_level, "weight layers.1.attn.o: value"),
+        ("w8a8", "layers.1.attn.v.bias_fp32", _one_percent, "16 of 16 channels are not the checkpoint's divided by"),
+        ("w8a8", "layers.0.mlp.down.bias_fp32", _one_percent, "layers.0.mlp.down.bias_fp32: 16 of 16 values differ"),
+        ("w8a8", "layers.0.mlp.down.input_shift", _one_percent, "layers.0.mlp.down.bias_fp32: "),
+        ("w8a8", "final_norm.bias", _one_percent, "channels are not the checkpoint's divided by one power of two"),
+    ],
+)
+def test_a_weight_off_by_one_per_cent_is_found(
+    forms: Path, setup: ParitySetup, tmp_path: Path, form: str, tensor: str, change: Callable, sentence: str
+) -> None:
+    folder = Path(shutil.copytree(forms, tmp_path / "forms"))
+    _in_place(folder, form, tensor, change)
+    result = check_contract_level(_case(folder, setup.checkpoint, form), setup)
+    failures = [*_failures(result, "step")]
+    assert any(sentence in failure for failure in failures), failures
+    assert all(failure.startswith("step: weights: ") for failure in failures), failures
+
+
+def test_an_activation_scale_of_its_own_in_one_graph_is_found(forms: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(forms, tmp_path / "forms"))
+
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "lm_head.input_scale")
+        tensor.CopyFrom(numpy_helper.from_array(_one_percent(numpy_helper.to_array(tensor)), tensor.name))
+
+    _edit(folder, "head", edit, "w8a8")
+    found = _failures(check_contract_level(_case(folder, setup.checkpoint, "w8a8"), setup), "head")
+    assert len(found) == 1
+    assert "lm_head.input_scale is" in found[0]
+    assert "in step it is" in found[0]

@@ -1,0 +1,305 @@
+"""L1: one call of every graph from PyTorch's own inputs; every output, every slot of the caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.graph import write_graph, write_weights
+from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions
+from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.one_step import FIGURE, check_one_step
+from crt_export.parity.one_step_calls import OneStepCalls
+from crt_export.parity.polygraphy_results import compare_outputs
+from crt_export.parity.reference import Reference
+from crt_export.parity.tolerances import load_tolerances
+from crt_export.parity.windows import windows_from_text
+from crt_export.progress import no_progress
+from crt_export.quantize import quantize_w8
+from crt_export.text import TokenText
+
+LENGTH = 32
+GRAPHS = ("step", "prefill", "prefill_pass", "head")
+CACHES = [f"present_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+Edit = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture(scope="session")
+def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
+    return _setup(parity_checkpoint, real_text, LENGTH)
+
+
+def _setup(checkpoint: Checkpoint, text: TokenText, length: int) -> ParitySetup:
+    options = ParityOptions(validation_tokens=8 * length, window=length, short_reason="a test of levels", threads=1)
+    windows = windows_from_text(text, options, longest=length, longest_reason="a test")
+    return ParitySetup(
+        checkpoint=checkpoint,
+        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
+        text=text,
+        options=options,
+        tolerances=load_tolerances(),
+        progress=no_progress,
+    )
+
+
+@pytest.fixture
+def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle's FP32 graphs, to be damaged."""
+    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
+
+
+def _case(folder: Path, checkpoint: Checkpoint, precision: str = "fp32") -> ParityCase:
+    return ParityCase(
+        target="test",
+        runtime="onnxruntime",
+        precision=precision,
+        graphs={name: folder / f"{name}.{precision}.onnx" for name in GRAPHS},
+        unroll=2,
+        cache_dtype="float32",
+        cache_head_dim=checkpoint.config.head_dim,
+    )
+
+
+def _check(folder: Path, setup: ParitySetup) -> LevelResult:
+    return check_one_step(_case(folder, setup.checkpoint), setup)
+
+
+def _edit(folder: Path, name: str, edit: Edit) -> None:
+    path = folder / f"{name}.fp32.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    onnx.save(model, path)
+
+
+def _reroute(output: str, *parts: onnx.NodeProto | onnx.TensorProto) -> Edit:
+    """Put nodes (and constants) between an output and what computes it, called ``before``."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.output[:] = ["before" if name == output else name for name in node.output]
+            node.input[:] = ["before" if name == output else name for name in node.input]
+        model.graph.node.extend(part for part in parts if isinstance(part, onnx.NodeProto))
+        model.graph.initializer.extend(part for part in parts if isinstance(part, onnx.TensorProto))
+
+    return edit
+
+
+def _scaled(output: str, factor: float) -> Edit:
+    constant = numpy_helper.from_array(np.array(factor, np.float32), "factor")
+    return _reroute(output, constant, helper.make_node("Mul", ["before", "factor"], [output]))
+
+
+def _read_instead(name: str, other: str) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.input[:] = [other if value == name else value for value in node.input]
+
+    return edit
+
+
+def _one_percent(name: str, weights: Path) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, count = int(place["offset"]), int(place["length"])
+        values = np.frombuffer(weights.read_bytes()[start : start + count], np.float32).reshape(tensor.dims)
+        tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), name))
+
+    return edit
+
+
+def test_sound_graphs_pass_with_every_output_compared(parity_bundle: Path, setup: ParitySetup) -> None:
+    result = _check(parity_bundle / "graphs", setup)
+    assert result.passed, result.failures
+    names = [check.name for check in result.checks]
+    tokens = ["logits", "next_token", "next_position", "next_state"]
+    for graph in ("prefill", "prefill_pass"):
+        assert [name for name in names if name.startswith(f"{graph}:")] == [
+            f"{graph}: {tensor}" for tensor in (*tokens, "next_hidden", "residual", *CACHES)
+        ]
+    assert [name for name in names if name.startswith("step:")] == [f"step: {tensor}" for tensor in (*tokens, *CACHES)]
+    assert "head: logits" in names
+    figures = [check.value for check in result.checks if check.figure == FIGURE]
+    assert all(value is not None and 0 < value < 2e-6 for value in figures), figures
+    assert result.data["positions"] == [0, 1, 8, 16]
+    assert set(result.data["tensors"]["head"]["logits"]) == {"max_abs", "mean_abs", "relative", "limit"}
+
+
+def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: ParitySetup) -> None:
+    calls = OneStepCalls(_case(parity_bundle / "graphs", setup.checkpoint), setup)
+    zero, other = calls.of("prefill")
+    assert zero.inputs["length"].tolist() == [16, 16, 8, 0]
+    assert zero.inputs["position"].tolist() == [0, 16, 16, 8]
+    assert not zero.inputs["hidden"].any()
+    assert other.inputs["hidden"].any()
+    assert np.array_equal(zero.expected["next_state"][3], zero.inputs["state"][3]), "a row of length 0 keeps its state"
+    assert zero.expected["residual"][3] == 0
+    assert not zero.inputs["past_key_values.1.key"][1, :, 16:].any()
+    empty, middle = calls.of("step")
+    assert not empty.inputs["state"].any()
+    assert middle.inputs["state"].any()
+
+
+def test_weight_only_graphs_are_within_their_limit(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    models = {name: ir.load(parity_bundle / "graphs" / f"{name}.fp32.onnx") for name in GRAPHS}
+    for model in models.values():
+        quantize_w8(model, 16)
+    weights = write_weights(models, tmp_path / "w8.weights")
+    for name, model in models.items():
+        write_graph(model, tmp_path / f"{name}.w8.onnx", weights)
+    result = check_one_step(_case(tmp_path, setup.checkpoint, "w8"), setup)
+    assert result.passed, result.failures
+    limits = {check.limit for check in result.checks if check.figure == FIGURE}
+    assert limits == {setup.tolerances.precisions["w8"].tensor_error}
+    assert max(check.value or 0 for check in result.checks) > 1e-4, "it is quantised"
+
+
+def test_windows_of_two_tokens_suffice(parity_bundle: Path, setup: ParitySetup, real_text: TokenText) -> None:
+    short = _setup(setup.checkpoint, real_text, 2)
+    result = _check(parity_bundle / "graphs", short)
+    assert result.passed, result.failures
+    assert result.data["positions"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("graph", "edit", "check", "sentence"),
+    [
+        ("step", _scaled("logits", 1.001), "step: logits", f"{FIGURE} is 0.001, expected at most 1e-05"),
+        ("step", _scaled("next_state", 0.0), "step: next_state", f"{FIGURE} is 1, expected"),
+        (
+            "step",
+            _scaled("next_state", float("nan")),
+            "step: next_state",
+            "next_state is NaN or infinite at position 0",
+        ),
+        ("head", _scaled("logits", 1.001), "head: logits", "hidden states of the recurrence"),
+        ("prefill", _scaled("residual", 1.01), "prefill: residual", f"{FIGURE} is"),
+        ("prefill_pass", _scaled("next_hidden", 1.001), "prefill_pass: next_hidden", f"{FIGURE} is 0.001"),
+        ("prefill", _read_instead("length", "position"), "prefill: next_position", "expected 16"),
+        (
+            "step",
+            _reroute("next_token", helper.make_node("Identity", ["input_ids"], ["next_token"])),
+            "step: next_token",
+            "the argmax of the graph's own logits is",
+        ),
+        (
+            "step",
+            _reroute("next_position", helper.make_node("Identity", ["position"], ["next_position"])),
+            "step: next_position",
+            "is 0, expected 1 (position 0, length 1 of 1; empty cache)",
+        ),
+        ("prefill", _scaled(CACHES[2], 1.01), "prefill: present_key_values.1.key", "slots before 16 were changed"),
+        (
+            "step",
+            _reroute(
+                CACHES[1],
+                numpy_helper.from_array(np.array(0.25, np.float32), "stray"),
+                helper.make_node("Add", ["before", "stray"], [CACHES[1]]),
+            ),
+            "step: present_key_values.0.value",
+            "slot 1 is not zero, slots from 1 on are unused (position 0, length 1 of 1; empty cache)",
+        ),
+    ],
+)
+def test_a_fault_is_named_by_tensor_and_place(
+    graphs: Path,
+    setup: ParitySetup,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    edit: Edit,
+    check: str,
+    sentence: str,
+) -> None:
+    _without_contract(monkeypatch)
+    _edit(graphs, graph, edit)
+    result = _check(graphs, setup)
+    assert result.passed is False
+    failed = next(found for found in result.checks if found.name == check)
+    assert failed.passed is False
+    assert any(sentence in failure for failure in failed.failures), failed.failures
+    assert all(failure.startswith(f"{graph}:") for failure in result.failures), "the other graphs are sound"
+
+
+def _without_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some faults also break the static contract, which would stop the graph before it runs."""
+    monkeypatch.setattr("crt_export.parity.case.check_contract", lambda graph, spec: None)
+
+
+def test_another_dtype_is_refused(graphs: Path, setup: ParitySetup) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        _reroute("logits", helper.make_node("Cast", ["before"], ["logits"], to=TensorProto.FLOAT16))(model)
+        logits = next(output for output in model.graph.output if output.name == "logits")
+        logits.type.tensor_type.elem_type = TensorProto.FLOAT16
+
+    _edit(graphs, "step", change)
+    result = _check(graphs, setup)
+    assert any(failure.startswith("step: runs:") and "output logits" in failure for failure in result.failures)
+    assert next(check for check in result.checks if check.name == "prefill: logits").passed
+
+
+def test_one_weight_off_by_one_per_cent_is_found_in_every_tensor_behind_it(graphs: Path, setup: ParitySetup) -> None:
+    _edit(graphs, "step", _one_percent("layers.0.mlp.up.weight", graphs / "fp32.weights"))
+    result = _check(graphs, setup)
+    failed = {check.name for check in result.checks if check.passed is False}
+    assert {"step: logits", "step: next_state", f"step: {CACHES[2]}", f"step: {CACHES[3]}"} <= failed
+    assert f"step: {CACHES[0]}" not in failed, "what lies before the weight is right"
+
+
+def test_state_that_is_not_read_is_found(graphs: Path, setup: ParitySetup) -> None:
+    def forget(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 16), np.float32), "nothing"))
+        _read_instead("state", "nothing")(model)
+
+    _edit(graphs, "step", forget)
+    failures = [failure for failure in _check(graphs, setup).failures if "step: logits" in failure]
+    assert failures
+    assert all("middle of the text" in failure for failure in failures), "with an empty state nothing is missing"
+
+
+def test_saved_outputs_open_in_polygraphy(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    saving = dataclasses.replace(setup, saved_outputs=tmp_path / "outputs")
+    check_one_step(_case(parity_bundle / "graphs", setup.checkpoint), saving)
+    folder = tmp_path / "outputs" / "test"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.json" for name in GRAPHS)
+    tool = Path(sys.executable).with_name("polygraphy")
+    command = [str(tool), "inspect", "data", str(folder / "step.json")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "Run Results (2 runners)" in shown.stdout
+    assert "---- test         (2 iterations) ----" in shown.stdout, "names are padded"
+    assert "---- pytorch-fp32 (2 iterations) ----" in shown.stdout
+    assert "present_key_values.1.value [dtype=float32, shape=(4, 4, 1, 4)]" in shown.stdout
+
+
+def test_the_same_outputs_are_saved_twice_alike(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        saving = dataclasses.replace(setup, saved_outputs=tmp_path / name)
+        check_one_step(_case(parity_bundle / "graphs", setup.checkpoint), saving)
+    for graph in GRAPHS:
+        one, other = (tmp_path / name / "test" / f"{graph}.json" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_nothing_is_printed(parity_bundle: Path, setup: ParitySetup, capfd: pytest.CaptureFixture[str]) -> None:
+    _check(parity_bundle / "graphs", setup)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_not_a_number_is_within_no_limit() -> None:
+    expected = {"x": np.ones((2, 2), np.float32)}
+    found = {"x": np.array([[1, np.nan], [1, 1]], np.float32)}
+    difference = compare_outputs(found, expected, {"x": 1e9})["x"]
+    assert not difference.passed
+    assert np.isnan(difference.largest)

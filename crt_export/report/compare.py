@@ -189,7 +189,7 @@ def _levels(report: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Check]
 
 def _check_changes(target: str, level: str, old: Mapping[str, Check], new: Mapping[str, Check]) -> Iterator[Change]:
     for name, check in old.items():
-        place = {"target": target, "level": level, "name": name}
+        place: dict[str, Any] = {"target": target, "level": level, "name": name}
         if name not in new:
             yield Change(**place, old=check["value"], verdict=GONE, reason="the check is gone")
         else:

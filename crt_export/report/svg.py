@@ -146,11 +146,11 @@ def symlog_axis(axes: Axes, which: str, linear: float) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _decade(value: float, _: int | None = None) -> str:
+def _decade(value: float, _tick: int | None = None) -> str:
     """1, 10, 0.1 and 0.01 as they are, other powers of ten as powers."""
     if value == 0:
         return "0"
-    mantissa, _, exponent = f"{abs(value):.1e}".partition("e")
+    mantissa, _e, exponent = f"{abs(value):.1e}".partition("e")
     mantissa = mantissa.removesuffix(".0")
     sign = "−" if value < 0 else ""
     if -3 <= int(exponent) <= 3:

@@ -139,12 +139,12 @@ def _check_line(check: Mapping[str, Any]) -> CheckLine:
     value, limit, interval = check["value"], check["limit"], check["interval"]
     form = share_text if share and value is not None and value <= 1 else number_text
     sign = {"at most": "≤ ", "at least": "≥ ", "within": "within ±"}[check["relation"]]
-    shares = interval is not None and form is share_text
+    ends = [share_text(end, 2) for end in interval or ()] if form is share_text else []
     return CheckLine(
         name=check["name"],
         figure=check["figure"],
         value=form(value) if value is not None else "",
-        interval="[" + ", ".join(share_text(end, 2) for end in interval) + "]" if shares else interval_text(interval),
+        interval=f"[{', '.join(ends)}]" if ends else interval_text(interval),
         limit="" if limit is None else sign + form(limit),
         tolerance=check["tolerance"],
         result=outcome(check["passed"]),

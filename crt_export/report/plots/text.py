@@ -15,6 +15,8 @@ _MOST_LINES = 5
 
 def plot_histogram(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
     """How the tokens' divergences are distributed."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_plot("KL divergence of a token from PyTorch FP32, nats", "share of the tokens, %")
     shown, worst = 0, []
     for name, regime in list((data.get("regimes") or {}).items())[:_MOST_LINES]:
@@ -35,7 +37,7 @@ def plot_histogram(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None
     if not shown:
         return None
     axes.xaxis.set_major_formatter(lambda value, _: power_text(round(value)))
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set_ylim(bottom=0)
     add_legend(figure, axes, columns=4)
     words = f" 99 % of the tokens are below, nats: {'; '.join(worst)}." if worst else ""

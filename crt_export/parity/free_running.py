@@ -2,11 +2,12 @@
 
 Once two continuations differ in a token their histories differ, so only the first divergent token of a prompt says
 something about the target: there the reference had the same history, and its margin (its logit of its own token minus
-that of the target's) says how close the decision was. The gate holds the largest such margin, in units of the standard
-deviation of the reference's logits. The figures have the names and meaning of OpenVINO's who_what_benchmark (after
-Deiseroth et al., "Divergent Token Metrics", arXiv 2311.01544): FDT is the number of tokens before the first divergent
-one, SDT the number of divergent tokens after matching what the two have in common; ``norm`` divides by the tokens of a
-continuation. ``data``:
+that of the target's) says how close the decision was. The gate holds the largest such margin, in units of the
+standard deviation of the reference's logits there, or of its median over all continuations where that is larger.
+
+The figures have the names and meaning of OpenVINO's who_what_benchmark (after Deiseroth et al., "Divergent Token
+Metrics", arXiv 2311.01544): FDT is the number of tokens before the first divergent one, SDT the number of divergent
+tokens after matching what the two have in common; ``norm`` divides by the tokens of a continuation. ``data``:
 
 * ``prompts``, ``prompt_tokens``, ``new_tokens``, ``identical`` (prompts with the same continuation)
 * ``agreement`` (FDT per prompt), ``agreement_mean``, ``agreement_median``, ``first_divergence_normalised`` (FDT norm)
@@ -36,6 +37,7 @@ from crt_export.parity.trace import Continuation, continue_greedily
 _PROMPT_TOKENS = 32
 #: A model above the first number continues at most as many prompts, by as many tokens, as the others say.
 _LARGE_PARAMETERS, _LARGE_PROMPTS, _LARGE_NEW_TOKENS = 20_000_000, 8, 32
+_TINY = float(np.finfo(np.float32).tiny)
 _BATCH_BYTES = 512 * 2**20
 _FIGURE = "largest margin of the reference at a first divergence / standard deviation of its logits"
 
@@ -92,16 +94,14 @@ def check_free_running(case: ParityCase, setup: ParitySetup) -> LevelResult:
 
 def _prompts(case: ParityCase, setup: ParitySetup) -> _Prompts:
     """Prompts at even distances of the text, as many and as long as text, model and capacity have room for."""
-    options, notes, positions = setup.options, [], setup.config.max_position_embeddings
-    count, wanted = options.prompts, options.new_tokens
-    if setup.config.parameter_count > _LARGE_PARAMETERS:
-        count, wanted = min(count, _LARGE_PROMPTS), min(wanted, _LARGE_NEW_TOKENS)
-        if (count, wanted) != (options.prompts, options.new_tokens):
-            notes.append(
-                f"free-running: {count} prompts continued by {wanted} tokens instead of {options.prompts} by "
-                f"{options.new_tokens}: the model has more than {_LARGE_PARAMETERS:,} parameters"
-            )
+    options, (count, wanted), notes = setup.options, _wanted(setup), []
+    if (count, wanted) != (options.prompts, options.new_tokens):
+        notes.append(
+            f"free-running: {count} prompts continued by {wanted} tokens instead of {options.prompts} by "
+            f"{options.new_tokens}: the model has more than {_LARGE_PARAMETERS:,} parameters"
+        )
     length = max(1, min(_PROMPT_TOKENS, setup.windows.length // 2))
+    positions = setup.config.max_position_embeddings
     room = min(positions, positions if case.capacity is None else case.capacity) - length + 1
     if room < wanted:
         notes.append(
@@ -114,13 +114,18 @@ def _prompts(case: ParityCase, setup: ParitySetup) -> _Prompts:
     return _Prompts(ids=ids, new_tokens=min(room, wanted), notes=tuple(notes))
 
 
-def _reference_tokens(prompts: _Prompts, setup: ParitySetup) -> int:
-    """As many as any target may ask for, so that all share one continuation whatever their capacity."""
-    room = setup.config.max_position_embeddings - prompts.ids.shape[1] + 1
-    wanted = setup.options.new_tokens
+def _wanted(setup: ParitySetup) -> tuple[int, int]:
+    """Prompts and new tokens, fewer where the model is large."""
+    prompts, new_tokens = setup.options.prompts, setup.options.new_tokens
     if setup.config.parameter_count > _LARGE_PARAMETERS:
-        wanted = min(wanted, _LARGE_NEW_TOKENS)
-    return min(room, wanted)
+        return min(prompts, _LARGE_PROMPTS), min(new_tokens, _LARGE_NEW_TOKENS)
+    return prompts, new_tokens
+
+
+def _reference_tokens(prompts: _Prompts, setup: ParitySetup) -> int:
+    """As many as the target with the most room asks for, so that all share one continuation."""
+    room = setup.config.max_position_embeddings - prompts.ids.shape[1] + 1
+    return min(room, _wanted(setup)[1])
 
 
 def _continue(
@@ -198,13 +203,15 @@ def _divergence(prompt: int, token: int, expected: Continuation, found: int, set
     logits = setup.model.head(expected.hidden[prompt, token]).double().numpy()
     own = int(expected.tokens[prompt, token])
     margin = float(logits[own] - logits[found]) if 0 <= found < len(logits) else np.inf
+    # Of three logits, say, all may be equal by chance at one token, and then any margin is many deviations.
+    spread = max(float(expected.spread[prompt, token]), float(np.median(expected.spread)), _TINY)
     return {
         "prompt": prompt,
         "token": token,
         "expected": own,
         "found": found,
         "margin": margin,
-        "relative_margin": margin / max(float(logits.std()), float(np.finfo(np.float32).tiny)),
+        "relative_margin": margin / spread,
         "near_tie": margin <= setup.tolerances.near_tie_margin,
     }
 

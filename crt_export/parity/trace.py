@@ -43,10 +43,12 @@ class Continuation:
     Attributes:
         tokens: The new tokens, int64 [prompts, new tokens].
         hidden: h that each of them was chosen from, float32 [prompts, new tokens, hidden].
+        spread: Standard deviation of the logits that each was chosen from, float64 [prompts, new tokens].
     """
 
     tokens: np.ndarray
     hidden: Tensor
+    spread: np.ndarray
 
 
 _KEPT: WeakKeyDictionary[Reference, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -98,13 +100,19 @@ def _trace(model: Model, ids: np.ndarray, start: int, passes: int) -> Trace:
 @torch.no_grad()
 def _continue(model: Model, prompts: np.ndarray, new_tokens: int) -> Continuation:
     fed, carry = torch.from_numpy(prompts), None
-    tokens, states = [], []
+    tokens, states, spread = [], [], []
     for _ in range(new_tokens):
         h, carry = _last(model, fed, carry)
+        logits = model.head(h)
+        fed = logits.argmax(dim=-1)
         states.append(h)
-        fed = model.head(h).argmax(dim=-1)
         tokens.append(fed)
-    return Continuation(tokens=torch.cat(tokens, dim=1).numpy(), hidden=torch.cat(states, dim=1))
+        spread.append(logits.double().std(dim=-1, correction=0))
+    return Continuation(
+        tokens=torch.cat(tokens, dim=1).numpy(),
+        hidden=torch.cat(states, dim=1),
+        spread=torch.cat(spread, dim=1).numpy(),
+    )
 
 
 def _last(model: Model, ids: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:

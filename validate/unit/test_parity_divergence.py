@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,8 +92,8 @@ def test_scores_of_one_token_worked_out_by_hand() -> None:
     assert float(scores["largest_error"]) == pytest.approx(math.log(2))
     assert float(scores["mean_error"]) == pytest.approx(math.log(2) * 2 / 3)
     assert (float(scores["agrees"]), float(scores["overlap"])) == (0, 1)
-    change = Scores(start=0, vocab=3, **{name: value.numpy() for name, value in scores.items()}).probability_change
-    assert change.item() == pytest.approx(-1 / 4)
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in scores.items()}
+    assert Scores(start=0, vocab=3, **arrays).probability_change.item() == pytest.approx(-1 / 4)
 
 
 def test_overlap_counts_the_ten_best_and_near_ties_with_the_tenth() -> None:

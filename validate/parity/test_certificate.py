@@ -209,7 +209,8 @@ def test_a_target_without_single_passes_is_certified_in_steps_of_its_unroll(
 def test_windows_are_left_out_where_they_take_too_long(
     case: ParityCase, parity_checkpoint: Checkpoint, real_text: TokenText, monkeypatch: Any
 ) -> None:
-    per_window = parity_checkpoint.config.parameter_count * WINDOW * 2 * UNROLL
+    config = parity_checkpoint.config
+    per_window = (config.parameter_count + 150 * config.vocab_size) * WINDOW * 2 * UNROLL
     monkeypatch.setattr(coverage, "MOST_WORK", 3 * per_window)
     setup = _setup(parity_checkpoint, real_text)
     assert coverage_of(case, setup).windows == 3
@@ -438,12 +439,12 @@ def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) 
 @pytest.mark.evidence
 @pytest.mark.timeout(900)
 def test_the_certificate_of_the_demo(demo_bundle: Path, heldout_text: Path) -> None:
-    """Figures of README and closing notes; two to four minutes."""
+    """On half of the held-out text, so that the noise of INT8 leaves room; three minutes on one core."""
     files = open_bundle(demo_bundle)
     checkpoint = load_checkpoint(demo_bundle / "reference")
     ids = np.frombuffer(heldout_text.read_bytes(), np.uint8).astype(np.int64)
     text = held_out_text(TokenText(ids=ids, source="heldout.txt"), files.manifest)
-    setup = _setup(checkpoint, text, validation_tokens=4096, window=256)
+    setup = _setup(checkpoint, text, validation_tokens=16_384, window=256)
     results = {name: certify(case_from_manifest(files, name), setup) for name in files.manifest["targets"]}
     assert set(results) >= {"ort-cpu-fp32", "ort-cpu-int8"}
     for result in results.values():

@@ -16,6 +16,8 @@ from crt_export.parity.windows import Windows
 #: Multiply-accumulates that all passes may take, a minute or two on one core; beyond it windows are left out.
 MOST_WORK = 1_600_000_000_000
 _FEWEST_WINDOWS = 2
+#: What a logit's share of a float64 softmax takes, in multiply-accumulates of the passes.
+_WORK_PER_LOGIT = 150
 #: Memory of the iterates, caches and scores of the windows that run together.
 _BATCH_BYTES = 256 * 2**20
 
@@ -118,7 +120,8 @@ def coverage_of(case: ParityCase, setup: ParitySetup) -> Coverage:
 
 
 def _windows_within_work(config: ModelConfig, windows: Windows, passes: int) -> int:
-    work = config.parameter_count * windows.length * passes
+    per_token = config.parameter_count + _WORK_PER_LOGIT * config.vocab_size
+    work = per_token * windows.length * passes
     return min(windows.count, max(_FEWEST_WINDOWS, MOST_WORK // work))
 
 

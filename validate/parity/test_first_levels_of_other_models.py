@@ -1,0 +1,113 @@
+"""L0 and L1 pass sound exports of models that are no demo: every precision and both runtimes' forms of the graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.model import model_from_checkpoint
+from crt_export.parity import ParityCase, ParityOptions, case_from_profile
+from crt_export.parity.contract import check_contract_level
+from crt_export.parity.level import ParitySetup
+from crt_export.parity.one_step import check_one_step
+from crt_export.parity.reference import Reference
+from crt_export.parity.tolerances import load_tolerances
+from crt_export.parity.windows import windows_from_text
+from crt_export.profile import EngineProfile, load_profile
+from crt_export.progress import no_progress
+from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.stages.graphs import forms_of_profile, write_graphs
+from crt_export.stages.targets import _write_target_form
+from crt_export.text import TokenText
+
+TARGETS = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cuda-fp16", "rtx-sm80-fp16", "rtx-sm80-int8")
+LENGTH = 32
+
+
+def _no_bias(tensors: dict[str, Any]) -> None:
+    """Biases of an untrained model: nothing tells which factor smoothing folded into v but its weights."""
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):
+            tensor.zero_()
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            {"hidden_size": 140, "num_attention_heads": 2, "vocab_size": 300, "tokenizer": "none", "unroll_steps": 2,
+             "rope_layout": "half", "edit": _no_bias},
+            id="2 heads of 70, half layout, no biases",
+        ),
+        pytest.param(
+            {"max_position_embeddings": 48, "training_sequence_length": None, "sliding_window": 8, "unroll_steps": 3,
+             "tie_word_embeddings": True},
+            id="48 positions, window, tied head",
+        ),
+        pytest.param(
+            {"model_type": "transformer", "sliding_window": 4, "rope_layout": "half", "num_hidden_layers": 3},
+            id="plain transformer of three layers",
+        ),
+    ],
+)  # fmt: skip
+def test_sound_exports_pass(
+    make_checkpoint: Callable[..., Path], real_text: TokenText, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    checkpoint = load_checkpoint(make_checkpoint(**changes))
+    setup = _setup(checkpoint, real_text)
+    for case in _cases(checkpoint, real_text, tmp_path):
+        for check in (check_contract_level, check_one_step):
+            result = check(case, setup)
+            assert result.passed, (case.target, result.failures)
+
+
+def _setup(checkpoint: Checkpoint, text: TokenText) -> ParitySetup:
+    options = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="a test of levels", threads=1)
+    windows = windows_from_text(text, options, longest=LENGTH, longest_reason="a test")
+    return ParitySetup(
+        checkpoint=checkpoint,
+        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
+        text=text,
+        options=options,
+        tolerances=load_tolerances(),
+        progress=no_progress,
+    )
+
+
+def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[ParityCase]:
+    """The graphs of every target as a build writes them, without compiling engines."""
+    config = checkpoint.config
+    unroll = config.unroll_steps if config.recurrent else 1
+    capacity = config.max_position_embeddings
+    profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
+    # Decomposed attention and an FP32 residual stream: the other form of each choice.
+    profiles.append(dataclasses.replace(profiles[-1], name="other-forms", residual_dtype="float32"))
+    written = write_graphs(checkpoint, profiles, _plan(checkpoint, text, unroll), folder, no_progress)
+    return [_case(profile, written, checkpoint, folder) for profile in profiles]
+
+
+def _plan(checkpoint: Checkpoint, text: TokenText, unroll: int) -> W8A8Plan:
+    model = model_from_checkpoint(checkpoint)
+    windows = calibration_windows(text.ids[-40_000:], seq=LENGTH)
+    return plan_w8a8(model, calibrate(model, windows, unroll=unroll))
+
+
+def _case(profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: Path) -> ParityCase:
+    config = checkpoint.config
+    files = {name: written[form] for name, form in forms_of_profile(profile, config).items()}
+    graphs = {name: folder / file.file for name, file in files.items()}
+    if profile.compiled:
+        own = {name: file for name, file in files.items() if name != "head"}
+        graphs |= {
+            name: folder / _write_target_form(profile, file, "decomposed", config, folder).file
+            for name, file in own.items()
+        }
+    return case_from_profile(
+        profile, graphs, unroll=profile.unroll or 1, capacity=profile.capacity, cache_head_dim=config.head_dim
+    )

@@ -9,7 +9,7 @@ if(CRT_RUNTIME_INSTALL_ONNXRUNTIME AND CRT_RUNTIME_WITH_ONNXRUNTIME)
   get_filename_component(onnxruntime_file "${ONNXRuntime_LIBRARY}" REALPATH)
   install(FILES "${onnxruntime_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}" RENAME libonnxruntime.so.1)
 else()
-  set_target_properties(crt_runtime PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  set_target_properties(crt_runtime crt-selftest PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
 endif()
 
 install(TARGETS crt_runtime EXPORT crt_runtime-targets)

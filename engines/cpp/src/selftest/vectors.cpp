@@ -11,6 +11,7 @@
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
 #include "session/finite.hpp"
+#include "session/snapshot_layout.hpp"
 #include "session/tensor_file.hpp"
 
 namespace crt {
@@ -28,14 +29,6 @@ const TensorFileKind& vectors_kind() {
       "a file of self-test vectors",
       {"generator", "torch", "checkpoint", "ids", "seed", "prompt", "steps", "logit_stride", "limits"}};
   return kind;
-}
-
-std::string shape_text(const std::string& dtype, const std::vector<std::int64_t>& shape) {
-  std::vector<std::string> dims;
-  for (const std::int64_t dim : shape) {
-    dims.push_back(std::to_string(dim));
-  }
-  return dtype + " [" + joined(dims) + "]";
 }
 
 /// A whole number of the metadata; adds a problem if it is none.
@@ -195,8 +188,8 @@ void SelftestVectors::check_shapes(const std::vector<SnapshotTensor>& tensors, c
     if (tensor == found.end()) {
       problems->push_back(name + " is missing");
     } else if (tensor->second->dtype != form.dtype || tensor->second->shape != form.shape) {
-      problems->push_back(name + " must be " + shape_text(form.dtype, form.shape) + ", found " +
-                          shape_text(tensor->second->dtype, tensor->second->shape));
+      problems->push_back(name + " must be " + form_text(form.dtype, form.shape) + ", found " +
+                          form_text(tensor->second->dtype, tensor->second->shape));
     }
   }
   for (const auto& entry : found) {

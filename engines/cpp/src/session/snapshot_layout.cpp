@@ -130,8 +130,8 @@ Problems shape_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
     if (found == nullptr) {
       problems.push_back(wanted.name + " is missing");
     } else if (found->dtype != wanted.dtype || found->shape != wanted.shape) {
-      problems.push_back(wanted.name + " must be " + dtype_text(wanted.dtype) + " " + numbers_text(wanted.shape) +
-                         ", found " + dtype_text(found->dtype) + " " + numbers_text(found->shape));
+      problems.push_back(wanted.name + " must be " + form_text(wanted.dtype, wanted.shape) + ", found " +
+                         form_text(found->dtype, found->shape));
     } else if (!whole(*found)) {
       problems.push_back(wanted.name + " has " + std::to_string(found->data.size()) +
                          " bytes, which is not what its shape takes");
@@ -220,6 +220,10 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
 }
 
 }  // namespace
+
+std::string form_text(const std::string& dtype, const std::vector<std::int64_t>& shape) {
+  return dtype_text(dtype) + " " + numbers_text(shape);
+}
 
 const char* snapshot_dtype(DType dtype) noexcept {
   switch (dtype) {

@@ -2,7 +2,9 @@
 // The C++ twin of crt_export/runtime/snapshot.py.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "crt_runtime/snapshot.hpp"
 #include "session/decoder.hpp"
@@ -11,6 +13,9 @@ namespace crt {
 
 /// safetensors name of a dtype: "I64", "F32" or "F16".
 const char* snapshot_dtype(DType dtype) noexcept;
+
+/// Dtype and shape as Python's messages show them: "float32 [1, 256]".
+std::string form_text(const std::string& dtype, const std::vector<std::int64_t>& shape);
 
 /// The tensor of this name; nullptr if there is none.
 const SnapshotTensor* find_tensor(const Snapshot& snapshot, const std::string& name) noexcept;

@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from crt_export.graph.contract import interface_problems
 from crt_export.ladder import CONTRACT
+from crt_export.parity.attribute_audit import attribute_problems
 from crt_export.parity.case import ParityCase
 from crt_export.parity.data_flow import cache_problems, flow_problems, linear_problems
 from crt_export.parity.graph_policy import external_files, operator_counts, opsets, policy_problems
@@ -42,8 +43,8 @@ def check_contract_level(case: ParityCase, setup: ParitySetup) -> LevelResult:
         setup: Checkpoint and configuration; nothing else is read.
 
     Returns:
-        Seven checks per graph: interface, operators, external data, data flow, caches, linears, weights. A file that
-        is missing or cannot be read is one failed check.
+        Eight checks per graph: interface, operators, external data, data flow, caches, attributes, linears, weights. A
+        file that is missing or cannot be read is one failed check.
     """
     audit = WeightAudit(checkpoint=setup.checkpoint, precision=case.precision)
     checks: list[Check] = []
@@ -78,6 +79,7 @@ def _check_graph(
         _verdict(name, "external data", file_problems),
         _verdict(name, "data flow", flow_problems(model)),
         _verdict(name, "caches", cache_problems(model, spec)),
+        _verdict(name, "attributes", attribute_problems(model, setup.config)),
         _verdict(name, "linears", linear_problems(model, setup.config, name, case.precision, case.unroll)),
     ]
     weights, checked = _check_weights(name, model, audit, file_problems)

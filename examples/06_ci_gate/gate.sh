@@ -51,9 +51,9 @@ stage() {
   fi
 }
 
-bad_input() {
-  echo "gate: $1" >&2
-  verdict=2
+refuse() {
+  echo "gate: $2" >&2
+  verdict=$1
   finish
 }
 
@@ -66,18 +66,20 @@ build() {
   if [ "$code" -eq 1 ]; then
     mv "$OUTPUT/build.json" "$OUTPUT/report.json"
     # shellcheck disable=SC2086
-    $CRT_EXPORT report "$OUTPUT/report.json" --html "$OUTPUT/report.html" --junit "$OUTPUT/junit-validate.xml" || true
+    $CRT_EXPORT report "$OUTPUT/report.json" --output "$OUTPUT/report.html" --junit "$OUTPUT/junit-validate.xml" || true
   fi
   return "$code"
 }
 
 # --- before minutes of work -------------------------------------------------------------------------------------------
-[ -n "$BUNDLE" ] || [ -d "$CHECKPOINT" ] || bad_input "CHECKPOINT: $CHECKPOINT: expected a folder, found none"
-[ -z "$BUNDLE" ] || [ -d "$BUNDLE" ] || bad_input "BUNDLE: $BUNDLE: expected a folder, found none"
-[ -f "$TEXT" ] || bad_input "TEXT: $TEXT: expected a file, found none"
+command -v "${CRT_EXPORT%% *}" >/dev/null ||
+  refuse 3 "CRT_EXPORT: ${CRT_EXPORT%% *}: no such command; pip install 'crt-export[export,cpu,report]'"
+[ -n "$BUNDLE" ] || [ -d "$CHECKPOINT" ] || refuse 2 "CHECKPOINT: $CHECKPOINT: expected a folder, found none"
+[ -z "$BUNDLE" ] || [ -d "$BUNDLE" ] || refuse 2 "BUNDLE: $BUNDLE: expected a folder, found none"
+[ -f "$TEXT" ] || refuse 2 "TEXT: $TEXT: expected a file, found none"
 [ -z "$BASELINE" ] || [ -f "$BASELINE" ] ||
-  bad_input "BASELINE: $BASELINE: expected a report, found none; BASELINE= compares with none, and its report.json is one"
-mkdir -p "$OUTPUT" || bad_input "OUTPUT: $OUTPUT: cannot be made"
+  refuse 2 "BASELINE: $BASELINE: expected a report, found none (the report.json of a run with an empty BASELINE is one)"
+mkdir -p "$OUTPUT" || refuse 2 "OUTPUT: $OUTPUT: cannot be made"
 rm -f "$OUTPUT"/report.json "$OUTPUT"/report.html "$OUTPUT"/build.json "$OUTPUT"/junit-*.xml
 
 case $TEXT in

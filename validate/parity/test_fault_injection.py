@@ -13,12 +13,13 @@ FAULTS = importlib.import_module("faults").FAULTS
 ladder = importlib.import_module("fault_ladder")
 SpoiledBundle = importlib.import_module("fault_bundle").SpoiledBundle
 
-#: Short windows of a tiny model: 8 of 32 tokens, what is needed to see a fault and not to measure one.
+#: Short windows of a tiny model: 8 of 32 tokens, what is needed to see a fault and not to measure one; the chain ends
+#: before the windows do.
 OPTIONS: dict[str, Any] = {
     "validation_tokens": 256,
     "window": 32,
     "chain_windows": 2,
-    "chain_steps": 32,
+    "chain_steps": 24,
     "prompts": 4,
     "new_tokens": 8,
     "short_reason": "fault injection",

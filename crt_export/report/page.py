@@ -13,7 +13,7 @@ from crt_export.report.gates import Failure, Verdict, failures_of, held, levels_
 from crt_export.report.numbers import MISSING, number_text, share_text
 from crt_export.report.target_block import FAILED, TargetBlock, outcome, target_block, target_result
 
-_SHOWN_FAILURES = 20
+_SHOWN_FAILURES = 10
 
 
 @dataclass(frozen=True, kw_only=True)

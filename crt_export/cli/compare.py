@@ -22,7 +22,7 @@ def compare(old: Path, new: Path, junit: Path | None, as_json: bool) -> None:
     by more than the 95 % intervals of both in quadrature (without an interval: by a quarter), and by more than a tenth
     of its limit. Reports of another model, text or amount of measurement are refused with exit code 2.
     """
-    from crt_export.report.compare import SAME, change_text, compare_reports
+    from crt_export.report.compare import SAME, compare_reports
     from crt_export.report.junit import write_junit
     from crt_export.report.output import check_outputs
     from crt_export.report.reading import read_report
@@ -42,7 +42,8 @@ def compare(old: Path, new: Path, junit: Path | None, as_json: bool) -> None:
         if rows:
             write_table(("what", "old>", "new>", "noise>", "verdict"), rows, title="what changed beyond noise")
         for change in result.regressions:
-            write_text(f"regression: {change.place}: {change_text(change)}")
+            if change.reason:
+                write_text(f"regression: {change.place}: {change.reason}")
         for note in result.notes:
             write_text(f"note: {note}")
         count = len(result.regressions)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="Write the golden files of this name anew; 'formats' is all but bundle-v1 (validate/golden/README.md).",
     )
+    parser.addoption("--fault-table", type=Path, metavar="FILE.md", help="Write what the gate said about every fault.")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Which level caught which injected fault; the tests hand it over as a property, also from other processes."""
+    ran = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
+    rows = [value for report in ran for name, value in report.user_properties if name == "fault"]
+    if not rows:
+        return
+    sys.path.append(str(ROOT / "validate" / "parity"))
+    table = importlib.import_module("fault_table")
+    terminalreporter.section("faults: bundle, target, the level that caught it")
+    for line in table.summary_lines(rows):
+        terminalreporter.line(line)
+    if path := terminalreporter.config.getoption("--fault-table"):
+        table.write_table(path, rows)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -110,17 +110,6 @@ def _ask(
     )
 
 
-def markdown_table(catches: Sequence[Catch]) -> str:
-    """One row per fault, targets one after the other."""
-    heading = ("fault", "target", "caught by", "figure", "what it says", "also failed")
-    rows = [
-        (c.fault, c.target, c.level or "**nothing**", c.figure or "–", _short(c.sentence), ", ".join(c.also) or "–")
-        for c in catches
-    ]
-    lines = [heading, ("---",) * len(heading), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
 def _caught(fault: Fault, target: str, level: str, failed: Sequence[tuple[Check | None, str]]) -> Catch | None:
     """The failure that names the place, else the first; None where there is none."""
     if not failed:
@@ -136,8 +125,3 @@ def _figure(check: Check) -> str:
         return ""
     found = f"{check.value:.3g}" if check.interval is None else f"[{check.interval[0]:.3g}, {check.interval[1]:.3g}]"
     return f"{found}, {check.relation} {check.limit:g}"
-
-
-def _short(sentence: str, most: int = 200) -> str:
-    line = " ".join(sentence.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fault_ladder as ladder
 import pytest
-
-FAULTS = importlib.import_module("faults").FAULTS
-ladder = importlib.import_module("fault_ladder")
-SpoiledBundle = importlib.import_module("fault_bundle").SpoiledBundle
+from fault_bundle import SpoiledBundle
+from faults import FAULTS, Fault
 
 #: Short windows of a tiny model: 8 of 32 tokens, what is needed to see a fault and not to measure one; the chain ends
 #: before the windows do.
@@ -29,7 +27,7 @@ TARGET = "ort-cpu-fp32"
 
 
 @pytest.fixture
-def spoiled(parity_bundle: Path, tmp_path: Path) -> Any:
+def spoiled(parity_bundle: Path, tmp_path: Path) -> SpoiledBundle:
     return SpoiledBundle(parity_bundle, tmp_path / "bundle", TARGET)
 
 
@@ -45,9 +43,9 @@ def test_the_sound_bundle_passes_every_level_that_judges_the_faults(parity_bundl
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if "fp32" in fault.caught], ids=lambda fault: fault.name)
 def test_a_fault_is_caught_by_its_level(
-    fault: Any, spoiled: Any, heldout_text: Path, record_property: Callable[[str, object], None]
+    fault: Fault, spoiled: SpoiledBundle, heldout_text: Path, record_property: Callable[[str, object], None]
 ) -> None:
     found = ladder.catch(fault, spoiled, OPTIONS, text=heldout_text)
-    record_property("fault", found.to_dict())
+    record_property("fault", {"bundle": "two layers", **found.to_dict()})
     assert found.level == fault.caught["fp32"], found
     assert found.named, found

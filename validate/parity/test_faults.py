@@ -1,4 +1,7 @@
-"""Faults written into the built ONNX files: each must be caught, by the sentence that names it."""
+"""What the rows of the corpus level say of a fault in a built ONNX file, how far it came and what is left of it.
+
+Which level catches which fault: ``test_fault_injection.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from fault_edits import Edit, constant, replace_output
+from onnx import helper, numpy_helper
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity
 from crt_export.text import TokenText
 
 LENGTH = 32
-OPTIONS = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="fault injection", threads=1)
+OPTIONS = ParityOptions(
+    validation_tokens=8 * LENGTH, window=LENGTH, short_reason="fault injection", threads=1, levels=("corpus",)
+)
 GRAPHS = ("step", "prefill", "prefill_pass", "head")
-Edit = Callable[[onnx.ModelProto], object]
 
 
 @pytest.fixture
@@ -60,23 +65,6 @@ def _edit(folder: Path, name: str, edit: Edit) -> None:
     model = onnx.load(path, load_external_data=False)
     edit(model)
     onnx.save(model, path)
-
-
-def _reroute(name: str, *parts: onnx.NodeProto | onnx.TensorProto) -> Edit:
-    """Put nodes (and constants they use) between the producer of an output and the output; they read ``before``."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            node.output[:] = ["before" if output == name else output for output in node.output]
-            node.input[:] = ["before" if value == name else value for value in node.input]
-        model.graph.node.extend(part for part in parts if isinstance(part, onnx.NodeProto))
-        model.graph.initializer.extend(part for part in parts if isinstance(part, onnx.TensorProto))
-
-    return edit
-
-
-def _constant(name: str, values: np.ndarray) -> onnx.TensorProto:
-    return numpy_helper.from_array(values, name)
 
 
 def _set_weight(name: str, change: Callable[[np.ndarray], np.ndarray], weights: Path) -> Edit:
@@ -131,91 +119,49 @@ def test_windows_in_small_batches_give_the_same_figures(
 
 
 def _rename(model: onnx.ModelProto) -> None:
-    _reroute("logits", helper.make_node("Identity", ["before"], ["log_probabilities"]))(model)
+    replace_output("logits", helper.make_node("Identity", ["before"], ["log_probabilities"]))(model)
     next(output for output in model.graph.output if output.name == "logits").name = "log_probabilities"
 
 
-def _add_output(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Identity", ["logits"], ["debug"]))
-    model.graph.output.append(helper.make_tensor_value_info("debug", TensorProto.FLOAT, ["batch", 256]))
-
-
-def _drop_output(model: onnx.ModelProto) -> None:
-    kept = [output for output in model.graph.output if output.name != "next_state"]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-
-
-def _halve_dtype(model: onnx.ModelProto) -> None:
-    _reroute("logits", helper.make_node("Cast", ["before"], ["logits"], to=TensorProto.FLOAT16))(model)
-    next(o for o in model.graph.output if o.name == "logits").type.tensor_type.elem_type = TensorProto.FLOAT16
-
-
-def _nan_at_position_five(model: onnx.ModelProto) -> None:
-    nodes = (
-        _constant("five", np.array([5])),
-        helper.make_node("Equal", ["position", "five"], ["is_five"]),
-        _constant("column", np.array([1])),
-        helper.make_node("Unsqueeze", ["is_five", "column"], ["is_five_column"]),
-        _constant("nan", np.array(np.nan, np.float32)),
-        helper.make_node("Where", ["is_five_column", "nan", "before"], ["logits"]),
-    )
-    _reroute("logits", *nodes)(model)
-
-
 def _nan_logits(model: onnx.ModelProto) -> None:
-    _reroute(
+    replace_output(
         "logits",
-        _constant("nan", np.array(np.nan, np.float32)),
+        constant("nan", np.nan, np.float32),
         helper.make_node("Mul", ["before", "nan"], ["logits"]),
     )(model)
 
 
 def _cut(end: int) -> Edit:
     """Logits lose entries of axis 1 at run time, against the shape that the file declares."""
-    return _reroute(
+    return replace_output(
         "logits",
-        _constant("start", np.array([0])),
-        _constant("end", np.array([end])),
-        _constant("axis", np.array([1])),
+        constant("start", [0]),
+        constant("end", [end]),
+        constant("axis", [1]),
         helper.make_node("Slice", ["before", "start", "end", "axis"], ["logits"]),
     )
 
 
-def _forget_state(model: onnx.ModelProto) -> None:
-    _reroute(
-        "next_state",
-        _constant("zero", np.array(0, np.float32)),
-        helper.make_node("Mul", ["before", "zero"], ["next_state"]),
-    )(model)
-
-
 def _stop_position(model: onnx.ModelProto) -> None:
-    _reroute("next_position", helper.make_node("Identity", ["position"], ["next_position"]))(model)
+    replace_output("next_position", helper.make_node("Identity", ["position"], ["next_position"]))(model)
 
 
 def _wrong_token(model: onnx.ModelProto) -> None:
-    _reroute("next_token", helper.make_node("Identity", ["input_ids"], ["next_token"]))(model)
+    replace_output("next_token", helper.make_node("Identity", ["input_ids"], ["next_token"]))(model)
 
 
 @pytest.mark.parametrize(
     ("graph", "edit", "regime", "sentence"),
     [
         ("step", _rename, "step", "missing ['logits'], unexpected ['log_probabilities']"),
-        ("step", _add_output, "step", "unexpected ['debug']"),
-        ("step", _drop_output, "step", "missing ['next_state']"),
-        ("prefill", _drop_output, "prefill", "missing ['next_state']"),
-        ("step", _halve_dtype, "step", "output logits: float32 [batch, 256]: found FLOAT16"),
         ("head", _cut(0), "prefill", "nothing was compared"),
         ("head", _cut(0), "prefill", "head: logits are float32 [8, 0, 256], expected float32 [8, 32, 256]"),
         ("step", _cut(-1), "step", "ONNX Runtime failed in step.fp32.onnx"),
-        ("step", _nan_at_position_five, "step", "NaN or infinite, first in window 0 at position 5"),
         ("prefill", _nan_logits, "prefill", "prefill: logits are NaN or infinite"),
         ("prefill", _nan_logits, "handover", "prefill: logits are NaN or infinite"),
         ("prefill_pass", _nan_logits, "prefill_pass", "prefill_pass: logits are NaN or infinite"),
         ("step", _stop_position, "step", "next_position is 0 after token 0, expected 1"),
         ("step", _wrong_token, "step", "next_token after token 0 is not the argmax"),
-        ("step", _forget_state, "handover", "largest |logit error|"),
     ],
 )
 def test_a_fault_in_a_file_fails_its_row(
@@ -243,14 +189,6 @@ def test_nan_in_a_hidden_state_fails_prefill(copy: Path, check: Callable[..., Pa
     weights = copy / "fp32.weights"
     _edit(copy, "prefill", _set_weight("layers.0.mlp.down.bias", lambda values: values * np.nan, weights))
     assert "prefill: residual is NaN" in _row(check(copy), "prefill").failures[0]
-
-
-def test_one_weight_off_by_one_percent_is_caught(copy: Path, check: Callable[..., ParityReport]) -> None:
-    _edit(copy, "step", _set_weight("lm_head.weight", lambda values: values * 1.01, copy / "fp32.weights"))
-    row = _row(check(copy), "step")
-    assert row.passed is False
-    assert row.max_abs_logit_error is not None
-    assert row.max_abs_logit_error > 1e-3
 
 
 def test_a_chain_that_stops_early_reports_how_far_it_came(copy: Path, check: Callable[..., ParityReport]) -> None:

@@ -40,7 +40,7 @@ MEASURE = """() => {
     text: [...document.querySelectorAll('.plot > svg text')].map((text) => text.getBoundingClientRect().height),
     wide: wide.map((element) => element.outerHTML.slice(0, 120)),
     ink: getComputedStyle(document.body).color, ground: getComputedStyle(document.body).backgroundColor,
-    line: getComputedStyle(document.querySelector('.plot > svg path[style*="--plot-1"]') || document.body).stroke,
+    line: getComputedStyle(document.querySelector('.plot > svg path[style*="stroke: var(--plot-1)"]')).stroke,
   };
 }"""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crt_export.cli.console import write_table, write_text
+from crt_export.report.nearness import nearness
 
 _COLUMNS = ("target", "level", "gates>", "closest to its limit", "value>", "limit>", "result")
 _SHOWN_FAILURES = 20
@@ -37,7 +38,7 @@ def _write_failures(results: Sequence[Mapping[str, Any]]) -> None:
 def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
     gates = [check for check in result["checks"] if check["passed"] is not None]
     held = sum(check["passed"] for check in gates)
-    closest = max(_measured(gates), key=_nearness, default=None)
+    closest = max(_measured(gates), key=nearness, default=None)
     named = ("-", "-", "-") if closest is None else (closest["name"], _value(closest), f"{closest['limit']:g}")
     outcome = "run" if result["passed"] is None else "passed" if result["passed"] else "FAILED"
     return (result["target"], result["level"], f"{held}/{len(gates)}", *named, outcome)
@@ -45,17 +46,6 @@ def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _measured(gates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [check for check in gates if check["limit"] and (check["value"] is not None or check["interval"])]
-
-
-def _nearness(check: Mapping[str, Any]) -> float:
-    """How much of its limit a check uses up: 1 is at the limit."""
-    if check["relation"] == "within":
-        return max(abs(end) for end in check["interval"] or [check["value"]]) / check["limit"]
-    value, limit = check["value"], check["limit"]
-    if check["relation"] == "at least":
-        # A share: how much of what may be missing is missing.
-        return (1 - value) / (1 - limit) if limit < 1 else limit / value if value else float("inf")
-    return value / limit
 
 
 def _value(check: Mapping[str, Any]) -> str:

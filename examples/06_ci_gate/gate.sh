@@ -67,6 +67,8 @@ build() {
     mv "$OUTPUT/build.json" "$OUTPUT/report.json"
     # shellcheck disable=SC2086
     $CRT_EXPORT report "$OUTPUT/report.json" --output "$OUTPUT/report.html" --junit "$OUTPUT/junit-validate.xml" || true
+  else
+    rm -f "$OUTPUT/build.json"
   fi
   return "$code"
 }

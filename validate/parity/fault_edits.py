@@ -143,23 +143,22 @@ def rotate_halves(model: onnx.ModelProto) -> None:
     """Rotary embedding of the ``half`` layout in a graph of the ``interleaved`` one: pairs (j, j + head_dim/2).
 
     Every rotation reshapes [.., head_dim] to [.., head_dim/2, 2], takes the pairs apart by two Slices and stacks them
-    again: its input is brought into pairs and its result back into halves.
+    again: its input is brought into pairs by [.., 2, head_dim/2] and a Transpose, its result back by another.
     """
     rotations = [item for item in nodes_of(model, "Reshape") if _consumers(model, item.output[0]) == ["Slice", "Slice"]]
     stacks = {item.output[0] for item in nodes_of(model, "Concat") if _makers(model, item.input) == ["Unsqueeze"] * 2}
     tails = [item for item in nodes_of(model, "Reshape") if item.input[0] in stacks]
     assert len(rotations) == len(tails) > 0
-    tables = next(tensor for tensor in model.graph.initializer if tensor.name == "rope_cos")
-    pairs = np.arange(2 * tables.dims[1]).reshape(2, -1).T.flatten()
-    parts: list[Part] = [constant("pairs", pairs), constant("halves", np.argsort(pairs))]
+    parts: list[Part] = [constant("halves", [0, 0, 0, 2, -1])]
     for item in rotations:
-        name = f"{item.output[0]}.pairs"
-        parts.append(node("Gather", [item.input[0], "pairs"], name, axis=3))
-        item.input[0] = name
+        pairs = item.output[0]
+        item.input[1], item.output[0] = "halves", f"{pairs}.halves"
+        del item.attribute[:]  # in a shape, 0 is the dim of the input unless an attribute forbids it
+        parts.append(node("Transpose", [f"{pairs}.halves"], pairs, perm=[0, 1, 2, 4, 3]))
     for item in tails:
-        rotated = item.output[0]
-        item.output[0] = f"{rotated}.pairs"
-        parts.append(node("Gather", [f"{rotated}.pairs", "halves"], rotated, axis=3))
+        stacked = item.input[0]
+        item.input[0] = f"{stacked}.halves"
+        parts.append(node("Transpose", [stacked], f"{stacked}.halves", perm=[0, 1, 2, 4, 3]))
     _extend(model, parts)
 
 

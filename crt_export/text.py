@@ -122,8 +122,12 @@ def _text_from_file(path: Path) -> str:
 def _ids_from_npy(path: Path) -> np.ndarray:
     try:
         ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
         raise InputError(f"{path}: expected a .npy file of token ids, found something unreadable ({error})") from None
+    except (ValueError, EOFError):  # numpy's own words recommend pickle
+        raise InputError(
+            f"{path}: expected a .npy file of token ids, found another format; text goes to --text"
+        ) from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive of arrays"
         raise InputError(f"{path}: expected a one-dimensional array of integers, found {found}")

@@ -27,7 +27,7 @@ def compare(old: Path, new: Path, junit: Path | None, as_json: bool) -> None:
     from crt_export.report.output import check_outputs
     from crt_export.report.reading import read_report
 
-    check_outputs([junit] if junit is not None else [])
+    check_outputs([junit], inputs=[old, new])
     result = compare_reports(read_report(old), read_report(new), names=(str(old), str(new)))
     if junit is not None:
         write_junit(junit, result.junit_cases())

@@ -73,7 +73,7 @@ def _known_error(error: Exception) -> CrtExportError | None:
         from crt_export.environment import missing_module_error
 
         return missing_module_error(error.name, "this command")
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "crt_export":
         return MissingDependencyError(f"an installed package cannot be loaded: {error}; see 'crt-export doctor'")
     return None
 

@@ -24,7 +24,7 @@ def report(report: Path, output: Path, junit: Path | None) -> None:
     from crt_export.report.reading import read_report
 
     require_renderer()
-    check_outputs([path for path in (output, junit) if path is not None])
+    check_outputs([output, junit], inputs=[report])
     document = read_report(report)
     write_output(output, render_html(document))
     if junit is not None:

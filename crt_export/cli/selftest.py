@@ -31,8 +31,7 @@ def selftest(bundle: Path, targets: tuple[str, ...], junit: Path | None, as_json
     from crt_export.selftest import run_selftest
     from crt_export.selftest.junit import junit_cases
 
-    if junit is not None:
-        check_outputs([junit])
+    check_outputs([junit], inputs=[bundle])
     start = time.perf_counter()
     with reserved_stdout(as_json), ProgressLine() as progress:
         report = run_selftest(bundle, targets, progress=progress)

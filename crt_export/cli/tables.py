@@ -76,7 +76,7 @@ def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["graph"]),
         _regime(row),
         _figure(row["tokens"], ",d"),
-        _figure(row["perplexity"], ".4f"),
+        _perplexity(row["perplexity"]),
         _reference(row),
         _difference(row),
         _figure(row["max_abs_logit_error"], ".2g"),
@@ -94,7 +94,7 @@ def _regime(row: Mapping[str, Any]) -> str:
 
 def _reference(row: Mapping[str, Any]) -> str:
     """The perplexity compared with; a regime gap has the target's own steps there, not PyTorch FP32."""
-    text = _figure(row["reference_perplexity"], ".4f")
+    text = _perplexity(row["reference_perplexity"])
     return f"step {text}" if row["regime"] == "regime-gap" else text
 
 
@@ -103,6 +103,11 @@ def _difference(row: Mapping[str, Any]) -> str:
     if row.get("excess_gap") is not None:
         return f"excess {_interval(row['excess_gap'], row['excess_gap_ci'])}"
     return _interval(row["delta_nll"], row["delta_nll_ci"])
+
+
+def _perplexity(value: float | None) -> str:
+    """Four decimals, as far as they say something: an untrained model's may have thirty digits."""
+    return _figure(value, ".4f" if value is None or value < 1e6 else ".3e")
 
 
 def _figure(value: float | None, form: str) -> str:

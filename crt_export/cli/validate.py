@@ -19,7 +19,7 @@ from crt_export.cli.options import (
     validation_tokens_option,
 )
 from crt_export.cli.tables import write_parity_table
-from crt_export.ladder import LEVELS, VALIDATE_LEVELS
+from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, VALIDATE_LEVELS
 
 
 @click.command()
@@ -39,7 +39,7 @@ from crt_export.ladder import LEVELS, VALIDATE_LEVELS
     "--window", type=int, default=256, show_default=True, metavar="N", help="Tokens per window, at least 256."
 )
 @click.option(
-    "--long-run-tokens", type=int, default=20480, show_default=True, metavar="N", help="Tokens of the long-run level."
+    "--long-run-tokens", type=int, metavar="N", help="Tokens of the long-run level, at least 2000. Default: 20480."
 )
 @click.option("--report", type=PATH, metavar="FILE.json", help="Write the report: all figures, as --json prints them.")
 @click.option("--html", type=PATH, metavar="FILE.html", help="Write the report for readers, one file with plots.")
@@ -55,7 +55,7 @@ def validate(
     levels: tuple[str, ...],
     validation_tokens: int,
     window: int,
-    long_run_tokens: int,
+    long_run_tokens: int | None,
     report: Path | None,
     html: Path | None,
     junit: Path | None,
@@ -67,11 +67,16 @@ def validate(
     The levels, from the files to the regimes: contract, one-step, chain, corpus, free-running, certificate, long-run.
     """
     require_one_text(text, tokens)
+    chosen = _levels(levels)
+    _require_level(chosen, LONG_RUN, "--long-run-tokens", given=long_run_tokens is not None)
+    _require_level(chosen, ONE_STEP, "--save-outputs", given=save_outputs is not None)
     from crt_export.parity import ParityOptions, validate_bundle
-    from crt_export.report.output import ReportFiles
+    from crt_export.parity.windows import LONG_RUN_TOKENS
+    from crt_export.report.output import ReportFiles, check_outputs
 
-    files = ReportFiles(report=report, html=html, junit=junit)
-    files.check()
+    files, read = ReportFiles(report=report, html=html, junit=junit), [bundle, text, tokens, checkpoint]
+    files.check(inputs=read)
+    check_outputs([], inputs=read, folder=save_outputs)
     with reserved_stdout(as_json), ProgressLine() as progress:
         found = validate_bundle(
             bundle,
@@ -82,8 +87,8 @@ def validate(
             options=ParityOptions(
                 validation_tokens=validation_tokens,
                 window=window,
-                levels=_levels(levels),
-                long_run_tokens=long_run_tokens,
+                levels=chosen,
+                long_run_tokens=LONG_RUN_TOKENS if long_run_tokens is None else long_run_tokens,
             ),
             saved_outputs=save_outputs,
             progress=progress,
@@ -105,3 +110,9 @@ def _levels(chosen: tuple[str, ...]) -> tuple[str, ...]:
     if "all" in chosen:
         return LEVELS
     return tuple(name for name in LEVELS if name in chosen) or VALIDATE_LEVELS
+
+
+def _require_level(levels: tuple[str, ...], needed: str, option: str, *, given: bool) -> None:
+    """Refuse an option that would be ignored."""
+    if given and needed not in levels:
+        raise click.UsageError(f"{option} is for the level {needed}, which does not run: add --level {needed}")

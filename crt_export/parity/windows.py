@@ -11,6 +11,7 @@ from crt_export.ladder import LEVELS
 from crt_export.text import VALIDATION_TOKENS, TokenText
 
 DEFAULT_WINDOW = 256
+LONG_RUN_TOKENS = 20_480
 #: What a build must pass; the certificate and the long run take longer and are asked for.
 BUILD_LEVELS = ("contract", "one-step", "chain", "corpus", "free-running")
 
@@ -58,7 +59,7 @@ class ParityOptions:
     chain_steps: int = 64
     prompts: int = 32
     new_tokens: int = 64
-    long_run_tokens: int = 20_480
+    long_run_tokens: int = LONG_RUN_TOKENS
 
     def __post_init__(self) -> None:
         """Check the values."""

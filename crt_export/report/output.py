@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,14 +30,17 @@ class ReportFiles:
     html: Path | None = None
     junit: Path | None = None
 
-    def check(self) -> None:
-        """Refuse what could not be written after minutes of work.
+    def check(self, *, inputs: Sequence[Path | None] = ()) -> None:
+        """Refuse what could not be written after minutes of work, or would overwrite what it is made of.
+
+        Args:
+            inputs: Files and folders that the command reads; None is none.
 
         Raises:
-            InputError: A folder does not exist, or a path is one; all of them listed.
+            InputError: See :func:`check_outputs`.
             MissingDependencyError: HTML is wanted and the ``report`` extra is not installed.
         """
-        check_outputs([path for path in (self.report, self.html, self.junit) if path is not None])
+        check_outputs([self.report, self.html, self.junit], inputs=inputs)
         if self.html is not None:
             from crt_export.report.html import require_renderer
 
@@ -56,41 +60,73 @@ class ReportFiles:
             write_output(self.junit, junit_xml(junit_cases(report.to_dict())))
 
 
-def check_outputs(paths: list[Path]) -> None:
-    """Refuse paths that nothing can be written to.
+def check_outputs(
+    files: Sequence[Path | None], *, inputs: Sequence[Path | None] = (), folder: Path | None = None
+) -> None:
+    """Refuse paths that nothing can be written to, or that would overwrite an input or each other.
+
+    Args:
+        files: Files to write; None is none.
+        inputs: Files and folders that the command reads; nothing is written into such a folder either.
+        folder: A folder to fill; it is made where there is none.
 
     Raises:
-        InputError: A folder does not exist, or a path is one; all of them listed.
+        InputError: A path is of the wrong kind, its folder does not exist, or it is an input, lies in one, or is named
+            twice; all of them listed.
     """
-    problems = [f"{path} is a folder, expected a file" for path in paths if path.is_dir()]
+    wanted = [path for path in files if path is not None]
+    problems = [f"{path} is a folder, expected a file" for path in wanted if path.is_dir()]
+    if folder is not None and folder.exists() and not folder.is_dir():
+        problems.append(f"{folder} is a file, expected a folder")
+    every = [*wanted, *([folder] if folder is not None else [])]
     problems += [
-        f"{path}: the folder {path.parent} does not exist, make it first" for path in paths if not path.parent.is_dir()
+        f"{path}: the folder {path.parent} does not exist, make it first" for path in every if not path.parent.is_dir()
     ]
+    problems += [_overwriting(path, source) for path in every for source in inputs if source and _holds(source, path)]
+    places = [path.resolve() for path in every]
+    problems += [f"{path} is named twice" for path, place in zip(every, places, strict=True) if places.count(place) > 1]
     if problems:
-        raise InputError(problem_list("output files", problems))
+        raise InputError(problem_list("output files", list(dict.fromkeys(problems))))
 
 
 def write_output(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it: what was there stays until the new content is complete.
+
+    A link is followed; a device or a pipe is written to as it is.
 
     Raises:
         InputError: The path cannot be written to.
     """
     check_outputs([path])
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+        else:
+            _replace(path.resolve(), data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(place: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
-        Path(temporary).replace(path)
-        temporary = None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        Path(temporary).replace(place)
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _holds(source: Path, path: Path) -> bool:
+    """Whether a path is an input, or lies inside an input folder."""
+    return path.resolve().is_relative_to(source.resolve())
+
+
+def _overwriting(path: Path, source: Path) -> str:
+    what = "lies in" if source.is_dir() else "is"
+    return f"{path} {what} {source}, which is read: write it somewhere else"
 
 
 def _umask() -> int:

@@ -82,3 +82,10 @@ def test_unexpected_error_is_70_and_hides_the_traceback_until_asked(
 def test_own_missing_module_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = outcome(ModuleNotFoundError("No module named 'crt_export.absent'", name="crt_export.absent"), capsys)
     assert code == 70
+
+
+def test_a_broken_module_of_the_package_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ImportError("cannot import name 'x' from 'crt_export.parity'", name="crt_export.parity")
+    code, message = outcome(error, capsys)
+    assert code == 70
+    assert "bug in crt-export" in message

@@ -126,7 +126,7 @@ def _ids_from_npy(path: Path) -> np.ndarray:
         raise InputError(f"{path}: expected a .npy file of token ids, found something unreadable ({error})") from None
     except (ValueError, EOFError):  # numpy's own words recommend pickle
         raise InputError(
-            f"{path}: expected a .npy file of token ids, found another format; text goes to --text"
+            f"{path}: expected a .npy file of token ids, found something unreadable; text goes to --text"
         ) from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive of arrays"

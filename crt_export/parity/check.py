@@ -9,7 +9,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.errors import ContractError, InputError
-from crt_export.ladder import CORPUS, LEVELS
+from crt_export.ladder import CORPUS, LEVELS, LONG_RUN
 from crt_export.machine import machine
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.bootstrap import METHOD as BOOTSTRAP_METHOD
@@ -17,6 +17,7 @@ from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus import CorpusResult, check_corpus
 from crt_export.parity.level import LevelResult, ParitySetup, failed_check
 from crt_export.parity.levels import level_function
+from crt_export.parity.long_run.schedule import check_length
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
 from crt_export.parity.report import ParityReport
 from crt_export.parity.statistics import METHOD
@@ -65,6 +66,8 @@ def check_parity(
     if not cases:
         raise InputError("parity needs at least one target")
     options = options or ParityOptions()
+    if LONG_RUN in options.levels:  # the last level: nobody waits for the others to learn that the text is too short
+        check_length(text, options.long_run_tokens)
     windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
     setup = ParitySetup(
         checkpoint=checkpoint,

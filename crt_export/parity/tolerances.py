@@ -43,8 +43,8 @@ class Tolerance:
             largest |value|.
         handover_delta_nll: Decoding from K passes against decoding from the recurrence, as far as FP32 does not do it
             too: the 95 % interval of the paired difference lies within +- this, nats.
-        growth: Largest growth of the relative logit error per 1,000 tokens (upper end of its 95 % interval), in units
-            of the standard deviation of the reference's logits.
+        growth: Largest growth of the relative logit error over the long run (upper end of its 95 % interval), in units
+            of the run's mean error.
         state_norm: Largest |log ratio| of the norm of the state to that of the reference, block by block.
         selftest_error: Largest |difference| of a replayed tensor over the largest |value| of the vector.
         max_abs_logit_error: Largest |logit difference|; None is not gated.

@@ -13,25 +13,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fault_edits import Edit, constant, node, replace_output
+from fault_edits import Edit, constant, node, replace_output, replace_value
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
 from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, load_tolerances
+from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.long_run import check_long_run
-from crt_export.parity.long_run.growth import SMALLEST_UNITS, growth_from_units
+from crt_export.parity.long_run.gates import growth_checks, why_not_gated
+from crt_export.parity.long_run.growth import SMALLEST_UNITS, Growth, growth_from_units
 from crt_export.parity.long_run.headroom import layers_of_tensors
 from crt_export.parity.long_run.reference import long_reference
-from crt_export.parity.long_run.schedule import SINGLE, Schedule, schedules
+from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, schedules
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
-TOKENS, WINDOW, POSITIONS = 4000, 32, 64
+#: The fewest tokens whose growth is gated.
+TOKENS, WINDOW, POSITIONS = 12_000, 32, 64
 
 
 def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: Model | None = None) -> ParitySetup:
@@ -101,9 +103,14 @@ def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
     assert [(b["start"], b["stop"]) for b in chained["blocks"]] == [(n, n + 1000) for n in range(0, TOKENS, 1000)]
     assert all(block["gated"] and 0 < block["relative_error"] < 1e-5 for block in chained["blocks"])
     assert all(abs(b["state_norm"] / b["reference_state_norm"] - 1) < 1e-5 for b in chained["blocks"])
-    assert chained["growth"]["gated"]
-    assert chained["growth"]["ci"][0] < chained["growth"]["per_1000_tokens"] < chained["growth"]["ci"][1]
-    assert any("64 of 4,000 tokens, max_position_embeddings of the model is 64" in note for note in sound.notes)
+    growth = chained["growth"]
+    assert growth["gated"]
+    assert growth["ci"][0] < growth["per_1000_tokens"] < growth["ci"][1] <= growth["limit"]
+    assert growth["over_run_ci"][0] < growth["over_run"] < growth["over_run_ci"][1] <= growth["over_run_limit"]
+    gate, rate = _check(sound, "chained: growth"), _check(sound, "chained: growth per 1,000 tokens")
+    assert (gate.value, gate.limit, gate.passed) == (growth["over_run"], growth["over_run_limit"], True)
+    assert (rate.value, rate.interval, rate.passed) == (growth["per_1000_tokens"], tuple(growth["ci"]), None)
+    assert any("64 of 12,000 tokens, max_position_embeddings of the model is 64" in note for note in sound.notes)
 
 
 def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParitySetup, sound: LevelResult) -> None:
@@ -137,6 +144,33 @@ def test_text_that_is_too_short_says_what_is_needed(parity_checkpoint: Checkpoin
         check_long_run(_case(parity_checkpoint, Path("step")), _setup(parity_checkpoint, text, 2000))
 
 
+def test_a_text_too_short_for_the_last_level_is_found_before_the_first(
+    parity_checkpoint: Checkpoint, parity_bundle: Path, real_text: TokenText
+) -> None:
+    """Levels before it may take many minutes, and their results would be lost."""
+    ran: list[str] = []
+    options = ParityOptions(
+        levels=("contract", "long-run"), long_run_tokens=2000, validation_tokens=64, window=32, short_reason="tiny"
+    )
+    with pytest.raises(InputError, match="at least 2,001 tokens"):
+        check_parity(
+            parity_checkpoint,
+            [_case(parity_checkpoint, parity_bundle / "graphs" / "step.fp32.onnx")],
+            TokenText(ids=real_text.ids[:2000], source="short.txt"),
+            options=options,
+            progress=lambda stage, done, total: ran.append(stage),
+        )
+    assert ran == []
+
+
+def test_growth_that_cannot_be_given_is_a_check_without_a_verdict() -> None:
+    run = Schedule(kind=CHAINED, tokens=7, capacity=7, unit=1, window=7, trained=None)
+    growth = growth_from_units(np.ones(7), run.unit)
+    (check,) = growth_checks(run, growth, None, "fp32.growth")
+    assert (check.name, check.value, check.passed) == ("chained: growth", None, None)
+    assert why_not_gated(run, growth, recurrent=True) == "it cannot be given, 7 tokens are too few for 8 observations"
+
+
 # --- faults in the file
 def test_a_state_scaled_by_one_in_two_thousand_is_a_wrong_norm(spoiled: Callable[[Edit], LevelResult]) -> None:
     result = spoiled(
@@ -151,24 +185,33 @@ def test_a_state_scaled_by_one_in_two_thousand_is_a_wrong_norm(spoiled: Callable
 
 
 def test_an_error_that_accumulates_is_growth(spoiled: Callable[[Edit], LevelResult]) -> None:
-    """One channel of the state adds up what it was: right at the first token, further off with every one."""
+    """One channel of the state counts the tokens in its high digits: right at first, then digit by digit is lost."""
     first = np.zeros(16, np.float32)
-    first[0] = 1
-    result = spoiled(
+    first[0] = 64
+
+    def edit(model: onnx.ModelProto) -> None:
+        replace_value(
+            "state",
+            constant("round.to.64", 1.5 * 2**29, np.float32),  # float32 steps of 64 there
+            constant("channel", first / 64, np.float32),
+            node("Add", ["state", "round.to.64"], "state.rounded"),
+            node("Sub", ["state.rounded", "round.to.64"], "state.high"),
+            node("Mul", ["state.high", "channel"], "state.counted"),
+            node("Sub", ["state", "state.counted"], "state.clean"),
+            result="state.clean",
+        )(model)
         replace_output(
             "next_state",
-            constant("channel", first, np.float32),
-            constant("drift", first * 1e-4, np.float32),
-            node("Mul", ["state", "channel"], "kept"),
-            node("Sub", ["kept", "drift"], "kept.drifted"),
-            node("Add", ["before", "kept.drifted"], "next_state"),
-        )
-    )
+            constant("one.more", first, np.float32),
+            node("Add", ["state.counted", "one.more"], "state.next.count"),
+            node("Add", ["before", "state.next.count"], "next_state"),
+        )(model)
+
+    result = spoiled(edit)
     check = _check(result, "chained: growth")
     assert check.passed is False
-    assert check.interval is not None
-    assert check.interval[1] > 100 * (check.limit or math.inf)
-    assert "windows of 32 tokens; its upper end is expected to be at most" in check.failures[0]
+    assert check.value == pytest.approx(2, abs=0.3)  # a straight line that began at nothing
+    assert "in units of 32; its upper end is expected to be at most 0.5 (fp32.growth)" in check.failures[0]
 
 
 def _only_time(ids: np.ndarray, after: int) -> int:
@@ -235,7 +278,8 @@ def test_a_full_cache_slides_where_the_model_has_an_attention_window(
     assert model.rope_cos.shape[0] == 64
     # Too few tokens for an interval worth gating.
     assert chained["growth"]["gated"] is False
-    assert any("4,000" in note and "growth" in note for note in result.notes)
+    assert _check(result, "chained: growth").passed is None
+    assert any("growth of the chained run is not gated: 2,000 tokens, it takes 12,000" in n for n in result.notes)
 
 
 @pytest.mark.evidence
@@ -257,6 +301,9 @@ def test_a_plain_transformer_has_no_state_to_judge(
     assert (single["tokens"], chained["tokens"], chained["window"]) == (48, TOKENS, 48)
     assert chained["blocks"][0]["state_norm"] is None
     assert not any("state norm" in check.name for check in result.checks)
+    assert chained["growth"]["gated"] is False
+    assert _check(result, "chained: growth").passed is None
+    assert any("growth of the chained run is not gated: no state is carried over" in note for note in result.notes)
     assert any("training length is not known" in note for note in result.notes)
 
 
@@ -281,6 +328,48 @@ def test_no_block_lies_on_both_sides_of_the_training_length() -> None:
     edges = [part.start for part in run.blocks]
     assert edges[:7] == [0, 16, 32, 64, 128, 1000, 2000]
     assert (run.blocks[-1].start, run.blocks[-1].stop, run.gated_tokens) == (20_000, 20_480, 128)
+
+
+def _made_growth(times: float, error: float, tokens: int = 20_480) -> Growth:
+    """An error that ends at so many times what it began with, and noise of a tenth from unit to unit."""
+    noise = 1 + 0.1 * np.random.default_rng(3).standard_normal(tokens // 128)
+    found = growth_from_units(error * np.linspace(1, times, tokens // 128) * noise, 128)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w8a8"])
+def test_an_error_that_doubles_over_the_run_is_growth_at_every_precision(precision: str) -> None:
+    """It stays far below relative_logit_error, from a hundredth of which it may begin."""
+    tolerances, run = load_tolerances(), Schedule(kind=CHAINED, tokens=20_480, capacity=128, unit=128, trained=128)
+    limits = tolerances.precisions[precision]
+    for error in (limits.relative_logit_error / 100, limits.relative_logit_error / 4):
+        verdicts = [
+            growth_checks(run, _made_growth(times, error), limits.growth, f"{precision}.growth")[0].passed
+            for times in (0.7, 1, 1.3, 2, 3, 20)
+        ]
+        assert verdicts == [True, True, True, False, False, False]
+
+
+def test_the_growth_of_a_plain_transformer_is_not_gated() -> None:
+    run = Schedule(kind=CHAINED, tokens=20_480, capacity=128, unit=128, trained=128)
+    growth = _made_growth(1, 1e-7)
+    assert why_not_gated(run, growth, recurrent=True) == ""
+    assert "windows are independent" in why_not_gated(run, growth, recurrent=False)
+
+
+@pytest.mark.parametrize(("trained", "window", "unit"), [(128, 128, 128), (2561, 2561, 640), (8192, 8192, 640)])
+def test_long_windows_are_cut_so_that_growth_can_be_told(
+    parity_checkpoint: Checkpoint, trained: int, window: int, unit: int
+) -> None:
+    config = dataclasses.replace(
+        parity_checkpoint.config, training_sequence_length=trained, max_position_embeddings=8192
+    )
+    _, chained = schedules(_case(parity_checkpoint, Path("step")), config, 20_480)[0]
+    assert (chained.window, chained.unit) == (window, unit)
+    growth = growth_from_units(np.ones(chained.tokens // chained.unit), chained.unit)
+    assert growth is not None
+    assert why_not_gated(chained, growth, recurrent=True) == ""
 
 
 def test_growth_is_the_slope_of_a_line() -> None:

@@ -58,14 +58,14 @@ def test_both_runs_have_all_tokens_and_nothing_that_is_not_finite(report: Parity
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_below_the_training_length_the_error_does_not_grow(report: ParityReport, target: str) -> None:
-    """Twenty thousand tokens later the error is the same to within a twentieth."""
-    run = _run(report, target, "chained")
-    error = sum(block["relative_error"] for block in run["blocks"]) / len(run["blocks"])
-    assert run["growth"]["gated"]
-    assert run["growth"]["units"] == TOKENS // 128
-    low, high = run["growth"]["ci"]
-    assert low < high
-    assert abs(run["growth"]["per_1000_tokens"]) * TOKENS / 1000 < error / 2
+    """The gate judged all of the run, and its interval is narrow enough to tell growth of a quarter from none."""
+    growth = _run(report, target, "chained")["growth"]
+    assert growth["gated"]
+    assert growth["units"] == TOKENS // 128
+    low, high = growth["over_run_ci"]
+    assert low < growth["over_run"] < high <= growth["over_run_limit"]
+    assert high - low < 0.25
+    assert growth["over_run"] == pytest.approx(growth["per_1000_tokens"] * TOKENS / 1000 / growth["mean_error"])
 
 
 @pytest.mark.parametrize("target", HALF)

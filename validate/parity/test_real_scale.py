@@ -1,4 +1,4 @@
-"""The published size goes up the ladder within the memory that is promised for it."""
+"""The published size goes up the ladder within the memory and the minutes that are promised for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "real_scale.py"
-#: Six times the 599 MiB of the FP32 weights: the checkpoint, the model, its graphs and ONNX Runtime's own copies.
-MOST_MEMORY_MIB = 3600
+#: The FP32 weights are 599 MiB; a level holds the checkpoint, the model, and a copy in each graph that ONNX Runtime
+#: has loaded (three of them). Measured 3,431 MiB.
+MOST_MEMORY_MIB = 4096
+#: All stages together: CPU time, which other work on the machine hardly changes. "A few minutes" of two cores.
+MOST_CPU_SECONDS = 15 * 60
+#: Interval gates on likelihoods: they hold where a model predicts the text better than a uniform guess would.
+LIKELIHOODS = ("delta_nll", "mean_kl", "probability_change")
 
 
 @pytest.mark.evidence
@@ -26,9 +31,17 @@ def test_the_ladder_holds_at_the_published_size(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
-    verdicts = {(level["target"], level["level"]): level["passed"] for level in result["levels"]}
+    verdicts = {
+        (level["target"], level["level"]): level["passed"] for level in result["levels"] if "ort" in level["target"]
+    }
     levels = ("contract", "one-step", "chain", "corpus", "free-running", "certificate")
-    assert verdicts == {(target, level): True for target in ("ort-cpu-fp32", "ort-cpu-int8") for level in levels}
+    judged = (*levels, "selftest")
+    assert verdicts == {(target, level): True for target in ("ort-cpu-fp32", "ort-cpu-int8") for level in judged}
     peaks = {stage["stage"]: stage["peak_memory_mib"] for stage in result["stages"]}
-    assert set(peaks) == {"checkpoint", "build", *levels}
+    assert set(peaks) == {"checkpoint", "build", *judged}
     assert max(peaks.values()) < MOST_MEMORY_MIB, peaks
+    seconds = {stage["stage"]: stage["cpu_seconds"] for stage in result["stages"]}
+    assert 0 < sum(seconds.values()) < MOST_CPU_SECONDS, seconds
+    corpus = result["not_judged"]["corpus"]
+    assert {f"{precision}.{name}" for precision in ("fp32", "w8") for name in LIKELIHOODS} <= set(corpus["limits"])
+    assert any("worse than a uniform guess" in note for note in corpus["notes"])

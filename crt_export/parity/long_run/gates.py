@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from crt_export.parity.level import Check, gate_at_most
 from crt_export.parity.long_run.blocks import Block, relative_error
-from crt_export.parity.long_run.growth import Growth
+from crt_export.parity.long_run.growth import SMALLEST_UNITS, Growth
 from crt_export.parity.long_run.headroom import LongHeadroom
 from crt_export.parity.long_run.run import TargetRun
 from crt_export.parity.long_run.schedule import CHAINED, Schedule
 from crt_export.parity.tolerances import Tolerances
 
-#: A shorter run has an interval too wide to judge: its width falls with the run's length to the power of 1.5.
-GATED_GROWTH_TOKENS = 4000
-GROWTH = "growth of the relative logit error per 1,000 tokens"
+#: Over fewer tokens the interval is wide and the text's own drift near the limit, see the package.
+GATED_GROWTH_TOKENS = 12_000
+GROWTH_RATE = "growth of the relative logit error per 1,000 tokens"
+GROWTH = "growth of the logit error over the run / its mean"
 _STATE_NORM = "largest |log ratio| of the state's norm to the reference's in a block"
 _RELATIVE = "mean |logit error| / standard deviation of the logits"
 _HEADROOM = "largest |value| of an FP16 tensor"
@@ -40,28 +41,52 @@ def run_checks(
         yield Check(name=f"{name}, all positions", figure=_RELATIVE, value=value, tolerance=key)
 
 
-def growth_check(schedule: Schedule, growth: Growth | None, limit: float, tolerance: str) -> Check | None:
-    """The growth of one run, a gate on the upper end of its interval if the run is chained and long; None without."""
+def why_not_gated(schedule: Schedule, growth: Growth | None, recurrent: bool) -> str:
+    """Why the growth of a run is no gate, as the end of a sentence; empty where it is one."""
     if growth is None:
-        return None
-    name, interval = f"{schedule.kind}: growth", (growth.low, growth.high)
-    if schedule.kind != CHAINED or schedule.tokens < GATED_GROWTH_TOKENS:
-        return Check(name=name, figure=GROWTH, value=growth.slope, interval=interval, tolerance=tolerance)
-    passed = growth.high <= limit
+        return f"it cannot be given, {schedule.tokens:,} tokens are too few for {SMALLEST_UNITS} observations"
+    if schedule.kind != CHAINED:
+        return "positions above the training length are in it"
+    if not recurrent:
+        return "no state is carried over, so the windows are independent and it shows the text, not the target"
+    if schedule.tokens < GATED_GROWTH_TOKENS:
+        return f"{schedule.tokens:,} tokens, it takes {GATED_GROWTH_TOKENS:,}"
+    return ""
+
+
+def growth_checks(schedule: Schedule, growth: Growth | None, limit: float | None, tolerance: str) -> tuple[Check, ...]:
+    """The growth of one run over its mean error, a gate on the upper end of its interval, and its rate.
+
+    Args:
+        schedule: The run.
+        growth: Its growth; None where it cannot be given, which is a check too, so that nobody takes it for held.
+        limit: What the growth over the run may be of the mean error; None reports only.
+        tolerance: Key of the limit.
+    """
+    name = f"{schedule.kind}: growth"
+    if growth is None:
+        return (Check(name=name, figure=GROWTH, tolerance=tolerance),)
+    low, value, high = growth.over(schedule.tokens)
+    interval = (growth.low, growth.high)
+    rate = Check(name=f"{name} per 1,000 tokens", figure=GROWTH_RATE, value=growth.slope, interval=interval)
+    if limit is None:
+        return Check(name=name, figure=GROWTH, value=value, interval=(low, high), tolerance=tolerance), rate
+    passed = high <= limit
     sentence = (
-        f"{GROWTH} is {growth.slope:.3g}, 95 % interval [{growth.low:.3g}, {growth.high:.3g}] over {growth.units} "
-        f"windows of {growth.unit_tokens} tokens; its upper end is expected to be at most {limit:g} ({tolerance})"
+        f"{GROWTH} is {value:.3g}, 95 % interval [{low:.3g}, {high:.3g}] over {schedule.tokens:,} tokens in units of "
+        f"{growth.unit_tokens}; its upper end is expected to be at most {limit:g} ({tolerance})"
     )
-    return Check(
+    gate = Check(
         name=name,
         figure=GROWTH,
-        value=growth.slope,
-        interval=interval,
+        value=value,
+        interval=(low, high),
         limit=limit,
         tolerance=tolerance,
         passed=passed,
         failures=() if passed else (sentence,),
     )
+    return gate, rate
 
 
 def headroom_checks(schedule: Schedule, headroom: LongHeadroom, limit: float) -> Iterator[Check]:

@@ -1,6 +1,7 @@
 """How fast an error grows: the slope of a straight line, with an interval that knows neighbours are alike.
 
-The run is cut into units of equal length (a window each), and the unit's error is one observation. Ordinary least
+The run is cut into units of equal length (a window each, or less where windows are long), and the unit's error is one
+observation. Ordinary least
 squares gives the slope; text changes slowly, so the residuals of neighbouring units are correlated and the usual
 interval would be too narrow. The number of observations is therefore reduced to ``n (1 - r) / (1 + r)``, with r the
 lag-1 autocorrelation of the residuals (a negative one counts as 0), in the standard error as well as in the degrees of
@@ -17,8 +18,9 @@ import numpy as np
 
 from crt_export.parity.statistics import student_t_quantile
 
-#: Fewer observations give no interval worth gating.
+#: Fewer observations give no interval.
 SMALLEST_UNITS = 8
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Growth:
         slope: Growth per 1,000 tokens, in units of the observations.
         low: Lower end of its 95 % interval.
         high: Upper end.
+        mean: Mean of the observations.
         units: Number of observations.
         unit_tokens: Tokens of each.
         autocorrelation: Of neighbouring residuals, as it entered the interval.
@@ -37,9 +40,15 @@ class Growth:
     slope: float
     low: float
     high: float
+    mean: float
     units: int
     unit_tokens: int
     autocorrelation: float
+
+    def over(self, tokens: int) -> tuple[float, float, float]:
+        """Growth over so many tokens in units of the mean: low, slope, high; an error that starts at 0 gives 2."""
+        low, slope, high = (rate * tokens / 1000 / max(self.mean, _TINY) for rate in (self.low, self.slope, self.high))
+        return low, slope, high
 
 
 def growth_from_units(errors: np.ndarray, unit_tokens: int) -> Growth | None:
@@ -56,8 +65,9 @@ def growth_from_units(errors: np.ndarray, unit_tokens: int) -> Growth | None:
     if count < SMALLEST_UNITS:
         return None
     if not np.isfinite(errors).all():
+        none = math.nan
         return Growth(
-            slope=math.nan, low=math.nan, high=math.nan, units=count, unit_tokens=unit_tokens, autocorrelation=math.nan
+            slope=none, low=none, high=none, mean=none, units=count, unit_tokens=unit_tokens, autocorrelation=none
         )
     place = (np.arange(count) - (count - 1) / 2) * unit_tokens / 1000
     spread = float((place**2).sum())
@@ -71,6 +81,7 @@ def growth_from_units(errors: np.ndarray, unit_tokens: int) -> Growth | None:
         slope=slope,
         low=slope - half,
         high=slope + half,
+        mean=float(errors.mean()),
         units=count,
         unit_tokens=unit_tokens,
         autocorrelation=correlation,

@@ -10,12 +10,12 @@ from crt_export.ladder import LONG_RUN
 from crt_export.parity.case import ParityCase
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.long_run.blocks import Block, blocks_of_run, unit_errors
-from crt_export.parity.long_run.gates import GATED_GROWTH_TOKENS, GROWTH, growth_check, headroom_checks, run_checks
-from crt_export.parity.long_run.growth import SMALLEST_UNITS, Growth, growth_from_units
+from crt_export.parity.long_run.gates import GROWTH_RATE, growth_checks, headroom_checks, run_checks, why_not_gated
+from crt_export.parity.long_run.growth import Growth, growth_from_units
 from crt_export.parity.long_run.headroom import LongHeadroom, observe_long_run
 from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.run import TargetRun, run_target
-from crt_export.parity.long_run.schedule import CHAINED, Schedule, check_length, schedules
+from crt_export.parity.long_run.schedule import SINGLE, Schedule, check_length, schedules
 
 _REPORTED_TENSORS = 16
 
@@ -36,66 +36,72 @@ def check_long_run(case: ParityCase, setup: ParitySetup) -> LevelResult:
     data: list[Mapping[str, Any]] = []
     for schedule in runs:
         try:
-            found, figures = _check_run(case, setup, schedule)
+            found, figures, remarks = _check_run(case, setup, schedule)
         except ContractError as error:
             checks.append(failed_check(f"{schedule.kind}: runs", str(error)))
             continue
         checks += found
         data.append(figures)
-        notes += _growth_notes(case, schedule, figures["growth"])
+        notes += remarks
     return LevelResult(
         level=LONG_RUN, target=case.target, checks=tuple(checks), data={"runs": data}, notes=tuple(notes)
     )
 
 
-def _check_run(case: ParityCase, setup: ParitySetup, schedule: Schedule) -> tuple[list[Check], dict[str, Any]]:
-    """One run: its checks, and its entry in the data."""
+def _check_run(
+    case: ParityCase, setup: ParitySetup, schedule: Schedule
+) -> tuple[list[Check], dict[str, Any], list[str]]:
+    """One run: its checks, its entry in the data, and what its growth does not say."""
     tolerances, limits = setup.tolerances, setup.limits(case.precision)
     reference = long_reference(setup, schedule)
     run = run_target(case, setup, schedule, reference)
     blocks = blocks_of_run(run, schedule, tolerances.near_tie_margin)
     growth = growth_from_units(unit_errors(run, schedule.unit), schedule.unit)
     checks = [*run_checks(run, schedule, blocks, case.precision, tolerances)]
-    fitted = growth_check(schedule, growth, limits.growth, f"{case.precision}.growth")
-    checks += [fitted] if fitted else []
+    reason = why_not_gated(schedule, growth, setup.config.recurrent)
+    limit = None if reason else limits.growth
+    checks += growth_checks(schedule, growth, limit, f"{case.precision}.growth")
     headroom = observe_long_run(case, setup, schedule, reference) if case.half else None
     if headroom is not None:
         checks += headroom_checks(schedule, headroom, tolerances.fp16_headroom)
-    return checks, {
+    figures = {
         "kind": schedule.kind,
         "tokens": schedule.tokens,
         "capacity": schedule.capacity,
         "trained": schedule.trained,
         "window": schedule.window,
         "blocks": [_block_data(block) for block in blocks],
-        "growth": _growth_data(growth, fitted),
+        "growth": _growth_data(growth, schedule.tokens, limit),
         **_watch_data(run),
         **_headroom_data(headroom),
     }
+    return checks, figures, _growth_notes(case, schedule, growth, reason)
 
 
-def _growth_notes(case: ParityCase, schedule: Schedule, growth: Mapping[str, Any] | None) -> list[str]:
-    run = f"long run of {case.target}: the growth of the {schedule.kind} run"
-    if growth is None:
-        return [f"{run} is not given: fewer than {SMALLEST_UNITS} windows"]
-    if schedule.kind == CHAINED and not growth["gated"]:
-        return [f"{run} is not gated: {schedule.tokens:,} tokens, it takes {GATED_GROWTH_TOKENS:,}"]
-    return []
+def _growth_notes(case: ParityCase, schedule: Schedule, growth: Growth | None, reason: str) -> list[str]:
+    if not reason or (schedule.kind == SINGLE and growth is not None):  # the single run's never is
+        return []
+    return [f"long run of {case.target}: the growth of the {schedule.kind} run is not gated: {reason}"]
 
 
 def _block_data(block: Block) -> dict[str, Any]:
     return vars(block).copy()
 
 
-def _growth_data(growth: Growth | None, check: Check | None) -> dict[str, Any] | None:
-    if growth is None or check is None:
+def _growth_data(growth: Growth | None, tokens: int, limit: float | None) -> dict[str, Any] | None:
+    if growth is None:
         return None
+    low, value, high = growth.over(tokens)
     return {
-        "figure": GROWTH,
+        "figure": GROWTH_RATE,
         "per_1000_tokens": growth.slope,
         "ci": (growth.low, growth.high),
-        "limit": check.limit,
-        "gated": check.passed is not None,
+        "limit": None if limit is None else limit * growth.mean * 1000 / tokens,
+        "gated": limit is not None,
+        "mean_error": growth.mean,
+        "over_run": value,
+        "over_run_ci": (low, high),
+        "over_run_limit": limit,
         "units": growth.units,
         "unit_tokens": growth.unit_tokens,
         "autocorrelation": growth.autocorrelation,

@@ -16,6 +16,8 @@ CHAINED = "chained"
 BLOCK = 1000
 #: Tokens of a chained window where the training length is not known.
 _DEFAULT_WINDOW = 256
+#: At least so many observations of the growth, however long the windows are.
+_UNITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class Schedule:
         kind: ``single`` or ``chained``.
         tokens: Tokens fed.
         capacity: Room of the cache, tokens.
-        unit: Tokens of one observation of the growth; the window of a chained run.
+        unit: Tokens of one observation of the growth.
+        window: Tokens after which the cache is emptied; None: never.
         trained: Training length of the model; None where it is not known.
         slides: Whether a full cache forgets what the attention window no longer sees.
     """
@@ -35,13 +38,9 @@ class Schedule:
     tokens: int
     capacity: int
     unit: int
+    window: int | None = None
     trained: int | None
     slides: bool = False
-
-    @property
-    def window(self) -> int | None:
-        """Tokens after which the cache is emptied; None: never."""
-        return self.unit if self.kind == CHAINED else None
 
     @property
     def gated_tokens(self) -> int:
@@ -80,11 +79,18 @@ def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[
             kind=SINGLE,
             tokens=length,
             capacity=case.capacity or min(length, room),
-            unit=window,
+            unit=_unit(window, length),
             trained=trained,
             slides=slides,
         ),
-        Schedule(kind=CHAINED, tokens=tokens, capacity=case.capacity or window, unit=window, trained=trained),
+        Schedule(
+            kind=CHAINED,
+            tokens=tokens,
+            capacity=case.capacity or window,
+            unit=_unit(window, tokens),
+            window=window,
+            trained=trained,
+        ),
     ]
     return runs, _notes(case, config, runs, tokens, f"{reason} is {room:,}")
 
@@ -103,6 +109,11 @@ def check_length(text: TokenText, tokens: int) -> None:
         )
 
 
+def _unit(window: int, tokens: int) -> int:
+    """A window, or less where the run has few of them."""
+    return max(1, min(window, tokens // _UNITS))
+
+
 def _notes(case: ParityCase, config: ModelConfig, runs: list[Schedule], tokens: int, reason: str) -> list[str]:
     single, chained = runs
     name, notes = f"long run of {case.target}", []
@@ -113,9 +124,9 @@ def _notes(case: ParityCase, config: ModelConfig, runs: list[Schedule], tokens: 
         notes.append(f"{name}: {reason}, so the single run goes on by the runtime's slide rule; PyTorch counts on")
     if config.training_sequence_length is None:
         notes.append(
-            f"{name}: the training length is not known, so the chained run has windows of {chained.unit} tokens and "
+            f"{name}: the training length is not known, so the chained run has windows of {chained.window} tokens and "
             "the single run is reported, not gated"
         )
-    elif chained.unit < config.training_sequence_length:
-        notes.append(f"{name}: chained windows of {chained.unit} tokens, {reason}")
+    elif chained.window is not None and chained.window < config.training_sequence_length:
+        notes.append(f"{name}: chained windows of {chained.window} tokens, {reason}")
     return notes

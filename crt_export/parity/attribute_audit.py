@@ -13,24 +13,31 @@ from crt_export.config import ModelConfig
 _RELATIVE = 1e-6
 
 
-def attribute_problems(model: ir.Model, config: ModelConfig) -> Iterator[str]:
+def attribute_problems(model: ir.Model, config: ModelConfig, cache_head_dim: int) -> Iterator[str]:
     """Scale of attention, epsilon of LayerNorm, form of GELU that are not the model's; one sentence per kind.
 
-    Attention that was decomposed for a compiler holds its scale elsewhere; the one-step level judges it.
+    An attribute that is absent has the default of ONNX. Attention that was decomposed for a compiler holds its scale
+    elsewhere; the one-step level judges it.
     """
-    expected: dict[str, dict[str, float | str]] = {
-        "Attention": {"scale": config.head_dim**-0.5, "softcap": 0.0, "is_causal": 0},
-        "LayerNormalization": {"epsilon": config.layer_norm_eps, "axis": -1},
-        "Gelu": {"approximate": "none"},
+    scale = config.head_dim**-0.5
+    # Wanted, and what an absent attribute means (Attention-23 and -24, LayerNormalization-17, Gelu-20).
+    expected: dict[str, dict[str, tuple[float | str, float | str]]] = {
+        "Attention": {"scale": (scale, cache_head_dim**-0.5), "softcap": (0.0, 0.0), "is_causal": (0, 0)},
+        "LayerNormalization": {"epsilon": (config.layer_norm_eps, 1e-5), "axis": (-1, -1)},
+        "Gelu": {"approximate": ("none", "none")},
     }
     for operator, attributes in expected.items():
         nodes = [node for node in model.graph.all_nodes() if node.op_type == operator]
-        for name, wanted in attributes.items():
-            found = {node.name or "(unnamed)": node.attributes[name].value for node in nodes if name in node.attributes}
-            wrong = {node: value for node, value in found.items() if not _equal(value, wanted)}
+        for name, (wanted, default) in attributes.items():
+            found = [(node, node.attributes[name].value if name in node.attributes else default) for node in nodes]
+            wrong = [(node, value) for node, value in found if not _equal(value, wanted)]
             if wrong:
-                node, value = next(iter(wrong.items()))
-                yield f"{name} of {operator} is {_text(value)} in {len(wrong)} nodes ({node}), expected {_text(wanted)}"
+                node, value = wrong[0]
+                absent = "" if name in node.attributes else " by default"
+                yield (
+                    f"{name} of {operator} is {_text(value)}{absent} in {len(wrong)} nodes "
+                    f"({node.name or '(unnamed)'}), expected {_text(wanted)}"
+                )
 
 
 def _equal(value: object, wanted: float | str) -> bool:

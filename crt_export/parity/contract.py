@@ -30,7 +30,6 @@ from crt_export.parity.case import ParityCase
 from crt_export.parity.data_flow import cache_problems, flow_problems, linear_problems
 from crt_export.parity.graph_policy import external_files, operator_counts, opsets, policy_problems
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
-from crt_export.parity.quantized_weights import HALF_STEP
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.spec import graph_names
 
@@ -46,7 +45,8 @@ def check_contract_level(case: ParityCase, setup: ParitySetup) -> LevelResult:
         Eight checks per graph: interface, operators, external data, data flow, caches, attributes, linears, weights. A
         file that is missing or cannot be read is one failed check.
     """
-    audit = WeightAudit(checkpoint=setup.checkpoint, precision=case.precision)
+    rounding = setup.tolerances.weight_rounding
+    audit = WeightAudit(checkpoint=setup.checkpoint, precision=case.precision, rounding=rounding)
     checks: list[Check] = []
     data: dict[str, Any] = {}
     names = graph_names(setup.config)
@@ -79,7 +79,7 @@ def _check_graph(
         _verdict(name, "external data", file_problems),
         _verdict(name, "data flow", flow_problems(model)),
         _verdict(name, "caches", cache_problems(model, spec)),
-        _verdict(name, "attributes", attribute_problems(model, setup.config)),
+        _verdict(name, "attributes", attribute_problems(model, setup.config, case.cache_head_dim)),
         _verdict(name, "linears", linear_problems(model, setup.config, name, case.precision, case.unroll)),
     ]
     weights, checked = _check_weights(name, model, audit, file_problems)
@@ -106,13 +106,21 @@ def _check_weights(name: str, model: ir.Model, audit: WeightAudit, file_problems
     except (OSError, ValueError, TypeError) as error:  # a weight file that is too short, or another type than declared
         return failed_check(label, f"the weights cannot be read ({error})"), 0
     if audit.precision in ("w8", "w8a8"):
-        figure, value, limit = "distance from the checkpoint, quantisation steps", audit.deviation, HALF_STEP
+        figure, value = "distance from the checkpoint, quantisation steps", audit.deviation
+        limit, tolerance = audit.rounding, "shared.weight_rounding"
     else:
-        figure, value, limit = "values that differ from the checkpoint", float(audit.different), 0.0
-    return (
-        Check(name=label, figure=figure, value=value, limit=limit, passed=not problems, failures=tuple(problems)),
-        checked,
+        figure, value = "values that differ from the checkpoint", float(audit.different)
+        limit, tolerance = 0.0, ""
+    check = Check(
+        name=label,
+        figure=figure,
+        value=value,
+        limit=limit,
+        tolerance=tolerance,
+        passed=not problems,
+        failures=tuple(problems),
     )
+    return check, checked
 
 
 def _verdict(graph: str, claim: str, problems: object) -> Check:

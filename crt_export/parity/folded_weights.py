@@ -90,15 +90,16 @@ class FoldedGroup:
         """What smoothing divided the channels of the activation by, float32 [channels]."""
         return self._factor(self._group)[0]
 
-    def check(self) -> tuple[list[str], float]:
-        """Sentences on what is wrong, and the largest distance of a weight in quantisation steps."""
+    def check(self, limit: float) -> tuple[list[str], float]:
+        """Sentences on what is wrong, and the largest distance of a weight in quantisation steps, at most ``limit``."""
         factor, problems = self._factor(self._group)
         worst = 0.0
         for linear in self._group.linears:
             divisor = None
             if self._reader is not None and self._reader.producer == linear:
                 divisor, _ = self._factor(self._reader)  # its own group reports what is wrong with it
-            distance, problem = deviation(self._stored(linear), self._original(linear, "weight"), factor, divisor)
+            original = self._original(linear, "weight")
+            distance, problem = deviation(self._stored(linear), original, factor, divisor, limit=limit)
             worst = max(worst, distance)
             if problem:
                 problems.append(f"weight {linear}: {problem}")

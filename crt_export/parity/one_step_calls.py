@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from onnx_ir.serde import SerdeError
 from torch import Tensor
 
 from crt_export.model import Carry, Model
@@ -27,6 +29,8 @@ _ROWS = 4
 #: Free slots behind the last one written where the capacity is open; none of them may be touched.
 _SPARE = 5
 _PADDING_TOKEN = 0
+#: What loading a graph or its weights raises: missing, no protobuf, no ONNX model, too short, or of another type.
+_UNREADABLE = (OSError, DecodeError, SerdeError, ValueError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -248,13 +252,15 @@ def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, 
 
 def _smoothing(case: ParityCase, setup: ParitySetup) -> tuple[NDArray[np.float32], ...]:
     """Factors of the target's value caches, from its step graph; a file that cannot be read fails its own checks."""
+    path, config = case.graphs.get(STEP), setup.config
+    ones = np.ones((config.num_attention_heads, 1, config.head_dim), np.float32)
+    unknown = (ones,) * config.num_hidden_layers
+    if path is None:
+        return unknown
     try:
-        weights = Weights(ir.load(case.graphs[STEP]))
-        return value_factors(setup.checkpoint, case.precision, weights)
-    except Exception:  # protobuf, onnx_ir and the file system raise many kinds for a damaged or missing file
-        config = setup.config
-        ones = np.ones((config.num_attention_heads, 1, config.head_dim), np.float32)
-        return (ones,) * config.num_hidden_layers
+        return value_factors(setup.checkpoint, case.precision, Weights(ir.load(path)))
+    except _UNREADABLE:
+        return unknown
 
 
 def _by_position(rows: list[Row]) -> list[list[int]]:

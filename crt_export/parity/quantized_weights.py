@@ -14,8 +14,6 @@ from crt_export.quantize.ranges import LARGEST_SCALE, LEVELS, SMALLEST_SCALE
 Floats = NDArray[np.float32]
 #: ``log2`` of the factors that smoothing may fold, see :mod:`crt_export.quantize.smooth`.
 EXPONENTS = np.arange(-12, 41)
-#: Rounding to the nearest level, and room for float32 in computing that level.
-HALF_STEP = 0.501
 #: A step is a quotient of two float32 values.
 STEP_ERROR = 1e-5
 _ZERO = 128
@@ -103,7 +101,7 @@ class ColumnWeight:
 
 
 def deviation(
-    stored: StoredWeight, weight: Floats, factor: Floats, divisor: Floats | None = None
+    stored: StoredWeight, weight: Floats, factor: Floats, divisor: Floats | None = None, *, limit: float
 ) -> tuple[float, str | None]:
     """How far a stored weight is from what it must stand for.
 
@@ -112,10 +110,11 @@ def deviation(
         weight: The checkpoint's, [out, in].
         factor: What smoothing multiplied each input by, [in].
         divisor: What smoothing divided each output by, [out]; None for nothing.
+        limit: Largest distance, quantisation steps.
 
     Returns:
         The largest distance in quantisation steps, less what saturation explains, and a sentence on the worst value
-        if it is more than half a step or if a step is not the one its largest value asks for.
+        if it is more than the limit or if a step is not the one its largest value asks for.
     """
     worst, problem = 0.0, None
     for outs in _chunks(stored.shape):
@@ -128,11 +127,11 @@ def deviation(
         # A block of zeros has step 0: nothing apart is no distance, anything else is infinitely far.
         distance = np.where(values == due, np.float32(0), np.nan_to_num(distance, nan=np.inf, posinf=np.inf))
         largest = float(distance.max())
-        if largest > max(worst, HALF_STEP):
+        if largest > max(worst, limit):
             row, column = np.unravel_index(int(distance.argmax()), distance.shape)
             problem = (
                 f"value [out {outs.start + row}, in {column}] is {values[row, column]:.6g}, the checkpoint's is "
-                f"{due[row, column]:.6g}: {largest:.3g} quantisation steps apart, expected at most 0.5"
+                f"{due[row, column]:.6g}: {largest:.3g} quantisation steps apart, expected at most {limit:g}"
             )
         worst = max(worst, largest)
         problem = problem or _step_problem(stored.steps(outs), stored.due_steps(due), outs.start)

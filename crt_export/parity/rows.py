@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from crt_export.parity.gates import coverage_check, figure_checks, gap_check
 from crt_export.parity.level import Check
 from crt_export.parity.report import ParityRow
 from crt_export.parity.scores import Scores
-from crt_export.parity.statistics import Interval, paired_interval, ratio_interval
+from crt_export.parity.statistics import Interval, paired_interval, perplexity, ratio_interval
 from crt_export.parity.tolerances import Tolerances
 
 GAP = "regime-gap"
@@ -152,10 +151,6 @@ def _likelihoods(found: np.ndarray, expected: np.ndarray, interval: Interval) ->
         "reference_nll": reference,
         "delta_nll": interval.mean,
         "delta_nll_ci": (interval.low, interval.high),
-        "perplexity": _perplexity(nll),
-        "reference_perplexity": _perplexity(reference),
+        "perplexity": perplexity(nll),
+        "reference_perplexity": perplexity(reference),
     }
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf  # float64 ends near exp(709)

@@ -18,6 +18,7 @@ METHOD = (
 )
 CONFIDENCE = 0.95
 _GRID = 200_001
+_LARGEST_EXPONENT = 700  # float64 ends near exp(709)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class Interval:
     def within(self, limit: float) -> bool:
         """Equivalence test: True only if the whole interval lies in [-limit, limit]; NaN is never inside."""
         return -limit <= self.low and self.high <= limit
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite beyond what float64 holds, and for NaN."""
+    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
 
 
 def paired_interval(differences: np.ndarray) -> Interval:

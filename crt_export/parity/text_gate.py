@@ -20,9 +20,6 @@ from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.quantize.text import TextEvidence, text_evidence
 
 TARGET = "pytorch-fp32"
-#: Share of a uniform guess's surprise below which a model has learnt something; one that has not lies above 1 - 0.05 of
-#: it on any text, but for luck with a tiny vocabulary.
-_LEARNT = 0.95
 #: Tokens looked at without the model: enough for its statistics, and a fraction of a second.
 _EVIDENCE_TOKENS = 16_384
 _SHORTEST_WINDOW = 3
@@ -43,7 +40,7 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
     uniform, recorded = math.log(setup.config.vocab_size), setup.recorded_nll
     evidence = _evidence(setup)
     doubts = "; ".join(evidence.problems) if evidence is not None else ""
-    limit = _limit(recorded, uniform, doubtful=bool(doubts))
+    limit = _limit(recorded, uniform, setup.tolerances.learnt_share, doubtful=bool(doubts))
     passed = None if limit is None else nll < limit
     failures, notes = (), ()
     if passed is False:
@@ -60,6 +57,7 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
         figure="negative log-likelihood of the text under PyTorch FP32, nats per token",
         value=nll,
         limit=limit,
+        tolerance="" if limit is None else "shared.learnt_share",
         passed=passed,
         failures=failures,
     )
@@ -73,8 +71,8 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
     return LevelResult(level=CORPUS, target=TARGET, checks=(check,), data={"regimes": {}, "text": text}, notes=notes)
 
 
-def _limit(recorded: float | None, uniform: float, *, doubtful: bool) -> float | None:
-    if recorded is None or recorded > _LEARNT * uniform:
+def _limit(recorded: float | None, uniform: float, learnt_share: float, *, doubtful: bool) -> float | None:
+    if recorded is None or recorded > learnt_share * uniform:
         return None
     return (recorded + uniform) / 2 if doubtful else uniform
 

@@ -15,8 +15,8 @@ FILE = "tolerances.toml"
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
 #: Limits that a precision may leave out: nothing is gated then.
 _OPTIONAL = ("max_abs_logit_error",)
-_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap")
-_SHARES = ("top1_agreement", "top10_overlap")
+_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap", "weight_rounding", "learnt_share")
+_SHARES = ("top1_agreement", "top10_overlap", "learnt_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,9 @@ class Tolerances:
         fp16_headroom: Largest |value| that any FP16 tensor may take.
         perplexity_gap: The certificate's smallest K is the smallest whose |perplexity gap| to the recurrence is at most
             this with 95 % confidence.
+        weight_rounding: Largest distance of an INT8 weight from the checkpoint's, quantisation steps.
+        learnt_share: A model whose recorded likelihood is at most this share of a uniform guess's surprise has learnt
+            its text, and only then the validation text is gated.
         precisions: Limits per precision.
         reasons: Why each limit is what it is, by ``table.key``.
     """
@@ -86,6 +89,8 @@ class Tolerances:
     near_tie_margin: float
     fp16_headroom: float
     perplexity_gap: float
+    weight_rounding: float
+    learnt_share: float
     precisions: Mapping[str, Tolerance]
     reasons: Mapping[str, str]
 

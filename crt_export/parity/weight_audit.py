@@ -70,12 +70,14 @@ class WeightAudit:
     Attributes:
         checkpoint: What the weights must be.
         precision: ``fp32``, ``fp16``, ``w8`` or ``w8a8``.
+        rounding: How far an INT8 weight may be from the checkpoint's, quantisation steps.
         deviation: Largest distance of an INT8 weight from the checkpoint's in quantisation steps; 0 without INT8.
         different: Values that differ from the checkpoint's where they must be equal.
     """
 
     checkpoint: Checkpoint
     precision: str
+    rounding: float
     deviation: float = 0.0
     different: int = 0
     _known: dict[object, list[str]] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class WeightAudit:
             yield from self._once((group.name, *map(weights.identity, folded.names)), lambda it=folded: self._fold(it))
 
     def _fold(self, folded: FoldedGroup) -> list[str]:
-        problems, worst = folded.check()
+        problems, worst = folded.check(self.rounding)
         self.deviation = max(self.deviation, worst)
         return problems
 

@@ -2,7 +2,8 @@
 
 Gates are matched by level, target and name, rows of the corpus by target, regime, graph and positions. A regression is
 
-* a gate that held and now fails, or is no longer a gate;
+* a gate that fails and did not before: it held, only reported or was not there; or one that held and is no longer a
+  gate;
 * a target, level, check or row that is no longer there, or a figure that is no longer a number;
 * a gated figure that is worse by more than the noise. With 95 % intervals the noise is their half widths in quadrature,
   as for independent measurements: the texts are the same, so this rather lets a small change pass than raises a false
@@ -167,9 +168,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]
         elif target not in lost:
             yield Change(target=target, level=level, name="", verdict=GONE, reason="the level was not run")
     yield from judged
-    for target, level in after:
+    for (target, level), result in after.items():
         if (target, level) not in before:
             yield Change(target=target, level=level, name="", verdict=NEW, reason="the level was not run before")
+            yield from (_new_check(target, level, check) for check in result.values() if check["passed"] is False)
     # The checks of the corpus repeat figures of its rows: what was judged there is not judged twice.
     seen = {(change.target, change.old, change.new) for change in judged}
     yield from (
@@ -194,8 +196,14 @@ def _check_changes(target: str, level: str, old: Mapping[str, Check], new: Mappi
             yield Change(**place, old=check["value"], verdict=GONE, reason="the check is gone")
         else:
             yield Change(**place, **_judged(check, new[name]))
-    for name in new.keys() - old.keys():
-        yield Change(target=target, level=level, name=name, new=new[name]["value"], verdict=NEW, reason="a new check")
+    yield from (_new_check(target, level, check) for name, check in new.items() if name not in old)
+
+
+def _new_check(target: str, level: str, check: Check) -> Change:
+    verdict, reason = NEW, "a new check"
+    if check["passed"] is False:
+        verdict, reason = REGRESSED, f"a new check, and fails: {'; '.join(check['failures'][:1])}"
+    return Change(target=target, level=level, name=check["name"], new=check["value"], verdict=verdict, reason=reason)
 
 
 def _row_changes(old: Mapping[str, Any], new: Mapping[str, Any], lost: Sequence[str]) -> Iterator[Change]:
@@ -215,8 +223,9 @@ def _row_changes(old: Mapping[str, Any], new: Mapping[str, Any], lost: Sequence[
 def _judged(old: Check, new: Check) -> dict[str, Any]:
     """Old and new figure, noise, verdict and reason of one check."""
     figures = {"old": old["value"], "new": new["value"]}
-    if old["passed"] is True and new["passed"] is False:
-        return {**figures, "verdict": REGRESSED, "reason": f"held, and fails: {'; '.join(new['failures'][:1])}"}
+    if new["passed"] is False and old["passed"] is not False:
+        before = "held" if old["passed"] else "was only reported"
+        return {**figures, "verdict": REGRESSED, "reason": f"{before}, and fails: {'; '.join(new['failures'][:1])}"}
     if old["passed"] is True and new["passed"] is None:
         return {**figures, "verdict": REGRESSED, "reason": "was a gate, and is only reported"}
     if old["passed"] is False and new["passed"] is True:

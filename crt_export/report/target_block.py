@@ -174,7 +174,7 @@ def _row_line(row: Mapping[str, Any], tolerances: Mapping[str, Any]) -> RowLine:
         delta_interval=interval_text(row[interval]),
         delta_limit=limit("±", "gap_delta_nll" if gap else "delta_nll", delta) if gated else "",
         divergence=number_text(row["mean_kl"], 2),
-        divergence_limit=limit("≤", "mean_kl", "mean_kl"),
+        divergence_limit=limit("≤", "mean_kl", "mean_kl") if gated else "",
         top1=share_text(row["top1_agreement"]),
         top1_limit=limit("≥", "top1_agreement", "top1_agreement", lambda value: share_text(value, 2)),
         error=number_text(row["relative_logit_error"], 2),

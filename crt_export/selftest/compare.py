@@ -38,6 +38,7 @@ class Comparison:
     limit: float
     _tensors: dict[str, _Largest] = field(default_factory=dict)
     _tokens: list[str] = field(default_factory=list)
+    _missing: list[str] = field(default_factory=list)
 
     def add(self, observed: Observed) -> None:
         """Compare logits, state and next token of one index."""
@@ -51,9 +52,15 @@ class Comparison:
         self._check_token(observed, scale)
 
     def add_caches(self, observed: Observed) -> None:
-        """Compare the caches; entries that pad the head dim must be zero."""
+        """Compare the caches: one entry per token so far; entries that pad the head dim must be zero."""
+        tokens = self.vectors.prompt + observed.index
         for name, found in observed.caches.items():
-            stored = self.vectors.tensors[f"{self.run}.{name}"][:, : found.shape[1]]
+            if found.shape[1] != tokens:
+                self._missing.append(
+                    f"{name} {place(self.vectors, observed.index)} holds {found.shape[1]} tokens, expected {tokens}"
+                )
+                continue
+            stored = self.vectors.tensors[f"{self.run}.{name}"][:, :tokens]
             expected = np.zeros_like(found, np.float32)
             expected[..., : stored.shape[-1]] = stored
             found = found.astype(np.float32)
@@ -82,7 +89,7 @@ class Comparison:
             for found in self._tensors.values()
             if found.beyond
         ]
-        return (*off, *self._tokens)
+        return (*off, *self._tokens, *self._missing)
 
     def _compare(self, name: str, found: np.ndarray, expected: np.ndarray, scale: float, where: str) -> None:
         largest = self._tensors.setdefault(name, _Largest())

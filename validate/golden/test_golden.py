@@ -15,6 +15,8 @@ from crt_export.bundle import open_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.parity.report import ParityReport
+from crt_export.report.compare import SAME, compare_reports
+from crt_export.report.reading import read_report
 from crt_export.runtime import GenerationOptions, Snapshot, load_bundle
 from crt_export.selftest import load_vectors, run_selftest
 
@@ -89,6 +91,16 @@ def test_the_bundle_is_whole_and_validated(recorded: dict) -> None:
     assert files.manifest["validated"]
     assert set(files.manifest["targets"]) == {"ort-cpu-fp32", "ort-cpu-int8"}
     assert sum(entry["size"] for entry in files.manifest["files"].values()) < 1_000_000
+
+
+def test_the_report_of_the_bundle_reads_back_and_is_the_same_as_itself(recorded: dict) -> None:
+    document = read_report(HERE / "bundle-v1")
+    report = ParityReport.from_dict(document)
+    assert report.passed
+    assert {row.target for row in report.rows} >= {"ort-cpu-fp32", "ort-cpu-int8"}
+    comparison = compare_reports(document, report.to_dict(), names=("bundle-v1", "read back"))
+    assert comparison.passed
+    assert {change.verdict for change in comparison.changes} == {SAME}
 
 
 def test_the_bundle_passes_its_self_test(recorded: dict) -> None:

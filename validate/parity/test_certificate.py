@@ -15,22 +15,17 @@ import onnx
 import pytest
 from fault_edits import Edit, constant, node, replace_value
 
-from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
-from crt_export.parity.bundle import case_from_manifest, held_out_text
-from crt_export.parity.certificate import certify, coverage, measurement, smallest_passes, target_form
+from crt_export.parity.certificate import certify, coverage, measurement, target_form
 from crt_export.parity.certificate.coverage import coverage_of
-from crt_export.parity.certificate.forms import Chain, ReferenceForm, relative_error
-from crt_export.parity.certificate.gates import gate_within
+from crt_export.parity.certificate.forms import ReferenceForm
 from crt_export.parity.certificate.measurement import compare_states
 from crt_export.parity.certificate.residual import residual_curve
-from crt_export.parity.certificate.spans import perplexity_gap_interval
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
-from crt_export.parity.statistics import Interval
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
@@ -112,9 +107,9 @@ def test_the_curves_have_the_agreed_shape(sound: LevelResult) -> None:
         assert [entry["passes"] for entry in form["residual"]] == passes
         positions = form["positions"]
         assert positions["edges"] == [0, 1, 2, 4, 8, 16, 32, 48]
-        assert positions["passes"] == [1, 2, 4]
-        assert np.array(positions["gap_nll_ci"]).shape == (3, 7, 2)
-        assert np.array(positions["kl"]).shape == (3, 7)
+        assert positions["passes"] == passes, "every K, not powers of two alone"
+        assert np.array(positions["gap_nll_ci"]).shape == (4, 7, 2)
+        assert np.array(positions["kl"]).shape == (4, 7)
     assert [len(span["excess"]) for span in data["spans"]] == [len(passes)] * 2
     assert (data["handover"]["start"], data["handover"]["stop"], data["handover"]["gated"]) == (16, 32, True)
     above = data["handover_above"]
@@ -340,58 +335,7 @@ def test_nan_in_a_state_is_an_error_that_says_where(
         certify(_case(folder, parity_checkpoint), setup)
 
 
-# --- arithmetic
-def _intervals(*means: float, half: float = 0.002) -> list[Interval]:
-    return [Interval(mean=mean, low=mean - half, high=mean + half) for mean in means]
-
-
-@pytest.mark.parametrize(
-    ("gaps", "found"),
-    [
-        (_intervals(0.5, 0.1, 0.007, 0.001), 3),
-        (_intervals(0.5, 0.1, 0.0085, 0.001), 4),  # the interval, not the mean, has to lie within
-        (_intervals(0.001, 0.001, 0.5, 0.001), 4),  # a K that only happens to be near does not count
-        (_intervals(0.5, 0.001, 0.001, 0.02), None),
-        (_intervals(0.001, -0.001, 0.001, -0.007), 1),
-        (_intervals(0.001, 0.001, math.nan, 0.001), 4),
-        (_intervals(0.001, 0.001, 0.001, math.nan), None),
-    ],
-)
-def test_the_smallest_k_holds_for_all_larger_ones_too(gaps: list[Interval], found: int | None) -> None:
-    assert smallest_passes((1, 2, 3, 4), gaps, 0.01) == found
-
-
-def test_passes_may_come_in_strides() -> None:
-    assert smallest_passes((5, 10), _intervals(0.5, 0.001), 0.01) == 10
-
-
-def test_the_perplexity_gap_is_that_of_the_means_and_its_interval_covers() -> None:
-    random = np.random.default_rng(0)
-    found = 0
-    for _ in range(200):
-        sequential = random.normal(1.0, 0.3, (16, 1)) + random.normal(0, 0.5, (16, 32))
-        parallel = sequential + random.normal(0.01, 0.02, (16, 32))
-        interval = perplexity_gap_interval(parallel, sequential)
-        assert interval.mean == pytest.approx(math.exp(parallel.mean()) - math.exp(sequential.mean()), rel=1e-6)
-        # Of the population: E[x] = 1, and the gap of 0.01 nat is on top.
-        found += interval.low <= math.exp(1.01) - math.exp(1.0) <= interval.high
-    assert 180 <= found <= 200, "a 95 % interval covers the truth in about 190 of 200 draws"
-
-
-def test_a_perplexity_beyond_numbers_has_no_gap() -> None:
-    assert math.isnan(perplexity_gap_interval(np.full((4, 2), 800.0), np.full((4, 2), 1.0)).mean)
-
-
-def test_an_interval_gate_needs_the_whole_interval() -> None:
-    inside, outside = _intervals(0.001)[0], _intervals(0.009)[0]
-    assert gate_within("a", "figure", inside, 0.01, "w8.gap_delta_nll").passed is True
-    failed = gate_within("a", "figure", outside, 0.01, "w8.gap_delta_nll")
-    assert failed.passed is False
-    assert "expected within +-0.01 (w8.gap_delta_nll)" in failed.failures[0]
-    assert gate_within("a", "figure", outside, None, "").passed is None
-    assert gate_within("a", "figure", Interval(mean=math.nan, low=math.nan, high=math.nan), 1, "").passed is False
-
-
+# --- arithmetic on a small model
 def test_likelihoods_are_right_to_a_nanonat(parity_checkpoint: Checkpoint, setup: ParitySetup) -> None:
     form = ReferenceForm(setup.reference, COUNT)
     chain = form.chain(slice(0, COUNT))
@@ -411,14 +355,6 @@ def test_reference_windows_that_are_left_out_change_nothing(setup: ParitySetup) 
     assert np.abs(few.chain(slice(0, 2)).hidden - all_windows.chain(slice(0, 2)).hidden).max() < 1e-5
 
 
-def test_relative_errors_see_nan_and_shapes() -> None:
-    one = np.ones((2, 3), np.float32)
-    assert relative_error(one * 2, one) == 1
-    assert math.isnan(relative_error(one * np.nan, one))
-    assert relative_error(one[:1], one) == math.inf
-    assert Chain(hidden=one).caches == {}
-
-
 def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) -> None:
     residual = np.array([[1.0, 2.0, 4.0, 8.0]] * 3 + [[0.0] * 4])
     error = np.array([[0.5, 1.0, 2.0, 4.0], [4.0, 2.0, 1.0, 0.5], [1.0] * 4, [0.0] * 4])
@@ -433,43 +369,3 @@ def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) 
     assert rising["error_max"] == 4
     assert (flat["correlation"], flat["ratio_median"]) == (None, pytest.approx(0.375))
     assert (still["ratio_median"], still["ratio_p95"], still["correlation"]) == (None, None, None)
-
-
-# --- the demo
-@pytest.mark.evidence
-@pytest.mark.timeout(1800)
-def test_the_certificate_of_the_demo(demo_bundle: Path, heldout_text: Path) -> None:
-    """On half of the held-out text, so that the noise of INT8 leaves room; minutes."""
-    files = open_bundle(demo_bundle)
-    checkpoint = load_checkpoint(demo_bundle / "reference")
-    ids = np.frombuffer(heldout_text.read_bytes(), np.uint8).astype(np.int64)
-    text = held_out_text(TokenText(ids=ids, source="heldout.txt"), files.manifest)
-    setup = _setup(checkpoint, text, validation_tokens=16_384, window=256)
-    results = {name: certify(case_from_manifest(files, name), setup) for name in files.manifest["targets"]}
-    assert set(results) >= {"ort-cpu-fp32", "ort-cpu-int8"}
-    for result in results.values():
-        assert result.passed, (result.target, result.failures)
-        below = result.data["spans"][0]
-        assert (below["start"], below["stop"], below["gated"]) == (0, 128, True)
-        assert below["smallest_passes"] <= result.data["unroll"]
-        low, high = below["perplexity_gap_ci"][result.data["unroll"] - 1]
-        assert -0.01 <= low <= high <= 0.01
-        gated = [check for check in result.checks if check.name.startswith(("regime gap", "hand-over")) and check.limit]
-        assert len(gated) == 3, "K and 2 K below the training length, and the hand-over there"
-        assert all(check.passed for check in gated)
-    single, quantised = (results[name].data["spans"][0] for name in ("ort-cpu-fp32", "ort-cpu-int8"))
-    # FP32 goes on converging; INT8 reaches a floor where only rounding is left.
-    assert single["kl"][19] < 1e-7 < single["kl"][9]
-    assert 1e-5 < quantised["kl"][19] < 1e-3
-    residual = results["ort-cpu-fp32"].data["residual"][9]
-    assert residual["ratio_p95"] < 1.5
-    assert residual["correlation"] > 0.5
-
-
-@pytest.fixture
-def demo_bundle() -> Path:
-    """The bundle of ``make demo``."""
-    path = Path(__file__).resolve().parents[2] / "build" / "demo"
-    if not (path / "manifest.json").is_file():
-        pytest.skip("there is no build/demo: make demo builds it")
-    return path

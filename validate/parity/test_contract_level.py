@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -350,6 +351,16 @@ def test_a_weight_off_by_one_per_cent_is_found(
     failures = [*_failures(result, "step")]
     assert any(sentence in failure for failure in failures), failures
     assert all(failure.startswith("step: weights: ") for failure in failures), failures
+
+
+@pytest.mark.parametrize("form", ["w8", "w8a8"])
+def test_the_rounding_of_int8_weights_is_held_to_its_tolerance(forms: Path, setup: ParitySetup, form: str) -> None:
+    tight = dataclasses.replace(setup, tolerances=dataclasses.replace(setup.tolerances, weight_rounding=0.3))
+    for given, passed in ((setup, True), (tight, False)):
+        result = check_contract_level(_case(forms, setup.checkpoint, form), given)
+        check = next(check for check in result.checks if check.name == "head: weights")
+        assert (check.passed, check.limit) == (passed, given.tolerances.weight_rounding)
+        assert check.tolerance == "shared.weight_rounding"
 
 
 def test_an_activation_scale_of_its_own_in_one_graph_is_found(forms: Path, setup: ParitySetup, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -155,13 +156,16 @@ def test_random_ids_are_noted_for_a_model_that_has_learnt_nothing(parity_bundle:
     assert any("looks random or shuffled" in note for note in report.notes)
 
 
-def test_random_bytes_instead_of_the_recorded_text_fail(parity_bundle: Path, noise: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["corpus", "one-step"])
+def test_random_bytes_instead_of_the_recorded_text_fail(
+    parity_bundle: Path, noise: Path, tmp_path: Path, level: str
+) -> None:
     bundle = Path(shutil.copytree(parity_bundle, tmp_path / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     for row in manifest["parity"]["rows"]:
         row["reference_nll"] = 1.2  # as if the model had learnt its text
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    report = validate_bundle(bundle, tokens=noise, options=OPTIONS)
+    report = validate_bundle(bundle, tokens=noise, options=dataclasses.replace(OPTIONS, levels=(level,)))
     assert not report.passed
     assert len(report.failures) == 1
     assert report.failures[0].startswith("pytorch-fp32 corpus (text): this is not text the model knows")
@@ -194,6 +198,8 @@ def test_the_demo_knows_its_text_and_no_noise(demo_checkpoint: Path, real_text: 
     assert nll < 2
     generator = np.random.default_rng(0)
     assert _judge(demo_checkpoint, real_text.ids[:1024], nll).passed
+    (check,) = _judge(demo_checkpoint, real_text.ids[:1024], nll).checks
+    assert check.tolerance == "shared.learnt_share"
     drawn, shuffled = generator.integers(0, 256, 1024), generator.permutation(real_text.ids[:4096])[:1024]
     for ids in (drawn, shuffled):
         judged = _judge(demo_checkpoint, ids, nll)

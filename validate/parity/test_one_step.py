@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from crt_export.checkpoint import Checkpoint
 from crt_export.graph import write_graph, write_weights
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions
+from crt_export.parity import ParityCase, ParityOptions, one_step_calls
 from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.one_step import FIGURE, check_one_step
 from crt_export.parity.one_step_calls import OneStepCalls
@@ -295,6 +295,20 @@ def test_the_same_outputs_are_saved_twice_alike(parity_bundle: Path, setup: Pari
 def test_nothing_is_printed(parity_bundle: Path, setup: ParitySetup, capfd: pytest.CaptureFixture[str]) -> None:
     _check(parity_bundle / "graphs", setup)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bug_in_finding_the_factors_is_not_taken_for_a_damaged_file(
+    graphs: Path, setup: ParitySetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("layers.0")
+
+    (graphs / "step.fp32.onnx").write_bytes(b"not a protobuf")
+    assert _check(graphs, setup).passed is False, "an unreadable file fails its own checks"
+    (graphs / "step.fp32.onnx").write_bytes((graphs / "head.fp32.onnx").read_bytes())
+    monkeypatch.setattr(one_step_calls, "value_factors", broken)
+    with pytest.raises(KeyError, match=r"layers\.0"):
+        _check(graphs, setup)
 
 
 def test_not_a_number_is_within_no_limit() -> None:

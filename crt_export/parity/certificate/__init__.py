@@ -14,7 +14,7 @@ over that, below the training length and where FP32 predicts the text better tha
   (delta method), ``kl`` and ``kl_ci`` (of K passes from the recurrence), ``excess`` and ``excess_ci`` (gap - FP32's
   gap; None in ``reference``), ``smallest_passes`` (smallest K whose perplexity gap lies within
   ``shared.perplexity_gap`` with 95 % confidence, and that of all larger K; None where there is none);
-* ``positions``: ``edges`` of buckets, ``passes`` (some), ``gap_nll``, ``gap_nll_ci``, ``kl``, ``kl_ci``, each a list
+* ``positions``: ``edges`` of buckets, ``passes``, ``gap_nll``, ``gap_nll_ci``, ``kl``, ``kl_ci``, each a list
   per K of a list per bucket;
 * ``residual``: per K ``passes``, ``residual_median``, ``error_median``, ``error_max`` (largest |h - h of the
   recurrence|), ``ratio_median`` and ``ratio_p95`` (error / residual), ``correlation`` (of their logarithms), all over
@@ -220,7 +220,7 @@ def _notes(coverage: Coverage, *, better: bool) -> list[str]:
     if coverage.selected != coverage.passes:
         listed = ", ".join(map(str, coverage.selected))
         notes.append(
-            f"certificate: hand-overs and curves by position are measured for K in {listed}; all other curves for "
-            f"every K up to {coverage.passes[-1]}"
+            f"certificate: hand-overs are measured for K in {listed}; all other curves for every K up to "
+            f"{coverage.passes[-1]}"
         )
     return notes

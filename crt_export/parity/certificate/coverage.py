@@ -42,7 +42,7 @@ class Coverage:
         length: Tokens per window.
         whole: Whether these are all windows that were asked for; the limits hold for those.
         passes: Numbers of passes that are compared with the recurrence.
-        selected: Those that also go by position and are handed over from.
+        selected: Those that are handed over from.
         spans: Positions below and above the training length.
         handovers: Where decoding takes over.
         anchors: Tokens of the exactness anchors.

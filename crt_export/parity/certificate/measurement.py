@@ -17,6 +17,7 @@ from torch import Tensor
 from crt_export.parity.certificate.coverage import Coverage, Handover
 from crt_export.parity.certificate.forms import Chain, Form
 from crt_export.parity.certificate.target_form import BLOCK_ELEMENTS
+from crt_export.parity.scores import divergence
 
 #: Told, per batch of windows, what the chain gave and [passes, windows, ...] of the iterates and residuals.
 Observer = Callable[[slice, Chain, np.ndarray, np.ndarray], None]
@@ -127,17 +128,13 @@ def compare_states(
     for first in range(0, targets.shape[1], size):
         piece = slice(first, first + size)
         own = _wide(form.head(sequential[:, piece]))
-        expected = own - torch.logsumexp(own, dim=-1, keepdim=True)
-        probabilities = expected.exp()
-        entropy = -(probabilities * expected).sum(dim=-1)
+        expected = torch.log_softmax(own, dim=-1)
         nll[0, :, piece] = -expected.gather(-1, wanted[:, piece]).squeeze(-1).numpy()
         for index, states in enumerate(found):
             logits = _wide(form.head(states[:, piece]))
-            normaliser = torch.logsumexp(logits, dim=-1)
-            nll[1 + index, :, piece] = (normaliser - logits.gather(-1, wanted[:, piece]).squeeze(-1)).numpy()
-            # sum p (log p - log q) with log q = logits - normaliser; float64 leaves 1e-14 of the difference.
-            mean_logit = torch.einsum("wtv,wtv->wt", probabilities, logits)
-            kl[index, :, piece] = (normaliser - mean_logit - entropy).numpy()
+            after = torch.log_softmax(logits, dim=-1)
+            nll[1 + index, :, piece] = -after.gather(-1, wanted[:, piece]).squeeze(-1).numpy()
+            kl[index, :, piece] = divergence(expected, after, logits.sub_(own)).numpy()
     return nll[0], nll[1:], kl
 
 

@@ -11,9 +11,7 @@ import numpy as np
 
 from crt_export.parity.certificate.coverage import Coverage
 from crt_export.parity.certificate.measurement import Measurement
-from crt_export.parity.statistics import Interval, paired_interval
-
-_LARGEST_EXPONENT = 700  # float64 ends near exp(709)
+from crt_export.parity.statistics import Interval, paired_interval, perplexity
 
 
 def span_curves(
@@ -40,10 +38,9 @@ def perplexity_gap_interval(nll: np.ndarray, sequential: np.ndarray) -> Interval
         nll: Negative log-likelihoods, nats, float64 [windows, positions].
         sequential: Those it is compared with.
     """
-    largest = max(float(nll.mean()), float(sequential.mean()))
-    if not largest < _LARGEST_EXPONENT:
+    parallel, recurrent = perplexity(float(nll.mean())), perplexity(float(sequential.mean()))
+    if not math.isfinite(parallel + recurrent):
         return Interval(mean=math.nan, low=math.nan, high=math.nan)
-    parallel, recurrent = math.exp(float(nll.mean())), math.exp(float(sequential.mean()))
     units = parallel * (nll - nll.mean()) - recurrent * (sequential - sequential.mean())
     # expm1 keeps the digits of a gap far below the perplexity itself.
     gap = recurrent * math.expm1(float((nll - sequential).mean()))
@@ -75,15 +72,14 @@ def excess_interval(measured: Measurement, reference: Measurement, index: int, s
 
 
 def position_curves(measured: Measurement, coverage: Coverage) -> dict[str, Any]:
-    """The agreed ``positions`` of the level's data: a few numbers of passes against the length of the prefix."""
+    """The agreed ``positions`` of the level's data: every number of passes against the length of the prefix."""
     edges = coverage.edges
     buckets = [slice(start, stop) for start, stop in pairwise(edges)]
-    indices = [coverage.passes.index(count) for count in coverage.selected]
-    gaps = [_by_bucket(measured.nll[index] - measured.sequential_nll, buckets) for index in indices]
-    divergences = [_by_bucket(measured.kl[index], buckets) for index in indices]
+    gaps = [_by_bucket(nll - measured.sequential_nll, buckets) for nll in measured.nll]
+    divergences = [_by_bucket(kl, buckets) for kl in measured.kl]
     return {
         "edges": list(edges),
-        "passes": list(coverage.selected),
+        "passes": list(coverage.passes),
         "gap_nll": [_means(row) for row in gaps],
         "gap_nll_ci": [bounds(row) for row in gaps],
         "kl": [_means(row) for row in divergences],
@@ -110,9 +106,9 @@ def _span_curve(
         "stop": span.stop,
         "gated": coverage.gated(span),
         "sequential_nll": float(sequential.mean()),
-        "sequential_perplexity": _perplexity(float(sequential.mean())),
+        "sequential_perplexity": perplexity(float(sequential.mean())),
         "nll": nll,
-        "perplexity": [_perplexity(value) for value in nll],
+        "perplexity": [perplexity(value) for value in nll],
         "gap_nll": _means(gaps),
         "gap_nll_ci": bounds(gaps),
         "perplexity_gap": _means(perplexity_gaps),
@@ -131,7 +127,3 @@ def _by_bucket(values: np.ndarray, buckets: Sequence[slice]) -> list[Interval]:
 
 def _means(intervals: Sequence[Interval]) -> list[float]:
     return [interval.mean for interval in intervals]
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf

@@ -13,7 +13,7 @@ _MOST_LINES = 5
 
 
 def plot_drift_by_passes(data: Mapping[str, Any], _: Mapping[str, Any]) -> Plot | None:
-    """Divergence of K passes from the recurrence against prefix length, for a few K."""
+    """Divergence of K passes from the recurrence against prefix length, for a few of the K measured."""
     positions = data.get("positions") or {}
     edges, passes, rows = positions.get("edges") or [], positions.get("passes") or [], positions.get("kl") or []
     middles = [_middle(low, high) for low, high in itertools.pairwise(edges)]

@@ -5,11 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "bundle/bundle_files.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/selftest.hpp"
 #include "given_bundle.hpp"
 #include "given_folder.hpp"
 #include "selftest/comparison.hpp"
+#include "selftest/vectors.hpp"
 
 namespace {
 
@@ -66,6 +68,20 @@ TEST_CASE("self-test: what cannot be opened is off, what this library does not r
   const std::string text =
       crt_test::error_text(crt::ErrorKind::input, [folder] { crt::run_selftest(folder, {"none"}); });
   CHECK(text.find("unknown target 'none'") == 0);
+}
+
+TEST_CASE("self-test: a cache that lacks a token is off, however right the others are") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr) return;
+  crt::BundleFiles files = crt::BundleFiles::open(folder, true);
+  const auto vectors = crt::SelftestVectors::load(files.file(crt::kVectorsFile), files.config(), files.checkpoint());
+  crt::Comparison comparison(vectors, crt::kRecurrence, "fp32", 1e-3);
+  crt::Observed observed;
+  observed.caches.push_back({"past_key_values.0.key", false, {1, 0, 1}, {}});
+  comparison.add_caches(observed);
+  REQUIRE(comparison.failures().size() == 1);
+  CHECK(comparison.failures().front() ==
+        "past_key_values.0.key after the prompt of 12 tokens holds 0 tokens, expected 12");
 }
 
 TEST_CASE("self-test: exit codes") {

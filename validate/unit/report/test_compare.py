@@ -61,6 +61,32 @@ def test_a_gate_that_only_reports_now_is_a_regression(old: Report, new: Report) 
     assert [change.verdict for change in changes(old, new)] == [REGRESSED]
 
 
+def test_a_figure_that_was_only_reported_and_now_fails_is_a_regression(old: Report, new: Report) -> None:
+    check(old, "contract", 1).update(passed=None)
+    check(new, "contract", 1).update(passed=False, failures=["an unused input"])
+    (change,) = changes(old, new)
+    assert change.verdict == REGRESSED
+    assert "was only reported, and fails: an unused input" in change.reason
+
+
+def test_new_checks_come_in_their_order_and_one_that_fails_is_a_regression(old: Report, new: Report) -> None:
+    for name in ("one", "two", "three", "four"):
+        added = {**check(new, "contract", 1), "name": name}
+        if name == "three":
+            added.update(passed=False, failures=["an unused input"])
+        next(r for r in new["levels"] if (r["target"], r["level"]) == (TARGET, "contract"))["checks"].append(added)
+    found = changes(old, new)
+    assert [change.name for change in found] == ["one", "two", "three", "four"]
+    assert [change.verdict for change in found] == [NEW, NEW, REGRESSED, NEW]
+    assert not compare_reports(old, new, names=NAMES).passed
+
+
+def test_a_level_that_is_new_and_fails_is_a_regression(old: Report, new: Report) -> None:
+    without_level(old)
+    check(new, "chain").update(passed=False, failures=["off at step 3"])
+    assert [change.verdict for change in changes(old, new)] == [NEW, REGRESSED]
+
+
 def without_target(report: Report) -> None:
     for key in ("rows", "levels"):
         report[key] = [entry for entry in report[key] if entry["target"] != TARGET]

@@ -17,6 +17,7 @@ from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
 from crt_export.report.html import render_html
 from crt_export.report.plots import draw_plots
+from crt_export.report.target_block import target_block
 
 Report = dict[str, Any]
 VOID = {"meta", "link", "col", "br"}
@@ -125,6 +126,18 @@ def test_a_report_that_says_passed_over_a_failed_check_is_not_shown_as_passed(
 def test_a_report_that_gated_nothing_shows_nothing(make_report: Callable[..., Report]) -> None:
     report = small(make_report, levels=[], rows=[], passed=False)
     assert "Failed Nothing was gated on 0 targets" in Page(render_html(report)).text
+
+
+def test_no_limit_stands_beside_a_figure_that_is_not_gated(make_report: Callable[..., Report]) -> None:
+    report = make_report(targets=1)
+    row = next(row for row in report["rows"] if row["regime"] == "step")
+    for better, limit in ((True, "≤ 0.002"), (False, "")):
+        row["better_than_chance"] = better
+        line = next(
+            line for line in target_block(report, row["target"], "a", {}).rows if line.regime.startswith("step")
+        )
+        assert (line.divergence_limit, bool(line.delta_limit)) == (limit, better)
+        assert line.error_limit, "errors are gated for every model"
 
 
 def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) -> None:

@@ -192,6 +192,10 @@ def test_values_that_a_precision_divides_are_compared_in_their_own_scale() -> No
 
     assert compared("w8a8", padded) == ()
     assert compared("fp16", padded)
+    for other in (padded[:, :2], padded[:, :0], np.concatenate([padded, padded[:, :1]], axis=1)):
+        count = other.shape[1]
+        short = f"past_key_values.0.value after the prompt of 3 tokens holds {count} tokens, expected 3"
+        assert compared("w8a8", other) == (short,)
     padded[0, 1, 2] = 1
     assert "at position 1 is off" in compared("w8a8", padded)[0]
 

@@ -68,6 +68,12 @@ void Comparison::add_caches(const Observed& observed) {
   std::int64_t number = 0;  // key and value of layer 0, then of layer 1, ...
   for (const ObservedCache& cache : observed.caches) {
     const std::string divisor = divisor_name(precision_, number++ / 2);
+    const std::int64_t tokens_so_far = vectors_.prompt() + observed.index;
+    if (cache.shape[1] != tokens_so_far) {
+      missing_.push_back(cache.name + " " + place(vectors_, observed.index) + " holds " +
+                         std::to_string(cache.shape[1]) + " tokens, expected " + std::to_string(tokens_so_far));
+      continue;
+    }
     const bool divided = cache.is_value && vectors_.has_values(divisor);
     const std::vector<float>& stored = vectors_.values(run_ + "." + cache.name);
     const auto heads = static_cast<std::size_t>(cache.shape[0]);
@@ -170,6 +176,7 @@ std::vector<std::string> Comparison::failures() const {
     }
   }
   failures.insert(failures.end(), tokens_.begin(), tokens_.end());
+  failures.insert(failures.end(), missing_.begin(), missing_.end());
   return failures;
 }
 

@@ -19,7 +19,7 @@ class Comparison {
 
   /// Compare logits, state and next token of one index.
   void add(const Observed& observed);
-  /// Compare the caches; entries that pad the head dim must be zero.
+  /// Compare the caches: one entry per token so far; entries that pad the head dim must be zero.
   void add_caches(const Observed& observed);
 
   /// The largest error of every tensor.
@@ -47,6 +47,7 @@ class Comparison {
   double limit_;
   std::vector<Largest> largest_;
   std::vector<std::string> tokens_;
+  std::vector<std::string> missing_;
 };
 
 /// A number with three significant digits, alike in every locale.

@@ -1,0 +1,43 @@
+"""Attributes of a graph are the model's, also where a node leaves them out and ONNX has a default of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+import pytest
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.parity.attribute_audit import attribute_problems
+
+
+def _problems(checkpoint: Checkpoint, operator: str, attributes: dict[str, float], *, padded: int = 0) -> list[str]:
+    """Of one node in a model with eps 1e-6, whose cache is ``padded`` wider than its head dim."""
+    config = dataclasses.replace(checkpoint.config, layer_norm_eps=1e-6)
+    node = ir.node(operator, [ir.val("x")], attributes=attributes, name="it")
+    graph = ir.Graph([], [], nodes=[node], opset_imports={"": 24})
+    return [*attribute_problems(ir.Model(graph, ir_version=10), config, config.head_dim + padded)]
+
+
+def test_an_epsilon_that_is_absent_is_that_of_onnx(parity_checkpoint: Checkpoint) -> None:
+    assert _problems(parity_checkpoint, "LayerNormalization", {"epsilon": 1e-6}) == []
+    assert _problems(parity_checkpoint, "LayerNormalization", {}) == [
+        "epsilon of LayerNormalization is 1e-05 by default in 1 nodes (it), expected 1e-06"
+    ]
+
+
+@pytest.mark.parametrize(("padded", "found"), [(0, 0), (4, 1)])
+def test_a_scale_that_is_absent_is_that_of_the_padded_head_dim(
+    parity_checkpoint: Checkpoint, padded: int, found: int
+) -> None:
+    problems = _problems(parity_checkpoint, "Attention", {}, padded=padded)
+    assert len(problems) == found
+    assert all("scale of Attention is" in problem and "by default" in problem for problem in problems)
+    given = {"scale": parity_checkpoint.config.head_dim**-0.5}
+    assert _problems(parity_checkpoint, "Attention", given, padded=padded) == []
+    assert len(_problems(parity_checkpoint, "Attention", {"scale": 0.9})) == 1
+
+
+def test_other_defaults_are_the_models(parity_checkpoint: Checkpoint) -> None:
+    assert _problems(parity_checkpoint, "Gelu", {}) == []
+    assert len(_problems(parity_checkpoint, "Attention", {"is_causal": 1})) == 1

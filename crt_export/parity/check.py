@@ -9,7 +9,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.errors import ContractError, InputError
-from crt_export.ladder import CORPUS, LEVELS, LONG_RUN
+from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN
 from crt_export.machine import machine
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.bootstrap import METHOD as BOOTSTRAP_METHOD
@@ -20,7 +20,9 @@ from crt_export.parity.levels import level_function
 from crt_export.parity.long_run.schedule import check_length
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
 from crt_export.parity.report import ParityReport
+from crt_export.parity.scores import reference_nll
 from crt_export.parity.statistics import METHOD
+from crt_export.parity.text_gate import check_text
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
@@ -79,15 +81,7 @@ def check_parity(
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll,
     )
-    corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
-    results: list[LevelResult] = []
-    for level in (level for level in LEVELS if level in options.levels):
-        if level == CORPUS:
-            _prepare_reference(cases, setup)
-            corpus = check_corpus(cases, setup, plan)
-            results += corpus.levels
-        else:
-            results += [_climb(level, case, setup) for case in cases]
+    results, corpus = _climb_ladder(cases, setup, plan)
     return ParityReport(
         rows=corpus.rows,
         levels=tuple(results),
@@ -104,6 +98,26 @@ def check_parity(
         },
         largest_fp16=corpus.largest_fp16,
     )
+
+
+def _climb_ladder(
+    cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None
+) -> tuple[list[LevelResult], CorpusResult]:
+    """Every level that was asked for, all targets of one before the next; what the corpus level adds to its results."""
+    corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
+    results: list[LevelResult] = []
+    for level in (level for level in LEVELS if level in setup.options.levels):
+        if level == CORPUS:
+            _prepare_reference(cases, setup)
+            corpus = check_corpus(cases, setup, plan)
+            results += corpus.levels
+        else:
+            results += [_climb(level, case, setup) for case in cases]
+    text_matters = setup.recorded_nll is not None and set(setup.options.levels) != {CONTRACT}
+    if text_matters and CORPUS not in setup.options.levels:  # which judges the text itself
+        setup.progress("PyTorch FP32: text", 0, setup.windows.count)
+        results.append(check_text(setup, float(reference_nll(setup.reference, STEP, 1).mean())))
+    return results, corpus
 
 
 def _climb(level: str, case: ParityCase, setup: ParitySetup) -> LevelResult:

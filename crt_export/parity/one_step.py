@@ -33,6 +33,7 @@ from crt_export.parity.case import ParityCase, load_checked_graph
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.one_step_calls import Call, OneStepCalls
 from crt_export.parity.polygraphy_results import compare_outputs, save_outputs
+from crt_export.parity.same_step import same_step_check
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]
@@ -50,7 +51,8 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         setup: Reference, text, limits, and where to save the outputs.
 
     Returns:
-        One check per graph and output; a graph that cannot run is one failed check.
+        One check per graph and output, and one of the step graph against a pass over one token
+        (:mod:`crt_export.parity.same_step`); a graph that cannot run is one failed check.
 
     Raises:
         MissingDependencyError: ONNX Runtime or Polygraphy is not installed.
@@ -71,6 +73,9 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         if setup.saved_outputs is not None and comparison.outputs:
             runs = {case.target: comparison.outputs, REFERENCE_RUN: comparison.references}
             save_outputs(setup.saved_outputs / case.target / f"{name}.json", runs)
+    same = same_step_check(case, setup, calls)
+    if same is not None:
+        checks.append(same)
     return LevelResult(
         level=ONE_STEP,
         target=case.target,

@@ -217,6 +217,7 @@ def test_windows_are_left_out_where_they_take_too_long(
     assert coverage_of(case, setup).windows == 2, "an interval needs two"
 
 
+@pytest.mark.evidence  # exports one more model
 def test_a_plain_transformer_is_held_to_its_steps(
     tiny_bundle: Callable[..., tuple[Path, Any]], make_checkpoint: Callable[..., Path], real_text: TokenText,
     tmp_path: Path,

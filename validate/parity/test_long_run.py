@@ -262,6 +262,7 @@ def test_a_graph_that_stops_is_a_failed_run_with_its_step(setup: ParitySetup, pa
 
 
 # --- other models
+@pytest.mark.evidence  # exports one more model
 def test_a_full_cache_slides_where_the_model_has_an_attention_window(
     tiny_bundle: Callable[..., tuple[Path, Model]], tiny_checkpoint: Path, real_text: TokenText
 ) -> None:

@@ -97,13 +97,15 @@ def _ask(
         refused = SELFTEST if level == SELFTEST else OPENING
         found = _caught(fault, bundle.target, refused, [(None, str(error))])
         return found and replace(found, figure=f"exit code {error.exit_code}")
+    failed = [result for result in report.levels if result.passed is False]
     return _caught(
         fault,
         bundle.target,
-        level,
+        # The text is judged before anything is, whichever level was asked.
+        failed[0].level if failed else level,
         [
             (check, f"{check.name}: {sentence}")
-            for result in report.levels
+            for result in failed
             for check in result.checks
             for sentence in check.failures
         ],

@@ -170,6 +170,6 @@ def test_a_short_run_needs_a_reason_and_records_it() -> None:
 
 
 @pytest.mark.parametrize("change", [{"validation_tokens": 0}, {"window": 1}, {"window_batch": 0}, {"threads": -1}])
-def test_impossible_options_are_refused(change: dict[str, int]) -> None:
+def test_impossible_options_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="parity options"):
         ParityOptions(**change, short_reason="test")

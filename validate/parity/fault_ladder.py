@@ -90,17 +90,17 @@ def _ask(
     """What one level says; None where it finds nothing."""
     try:
         if level == SELFTEST:
-            return _caught(fault, bundle.target, level, [(None, line) for line in run_selftest(bundle.path).failures])
+            return _caught(fault, bundle, level, [(None, line) for line in run_selftest(bundle.path).failures])
         chosen = ParityOptions(levels=(level,), **options)
         report = validate_bundle(bundle.path, text=text, tokens=tokens, options=chosen)
     except CrtExportError as error:
         refused = SELFTEST if level == SELFTEST else OPENING
-        found = _caught(fault, bundle.target, refused, [(None, str(error))])
+        found = _caught(fault, bundle, refused, [(None, str(error))])
         return found and replace(found, figure=f"exit code {error.exit_code}")
     failed = [result for result in report.levels if result.passed is False]
     return _caught(
         fault,
-        bundle.target,
+        bundle,
         # The text is judged before anything is, whichever level was asked.
         failed[0].level if failed else level,
         [
@@ -112,14 +112,20 @@ def _ask(
     )
 
 
-def _caught(fault: Fault, target: str, level: str, failed: Sequence[tuple[Check | None, str]]) -> Catch | None:
+def _caught(
+    fault: Fault, bundle: SpoiledBundle, level: str, failed: Sequence[tuple[Check | None, str]]
+) -> Catch | None:
     """The failure that names the place, else the first; None where there is none."""
     if not failed:
         return None
     named = [pair for pair in failed if all(re.search(pattern, pair[1]) for pattern in fault.says)]
     check, sentence = (named or failed)[0]
+    for path in (bundle.path, bundle.path.parent):  # where a test keeps its copy is nothing to tell
+        sentence = sentence.replace(f"{path}/", "").replace(str(path), path.name)
     figure = "" if check is None else _figure(check)
-    return Catch(fault=fault.name, target=target, level=level, figure=figure, sentence=sentence, named=bool(named))
+    return Catch(
+        fault=fault.name, target=bundle.target, level=level, figure=figure, sentence=sentence, named=bool(named)
+    )
 
 
 def _figure(check: Check) -> str:

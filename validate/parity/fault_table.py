@@ -11,7 +11,7 @@ from typing import Any
 from crt_export.environment import installed_versions
 from crt_export.machine import machine
 
-COMMAND = "python -m pytest validate/parity/test_fault_injection.py validate/parity/test_fault_evidence.py"
+COMMAND = "python -m pytest validate/parity/test_fault_evidence.py"
 _HEADING = ("fault", "caught by", "figure", "what it says", "also failed")
 _LONGEST = 180
 
@@ -41,11 +41,11 @@ def _markdown(rows: Sequence[Row], environment: Mapping[str, Any], path: Path) -
     lines = [
         "# Faults that the gate was given",
         "",
-        f"{len(rows)} faults, {caught} caught. Each was written into the ONNX files of a built bundle, or into a file",
-        "beside them, and the bundle was signed again; then it went up the ladder as in `crt-export validate`, on",
-        "short windows, and `crt-export selftest` came last. *Caught by*: the lowest level that failed; *also failed*:",
-        "those above it, where they were asked. `opening` is a bundle or a text that is refused before any level.",
-        "The tests assert level and place.",
+        f"{len({row['fault'] for row in rows})} kinds of fault, injected {len(rows)} times, caught {caught} times.",
+        "Each was written into the ONNX files of a built bundle or into a file beside them, and the bundle was signed",
+        "again; then it went up the ladder as in `crt-export validate`, on short windows, and `crt-export selftest` came",
+        "last. *Caught by*: the lowest level that failed; *also failed*: those above it, where they were asked. `opening`",
+        "is a bundle or a text that is refused before any level. The tests assert level and place.",
         "",
         "```console",
         f"$ {COMMAND} --fault-table {path.parent.parent.name}/{path.parent.name}/{path.name}",

@@ -16,8 +16,8 @@ NAME = "step against prefill_pass of one token"
 
 
 def _check(bundle: Path, text: Path) -> Check:
-    (result,) = validate_bundle(bundle, text=text, targets=("ort-cpu-fp32",), options=OPTIONS).levels
-    return next(check for check in result.checks if check.name == NAME)
+    report = validate_bundle(bundle, text=text, targets=("ort-cpu-fp32",), options=OPTIONS)
+    return next(check for result in report.levels for check in result.checks if check.name == NAME)
 
 
 def _spoiled(source: Path, copy: Path, fault: str) -> Path:

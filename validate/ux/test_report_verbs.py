@@ -69,13 +69,13 @@ def test_compare_fails_with_exit_1_names_what_regressed_and_writes_junit(
 ) -> None:
     row = next(r for r in document["rows"] if (r["target"], r["regime"]) == ("ort-cpu-int8", "step"))
     row.update(passed=False, failures=["damaged"])
-    row["perplexity"] *= 1.5
+    row.update(relative_logit_error=0.019, relative_logit_error_ci=[0.0185, 0.0195])  # within its limit of 0.02
     (tmp_path / "new.json").write_text(json.dumps(document), encoding="utf-8")
     result = crt_export("compare", str(bundle), "new.json", "--junit", "junit.xml", "--json")
     assert result.returncode == 1, result.stderr
     comparison = json.loads(result.stdout)
     failed = {change["name"] for change in comparison["changes"] if change["verdict"] == "regressed"}
-    assert {name.rpartition(": ")[2] for name in failed} == {"result", "perplexity"}
+    assert {name.rpartition(": ")[2] for name in failed} == {"result", "relative_logit_error"}
     assert ElementTree.parse(tmp_path / "junit.xml").getroot().get("failures") == "2"
     plain = crt_export("compare", str(bundle), "new.json")
     assert plain.returncode == 1

@@ -23,7 +23,7 @@ from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tole
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.long_run import check_long_run
 from crt_export.parity.long_run.gates import growth_checks, why_not_gated
-from crt_export.parity.long_run.growth import SMALLEST_UNITS, Growth, growth_from_units
+from crt_export.parity.long_run.growth import Growth, growth_from_units
 from crt_export.parity.long_run.headroom import layers_of_tensors
 from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, schedules
@@ -371,31 +371,3 @@ def test_long_windows_are_cut_so_that_growth_can_be_told(
     growth = growth_from_units(np.ones(chained.tokens // chained.unit), chained.unit)
     assert growth is not None
     assert why_not_gated(chained, growth, recurrent=True) == ""
-
-
-def test_growth_is_the_slope_of_a_line() -> None:
-    growth = growth_from_units(0.01 + 3e-4 * np.arange(40) * 0.25, 250)
-    assert growth is not None
-    assert growth.slope == pytest.approx(3e-4)
-    assert growth.high - growth.low < 1e-12
-    assert growth_from_units(np.ones(SMALLEST_UNITS - 1), 250) is None
-    late = growth_from_units(np.append(np.ones(20), np.nan), 250)
-    assert late is not None
-    assert math.isnan(late.high)
-
-
-def test_the_interval_covers_the_slope_where_neighbours_are_alike() -> None:
-    """400 made runs whose noise carries half of itself on: 95 % within three points, far less without adjustment."""
-    generator = np.random.default_rng(5)
-    covered, plain = [], []
-    for _ in range(400):
-        noise = generator.standard_normal(160)
-        for i in range(1, 160):
-            noise[i] += 0.5 * noise[i - 1]
-        growth = growth_from_units(noise + 0.7 * np.arange(160) * 0.128, 128)
-        assert growth is not None
-        covered.append(growth.low <= 0.7 <= growth.high)
-        shrink = math.sqrt((1 - growth.autocorrelation) / (1 + growth.autocorrelation))
-        plain.append(abs(growth.slope - 0.7) <= (growth.high - growth.slope) * shrink)
-    assert 0.92 <= np.mean(covered) <= 0.98
-    assert np.mean(plain) < 0.80

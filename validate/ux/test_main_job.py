@@ -96,7 +96,7 @@ def test_every_other_readme_command_works(bundle: Path, readme_commands: list[li
         if command[0] not in ("build", "doctor") and "--validation-tokens" not in command:
             result = python_in(folder, "-m", "crt_export", *command)
             assert result.returncode == 0, f"{command}: {result.stderr}"
-            assert result.stdout
+            assert result.stdout or command[0] == "report"  # which writes a file
 
 
 @pytest.mark.evidence  # the failing validate below goes the same way, and a build writes the same rows

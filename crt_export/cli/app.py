@@ -9,6 +9,7 @@ from crt_export.cli.build import build
 from crt_export.cli.compare import compare
 from crt_export.cli.doctor import doctor
 from crt_export.cli.generate import generate
+from crt_export.cli.init import init
 from crt_export.cli.inspect import inspect
 from crt_export.cli.report import report
 from crt_export.cli.selftest import selftest
@@ -26,5 +27,5 @@ def app(debug: bool) -> None:
     """Export a trained context-ready transformer from PyTorch to a verified deployment."""
 
 
-for command in (build, validate, report, compare, selftest, generate, inspect, targets, doctor):
+for command in (init, build, validate, report, compare, selftest, generate, inspect, targets, doctor):
     app.add_command(command)

@@ -14,9 +14,8 @@ from crt_export.cli.options import PATH, json_option
 @click.option(
     "--preset",
     required=True,
-    metavar="NAME",
-    help="Size: d5-1120 or d1-2048 (CRT), transformer-12x768 or transformer-6x1088 (what the paper compares "
-    "them with), or tiny.",
+    metavar="d5-1120|d1-2048|transformer-12x768|transformer-6x1088|tiny",
+    help="Size: the published CRTs, the plain transformers the paper compares them with, or a small CRT.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Seed of the random weights.")
 @click.option("--output", type=PATH, required=True, metavar="DIR", help="Folder to make.")

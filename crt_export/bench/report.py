@@ -1,0 +1,305 @@
+"""What one benchmark run found, as frozen records and as JSON (``crt-export-bench``, format version 1).
+
+Units are in the names: ``_s`` seconds, ``_ms`` milliseconds, ``_gb_s`` 1e9 bytes per second, ``_gflop_s`` 1e9 floating
+point operations per second; everything called bytes, weights, cache or memory is bytes. ``None`` (JSON null) is a
+figure that this machine or contestant does not have, never a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FORMAT = "crt-export-bench"
+FORMAT_VERSION = 1
+
+#: What a contestant can be.
+KINDS = ("target", "pytorch-eager", "pytorch-compile", "pytorch-dynamic-int8", "bundle")
+#: Whether it ran.
+MEASURED, NOT_RUN = "measured", "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiles:
+    """A sampled rate: 10th, 50th and 90th percentile, and the samples in the order they were taken."""
+
+    p10: float
+    p50: float
+    p90: float
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandwidth:
+    """How fast memory was read, sampled in turns with the measurement.
+
+    Attributes:
+        threads: Threads that read.
+        bytes: Size of the array they read, far beyond the caches.
+        read_gb_s: The rate.
+    """
+
+    threads: int
+    bytes: int
+    read_gb_s: Quantiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How fast float32 matrices were multiplied, sampled in the same turns."""
+
+    threads: int
+    gflop_s: Quantiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """The model that was measured.
+
+    Attributes:
+        name: The folder's name.
+        model_type: ``context_ready_transformer`` or ``transformer``.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of layers.
+        vocab_size: Number of tokens.
+        parameters: Number of weights, a tied head counted once.
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """From a fresh process to the first token.
+
+    Attributes:
+        open_s: Opening: hashes checked, graphs loaded, a session allocated; imports excluded.
+        first_token_s: Opening and one step, the first logits at hand.
+        import_s: Importing the package and its runtime before that.
+        cached_share: Share of the weight file's pages that were in the page cache before the opening, 0 to 1; 1 is
+            a warm start, which never waits for the disk. None where the system cannot tell.
+    """
+
+    open_s: float
+    first_token_s: float
+    import_s: float | None = None
+    cached_share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Bytes that one step has to read or write: weights once, keys and values of the used length, logits.
+
+    ``total`` is their sum; the floor of a step is total / read bandwidth.
+    """
+
+    weights: int
+    cache: int
+    logits: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """One token for each row of a batch, at one position.
+
+    Attributes:
+        position: Tokens in the cache before the first measured step; every block starts there again.
+        batch: Rows.
+        samples: Steps that were timed, warm-ups excluded.
+        p10_ms: 10th percentile, and likewise the others.
+        tokens_per_s: Rows per mean step.
+        runtime_overhead: Median share of a step spent outside the engine's run call, 0 to 1.
+        bytes: What a step has to move; None where the weights of a contestant are unknown.
+        flops: Floating point operations of a step, two for each multiply-add.
+        floor_ms: bytes.total / 90th percentile of the read bandwidth.
+        compute_floor_ms: flops / 90th percentile of the compute rate.
+        over_floor: p50_ms / floor_ms.
+        over_floor_p10: p10_ms / floor_ms.
+        over_floor_paired: p50_ms / (bytes.total / median bandwidth).
+    """
+
+    position: int
+    batch: int
+    samples: int
+    p10_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    max_ms: float
+    mean_ms: float
+    tokens_per_s: float
+    runtime_overhead: float | None = None
+    bytes: StepBytes | None = None
+    flops: int | None = None
+    floor_ms: float | None = None
+    compute_floor_ms: float | None = None
+    over_floor: float | None = None
+    over_floor_p10: float | None = None
+    over_floor_paired: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillFigures:
+    """Time to first token: a prompt, from an empty cache to its last logits.
+
+    Attributes:
+        tokens: Length of the prompt.
+        method: ``default`` (what the bundle says), ``steps``, ``passes``, ``adaptive``, ``exact``, or ``parallel`` (one
+            pass over everything, all a plain transformer needs).
+        passes: Number of passes K where the method has a fixed one.
+        chunk: Tokens of one call, None for the contestant's own.
+        samples: Prompts that were timed.
+        p50_s: Median, and likewise the 90th percentile.
+    """
+
+    tokens: int
+    method: str
+    passes: int | None
+    chunk: int | None
+    samples: int
+    p50_s: float
+    p90_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of memory of the contestant's own process.
+
+    Attributes:
+        weight_file: Size of the weight file it runs from.
+        pss_before: Proportional set size before opening, libraries loaded: what is not the bundle's.
+        anonymous_before: Likewise the anonymous (private, not file-backed) bytes.
+        pss_step: After steps alone.
+        anonymous_step: Likewise.
+        pss: After steps and prefill.
+        anonymous: Likewise.
+        peak_rss: Largest resident set of the whole process so far.
+        second_session: What opening and stepping a second session of the same bundle added to pss.
+        device: Memory of the GPU in use, None on a CPU.
+    """
+
+    weight_file: int | None = None
+    pss_before: int | None = None
+    anonymous_before: int | None = None
+    pss_step: int | None = None
+    anonymous_step: int | None = None
+    pss: int | None = None
+    anonymous: int | None = None
+    peak_rss: int | None = None
+    second_session: int | None = None
+    device: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One of the things that were measured in turns.
+
+    Attributes:
+        name: Unique in the report.
+        kind: One of ``KINDS``.
+        status: ``measured`` or ``not run``.
+        reason: Why it did not run; empty where it did.
+        model: Its model where that is not the report's.
+        load: From process to first token, None where it did not get there.
+        step: One entry a position.
+        prefill: One entry a prompt length and method.
+        memory: Its process's memory.
+    """
+
+    name: str
+    kind: str
+    status: str
+    reason: str = ""
+    model: ModelSize | None = None
+    load: Load | None = None
+    step: tuple[StepFigures, ...] = ()
+    prefill: tuple[PrefillFigures, ...] = ()
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times longer ``against`` took than ``of``, measured pair by pair: above 1 ``of`` is the faster one.
+
+    Attributes:
+        of: Name of the contestant that is judged.
+        against: Name of the one it is compared with.
+        what: ``step`` or ``prefill``.
+        at: Position of the step, or tokens of the prompt.
+        ratio: Median over turns of (median of ``against``) / (median of ``of``) within a turn.
+        low: Lower end of its 95 % bootstrap interval over turns.
+        high: Upper end.
+        turns: Number of turns, each one pair.
+    """
+
+    of: str
+    against: str
+    what: str
+    at: int
+    ratio: float
+    low: float
+    high: float
+    turns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """One benchmark run.
+
+    Attributes:
+        created: When, ISO 8601, UTC.
+        command: The command line that repeats it.
+        crt_export: Version of this package.
+        hardware: What the machine is.
+        versions: Package to installed version.
+        bundle: Name, digest of the manifest, targets, validated or not.
+        model: The model of the bundle.
+        options: Every option of the run, resolved.
+        bandwidth: None where nothing on a CPU was measured.
+        compute: Likewise.
+        contestants: In the order of their turns; the target first.
+        ratios: The target, and where asked others, against each of the rest.
+        notes: What a reader must know, one sentence each.
+    """
+
+    created: str
+    command: str
+    crt_export: str
+    hardware: Mapping[str, Any]
+    versions: Mapping[str, str]
+    bundle: Mapping[str, Any]
+    model: ModelSize
+    options: Mapping[str, Any]
+    bandwidth: Bandwidth | None
+    compute: Compute | None
+    contestants: tuple[Contestant, ...]
+    ratios: tuple[Ratio, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **asdict(self),
+            "contestants": [asdict(contestant) for contestant in self.contestants],
+            "ratios": [_ratio_dict(ratio) for ratio in self.ratios],
+            "notes": list(self.notes),
+        }
+
+    def contestant(self, name: str) -> Contestant:
+        """The contestant of this name."""
+        return next(contestant for contestant in self.contestants if contestant.name == name)
+
+
+def _ratio_dict(ratio: Ratio) -> dict[str, Any]:
+    values = asdict(ratio)
+    at = values.pop("at")
+    return {**values, "position" if ratio.what == "step" else "tokens": at}

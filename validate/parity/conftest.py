@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,12 @@ def parity_bundle(parity_checkpoint: Checkpoint, heldout_text: Path, shared_fold
         if not (output / MANIFEST_NAME).is_file():
             build(options)
     return output
+
+
+@pytest.fixture
+def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle's FP32 graphs, to be damaged."""
+    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
 
 
 @pytest.fixture(scope="session")

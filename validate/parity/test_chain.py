@@ -22,6 +22,7 @@ from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import ParityOptions, windows_from_text
+from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 LENGTH, STEPS, WINDOWS = 24, 16, 3
@@ -37,10 +38,6 @@ Edit = Callable[[onnx.ModelProto], object]
 Run = Callable[..., LevelResult]
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody reads."""
-
-
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
     windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
@@ -50,13 +47,8 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
         text=real_text,
         options=OPTIONS,
         tolerances=load_tolerances(),
-        progress=silent,
+        progress=no_progress,
     )
-
-
-@pytest.fixture
-def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
 
 
 @pytest.fixture

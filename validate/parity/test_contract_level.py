@@ -55,12 +55,6 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
     )
 
 
-@pytest.fixture
-def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle's FP32 graphs, to be damaged."""
-    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
-
-
 @pytest.fixture(scope="session")
 def forms(
     parity_bundle: Path, parity_checkpoint: Checkpoint, real_text: TokenText, tmp_path_factory: pytest.TempPathFactory

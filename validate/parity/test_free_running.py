@@ -21,6 +21,7 @@ from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import ParityOptions, windows_from_text
+from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 LENGTH, PROMPTS, NEW = 24, 6, 20
@@ -34,10 +35,6 @@ OPTIONS = ParityOptions(
 )
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody reads."""
-
-
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
     windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
@@ -47,7 +44,7 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
         text=real_text,
         options=OPTIONS,
         tolerances=load_tolerances(),
-        progress=silent,
+        progress=no_progress,
     )
 
 

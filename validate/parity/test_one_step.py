@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,12 +51,6 @@ def _setup(checkpoint: Checkpoint, text: TokenText, length: int) -> ParitySetup:
         tolerances=load_tolerances(),
         progress=no_progress,
     )
-
-
-@pytest.fixture
-def graphs(parity_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle's FP32 graphs, to be damaged."""
-    return Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
 
 
 def _case(folder: Path, checkpoint: Checkpoint, precision: str = "fp32") -> ParityCase:

@@ -14,6 +14,8 @@ ATTENTION_FORMS = ("auto", "fused", "decomposed")
 #: More threads than any machine this runs on; a number from a bundle must not be able to exhaust one.
 MOST_THREADS = 1024
 RESIDUAL_DTYPES = ("float16", "float32")
+#: How prompts are taken; ``auto`` leaves the choice to the build.
+PREFILL_METHODS = ("auto", "steps", "passes", "adaptive")
 
 # Which precisions a runtime can execute. MatMulNBits (w8) is an ONNX Runtime CPU operator; TensorRT compiles
 # strongly typed FP16 graphs, with or without Q/DQ, and has no fused FP32 attention kernel.
@@ -60,6 +62,7 @@ def _choice_problems(values: Mapping[str, Any]) -> list[str]:
         "precision": PRECISIONS,
         "attention": ATTENTION_FORMS,
         "residual_dtype": RESIDUAL_DTYPES,
+        "prefill": PREFILL_METHODS,
     }
     return [
         f"{key} must be one of {', '.join(allowed)}, not {values[key]!r}"
@@ -118,6 +121,8 @@ def _runtime_problems(values: Mapping[str, Any]) -> list[str]:
         found.append("attention is for TensorRT: ONNX Runtime runs the exported graph as it is")
     if device == "cuda" and values.get("threads", 0) not in (0, None):
         found.append("threads is for device cpu")
+    if device == "cuda" and values.get("prefill") == "adaptive":
+        found.append("prefill = 'adaptive' is for device cpu, where a look at the residual between passes costs nothing")
     found += _capability_problems(runtime, values.get("compute_capability"), "compute_capability" in values)
     return found + _option_problems(runtime, values.get("options"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
@@ -47,6 +48,15 @@ _TARGET: dict[str, _Types] = {
     "cache_head_dim": int,
     "cache_dtype": str,
 }
+_PREFILL: dict[str, _Types] = {
+    "method": str,
+    "passes": int,
+    "chunk": (int, NoneType),
+    "shortest": int,
+    "residual_bound": (float, int, NoneType),
+    "perplexity_gap": (float, int, NoneType),
+}
+_PREFILL_METHODS = ("steps", "passes", "adaptive")
 _CONTRACT: dict[str, _Types] = {"inputs": list, "outputs": list, "aliases": list}
 _TENSOR: dict[str, _Types] = {"name": str, "dtype": str, "dims": list}
 _FILE: dict[str, _Types] = {"size": int, "sha256": str}
@@ -84,6 +94,7 @@ def _type_name(types: _Types) -> str:
         list: "a list",
         str: "a string",
         int: "an integer",
+        float: "a number",
         bool: "true or false",
         NoneType: "null",
     }
@@ -177,3 +188,24 @@ def _target_value_problems(where: str, target: Mapping[str, Any]) -> Iterator[st
             yield f"{where}: {key!r} must be 1 or more, found {target[key]}"
     if target["cache_dtype"] not in _CACHE_DTYPES:
         yield f"{where}: 'cache_dtype' must be 'float32' or 'float16', found {target['cache_dtype']!r:.60}"
+    if "prefill" in target:  # bundles of earlier versions have none
+        yield from _prefill_problems(f"{where}.prefill", target["prefill"])
+
+
+def _prefill_problems(where: str, plan: Any) -> Iterator[str]:
+    broken = _field_problems(where, plan, _PREFILL)
+    if broken:
+        yield from broken
+        return
+    if plan["method"] not in _PREFILL_METHODS:
+        yield f"{where}: 'method' must be one of {', '.join(_PREFILL_METHODS)}, found {plan['method']!r:.60}"
+    for key in ("passes", "chunk", "shortest"):
+        if plan[key] is not None and plan[key] < 1:
+            yield f"{where}: {key!r} must be 1 or more, found {plan[key]}"
+    bound, gap = plan["residual_bound"], plan["perplexity_gap"]
+    if bound is not None and not 0 < bound < math.inf:
+        yield f"{where}: 'residual_bound' must be a number above 0, found {bound}"
+    if gap is not None and not 0 <= gap < math.inf:
+        yield f"{where}: 'perplexity_gap' must be a number of at least 0, found {gap}"
+    if plan["method"] == "adaptive" and bound is None:
+        yield f"{where}: 'adaptive' needs a 'residual_bound'"

@@ -27,6 +27,7 @@ from crt_export.cache import AppendedCache, Cache, GrowingCache
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError, UnsupportedError, problem_list
+from crt_export.rotary import rope_at, rope_tables, rotate
 
 
 class Linear(nn.Module):
@@ -175,7 +176,7 @@ class Model(nn.Module):
             assert previous is not None
             z = x + self.correction(previous + x).to(x.dtype)
         positions = position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        rope = tuple(F.embedding(positions, table).unsqueeze(1) for table in (self.rope_cos, self.rope_sin))
+        rope = rope_at((self.rope_cos, self.rope_sin), positions)
         for index, layer in enumerate(self.layers):
             z = layer(z, rope, index, cache)
         return z
@@ -250,29 +251,6 @@ class Model(nn.Module):
 def shift(state: Tensor, h: Tensor) -> Tensor:
     """``s_t = h_{t-1}``, ``s_0 = state``: [batch, 1, hidden] and [batch, seq, hidden] -> [batch, seq, hidden]."""
     return torch.cat([state, h], dim=1)[:, :-1]
-
-
-def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of ``position * theta^(-2j/head_dim)``, float32 [positions, head_dim/2], computed in float64."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, ...], layout: str) -> Tensor:
-    """Rotary embedding, ``(a cos - b sin, a sin + b cos)`` on the pairs of the layout.
-
-    Args:
-        x: Queries or keys, [batch, heads, seq, head_dim].
-        rope: cos and sin, each [batch, 1, seq, head_dim/2].
-        layout: ``interleaved`` pairs (2j, 2j+1), ``half`` pairs (j, j + head_dim/2).
-    """
-    cos, sin = rope
-    if layout == "half":
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def model_from_checkpoint(

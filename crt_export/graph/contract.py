@@ -12,7 +12,7 @@ from crt_export.spec import GraphSpec, TensorSpec
 _OPERATORS = """
     Abs Add And ArgMax Attention Cast Clip Concat DequantizeLinear Equal Expand Gather GatherElements Gelu Identity
     IsNaN LayerNormalization Less LessOrEqual MatMul MatMulNBits Max Min Mul Neg QuantizeLinear Range ReduceMax
-    ReduceSum Reshape Shape Slice Softmax Split Squeeze Sub TensorScatter Transpose Unsqueeze Where
+    ReduceSum Reshape RotaryEmbedding Shape Slice Softmax Split Squeeze Sub TensorScatter Transpose Unsqueeze Where
 """
 #: Operators every target was seen to parse and run; anything else must be a decision, not an accident of the exporter.
 OPERATORS = frozenset(_OPERATORS.split())

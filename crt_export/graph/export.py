@@ -26,7 +26,7 @@ from crt_export.graph.passes.cancel_casts import cancel_casts
 from crt_export.graph.passes.name_weights import name_weights
 from crt_export.graph.passes.simplify import merge_repeats, simplify
 from crt_export.graph.passes.unroll import unroll_passes
-from crt_export.graph.scatter import translation_table
+from crt_export.graph.translation import translation_table
 from crt_export.model import Model
 from crt_export.spec import GraphSpec, graph_spec
 

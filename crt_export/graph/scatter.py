@@ -1,4 +1,4 @@
-"""The in-place cache update: a PyTorch operator with an eager implementation and an ONNX translation.
+"""The in-place cache update: a PyTorch operator with an eager implementation, and the cache that makes use of it.
 
 In a graph it is one ``TensorScatter`` per cache tensor (opset 24). TensorRT turns it into an in-place update of the
 cache input; ONNX Runtime does so when input and output are bound to the same buffer.
@@ -6,10 +6,9 @@ cache input; ONNX Runtime does so when input and output are bound to the same bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from onnxscript.onnx_opset import opset24
 from torch import Tensor
 
 
@@ -28,15 +27,6 @@ def cache_update(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
 @cache_update.register_fake
 def _(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(cache)
-
-
-def _tensor_scatter(cache, update, position):
-    return opset24.TensorScatter(cache, update, position, axis=-2, mode="linear")
-
-
-def translation_table() -> dict[Callable[..., object], Callable[..., object]]:
-    """For ``torch.onnx.export(custom_translation_table=...)``."""
-    return {torch.ops.crt_export.cache_update.default: _tensor_scatter}
 
 
 class ScatteredCache:

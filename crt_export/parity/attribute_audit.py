@@ -14,17 +14,23 @@ _RELATIVE = 1e-6
 
 
 def attribute_problems(model: ir.Model, config: ModelConfig, cache_head_dim: int) -> Iterator[str]:
-    """Scale of attention, epsilon of LayerNorm, form of GELU that are not the model's; one sentence per kind.
+    """Scale of attention, epsilon of LayerNorm, form of GELU, pairs of a rotation that are not the model's.
 
-    An attribute that is absent has the default of ONNX. Attention that was decomposed for a compiler holds its scale
-    elsewhere; the one-step level judges it.
+    One sentence per kind. An attribute that is absent has the default of ONNX. Attention that was decomposed for a
+    compiler holds its scale elsewhere; the one-step level judges it.
     """
     scale = config.head_dim**-0.5
-    # Wanted, and what an absent attribute means (Attention-23 and -24, LayerNormalization-17, Gelu-20).
+    # Wanted, and what an absent attribute means (Attention-23 and -24, LayerNormalization-17, Gelu-20,
+    # RotaryEmbedding-23).
     expected: dict[str, dict[str, tuple[float | str, float | str]]] = {
         "Attention": {"scale": (scale, cache_head_dim**-0.5), "softcap": (0.0, 0.0), "is_causal": (0, 0)},
         "LayerNormalization": {"epsilon": (config.layer_norm_eps, 1e-5), "axis": (-1, -1)},
         "Gelu": {"approximate": ("none", "none")},
+        "RotaryEmbedding": {
+            "interleaved": (int(config.rope_layout == "interleaved"), 0),
+            "rotary_embedding_dim": (0, 0),
+            "num_heads": (0, 0),
+        },
     }
     for operator, attributes in expected.items():
         nodes = [node for node in model.graph.all_nodes() if node.op_type == operator]

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from crt_export.config import ModelConfig
+from crt_export.graph.passes.separate_rotation import FORMATTING
 from crt_export.quantize.linears import HEAD, expected_matmuls, linear_inputs, linear_names
 from crt_export.spec import GraphSpec
 
 #: Delivers the size of its input, not its values.
 _SIZES = frozenset({"Shape", "Size"})
 _PROJECTIONS = {"key": "k", "value": "v"}
+#: Inputs of RotaryEmbedding after the first. Without position ids the angles are one row per token.
+_ANGLES = ("rope_cos", "rope_sin")
 
 
 def flow_problems(model: ir.Model) -> Iterator[str]:
@@ -31,6 +34,12 @@ def flow_problems(model: ir.Model) -> Iterator[str]:
         if value.producer() is None:
             kind = "an input" if value.is_graph_input() else "a constant"
             yield f"output {value.name} is computed by no node: it is {kind}"
+    for node in graph:
+        if node.op_type == "RotaryEmbedding":
+            found = [_looked_up(value) for value in node.inputs[1:] if value is not None]
+            if found != [*_ANGLES]:
+                due = ", ".join(_ANGLES)
+                yield f"RotaryEmbedding {node.name} rotates by rows of {', '.join(found)}, expected {due}"
 
 
 def live_nodes(graph: ir.Graph) -> list[ir.Node]:
@@ -198,6 +207,17 @@ def _ancestors(values: Iterable[ir.Value | None]) -> set[ir.Node]:
             found.add(node)
             waiting.extend(node.inputs)
     return found
+
+
+def _looked_up(value: ir.Value) -> str:
+    """Name of the table that a value holds rows of, behind nodes that only change a shape or a type."""
+    node = value.producer()
+    while node is not None and node.op_type in FORMATTING and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    if node is None or node.op_type != "Gather" or node.inputs[0] is None:
+        return f"no table but {node.op_type if node is not None else value.name}"
+    return str(node.inputs[0].name)
 
 
 def _stem(value: ir.Value | None, suffix: str) -> str:

@@ -20,10 +20,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
-from crt_export.model import rope_tables
 from crt_export.parity.case import HALF_PRECISIONS
 from crt_export.parity.folded_weights import FoldedGroup, folded_names
 from crt_export.quantize.linears import HEAD, linear_inputs, linear_names
+from crt_export.rotary import rope_tables
 
 Array = NDArray[Any]
 

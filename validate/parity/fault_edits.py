@@ -142,24 +142,29 @@ def drop_first_pass(model: onnx.ModelProto) -> None:
 def rotate_halves(model: onnx.ModelProto) -> None:
     """Rotary embedding of the ``half`` layout in a graph of the ``interleaved`` one: pairs (j, j + head_dim/2).
 
-    Every rotation reshapes [.., head_dim] to [.., head_dim/2, 2], takes the pairs apart by two Slices and stacks them
-    again: its input is brought into pairs by [.., 2, head_dim/2] and a Transpose, its result back by another.
+    Every rotation gets its input [.., head_dim] with the channels of such a pair side by side, by way of [.., 2,
+    head_dim/2] and a Transpose, and its result is brought back by way of [.., head_dim/2, 2] and another.
     """
-    rotations = [item for item in nodes_of(model, "Reshape") if _consumers(model, item.output[0]) == ["Slice", "Slice"]]
-    stacks = {item.output[0] for item in nodes_of(model, "Concat") if _makers(model, item.input) == ["Unsqueeze"] * 2}
-    tails = [item for item in nodes_of(model, "Reshape") if item.input[0] in stacks]
-    assert len(rotations) == len(tails) > 0
-    parts: list[Part] = [constant("halves", [0, 0, 0, 2, -1])]
-    for item in rotations:
-        pairs = item.output[0]
-        item.input[1], item.output[0] = "halves", f"{pairs}.halves"
-        del item.attribute[:]  # in a shape, 0 is the dim of the input unless an attribute forbids it
-        parts.append(node("Transpose", [f"{pairs}.halves"], pairs, perm=[0, 1, 2, 4, 3]))
-    for item in tails:
-        stacked = item.input[0]
-        item.input[0] = f"{stacked}.halves"
-        parts.append(node("Transpose", [stacked], f"{stacked}.halves", perm=[0, 1, 2, 4, 3]))
+    parts: list[Part] = [
+        constant("halves", [0, 0, 0, 2, -1]),
+        constant("pairs", [0, 0, 0, -1, 2]),
+        constant("flat", [0, 0, 0, -1]),
+    ]
+    for item in nodes_of(model, "RotaryEmbedding"):
+        into, out = item.input[0], item.output[0]
+        item.input[0], item.output[0] = f"{out}.paired", f"{out}.turned"
+        parts += _regrouped(into, "halves", f"{out}.paired")
+        parts += _regrouped(f"{out}.turned", "pairs", out)
     _extend(model, parts)
+
+
+def _regrouped(value: str, groups: str, result: str) -> list[Part]:
+    """Split the last axis in two, exchange these and join them again."""
+    return [
+        node("Reshape", [value, groups], f"{result}.split"),
+        node("Transpose", [f"{result}.split"], f"{result}.exchanged", perm=[0, 1, 2, 4, 3]),
+        node("Reshape", [f"{result}.exchanged", "flat"], result),
+    ]
 
 
 def exchange_names(first: str, second: str) -> Edit:
@@ -208,14 +213,6 @@ def stored_tensor(graph: Path, name: str) -> tuple[Path, np.ndarray, int]:
     count = int(np.prod(tensor.dims))
     values = np.frombuffer(path.read_bytes(), dtype, count, start).reshape(tensor.dims)
     return path, values.copy(), start
-
-
-def _consumers(model: onnx.ModelProto, value: str) -> list[str]:
-    return [item.op_type for item in model.graph.node if value in item.input]
-
-
-def _makers(model: onnx.ModelProto, values: Sequence[str]) -> list[str]:
-    return [item.op_type for value in values for item in model.graph.node if value in item.output]
 
 
 def _extend(model: onnx.ModelProto, parts: Sequence[Part]) -> None:

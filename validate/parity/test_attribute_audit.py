@@ -38,6 +38,18 @@ def test_a_scale_that_is_absent_is_that_of_the_padded_head_dim(
     assert len(_problems(parity_checkpoint, "Attention", {"scale": 0.9})) == 1
 
 
+def test_pairs_of_a_rotation_that_are_not_given_are_halves(parity_checkpoint: Checkpoint) -> None:
+    config = parity_checkpoint.config
+    for layout, absent in (("interleaved", 1), ("half", 0)):
+        other = dataclasses.replace(parity_checkpoint, config=dataclasses.replace(config, rope_layout=layout))
+        assert len(_problems(other, "RotaryEmbedding", {})) == absent
+        assert _problems(other, "RotaryEmbedding", {"interleaved": absent}) == []
+        assert _problems(other, "RotaryEmbedding", {"interleaved": 1 - absent}) == [
+            f"interleaved of RotaryEmbedding is {1 - absent} in 1 nodes (it), expected {absent}"
+        ]
+    assert len(_problems(other, "RotaryEmbedding", {"rotary_embedding_dim": 4})) == 1
+
+
 def test_other_defaults_are_the_models(parity_checkpoint: Checkpoint) -> None:
     assert _problems(parity_checkpoint, "Gelu", {}) == []
     assert len(_problems(parity_checkpoint, "Attention", {"is_causal": 1})) == 1

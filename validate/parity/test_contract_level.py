@@ -234,6 +234,11 @@ def test_the_whole_bundle_passes(parity_bundle: Path, setup: ParitySetup) -> Non
             _swap_updates,
             "caches: output present_key_values.0.value stores what layers.1.attn.v computes, expected layers.0.attn.v",
         ),
+        (
+            "prefill_pass",
+            _swap(_both_ways("rope_cos", "rope_sin")),
+            "data flow: RotaryEmbedding node_rotary_embedding rotates by rows of rope_sin, rope_cos, expected rope_cos",
+        ),
         ("prefill", _drop_a_product, "linears: layers.1.mlp.up multiplies 1 times, expected 2"),
         (
             "step",

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from crt_export.errors import BuildError
 
 _TABLES = ("rope_cos", "rope_sin")
-# What lies between a look-up and its use: operators that only change the shape or type of their first input.
-_FORMATTING = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Slice", "Expand", "Identity"})
+#: What may lie between a look-up and its use: operators that only change the shape or type of their first input.
+FORMATTING = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Slice", "Expand", "Identity"})
 
 
 def separate_rotation(graph: ir.Model) -> int:
@@ -64,7 +64,7 @@ def _lookups(graph: ir.Graph) -> list[ir.Node]:
 def _uses(lookup: ir.Node) -> Iterator[tuple[ir.Node, int]]:
     """The (node, input) pairs that compute with a look-up, behind all formatting."""
     for user, slot in lookup.outputs[0].uses():
-        if user.op_type in _FORMATTING and slot == 0:
+        if user.op_type in FORMATTING and slot == 0:
             yield from _uses(user)
         else:
             yield user, slot

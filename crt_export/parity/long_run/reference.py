@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from crt_export.model import Carry, Model, rope_tables
+from crt_export.model import Carry, Model
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.schedule import BLOCK, Schedule
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.windows import Windows
 from crt_export.progress import Progress
+from crt_export.rotary import rope_tables
 
 #: Finished runs by what they ran (kind, window, text and model of a setup); a longer run serves shorter ones too.
 _FINISHED: WeakKeyDictionary[ParitySetup, dict[tuple[str, int | None], LongReference]] = WeakKeyDictionary()

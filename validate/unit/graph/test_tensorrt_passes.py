@@ -153,7 +153,7 @@ def test_attention_of_another_form_is_refused_and_left_alone(graph: Callable[[st
 def test_the_last_pass_gets_a_look_up_of_its_own(graph: Callable[[str], ir.Model]) -> None:
     separated, original = graph("prefill"), graph("prefill")
     moved = separate_rotation(separated)
-    assert moved == 8 * LAYERS  # cos and sin, each twice, for queries and keys of every layer
+    assert moved == 4 * LAYERS  # cos and sin, for queries and keys of every layer
     assert operators(separated)["Gather"] == operators(original)["Gather"] + 2
     assert operators(separated)["Min"] == 1
     before, after = run(original), run(separated)

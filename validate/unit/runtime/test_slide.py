@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.model import rope_tables, rotate
+from crt_export.rotary import rope_tables, rotate
 from crt_export.runtime.slide import Window
 
 THETA = 10000.0

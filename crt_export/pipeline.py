@@ -27,6 +27,7 @@ from crt_export.stages.calibration import quantization_plan, read_build_text
 from crt_export.stages.graphs import write_graphs
 from crt_export.stages.manifest import manifest_from_build
 from crt_export.stages.options import BuildOptions, profiles_from_options
+from crt_export.stages.store import StageStore
 from crt_export.stages.targets import BuiltTarget, build_target
 from crt_export.stages.vectors import write_vectors
 from crt_export.text import TokenText
@@ -55,6 +56,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         ParityError: A target does not agree with PyTorch; nothing is written.
         BundleError: The output cannot be written.
     """
+    store = StageStore(folder=options.cache, note=lambda sentence: progress(sentence, 0, 0))
     progress("read the checkpoint", 0, 0)
     checkpoint = load_checkpoint(options.checkpoint)
     # Also for a build without text: the bundle carries the tokenizer, and its ids must have embeddings.
@@ -62,10 +64,10 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
     profiles = profiles_from_options(options, checkpoint.config)
     text = read_build_text(checkpoint, tokenizer, profiles, options, progress)
     with stage_bundle(options.output) as staging:
-        plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress)
-        graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress)
+        plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress, store)
+        graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
         targets = tuple(
-            build_target(profile, graphs, checkpoint.config, staging.path, progress) for profile in profiles
+            build_target(profile, graphs, checkpoint.config, staging.path, progress, store) for profile in profiles
         )
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:

@@ -29,6 +29,15 @@ from crt_export.cli.tables import bundle_document, write_bundle_tables, write_pa
 @validation_tokens_option
 @click.option("--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle.")
 @click.option("--no-reference", is_flag=True, help="Leave the checkpoint out of the bundle.")
+@click.option(
+    "--cache",
+    type=PATH,
+    metavar="DIR",
+    help="Reuse graphs and engines that earlier builds of this checkpoint stored here, checked by their hashes; at "
+    "most 10 GiB, the least recently used go first, and it may be removed at any time. "
+    "Default: crt-export/stages in $XDG_CACHE_HOME or ~/.cache.",
+)
+@click.option("--no-cache", is_flag=True, help="Make everything anew and store nothing.")
 @json_option
 def build(
     checkpoint: Path,
@@ -41,6 +50,8 @@ def build(
     validation_tokens: int,
     unvalidated: bool,
     no_reference: bool,
+    cache: Path | None,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
     """Build a bundle from CHECKPOINT, a folder with config.json and model.safetensors.
@@ -52,7 +63,10 @@ def build(
     from crt_export.errors import ParityError
     from crt_export.pipeline import BuildOptions
     from crt_export.pipeline import build as build_bundle
+    from crt_export.stages.store import default_folder
 
+    if cache is not None and no_cache:
+        raise click.UsageError("give --cache DIR or --no-cache, not both")
     options = BuildOptions(
         checkpoint=checkpoint,
         output=output,
@@ -64,6 +78,7 @@ def build(
         validated=not unvalidated,
         reference=not no_reference,
         validation_tokens=validation_tokens,
+        cache=None if no_cache else cache or default_folder(),
     )
     started = time.monotonic()
     try:

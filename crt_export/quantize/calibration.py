@@ -16,9 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from crt_export.errors import InputError
-from crt_export.model import Model
+from crt_export.model import Carry, Model
+from crt_export.progress import Progress, no_progress
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.text import TextEvidence, check_is_text
+
+_STAGE = "calibrate w8a8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class CalibrationOptions:
         sample_values: Values kept per activation, spread evenly over the regimes (4 bytes each).
         minimum_rows: Rows kept however wide they are.
         batch_tokens: Tokens that go through the model at once; bounds the memory, does not change the result's kind.
+        decoded_tokens: Of windows longer than twice this, only so many tokens at either end are decoded one by one.
         seed: Of the choice of rows.
     """
 
@@ -39,6 +43,7 @@ class CalibrationOptions:
     sample_values: int = 4_000_000
     minimum_rows: int = 1024
     batch_tokens: int = 4096
+    decoded_tokens: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +52,7 @@ class CalibrationOptions:
         Raises:
             InputError: One is not.
         """
-        for name in ("windows", "minimum_tokens", "sample_values", "minimum_rows", "batch_tokens"):
+        for name in ("windows", "minimum_tokens", "sample_values", "minimum_rows", "batch_tokens", "decoded_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"calibration option {name} must be at least 1, found {getattr(self, name)}")
 
@@ -122,7 +127,12 @@ def calibration_windows(
 
 @torch.no_grad()
 def calibrate(
-    model: Model, tokens: NDArray[np.int64], *, unroll: int, options: CalibrationOptions | None = None
+    model: Model,
+    tokens: NDArray[np.int64],
+    *,
+    unroll: int,
+    options: CalibrationOptions | None = None,
+    progress: Progress = no_progress,
 ) -> ActivationStatistics:
     """Run the model over real text and record what enters its linears.
 
@@ -131,9 +141,12 @@ def calibrate(
         tokens: Real text, int64 [windows, seq].
         unroll: Passes K of the prefill that will be deployed; a plain transformer always runs one.
         options: How much to observe.
+        progress: Told how many tokens went through the model.
 
     Returns:
-        Statistics over the first pass, passes 2 to K, and sequential decoding.
+        Statistics over the first pass, passes 2 to K, and sequential decoding: of whole windows up to
+        ``2 * decoded_tokens``, else of the first and, from where K passes have left the cache, the last
+        ``decoded_tokens`` of each.
 
     Raises:
         InputError: The tokens are too few, too long, out of range, or not text.
@@ -153,9 +166,13 @@ def calibrate(
     evidence = check_is_text(tokens, model.config.vocab_size)
     passes = unroll if model.config.recurrent else 1
     observer = _Observer(model, options)
+    done = 0
+    progress(_STAGE, done, tokens.size)
     with observer.watching(model):
         for batch in _batches(tokens, options):
-            _run_regimes(model, batch, passes, tokens.size, observer)
+            _run_regimes(model, batch, passes, tokens.shape[0], observer)
+            done += batch.numel()
+            progress(_STAGE, done, tokens.size)
     return ActivationStatistics(inputs=observer.statistics(), unroll=passes, evidence=evidence)
 
 
@@ -165,24 +182,42 @@ def _batches(tokens: NDArray[np.int64], options: CalibrationOptions) -> Iterator
         yield torch.from_numpy(np.ascontiguousarray(tokens[start : start + windows], dtype=np.int64))
 
 
-def _run_regimes(model: Model, ids: torch.Tensor, passes: int, tokens: int, observer: _Observer) -> None:
+def _run_regimes(model: Model, ids: torch.Tensor, passes: int, windows: int, observer: _Observer) -> None:
     """First pass, later passes, decoding; each regime is told how many rows it will deliver in total."""
-    regimes = 3 if passes > 1 else 2
-    hidden = None
+    regimes, seq = 3 if passes > 1 else 2, ids.shape[1]
+    hidden, after = None, None
     for k in range(passes):
-        observer.expect(tokens if k == 0 else tokens * (passes - 1), regimes)
-        hidden, _, _ = model.unroll(ids, 1, hidden=hidden)
+        observer.expect(windows * seq * (1 if k == 0 else passes - 1), regimes)
+        hidden, after, _ = model.unroll(ids, 1, hidden=hidden)
         observer.observe(HEAD, model.final_norm(hidden))
-    observer.expect(tokens, regimes)
-    states, _ = model.sequential(ids)
-    observer.observe(HEAD, model.final_norm(states))
+    assert hidden is not None
+    assert after is not None
+    decoded = observer.options.decoded_tokens
+    if seq <= 2 * decoded:
+        pieces: list[tuple[torch.Tensor, Carry | None]] = [(ids, None)]
+    else:
+        pieces = [(ids[:, :decoded], None), (ids[:, -decoded:], _carry_at(seq - decoded, hidden, after))]
+    observer.expect(windows * sum(piece.shape[1] for piece, _ in pieces), regimes)
+    for piece, carry in pieces:
+        states, _ = model.sequential(piece, carry)
+        observer.observe(HEAD, model.final_norm(states))
+
+
+def _carry_at(position: int, hidden: torch.Tensor, after: Carry) -> Carry:
+    """What decoding would continue from had the passes ended before ``position``: every pass is causal."""
+    return Carry(
+        state=hidden[:, position - 1 : position],
+        keys=tuple(keys[:, :, :position] for keys in after.keys),
+        values=tuple(values[:, :, :position] for values in after.values),
+        position=torch.full_like(after.position, position),
+    )
 
 
 class _Observer:
     """Extremes of all rows, and a seeded random sample of them with equal shares for the regimes."""
 
     def __init__(self, model: Model, options: CalibrationOptions) -> None:
-        self._options = options
+        self.options = options
         self._generator = torch.Generator().manual_seed(options.seed)
         self._inputs = {group.name: group for group in linear_inputs(model.config)}
         self._rows: dict[str, list[torch.Tensor]] = {name: [] for name in self._inputs}
@@ -218,7 +253,7 @@ class _Observer:
         self._low[name] = torch.minimum(self._low[name], low) if name in self._low else low
         self._high[name] = torch.maximum(self._high[name], high) if name in self._high else high
         self._seen[name] += rows.shape[0]
-        keep = max(self._options.minimum_rows, self._options.sample_values // rows.shape[1])
+        keep = max(self.options.minimum_rows, self.options.sample_values // rows.shape[1])
         chance = keep / self._regimes / self._total
         chosen = torch.rand(rows.shape[0], generator=self._generator) < chance
         if bool(chosen.any()):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from crt_export.checkpoint import Checkpoint
@@ -14,11 +16,19 @@ from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.quantize.calibration import CalibrationOptions
+from crt_export.stages.keys import stage_key
 from crt_export.stages.options import BuildOptions
+from crt_export.stages.plan_file import read_plan, write_plan
+from crt_export.stages.store import NO_STORE, StageStore
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import Tokenizer
 
+_STAGE, _PLAN_FILE = "calibration", "plan.safetensors"
 _LONGEST_WINDOW = 256
+#: The sample of a model above the first number is full with far fewer rows than this many tokens give, as every token
+#: is seen in K passes and decoding: 4,096 give 24,576 rows at K = 5, of which 3,571 of width 1120 are kept.
+_LARGE_MODEL, _TOKENS_OF_LARGE_MODEL = 20_000_000, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +95,20 @@ def _check_windows(
 
 
 def quantization_plan(
-    checkpoint: Checkpoint, profiles: Sequence[EngineProfile], text: TokenText | None, progress: Progress
+    checkpoint: Checkpoint,
+    profiles: Sequence[EngineProfile],
+    text: TokenText | None,
+    progress: Progress,
+    store: StageStore = NO_STORE,
 ) -> tuple[W8A8Plan | None, dict[str, Any] | None]:
     """Calibrate w8a8 on text; what was done goes into the manifest.
+
+    Args:
+        checkpoint: The model.
+        profiles: Resolved targets.
+        text: What to calibrate on.
+        progress: Told what is done.
+        store: Where a plan for the same model and text may lie.
 
     Returns:
         The plan and a record of it, or (None, None) when no target needs one.
@@ -99,12 +120,36 @@ def quantization_plan(
     unrolls = [profile.unroll or 1 for profile in profiles if profile.precision == "w8a8"]
     if not unrolls or text is None:
         return None, None
-    progress("calibrate w8a8", 0, 0)
+    inputs = {
+        "checkpoint": checkpoint.sha256,
+        "text": [text.sha256, text.offset],
+        "unroll": max(unrolls),
+    }
+    key = stage_key(_STAGE, inputs)
+    with tempfile.TemporaryDirectory(prefix="crt-export-plan-") as temporary:
+        folder = Path(temporary)
+        answer = store.restore(_STAGE, key, folder)
+        if answer is not None:
+            progress("calibrate w8a8: as stored by an earlier build", 0, 0)
+            return read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"]
+        plan, record = _calibrated(checkpoint, text, max(unrolls), progress)
+        if store.folder is not None:
+            rest = write_plan(plan, folder / _PLAN_FILE)
+            store.keep(_STAGE, key, folder, [_PLAN_FILE], {"plan": rest, "record": record})
+    return plan, record
+
+
+def _calibrated(
+    checkpoint: Checkpoint, text: TokenText, unroll: int, progress: Progress
+) -> tuple[W8A8Plan, dict[str, Any]]:
     config = checkpoint.config
     seq = min(config.training_sequence_length or _LONGEST_WINDOW, config.max_position_embeddings)
-    windows = calibration_windows(text.ids, seq=seq)
+    options = CalibrationOptions()
+    if config.parameter_count > _LARGE_MODEL:
+        options = CalibrationOptions(windows=max(1, _TOKENS_OF_LARGE_MODEL // seq))
+    windows = calibration_windows(text.ids, seq=seq, options=options)
     model = model_from_checkpoint(checkpoint)
-    statistics = calibrate(model, windows, unroll=max(unrolls))
+    statistics = calibrate(model, windows, unroll=unroll, options=options, progress=progress)
     plan = plan_w8a8(model, statistics)
     record = {
         "sha256": text.sha256,

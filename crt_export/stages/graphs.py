@@ -6,9 +6,11 @@ profile says about precision, unroll and residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,8 +24,12 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import W8A8Plan, expected_matmuls, quantize_w8, quantize_w8a8
 from crt_export.spec import graph_names
+from crt_export.stages.keys import stage_key
+from crt_export.stages.plan_file import plan_digest
+from crt_export.stages.store import NO_STORE, StageStore
 
 GRAPHS_FOLDER = "graphs"
+_STAGE = "graphs"
 #: Exported precision -> the precision that a pass makes of it, and the dtype it is exported in.
 _DERIVED = {"fp32": ("w8", torch.float32), "fp16": ("w8a8", torch.float16)}
 
@@ -60,6 +66,15 @@ class GraphFile:
     weights: str
     quantized_matmuls: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; :meth:`from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GraphFile:
+        """Read what to_dict wrote."""
+        return cls(**{**values, "form": GraphForm(**values["form"])})
+
 
 def forms_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str, GraphForm]:
     """The graphs one target is made of, by name."""
@@ -71,7 +86,12 @@ def forms_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str, G
 
 
 def write_graphs(
-    checkpoint: Checkpoint, profiles: Sequence[EngineProfile], plan: W8A8Plan | None, folder: Path, progress: Progress
+    checkpoint: Checkpoint,
+    profiles: Sequence[EngineProfile],
+    plan: W8A8Plan | None,
+    folder: Path,
+    progress: Progress,
+    store: StageStore = NO_STORE,
 ) -> dict[GraphForm, GraphFile]:
     """Export every graph the targets need into ``folder/graphs``.
 
@@ -81,6 +101,7 @@ def write_graphs(
         plan: Quantisation of w8a8; needed when a target has that precision.
         folder: Staging folder of the bundle.
         progress: Told which graph is being exported.
+        store: Where graphs of the same model may lie.
 
     Raises:
         UnsupportedError: A weight does not fit into the precision.
@@ -88,17 +109,67 @@ def write_graphs(
     """
     (folder / GRAPHS_FOLDER).mkdir()
     wanted = {form for profile in profiles for form in forms_of_profile(profile, checkpoint.config).values()}
+    writer = _Writer(checkpoint, plan, folder, store, progress)
     written: dict[GraphForm, GraphFile] = {}
     for exported, (derived, dtype) in _DERIVED.items():
-        forms = sorted({_as(form, exported) for form in wanted if form.precision in (exported, derived)})
-        graphs = _export(checkpoint, forms, dtype, progress)
-        if any(form.precision == exported for form in wanted):
-            written |= _write(graphs, {}, checkpoint.config, folder)
-        if any(form.precision == derived for form in wanted):
-            graphs = {_as(form, derived): graph for form, graph in graphs.items()}
-            counts = {form: _quantize(form, graph, plan, checkpoint.config) for form, graph in graphs.items()}
-            written |= _write(graphs, counts, checkpoint.config, folder)
+        missing: list[GraphForm] = []
+        for precision in (exported, derived):
+            forms = sorted(form for form in wanted if form.precision == precision)
+            found = writer.stored(forms) if forms else {}
+            written |= found
+            missing += [] if found else forms
+        graphs = _export(checkpoint, sorted({_as(form, exported) for form in missing}), dtype, progress)
+        for precision in (exported, derived):
+            forms = [form for form in missing if form.precision == precision]
+            if forms:
+                written |= writer.write({form: graphs[_as(form, exported)] for form in forms})
     return written
+
+
+class _Writer:
+    """Writes the graphs of one precision after the other, or takes them from the store."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: W8A8Plan | None, folder: Path, store: StageStore, progress: Progress
+    ) -> None:
+        self._checkpoint, self._plan, self._folder = checkpoint, plan, folder
+        self._store, self._progress = store, progress
+
+    def stored(self, forms: Sequence[GraphForm]) -> dict[GraphForm, GraphFile]:
+        """The graphs of one precision, if the same ones were made before; else nothing."""
+        answer = self._store.restore(_STAGE, self._key(forms), self._folder)
+        if answer is None:
+            return {}
+        self._progress(f"graphs {forms[0].precision}: as stored by an earlier build", 0, 0)
+        return {file.form: file for file in map(GraphFile.from_dict, answer["graphs"])}
+
+    def write(self, graphs: dict[GraphForm, ir.Model]) -> dict[GraphForm, GraphFile]:
+        """Quantise where the precision is made by a pass, in place, write all, and store them."""
+        forms, config = sorted(graphs), self._checkpoint.config
+        precision = _only(form.precision for form in forms)
+        counts: dict[GraphForm, int] = {}
+        for done, form in enumerate(forms if precision not in _DERIVED else []):
+            self._progress(f"quantise {precision}", done, len(forms))
+            counts[form] = _quantize(form, graphs[form], self._plan, config)
+        self._progress(f"write {precision}", 0, 0)
+        written = _write(graphs, counts, config, self._folder)
+        names = sorted({name for file in written.values() for name in (file.file, file.weights)})
+        answer = {"graphs": [written[form].to_dict() for form in forms]}
+        self._store.keep(_STAGE, self._key(forms), self._folder, names, answer)
+        return written
+
+    def _key(self, forms: Sequence[GraphForm]) -> str:
+        if self._store.folder is None:
+            return ""
+        plan = self._plan if any(form.precision == "w8a8" for form in forms) else None
+        return stage_key(
+            _STAGE,
+            {
+                "checkpoint": self._checkpoint.sha256,
+                "plan": None if plan is None else plan_digest(plan),
+                "forms": [dataclasses.asdict(form) for form in forms],
+            },
+        )
 
 
 def _as(form: GraphForm, precision: str) -> GraphForm:

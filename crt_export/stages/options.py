@@ -29,6 +29,7 @@ class BuildOptions:
         validated: Compare with PyTorch before the bundle is written; without it loaders refuse the bundle.
         reference: Put the checkpoint into the bundle, so that it can be validated anywhere.
         validation_tokens: Tokens that every comparison scores.
+        cache: Folder of stages that earlier builds made (:mod:`crt_export.stages.store`); None makes all anew.
 
     Raises:
         InputError: A number is out of range.
@@ -44,6 +45,7 @@ class BuildOptions:
     validated: bool = True
     reference: bool = True
     validation_tokens: int = VALIDATION_TOKENS
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the checkpoint."""

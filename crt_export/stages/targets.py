@@ -22,8 +22,11 @@ from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
 from crt_export.spec import graph_spec
 from crt_export.stages.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
+from crt_export.stages.keys import stage_key
+from crt_export.stages.store import NO_STORE, StageStore
 
 ENGINES_FOLDER = "engines"
+_STAGE = "engines"
 #: The graphs an engine is compiled of; prefill_pass and head serve validation and stay ONNX.
 COMPILED_GRAPHS = ("step", "prefill")
 
@@ -76,6 +79,28 @@ class BuiltTarget:
             "cache_dtype": self.profile.cache_dtype,
         }
 
+    def own_files(self, folder: Path) -> list[str]:
+        """Files in the bundle that were made for this target only."""
+        own = folder / ENGINES_FOLDER / self.profile.name
+        engines = [path.relative_to(folder).as_posix() for path in sorted(own.iterdir())]
+        return [*(file.file for file in self.files), *engines]
+
+    def to_stored(self) -> dict[str, Any]:
+        """JSON-ready values, all but the profile; :meth:`from_stored` reads them back."""
+        return {
+            "graphs": dict(self.graphs),
+            "engines": dict(self.engines),
+            "attention": self.attention,
+            "refused": self.refused,
+            "files": [file.to_dict() for file in self.files],
+            "layers": {name: dict(counts) for name, counts in self.layers.items()},
+        }
+
+    @classmethod
+    def from_stored(cls, profile: EngineProfile, values: Mapping[str, Any]) -> BuiltTarget:
+        """Read what to_stored wrote."""
+        return cls(**{**values, "profile": profile, "files": tuple(map(GraphFile.from_dict, values["files"]))})
+
 
 def build_target(
     profile: EngineProfile,
@@ -83,8 +108,17 @@ def build_target(
     config: ModelConfig,
     folder: Path,
     progress: Progress,
+    store: StageStore = NO_STORE,
 ) -> BuiltTarget:
     """Prepare one target in the staging folder.
+
+    Args:
+        profile: The target, resolved for this model.
+        written: The graphs of its precision.
+        config: The model.
+        folder: Staging folder of the bundle.
+        progress: Told what is compiled.
+        store: Where engines compiled of the same graphs may lie. TensorRT's never do: they are timed on this GPU.
 
     Raises:
         MissingDependencyError: The target's compiler or the GPU it needs is absent.
@@ -96,6 +130,28 @@ def build_target(
     if not profile.compiled:
         graphs = {name: file.file for name, file in shared.items()}
         return BuiltTarget(profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={})
+    if store.folder is None or profile.runtime != "tensorrt-rtx":
+        return _compile_target(profile, shared, form, config, folder, progress)
+    files = sorted({name for file in shared.values() for name in (file.file, file.weights)})
+    sources = {name: store.digest(folder / name) for name in files}
+    key = stage_key(_STAGE, {"profile": profile.to_dict(), "config": config.to_dict(), "sources": sources})
+    answer = store.restore(_STAGE, key, folder)
+    if answer is not None:
+        progress(f"compile {profile.name}: as stored by an earlier build", 0, 0)
+        return BuiltTarget.from_stored(profile, answer)
+    built = _compile_target(profile, shared, form, config, folder, progress)
+    store.keep(_STAGE, key, folder, built.own_files(folder), built.to_stored())
+    return built
+
+
+def _compile_target(
+    profile: EngineProfile,
+    shared: Mapping[str, GraphFile],
+    form: str,
+    config: ModelConfig,
+    folder: Path,
+    progress: Progress,
+) -> BuiltTarget:
     try:
         return _build_compiled(profile, shared, form, config, folder, progress)
     except NoEngineError as error:

@@ -10,6 +10,7 @@
     ├── BundleError                2   a bundle folder is missing, incomplete, tampered with or too new
     ├── BuildError                 2   a graph or an engine could not be produced from valid input
     │   └── NoEngineError          2   the compiler refused or crashed, so there is nothing to check
+    ├── BenchError                 2   a measurement could not be completed
     ├── ParityError                1   the result was produced and does not agree with PyTorch
     └── MissingDependencyError     3   a package, library or device that this operation needs is absent
 
@@ -55,6 +56,10 @@ class BuildError(CrtExportError):
 
 class NoEngineError(BuildError):
     """The compiler made no engine: it refused the graph or crashed on it."""
+
+
+class BenchError(CrtExportError):
+    """A measurement could not be completed."""
 
 
 class ParityError(CrtExportError):

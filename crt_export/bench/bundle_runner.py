@@ -1,0 +1,145 @@
+"""A target of a bundle as a contestant, through the API that applications use."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crt_export.bench.graph_file import initializers_from_graph
+from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
+from crt_export.bench.step_cost import weight_bytes
+from crt_export.bench.timed_engine import EngineClock
+from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.runtime import Session, Snapshot
+from crt_export.runtime.bundle import Bundle
+from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+
+_SEED = 1
+
+
+class BundleRunner:
+    """Sessions of one target; see :class:`crt_export.bench.runner.Runner`."""
+
+    def __init__(self, path: Path, target: str, *, batch: int, threads: int | None) -> None:
+        """Read the manifest and import the target's runtime; nothing is opened yet.
+
+        Raises:
+            BundleError, InputError: There is no such bundle or target.
+            MissingDependencyError: ONNX Runtime is not installed.
+        """
+        self._path, self._batch, self._threads = path, batch, threads
+        files = open_bundle(path, allow_unvalidated=True)
+        self._target = target_from_manifest(files, target, config_from_manifest(files))
+        self._weights = weight_path(files, self._target)
+        if not self._target.profile.compiled:
+            from crt_export.engine.ort import import_onnxruntime
+
+            import_onnxruntime(self._target.profile.device)
+        self._clock = EngineClock()
+        self._bundle: Bundle | None = None
+        self._session: Session | None = None
+        self._snapshots: dict[int, Snapshot] = {}
+
+    def weight_path(self) -> Path | None:
+        return self._weights
+
+    def open(self) -> None:
+        files = open_bundle(self._path, allow_unvalidated=True)
+        self._bundle = Bundle(files, self._clock.open_engine)
+        self._session = self._new_session()
+
+    def first_token(self) -> None:
+        self._opened().step([0] * self._batch)
+
+    def facts(self) -> Facts:
+        assert self._bundle is not None
+        files, notes = self._bundle.files, []
+        if not files.manifest["validated"]:
+            notes.append(f"{files.path.name} is not validated: its agreement with PyTorch was never shown")
+        if self._batch > 1 and not self._target.joins_rows:
+            notes.append(
+                f"{self._target.name} runs each row alone, so a step of {self._batch} rows reads the weights that often"
+            )
+        graph = self._target.graphs.get("step")
+        return Facts(
+            weight_file=None if self._weights is None else self._weights.stat().st_size,
+            weights=None if graph is None else weight_bytes(initializers_from_graph(files.file(graph)), self._batch),
+            notes=tuple(notes),
+        )
+
+    def steps(self, position: int, warmups: int, count: int) -> StepTimes:
+        session, start = self._opened(), block_start(position, warmups)
+        self._go_to(start)
+        if position - start < warmups:  # too few tokens before the position to warm up on the way to it
+            self._timed(session, warmups)
+            self._go_to(start)
+        self._timed(session, position - start)
+        return self._timed(session, count)
+
+    def prefill(self, tokens: int, passes: Passes) -> float:
+        session, prompt = self._opened(), self._prompt(tokens)
+        session.reset()
+        # The public type of passes is widened where adaptive and exact prefill live.
+        options: dict[str, Any] = {} if passes is None else {"passes": passes}
+        begin = time.perf_counter()
+        session.prefill(prompt, **options)
+        return time.perf_counter() - begin
+
+    def second_session(self) -> None:
+        with self._new_session() as other:
+            other.step([0] * self._batch)
+
+    def close(self) -> None:
+        if self._bundle is not None:
+            self._bundle.close()
+
+    def _opened(self) -> Session:
+        assert self._session is not None
+        return self._session
+
+    def _new_session(self) -> Session:
+        assert self._bundle is not None
+        return self._bundle.session(self._target.name, batch=self._batch, threads=self._threads)
+
+    def _prompt(self, tokens: int) -> list[np.ndarray]:
+        assert self._bundle is not None
+        generator = np.random.default_rng(_SEED)
+        return list(generator.integers(self._bundle.config.vocab_size, size=(self._batch, tokens)))
+
+    def _go_to(self, position: int) -> None:
+        """Hold this many tokens, the same ones every time."""
+        session = self._opened()
+        if position == 0:
+            session.reset()
+        elif position in self._snapshots:
+            session.restore(self._snapshots[position])
+        else:
+            session.reset()
+            session.prefill(self._prompt(position))
+            self._snapshots[position] = session.snapshot()
+
+    def _timed(self, session: Session, count: int) -> StepTimes:
+        """Run steps, each on the likeliest token after the one before; a step of a greedy loop is what is timed."""
+        seconds, engine, now = [], [], time.perf_counter
+        tokens = np.maximum(session.next_tokens, 0)  # -1 where there is no token yet
+        for _ in range(count):
+            self._clock.take()
+            begin = now()
+            session.step(tokens)
+            tokens = session.next_tokens
+            seconds.append(now() - begin)
+            engine.append(self._clock.take())
+        return StepTimes(seconds=seconds, engine=engine)
+
+
+def weight_path(files: BundleFiles, target: Target) -> Path | None:
+    """The file that a target's step reads its weights from; None where the manifest names none."""
+    entry = files.manifest["targets"][target.name]
+    if target.profile.compiled:
+        name = entry["engines"].get("step")
+    else:
+        name = next((g["weights"] for g in files.manifest["graphs"] if g["file"] == target.graphs.get("step")), None)
+    return None if name is None else files.path / name

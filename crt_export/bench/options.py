@@ -1,0 +1,235 @@
+"""What a benchmark run is asked for, checked against the bundle before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crt_export.bench.report import KINDS
+from crt_export.bench.runner import Passes
+from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.config import ModelConfig
+from crt_export.errors import InputError, problem_list
+from crt_export.machine import machine
+from crt_export.profile_check import MOST_THREADS
+from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+
+TARGET, BUNDLE, BASELINES = KINDS[0], KINDS[4], KINDS[1:4]
+PASSES_WORDS = ("adaptive", "exact")
+_DEFAULT_POSITION = 64
+_DEFAULT_PROMPTS = (16, 64)
+_DEFAULT_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What is measured and how often.
+
+    Attributes:
+        target: The target that is judged; empty takes the first one that runs here.
+        against: What runs in turns with it: a target of the bundle, one of ``BASELINES``, or another bundle's folder.
+        positions: Tokens in the cache at the first measured step; empty takes one of 64 or less.
+        prompt_tokens: Lengths of prompts; empty takes 16 and 64, cut to the capacity.
+        passes: Ways to feed a prompt beside the contestant's own: numbers of passes, ``adaptive``, ``exact``.
+        turns: Blocks of steps of every contestant.
+        prefill_turns: Prompts of every length, contestant and way.
+        steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
+        warmups: Steps before each block that are not counted.
+        batch: Rows.
+        threads: CPU threads of every contestant, 0 for every core; None takes the target's profile.
+        probe_bytes: Size of the array whose reading gives the bandwidth, far beyond the caches.
+        pause_s: Sleep before each block, in which the threads of the one before stop spinning.
+    """
+
+    target: str = ""
+    against: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    passes: tuple[int | str, ...] = ()
+    turns: int = 10
+    prefill_turns: int = 3
+    steps: int = 0
+    warmups: int = 3
+    batch: int = 1
+    threads: int | None = None
+    probe_bytes: int = 256 << 20
+    pause_s: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values, all at once.
+
+        Raises:
+            InputError: Lists them.
+        """
+        least = {"turns": 1, "prefill_turns": 1, "steps": 0, "warmups": 0, "batch": 1, "probe_bytes": 1 << 20}
+        problems = [
+            f"{name} must be at least {low}, found {getattr(self, name)}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        problems += [f"a position must be at least 0, found {found}" for found in self.positions if found < 0]
+        problems += [f"prompt-tokens must be at least 1, found {found}" for found in self.prompt_tokens if found < 1]
+        problems += [
+            f"passes must be a number of at least 1, {' or '.join(PASSES_WORDS)}, found {found!r}"
+            for found in self.passes
+            if (found not in PASSES_WORDS if isinstance(found, str) else found < 1)
+        ]
+        if self.threads is not None and not 0 <= self.threads <= MOST_THREADS:
+            problems.append(f"threads must be 0 to {MOST_THREADS}, found {self.threads}")
+        if problems:
+            raise InputError(problem_list("benchmark options", problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One contestant that was asked for: a name, what it is, and what its worker is told."""
+
+    name: str
+    kind: str
+    config: ModelConfig
+    target: Target | None
+    path: Path | None
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Options with every default resolved, and the contestants.
+
+    Attributes:
+        files: The bundle.
+        config: Its model.
+        target: The target that is judged.
+        entries: The contestants, the target first.
+        threads: CPU threads.
+        positions, prompt_tokens, steps: As in the options.
+        ways: How prompts are fed; None is the contestant's own way and comes first.
+        options: What they came from.
+    """
+
+    files: BundleFiles
+    config: ModelConfig
+    target: Target
+    entries: tuple[Entry, ...]
+    threads: int
+    positions: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    steps: int
+    ways: tuple[Passes, ...]
+    options: BenchOptions
+
+
+def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
+    """Resolve the options for a bundle.
+
+    Raises:
+        BundleError: A bundle cannot be opened.
+        InputError: Something asked for is unknown, or does not fit into the capacity; all problems listed.
+        UnsupportedError: The bundle has no target that runs here, and none was named.
+    """
+    files = open_bundle(bundle, allow_unvalidated=True)
+    config = config_from_manifest(files)
+    target = target_from_manifest(files, options.target or _default_target(files), config)
+    threads = target.profile.threads if options.threads is None else options.threads
+    threads = threads or int(machine()["cores"])
+    steps = options.steps or max(1, min(_DEFAULT_STEPS, target.capacity // 3))
+    last = target.capacity - steps
+    positions = options.positions or (max(0, min(_DEFAULT_POSITION, last)),)
+    prompts = options.prompt_tokens or tuple(sorted({min(size, target.capacity) for size in _DEFAULT_PROMPTS}))
+    problems = [
+        f"position {position} and {steps} steps exceed the capacity of {target.capacity}: at most {last}"
+        for position in positions
+        if position > last
+    ]
+    problems += [
+        f"{size} prompt tokens exceed the capacity of {target.capacity}" for size in prompts if size > target.capacity
+    ]
+    if problems:
+        raise InputError(problem_list(f"{target.name} of {files.path}", problems))
+    room = _Room(batch=options.batch, threads=threads, capacity=max(*positions, *prompts) + steps)
+    entries = [_target_entry(files, target, config, room, name=target.name, kind=TARGET)]
+    for name in options.against:
+        entries.append(_entry(name, files, target, config, room))
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"measured against itself, or named twice: {', '.join(twice)}")
+    return Plan(
+        files=files,
+        config=config,
+        target=target,
+        entries=tuple(entries),
+        threads=threads,
+        positions=positions,
+        prompt_tokens=prompts,
+        steps=steps,
+        ways=(None, *options.passes),
+        options=options,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What all contestants share: rows, threads, and the largest position that is reached."""
+
+    batch: int
+    threads: int
+    capacity: int
+
+
+def _entry(name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
+    if name in BASELINES:
+        return _baseline_entry(name, files, target, config, room)
+    if name in files.manifest["targets"]:
+        return _target_entry(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
+    if not Path(name).is_dir():
+        known = ", ".join((*BASELINES, *files.manifest["targets"]))
+        raise InputError(f"--against {name!r} is neither a bundle's folder nor one of {known}")
+    other = open_bundle(name, allow_unvalidated=True)
+    other_config = config_from_manifest(other)
+    same = target_from_manifest(other, target.name, other_config)
+    if room.capacity > same.capacity:
+        raise InputError(
+            f"{other.path} holds {same.capacity} tokens, {room.capacity} are asked for: "
+            "lower --position, --prompt-tokens or --steps"
+        )
+    return _target_entry(other, same, other_config, room, name=other.path.name, kind=BUNDLE)
+
+
+def _target_entry(
+    files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, name: str, kind: str
+) -> Entry:
+    request = {
+        "kind": kind,
+        "path": str(files.path),
+        "target": target.name,
+        "batch": room.batch,
+        "threads": room.threads,
+    }
+    return Entry(name=name, kind=kind, config=config, target=target, path=files.path, request=request)
+
+
+def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
+    reference = files.path / "reference"
+    request = {
+        "kind": kind,
+        "config": config.to_dict(),
+        "reference": str(reference) if reference.is_dir() else None,
+        "batch": room.batch,
+        "capacity": target.capacity,
+        "threads": room.threads,
+    }
+    return Entry(name=kind, kind=kind, config=config, target=None, path=None, request=request)
+
+
+def _default_target(files: BundleFiles) -> str:
+    from crt_export.runtime.bundle import Bundle
+
+    return Bundle(files).default_target()
+
+
+def passes_from_text(values: Sequence[str]) -> tuple[int | str, ...]:
+    """``--passes`` as given: a number, or a word that is checked later."""
+    return tuple(int(value) if value.isdecimal() else value for value in values)

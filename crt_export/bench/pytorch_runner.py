@@ -1,0 +1,184 @@
+"""PyTorch as a contestant: eager, compiled, or with dynamically quantised linears."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
+
+from crt_export.bench.report import KINDS
+from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
+from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
+from crt_export.checkpoint import WEIGHTS_FILE, load_checkpoint, tensor_shapes
+from crt_export.config import ModelConfig
+from crt_export.errors import UnsupportedError
+
+_SEED = 1
+#: torch.compile compiles one graph for every so many tokens; attention reads them all, masked beyond the position.
+BUCKET = 128
+EAGER, COMPILE, DYNAMIC_INT8 = KINDS[1:4]
+
+Stepper = Callable[[Tensor, Tensor, int], Result]
+
+
+class PyTorchRunner:
+    """One model, float32, on the CPU; see :class:`crt_export.bench.runner.Runner`."""
+
+    def __init__(
+        self, kind: str, config: ModelConfig, reference: Path | None, *, batch: int, capacity: int, threads: int
+    ) -> None:
+        """Set the threads; nothing is loaded yet.
+
+        Args:
+            kind: One of ``EAGER``, ``COMPILE``, ``DYNAMIC_INT8``.
+            config: The model's configuration.
+            reference: The checkpoint's folder; None takes random weights of the same sizes.
+            batch: Rows.
+            capacity: Tokens that the caches hold.
+            threads: CPU threads.
+        """
+        torch.set_num_threads(threads)
+        self._kind, self._config, self._reference = kind, config, reference
+        self._batch, self._capacity = batch, capacity
+        self._prefixes: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
+
+    def weight_path(self) -> Path | None:
+        return None if self._reference is None else self._reference / WEIGHTS_FILE
+
+    @torch.inference_mode()
+    def open(self) -> None:
+        model = model_from_tensors(self._config, self._tensors())
+        if self._kind == DYNAMIC_INT8:
+            model = _quantized(model)
+        self._model = model
+        self._caches = model.caches(self._batch, self._capacity)
+        self._step = _stepper(model, self._capacity, lambda: self._caches, compiled=self._kind == COMPILE)
+        self._state = model.start(self._batch)
+        self._token = torch.zeros(self._batch, 1, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def first_token(self) -> None:
+        self._step(self._token, self._state, 0)
+
+    def facts(self) -> Facts:
+        path = self.weight_path()
+        random = "PyTorch ran with random weights, as the bundle holds no checkpoint: a step costs the same with any"
+        return Facts(
+            weight_file=None if path is None else path.stat().st_size,
+            weights=_weights_read(self._model, self._batch),
+            notes=() if path else (random,),
+        )
+
+    @torch.inference_mode()
+    def steps(self, position: int, warmups: int, count: int) -> StepTimes:
+        start = block_start(position, warmups)
+        self._go_to(start)
+        if position - start < warmups:
+            self._timed(start, warmups)
+            self._go_to(start)
+        self._timed(start, position - start)
+        return StepTimes(seconds=self._timed(position, count))
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int, passes: Passes) -> float:
+        recurrent = self._config.recurrent
+        if self._kind == COMPILE:
+            raise UnsupportedError("only the step is compiled: every length of a prompt would be compiled anew")
+        if passes == "adaptive" or (passes is not None and passes != "exact" and not recurrent):
+            raise UnsupportedError(f"PyTorch runs no prefill with passes={passes!r} for this model")
+        prompt = self._prompt(tokens)
+        begin = time.perf_counter()
+        if passes == "exact":
+            self._feed(prompt)
+        else:
+            self._model.prefill(prompt, self._caches, passes if isinstance(passes, int) else self._config.unroll_steps)
+        return time.perf_counter() - begin
+
+    @torch.inference_mode()
+    def second_session(self) -> None:
+        kept, self._caches = self._caches, self._model.caches(self._batch, self._capacity)
+        self._step(self._token, self._model.start(self._batch), 0)
+        self._others, self._caches = self._caches, kept
+
+    def close(self) -> None:
+        """Nothing beyond the process has to be released."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._reference is not None:
+            return dict(load_checkpoint(self._reference).tensors)
+        generator = torch.Generator().manual_seed(_SEED)
+        shapes = tensor_shapes(self._config)
+        return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def _prompt(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(_SEED)
+        return torch.randint(self._config.vocab_size, (self._batch, tokens), generator=generator)
+
+    def _feed(self, prompt: Tensor) -> None:
+        state = self._model.start(self._batch)
+        for position in range(prompt.shape[1]):
+            _, self._token, state = self._step(prompt[:, position : position + 1], state, position)
+        self._state = state
+
+    def _go_to(self, position: int) -> None:
+        """Hold this many tokens, the same ones every time."""
+        if position == 0:
+            self._state = self._model.start(self._batch)
+            self._token = torch.zeros(self._batch, 1, dtype=torch.int64)
+            return
+        if position not in self._prefixes:
+            passes = self._config.unroll_steps
+            _, token, state = self._model.prefill(self._prompt(position), self._caches, passes)
+            held = tuple(cache[:, :, :, :position].clone() for cache in self._caches)
+            self._prefixes[position] = (token, state, held)
+        self._token, self._state, held = self._prefixes[position]
+        for cache, values in zip(self._caches, held, strict=True):
+            cache[:, :, :, :position] = values
+
+    def _timed(self, position: int, count: int) -> list[float]:
+        seconds, now = [], time.perf_counter
+        for number in range(count):
+            begin = now()
+            _, self._token, self._state = self._step(self._token, self._state, position + number)
+            seconds.append(now() - begin)
+        return seconds
+
+
+def _stepper(model: StaticModel, capacity: int, caches: Callable[[], tuple[Tensor, ...]], *, compiled: bool) -> Stepper:
+    if not compiled:
+        return lambda ids, state, position: model.step(ids, state, caches(), position)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, capacity // BUCKET + 2)
+    step = torch.compile(model.step_padded, fullgraph=True, dynamic=False)
+
+    def run(ids: Tensor, state: Tensor, position: int) -> Result:
+        end = min(capacity, (position // BUCKET + 1) * BUCKET)
+        return step(ids, state, caches(), torch.tensor([position]), end)
+
+    return run
+
+
+def _quantized(model: StaticModel) -> StaticModel:
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao moves to torchao, and still is what torch has
+        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def _weights_read(model: nn.Module, batch: int) -> int:
+    """Bytes of weights that a step reads: every linear and norm, of the embedding one row per token."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            total += batch * module.weight[0].nbytes
+        elif isinstance(module, QuantizedLinear):
+            weight, bias = module.weight(), module.bias()
+            total += weight.numel() + (0 if bias is None else bias.nbytes)
+        else:
+            total += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    return total

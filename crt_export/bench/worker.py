@@ -1,0 +1,181 @@
+"""One contestant in a process of its own: ``python -m crt_export.bench.worker``, spoken to in JSON lines.
+
+A request is one object on stdin, ``{"op": name, ...}``; its answer one object on stdout, ``{"result": ...}`` or
+``{"error": {"type", "message"}}``. What libraries print goes to stderr. The first request names the contestant.
+When stdin ends, because the parent closed it or died, the process ends at once, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+from crt_export.bench import process_memory
+from crt_export.bench.runner import Runner
+from crt_export.config import ModelConfig
+
+#: Kinds of contestants beside those of the report: the probe of bandwidth and compute.
+PROBE = "probe"
+
+Request = Mapping[str, Any]
+
+
+class Worker:
+    """Answers requests about one contestant."""
+
+    def __init__(self) -> None:
+        self._runner: Runner | None = None
+        self._before = process_memory.Usage(pss=None, anonymous=None)
+        self._device_before: int | None = None
+
+    def open(self, request: Request) -> dict[str, Any]:
+        """Import, open, first token; then what steps alone hold in memory."""
+        begin = time.perf_counter()
+        runner = self._runner = runner_from_request(request)
+        imported = time.perf_counter()
+        path = runner.weight_path()
+        share = None if path is None else process_memory.cached_share(path)
+        self._before, self._device_before = process_memory.usage(), process_memory.device_bytes_in_use()
+        start = time.perf_counter()
+        runner.open()
+        opened = time.perf_counter()
+        runner.first_token()
+        first = time.perf_counter()
+        runner.steps(1, 0, 3)
+        held = process_memory.usage()
+        return {
+            "load": {
+                "import_s": imported - begin,
+                "open_s": opened - start,
+                "first_token_s": first - start,
+                "cached_share": share,
+            },
+            "memory": {
+                "pss_before": self._before.pss,
+                "anonymous_before": self._before.anonymous,
+                "pss_step": held.pss,
+                "anonymous_step": held.anonymous,
+            },
+            "facts": asdict(runner.facts()),
+        }
+
+    def memory(self, request: Request) -> dict[str, Any]:
+        """What a prompt, and then a second session, add; a contestant without prefill keeps what it held."""
+        runner = self._opened()
+        if request["tokens"]:
+            runner.prefill(request["tokens"], None)
+        with_prefill = process_memory.usage()
+        device = process_memory.device_bytes_in_use()
+        runner.second_session()
+        second = process_memory.usage()
+        return {
+            "pss": with_prefill.pss,
+            "anonymous": with_prefill.anonymous,
+            "second_session": _difference(second.pss, with_prefill.pss),
+            "device": _difference(device, self._device_before),
+        }
+
+    def steps(self, request: Request) -> dict[str, Any]:
+        """Seconds of every step of a block, and the part inside the engine."""
+        times = self._opened().steps(request["position"], request["warmups"], request["count"])
+        return {"seconds": list(times.seconds), "engine": list(times.engine)}
+
+    def prefill(self, request: Request) -> float:
+        """Seconds of one prompt."""
+        return self._opened().prefill(request["tokens"], request["passes"])
+
+    def peak_rss(self, request: Request) -> int | None:
+        """The largest resident set so far."""
+        del request
+        return process_memory.peak_rss()
+
+    def _opened(self) -> Runner:
+        if self._runner is None:
+            raise RuntimeError("the first request must open a contestant")
+        return self._runner
+
+
+class ProbeWorker:
+    """Answers requests about the machine."""
+
+    def __init__(self) -> None:
+        self._probe: Any = None
+
+    def open(self, request: Request) -> None:
+        """Allocate what is read."""
+        from crt_export.bench.probe import Probe
+
+        self._probe = Probe(request["threads"], request["bytes"])
+
+    def sample(self, request: Request) -> dict[str, list[float]]:
+        """Rates right now."""
+        return {
+            "read_gb_s": self._probe.read_gb_s(request["samples"]),
+            "gflop_s": self._probe.gflop_s(1),
+        }
+
+
+def runner_from_request(request: Request) -> Runner:
+    """The contestant that a request names, its libraries imported."""
+    if request["kind"] in ("target", "bundle"):
+        from crt_export.bench.bundle_runner import BundleRunner
+
+        return BundleRunner(
+            Path(request["path"]), request["target"], batch=request["batch"], threads=request["threads"]
+        )
+    from crt_export.bench.pytorch_runner import PyTorchRunner
+
+    return PyTorchRunner(
+        request["kind"],
+        ModelConfig.from_dict(request["config"]),
+        None if request["reference"] is None else Path(request["reference"]),
+        batch=request["batch"],
+        capacity=request["capacity"],
+        threads=request["threads"],
+    )
+
+
+def serve(requests: Callable[[], str], answers: IO[str]) -> None:
+    """Answer until the process is ended."""
+    worker: Worker | ProbeWorker | None = None
+    while True:
+        request = json.loads(requests())
+        try:
+            if worker is None:
+                worker = ProbeWorker() if request["kind"] == PROBE else Worker()
+            answer: dict[str, Any] = {"result": getattr(worker, request["op"])(request)}
+        except Exception as error:  # whatever it is, the parent decides what becomes of it
+            answer = {"error": {"type": type(error).__name__, "message": str(error)}}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Run as a worker process."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not look like an answer
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    serve(lines.get, answers)
+
+
+def _difference(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
+
+
+if __name__ == "__main__":
+    main()

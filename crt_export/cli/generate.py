@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from crt_export.cli.console import write_text
 from crt_export.cli.options import PATH
+from crt_export.cli.passes import PassesType
 
 
 @click.command()
@@ -40,10 +41,10 @@ from crt_export.cli.options import PATH
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
 @click.option(
     "--passes",
-    type=int,
+    type=PassesType(),
     default=None,
-    metavar="K",
-    help="Passes of the prefill of a recurrent model. Default: those it was built with.",
+    help="How a recurrent model takes the prompt: in K parallel passes, in as many as their residual asks for, or "
+    "exactly, token by token. Default: what the bundle chose for the target.",
 )
 def generate(
     bundle: Path,
@@ -52,7 +53,7 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     ignore_eos: bool,
-    passes: int | None,
+    passes: int | Literal["adaptive", "exact"] | None,
     **sampling: Any,
 ) -> None:
     """Continue a prompt with BUNDLE.

@@ -208,7 +208,9 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
 
 def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:
     try:
-        return Decoder(engine, sizes, target=target.name, window=window, joins_rows=target.joins_rows)
+        return Decoder(
+            engine, sizes, target=target.name, window=window, joins_rows=target.joins_rows, plan=target.prefill
+        )
     except (MemoryError, ValueError) as error:  # numpy's words for too much and for far too much
         raise InputError(
             f"batch {sizes.batch} x capacity {sizes.capacity} needs more memory than there is ({error}); "

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from crt_export.engine.base import Engine
-from crt_export.errors import ContractError, InputError, UnsupportedError, problem_list
-from crt_export.runtime.counts import whole_number
+from crt_export.errors import ContractError, InputError, problem_list
 from crt_export.runtime.history import NO_TOKEN
+from crt_export.runtime.prefill_plan import PrefillPlan, PrefillRule, prefill_rule
 from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths
 from crt_export.runtime.slide import Window
 from crt_export.runtime.tensors import SessionTensors, TensorSizes
@@ -28,7 +28,14 @@ class Decoder:
     """
 
     def __init__(
-        self, engine: Engine, sizes: TensorSizes, *, target: str, window: Window | None, joins_rows: bool = True
+        self,
+        engine: Engine,
+        sizes: TensorSizes,
+        *,
+        target: str,
+        window: Window | None,
+        joins_rows: bool = True,
+        plan: PrefillPlan | None = None,
     ) -> None:
         """Allocate the tensors.
 
@@ -38,6 +45,7 @@ class Decoder:
             target: Name of the target, for messages.
             window: Given where full rows slide; at most as large as the capacity.
             joins_rows: Whether rows may share a call of the engine.
+            plan: How prompts are taken unless a call says otherwise; None: in the passes it was built with.
         """
         self.sizes = sizes
         self.tensors = SessionTensors(engine, sizes)
@@ -52,6 +60,7 @@ class Decoder:
         self._target = target
         self._window = window
         self._joins_rows = joins_rows
+        self._plan = PrefillPlan() if plan is None else plan
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
         self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
         self._unread = [False] * sizes.batch
@@ -68,31 +77,43 @@ class Decoder:
         if problems:
             raise InputError(problem_list(heading, problems))
 
-    def check_passes(self, passes: int | None) -> None:
-        """Refuse a number of passes that cannot run; load the graph of one pass if that has not been done yet.
+    def prefill_rule(self, passes: int | str | None, chunk: int | None = None) -> PrefillRule:
+        """What a prefill comes to; loads the graph of one pass if it needs that and does not have it yet.
 
         Raises:
-            InputError: Not a whole number of at least 1.
-            UnsupportedError: A plain transformer, or a target without such a graph.
+            InputError: ``passes`` is neither a whole number of at least 1 nor a word that is known, or ``chunk`` is out
+                of range.
+            UnsupportedError: A plain transformer, or a target without such a graph or without a bound.
             BundleError: Its file is missing or differs from what was built.
             ContractError: It cannot be loaded or breaks the contract.
         """
-        if passes is None:
-            return
-        whole_number("passes", passes)
-        if not self.sizes.recurrent:
-            raise UnsupportedError("passes: a plain transformer has exactly one pass; leave passes out")
-        self._engine.program("prefill_pass")
+        recurrent = self.sizes.recurrent
+        rule = prefill_rule(self._plan, passes, chunk, most=self.max_chunk, recurrent=recurrent, target=self._target)
+        if rule.passes is not None:
+            self._engine.program("prefill_pass")
+        return rule
 
-    def prefill(self, tokens: Sequence[np.ndarray], *, passes: int | None, chunk: int) -> None:
-        """Feed the tokens of every row, int64 [length], cut at multiples of ``chunk`` of that row's own tokens."""
-        for begin in range(0, max(row.size for row in tokens), chunk):
-            pieces = [row[begin : begin + chunk] for row in tokens]
-            lengths = [row.size for row in pieces]
-            groups = self._groups(lengths)
-            for group, residual in self.tensors.prefill(pieces, self.position, groups, passes):
-                self._refuse_non_finite("residual", residual, group, lengths)
-            self._finish(groups, lengths, read_logits=True)
+    def prefill(self, tokens: Sequence[np.ndarray], rule: PrefillRule) -> None:
+        """Feed the tokens of every row, int64 [length], cut at multiples of the chunk of that row's own tokens."""
+        for begin in range(0, max(row.size for row in tokens), rule.chunk):
+            pieces = [row[begin : begin + rule.chunk] for row in tokens]
+            self._feed_steps([piece if piece.size < rule.shortest else piece[:0] for piece in pieces])
+            self._feed_passes([piece if piece.size >= rule.shortest else piece[:0] for piece in pieces], rule)
+
+    def _feed_steps(self, pieces: Sequence[np.ndarray]) -> None:
+        rows = [piece.tolist() for piece in pieces]
+        for index in range(max(map(len, rows))):
+            self.step([row[index] if index < len(row) else NO_TOKEN for row in rows], read_logits=False)
+
+    def _feed_passes(self, pieces: Sequence[np.ndarray], rule: PrefillRule) -> None:
+        lengths = [piece.size for piece in pieces]
+        # How many passes a row takes until its residual is small must not depend on its neighbours.
+        groups = self._groups(lengths, joins_rows=self._joins_rows and rule.bound is None)
+        if not groups:
+            return
+        for group, residual in self.tensors.prefill(pieces, self.position, groups, rule.passes, rule.bound):
+            self._refuse_non_finite("residual", residual, group, lengths)
+        self._finish(groups, lengths, read_logits=True)
 
     def step(self, ids: Sequence[int], *, read_logits: bool) -> None:
         """Feed one token per row, none where it is ``NO_TOKEN``."""
@@ -155,8 +176,9 @@ class Decoder:
         self.position = position
         self.tensors.clear(position)
 
-    def _groups(self, lengths: Sequence[int]) -> list[Group]:
+    def _groups(self, lengths: Sequence[int], *, joins_rows: bool | None = None) -> list[Group]:
         """Rows that run together, after making room where rows slide."""
+        joins_rows = self._joins_rows if joins_rows is None else joins_rows
         if self._window is not None:
             full = {
                 row: self.position[row]
@@ -167,7 +189,7 @@ class Decoder:
                 self.tensors.slide(full, self._window)
                 for row, position in full.items():
                     self.position[row] = self._window.kept(position)
-        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=self._joins_rows)
+        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=joins_rows)
 
     def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""

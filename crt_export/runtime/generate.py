@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -66,7 +66,9 @@ class GeneratingSession(Protocol):
         """The engine's argmax after each row's last token, int64 [batch]; -1 where there is none."""
         ...
 
-    def prefill(self, rows: Sequence[np.ndarray], *, passes: int | None = None) -> np.ndarray:
+    def prefill(
+        self, rows: Sequence[np.ndarray], *, passes: int | Literal["adaptive", "exact"] | None = None
+    ) -> np.ndarray:
         """Append tokens to every row; logits [batch, vocab]."""
         ...
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from crt_export.errors import InputError, problem_list
 from crt_export.runtime.counts import plain_int, shown
+from crt_export.runtime.prefill_plan import passes_problems
 from crt_export.runtime.sampling import SamplingOptions
 
 
@@ -22,7 +24,8 @@ class GenerationOptions:
         stop_token_ids: Tokens that end a row, besides the model's end-of-sequence token.
         stop_strings: Texts that end a row as soon as its new text contains one; need a model with tokenizer.
         ignore_eos: Go on after the model's end-of-sequence token.
-        passes: Passes of the prefill, see ``Session.prefill``; None takes the unrolled graph.
+        passes: How prompts are taken, see ``Session.prefill``: a number of passes, ``"adaptive"``, ``"exact"``, or None
+            for the target's own choice.
 
     Raises:
         InputError: A value is out of its range; lists every problem.
@@ -33,7 +36,7 @@ class GenerationOptions:
     stop_token_ids: Sequence[int] = ()
     stop_strings: Sequence[str] = ()
     ignore_eos: bool = False
-    passes: int | None = None
+    passes: int | Literal["adaptive", "exact"] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges; make numbers plain and lists tuples."""
@@ -43,8 +46,7 @@ class GenerationOptions:
         if not isinstance(self.ignore_eos, bool):
             problems.append(f"ignore_eos must be True or False, found {shown(self.ignore_eos)}")
         problems += self._make_plain("max_new_tokens", *_counted(self.max_new_tokens, "max_new_tokens"))
-        if self.passes is not None:
-            problems += self._make_plain("passes", *_counted(self.passes, "passes", " (None takes the unrolled graph)"))
+        problems += self._make_plain("passes", *passes_problems(self.passes))
         problems += self._make_plain("stop_token_ids", *_stop_tokens(self.stop_token_ids))
         problems += self._make_plain("stop_strings", *_stop_strings(self.stop_strings))
         if problems:
@@ -68,10 +70,10 @@ def checked_options(options: GenerationOptions | None) -> GenerationOptions:
     return options
 
 
-def _counted(value: object, name: str, note: str = "") -> tuple[int | None, list[str]]:
+def _counted(value: object, name: str) -> tuple[int | None, list[str]]:
     number = plain_int(value)
     sound = number is not None and number >= 1
-    return number, [] if sound else [f"{name} must be at least 1{note}, found {shown(value)}"]
+    return number, [] if sound else [f"{name} must be at least 1, found {shown(value)}"]
 
 
 def _stop_tokens(tokens: object) -> tuple[tuple[int | None, ...], list[str]]:

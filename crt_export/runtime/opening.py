@@ -21,6 +21,7 @@ from crt_export.errors import (
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
 from crt_export.runtime.counts import shown
+from crt_export.runtime.prefill_plan import PrefillPlan, plan_from_entry
 from crt_export.runtime.tensors import TensorSizes
 from crt_export.spec import TensorSpec, graph_spec
 
@@ -41,6 +42,7 @@ class Target:
         unroll: Passes of the unrolled prefill; None where the graph has one pass only.
         cache_head_dim: Head size in the cache, at least the model's.
         cache_dtype: ``float32`` or ``float16``.
+        prefill: How prompts are taken unless a call says otherwise.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Target:
     unroll: int | None
     cache_head_dim: int
     cache_dtype: str
+    prefill: PrefillPlan
 
     @property
     def joins_rows(self) -> bool:
@@ -118,6 +121,7 @@ def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> 
         unroll=entry["unroll"],
         cache_head_dim=entry["cache_head_dim"],
         cache_dtype=entry["cache_dtype"],
+        prefill=plan_from_entry(entry, recurrent=config.recurrent),
     )
 
 

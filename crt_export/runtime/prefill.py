@@ -12,6 +12,7 @@ from crt_export.runtime.rows import padded
 
 #: Gives the session's rows that a graph's tensor of this name is bound to.
 SharedRows = Callable[[str], Rows]
+_PASS = "prefill_pass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,45 +21,143 @@ class PrefillCall:
 
     Attributes:
         tokens: Per row int64 [length], at least one token each.
+        positions: Tokens in the cache of each row before these.
         seq: Length they are padded to.
         hidden: Hidden size.
         recurrent: Whether the model has a recurrent state, hence passes and a residual.
-        passes: None for the unrolled graph; else that many calls of ``prefill_pass``, each fed the hidden
-            iterate of the one before.
+        passes: None for the graph ``prefill``; else that many calls of ``prefill_pass``, each fed the hidden iterate
+            of the one before.
+        bound: For one row alone: done as soon as its residual is at most this; where all passes do not get there, the
+            rest goes token by token. None: all passes are made.
     """
 
     tokens: Sequence[np.ndarray]
+    positions: Sequence[int]
     seq: int
     hidden: int
     recurrent: bool
     passes: int | None
+    bound: float | None = None
 
     def run(self, engine: Engine, shared: SharedRows) -> np.ndarray | None:
         """Run it; state and caches of the last pass are left where ``shared`` says.
 
         Returns:
-            The residual, float32 [rows]; None for a plain transformer.
+            The residual of the last pass, float32 [rows]; None for a plain transformer.
         """
-        graph = "prefill" if self.passes is None else "prefill_pass"
-        program = engine.program(graph)
-        own = {
-            "input_ids": _filled(engine, padded(self.tokens, self.seq)),
-            "length": _filled(engine, np.asarray([row.size for row in self.tokens], np.int64)),
-        }
+        if self.passes is None:
+            return self._run_unrolled(engine, shared)
+        chunk = _Iteration(self, engine, shared)
+        # After k passes the first k tokens of every row are exact: more passes than tokens change nothing.
+        most = min(self.passes, self.seq)
+        residual = chunk.run()
+        for done in range(1, most):
+            if self.bound is not None and (residual <= self.bound).all():
+                return residual
+            if engine.host_memory:
+                chunk.drop(done)
+            residual = chunk.run()
+        reached = self.bound is None or most == self.seq or (residual <= self.bound).all()
+        # NaN is below no bound and gets no better: the caller refuses it.
+        return residual if reached or not np.isfinite(residual).all() else chunk.finish(most)
+
+    def _run_unrolled(self, engine: Engine, shared: SharedRows) -> np.ndarray | None:
         count = len(self.tokens)
-        iterate = (count, self.seq, self.hidden)
-        # The first iterate is zeros, as allocated. A second buffer takes the result; passes swap the two.
-        iterates = [_whole(engine.allocate(iterate, "float32")) for _ in range(2)]
+        own = {
+            "input_ids": filled(engine, padded(self.tokens, self.seq)),
+            "length": filled(engine, np.asarray([row.size for row in self.tokens], np.int64)),
+            "next_hidden": whole(engine.allocate((count, self.seq, self.hidden), "float32")),
+        }
         if self.recurrent:
-            own["residual"] = _whole(engine.allocate((count,), "float32"))
-        launches: dict[int, Launch] = {}
-        for number in range(self.passes or 1):
-            parity = number % 2
-            if parity not in launches:
-                ends = {"hidden": iterates[parity], "next_hidden": iterates[1 - parity]}
-                launches[parity] = bind_by_name(program, {**own, **ends}, shared)
-            launches[parity]()
+            own["residual"] = whole(engine.allocate((count,), "float32"))
+            own["hidden"] = whole(engine.allocate((count, self.seq, self.hidden), "float32"))
+        bind_by_name(engine.program("prefill"), own, shared)()
         return own["residual"].buffer.read() if self.recurrent else None
+
+
+class _Iteration:
+    """The tokens of a chunk that are not exact yet, and their iterate: two buffers that passes swap.
+
+    What is exact is dropped: the rest starts at a later position, from the h of the last exact token as its state.
+    """
+
+    def __init__(self, call: PrefillCall, engine: Engine, shared: SharedRows) -> None:
+        self._call, self._engine, self._shared = call, engine, shared
+        self._program = engine.program(_PASS)
+        self._ids = padded(call.tokens, call.seq)
+        self._lengths = np.asarray([row.size for row in call.tokens], np.int64)
+        self._residual = whole(engine.allocate((len(call.tokens),), "float32"))
+        self._dropped = 0
+        # The first iterate is zeros, as allocated.
+        self._begin({}, [self._iterate(call.seq), self._iterate(call.seq)])
+
+    def run(self) -> np.ndarray:
+        """One more pass; its residual, float32 [rows]."""
+        now, then = self._ends
+        launch = self._launches.get(self._turn)
+        if launch is None:
+            own = {**self._own, "hidden": now, "next_hidden": then, "residual": self._residual}
+            launch = self._launches[self._turn] = bind_by_name(self._program, own, self._shared)
+        launch()
+        self._ends, self._turn = [then, now], 1 - self._turn
+        return self._residual.buffer.read()
+
+    def drop(self, exact: int) -> None:
+        """Leave out the first tokens of every row, but never the last token of one."""
+        first = min(exact, int(self._lengths.min()) - 1)
+        if first <= self._dropped:
+            return
+        state, after = self._cut(first)
+        rest = [self._iterate(after.shape[1]) for _ in range(2)]
+        rest[0].buffer.write(after)
+        self._dropped = first
+        self._begin({"position": self._position(first), "state": filled(self._engine, state)}, rest)
+
+    def finish(self, exact: int) -> np.ndarray:
+        """Feed what follows the exact tokens of the one row token by token; the residual, float32 [1]."""
+        state, _ = self._cut(exact)
+        ids, position = filled(self._engine, self._ids[:, :1]), self._position(exact)
+        ends = [filled(self._engine, state), self._iterate(1)]
+        own = {
+            "input_ids": ids,
+            "length": filled(self._engine, np.ones(1, np.int64)),
+            "position": position,
+            "hidden": self._iterate(1),
+            "residual": self._residual,
+        }
+        launches = [
+            bind_by_name(self._program, {**own, "state": now, "next_hidden": then}, self._shared)
+            for now, then in (ends, ends[::-1])
+        ]
+        start = self._call.positions[0]
+        for turn, token in enumerate(range(exact, self._call.seq)):
+            ids.buffer.write(self._ids[:, token : token + 1])
+            position.buffer.write(np.array([start + token], np.int64))
+            launches[turn % 2]()
+        return self._residual.buffer.read()
+
+    def _begin(self, placed: dict[str, Rows], ends: list[Rows]) -> None:
+        """Take new tensors for the tokens that are left; ``placed`` is where they start, if not where the chunk did."""
+        own = {
+            "input_ids": filled(self._engine, np.ascontiguousarray(self._ids[:, self._dropped :])),
+            "length": filled(self._engine, self._lengths - self._dropped),
+        }
+        self._own = {**own, **placed}
+        self._ends = ends
+        self._turn = 0
+        self._launches: dict[int, Launch] = {}
+
+    def _cut(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """h of the token before ``first`` [rows, 1, hidden] and of those from there on."""
+        after = self._ends[0].buffer.read()
+        index = first - self._dropped
+        return np.array(after[:, index - 1 : index]), after[:, index:]
+
+    def _position(self, first: int) -> Rows:
+        return filled(self._engine, np.asarray(self._call.positions, np.int64) + first)
+
+    def _iterate(self, seq: int) -> Rows:
+        return whole(self._engine.allocate((len(self._call.tokens), seq, self._call.hidden), "float32"))
 
 
 def bind_by_name(program: Program, own: Mapping[str, Rows], shared: SharedRows, *, repeated: bool = False) -> Launch:
@@ -70,11 +169,13 @@ def bind_by_name(program: Program, own: Mapping[str, Rows], shared: SharedRows, 
     return program.bind(inputs, outputs, repeated=repeated)
 
 
-def _filled(engine: Engine, values: np.ndarray) -> Rows:
-    buffer = engine.allocate(values.shape, "int64")
+def filled(engine: Engine, values: np.ndarray) -> Rows:
+    """A new tensor that holds these values."""
+    buffer = engine.allocate(values.shape, values.dtype.name)
     buffer.write(values)
-    return _whole(buffer)
+    return whole(buffer)
 
 
-def _whole(buffer: Buffer) -> Rows:
+def whole(buffer: Buffer) -> Rows:
+    """All rows of a buffer."""
     return Rows(buffer, 0, buffer.shape[0])

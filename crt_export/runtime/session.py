@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 
 from crt_export.errors import InputError
-from crt_export.runtime.counts import whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
@@ -85,15 +85,23 @@ class Session:
             return np.array(decoder.next_tokens, np.int64)
 
     def prefill(
-        self, rows: Sequence[Sequence[int] | np.ndarray], *, passes: int | None = None, chunk: int | None = None
+        self,
+        rows: Sequence[Sequence[int] | np.ndarray],
+        *,
+        passes: int | Literal["adaptive", "exact"] | None = None,
+        chunk: int | None = None,
     ) -> np.ndarray:
-        """Append tokens to every row, in parallel passes.
+        """Append tokens to every row, token by token or in parallel passes.
 
         Args:
             rows: Token ids per row; rows may differ in length, and an empty row stays as it is.
-            passes: Number of parallel passes over a chunk (as many as the chunk has tokens give the result of
-                step by step); None takes the unrolled graph, whose number was fixed when it was built.
-            chunk: Most tokens per call of the engine; None takes the target's limit.
+            passes: ``"exact"`` feeds token by token, as step() would. A number makes that many parallel passes over
+                every chunk (as many as the chunk has tokens give the result of step by step). ``"adaptive"`` makes
+                passes until their residual is below the target's bound, row by row, and where the target's most
+                passes do not get there feeds the rest of the chunk token by token. None is the target's own choice,
+                ``prefill`` of its entry in the manifest.
+            chunk: Most tokens per call of the engine; None takes that of the target's choice, and its limit for a
+                number of passes.
 
         Returns:
             Logits after each row's last token, float32 [batch, vocab], a copy. An empty row keeps those of
@@ -102,18 +110,18 @@ class Session:
         Raises:
             InputError: Closed, poisoned or busy session, wrong batch, no token at all, ids outside the
                 vocabulary, more tokens than the capacity, or passes or chunk out of range.
-            UnsupportedError: ``passes`` for a model or target without a graph of one pass.
+            UnsupportedError: A number of passes or ``"adaptive"`` for a model or target without a graph of one pass, or
+                ``"adaptive"`` for a target without a bound.
             ContractError: The engine failed or gave values that are not finite. Poisons the session.
         """
         with self._guard.exclusive() as decoder:
             tokens = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
             if not any(row.size for row in tokens):
                 raise InputError("empty prompt: prefill needs at least one token in at least one row")
-            size = decoder.max_chunk if chunk is None else whole_number("chunk", chunk, most=decoder.max_chunk)
-            decoder.check_passes(passes)
+            rule = decoder.prefill_rule(passes, chunk)
             decoder.check_room([row.size for row in tokens])
             with self._guard.poisoning(decoder):
-                decoder.prefill(tokens, passes=passes, chunk=size)
+                decoder.prefill(tokens, rule)
                 logits = decoder.logits()
             for row, fed in enumerate(tokens):
                 self.history.feed(row, fed)
@@ -181,7 +189,7 @@ class Session:
         with self._guard.exclusive() as decoder:
             given = [()] * self.batch if prompts is None else prompts
             tokens = continuing_rows(given, decoder.position, vocab=self.vocab_size)
-            decoder.check_passes(chosen.passes)
+            decoder.prefill_rule(chosen.passes)
             waiting = (self.history.pending != NO_TOKEN).tolist()
             wanted = [wait + fed.size + chosen.max_new_tokens for wait, fed in zip(waiting, tokens, strict=True)]
             decoder.check_room(wanted, "prompt and new tokens exceed the capacity")

@@ -101,7 +101,12 @@ class SessionTensors:
         self._swap(groups, [position + 1 for position in positions])
 
     def prefill(
-        self, rows: Sequence[np.ndarray], positions: list[int], groups: Sequence[Group], passes: int | None = None
+        self,
+        rows: Sequence[np.ndarray],
+        positions: list[int],
+        groups: Sequence[Group],
+        passes: int | None = None,
+        bound: float | None = None,
     ) -> list[tuple[Group, np.ndarray | None]]:
         """Run several tokens per row of the groups.
 
@@ -110,6 +115,7 @@ class SessionTensors:
             positions: Tokens in the cache of every row before these.
             groups: Rows to run; all others stay as they are.
             passes: None for the unrolled graph, else the number of calls of ``prefill_pass``.
+            bound: Residual at which passes end, for groups of one row; None: after all of them.
 
         Returns:
             Per group its residual, float32 [rows of the group]; None for a plain transformer.
@@ -119,10 +125,12 @@ class SessionTensors:
         for group in groups:
             call = PrefillCall(
                 tokens=rows[group.start : group.stop],
+                positions=positions[group.start : group.stop],
                 seq=group.seq,
                 hidden=self._sizes.hidden,
                 recurrent=self._sizes.recurrent,
                 passes=passes,
+                bound=bound,
             )
             residuals.append((group, call.run(self._engine, lambda name, group=group: self._shared(name, group))))
         self._swap(groups, [position + row.size for position, row in zip(positions, rows, strict=True)])

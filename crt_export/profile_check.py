@@ -122,7 +122,9 @@ def _runtime_problems(values: Mapping[str, Any]) -> list[str]:
     if device == "cuda" and values.get("threads", 0) not in (0, None):
         found.append("threads is for device cpu")
     if device == "cuda" and values.get("prefill") == "adaptive":
-        found.append("prefill = 'adaptive' is for device cpu, where a look at the residual between passes costs nothing")
+        found.append(
+            "prefill = 'adaptive' is for device cpu, where a look at the residual between passes costs nothing"
+        )
     found += _capability_problems(runtime, values.get("compute_capability"), "compute_capability" in values)
     return found + _option_problems(runtime, values.get("options"))
 

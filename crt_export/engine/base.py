@@ -132,11 +132,20 @@ class Engine(Protocol):
         """Whether it computes in host memory, so that reading a buffer costs nothing."""
         ...
 
+    @property
+    def one_graph(self) -> bool:
+        """Whether one graph of a single pass serves everything.
+
+        ``step`` then is that graph too, bound to chunks of one token, and a recurrent model has ``prefill_pass`` and no
+        unrolled ``prefill``; a plain transformer has ``prefill``, which is one pass anyway.
+        """
+        ...
+
     def program(self, graph: str) -> Program:
         """The loaded graph of this name (``step``, ``prefill``, ``prefill_pass``).
 
         ``step`` and ``prefill`` are loaded with the engine; ``prefill_pass``, which most applications never
-        run, on first use. May be called from several threads at once.
+        run, on first use, unless ``one_graph``. May be called from several threads at once.
 
         Raises:
             UnsupportedError: The target has no such graph.

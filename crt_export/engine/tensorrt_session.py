@@ -70,6 +70,7 @@ class TensorRTEngine:
     """The engines of one target; see :class:`crt_export.engine.base.Engine`."""
 
     host_memory = False
+    one_graph = False
 
     def __init__(self, machine: Machine, files: Mapping[str, EngineFile], profile: EngineProfile) -> None:
         """Check and load every engine.

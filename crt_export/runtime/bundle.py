@@ -19,8 +19,8 @@ from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 from crt_export.runtime.origin import SessionOrigin
 from crt_export.runtime.session import Session
+from crt_export.runtime.sizes import TensorSizes
 from crt_export.runtime.slide import Window, window_from_config
-from crt_export.runtime.tensors import TensorSizes
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 #: Loads the graphs of a target: files, target, configuration, threads.

@@ -11,8 +11,9 @@ from crt_export.errors import ContractError, InputError, problem_list
 from crt_export.runtime.history import NO_TOKEN
 from crt_export.runtime.prefill_plan import PrefillPlan, PrefillRule, prefill_rule
 from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths
+from crt_export.runtime.sizes import TensorSizes
 from crt_export.runtime.slide import Window
-from crt_export.runtime.tensors import SessionTensors, TensorSizes
+from crt_export.runtime.tensors import SessionTensors
 
 
 class Decoder:
@@ -48,7 +49,7 @@ class Decoder:
             plan: How prompts are taken unless a call says otherwise; None: in the passes it was built with.
         """
         self.sizes = sizes
-        self.tensors = SessionTensors(engine, sizes)
+        self.tensors = SessionTensors(engine, sizes, joins_rows=joins_rows)
         self.position = [0] * sizes.batch
         self.next_tokens = [NO_TOKEN] * sizes.batch
         # What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that

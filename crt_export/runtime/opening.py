@@ -22,7 +22,7 @@ from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
 from crt_export.runtime.counts import shown
 from crt_export.runtime.prefill_plan import PrefillPlan, plan_from_entry
-from crt_export.runtime.tensors import TensorSizes
+from crt_export.runtime.sizes import TensorSizes
 from crt_export.spec import TensorSpec, graph_spec
 
 SESSION_GRAPHS = ("step", "prefill")
@@ -69,6 +69,11 @@ class Target:
         """Whether a session can be opened: ONNX Runtime, or the packages and the GPU that a compiled target needs."""
         return not self.profile.compiled or not run_obstacles(self.profile, gpus())
 
+    def one_graph(self, config: ModelConfig) -> str | None:
+        """The graph that a session on a CPU loads for steps and prefill alike; None where each has its own."""
+        graph = "prefill_pass" if config.recurrent else "prefill"
+        return graph if self.profile.device == "cpu" and graph in self.graphs else None
+
     def sizes(self, config: ModelConfig, batch: int, capacity: int) -> TensorSizes:
         """Sizes of the tensors of a session."""
         return TensorSizes(
@@ -81,6 +86,7 @@ class Target:
             cache_head_dim=self.cache_head_dim,
             cache_dtype=self.cache_dtype,
             recurrent=config.recurrent,
+            unroll=self.unroll if config.recurrent else None,
         )
 
 
@@ -147,9 +153,13 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
     missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
     if missing:
         raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
-    paths = {graph: files.graph(target.graphs[graph]) for graph in SESSION_GRAPHS}
+    one_graph = target.one_graph(config)
+    loaded = SESSION_GRAPHS if one_graph is None else (one_graph,)
+    paths = {graph: files.graph(target.graphs[graph]) for graph in loaded}
     on_demand = {
-        graph: partial(files.graph, target.graphs[graph]) for graph in DEMANDED_GRAPHS if graph in target.graphs
+        graph: partial(files.graph, target.graphs[graph])
+        for graph in DEMANDED_GRAPHS
+        if graph in target.graphs and graph not in loaded
     }
     from crt_export.engine.ort import OrtSettings
     from crt_export.engine.ort_session import OrtEngine
@@ -165,10 +175,11 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         paths,
         settings,
         max_tokens=target.profile.seq.max,
+        one_graph=one_graph,
         on_demand=on_demand,
         check=lambda graph, program: check_contract({graph: program}, target, config),
     )
-    check_contract({graph: engine.program(graph) for graph in SESSION_GRAPHS}, target, config)
+    check_contract({graph: engine.program(graph) for graph in loaded}, target, config)
     return engine
 
 

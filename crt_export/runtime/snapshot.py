@@ -28,7 +28,7 @@ import numpy as np
 
 from crt_export.errors import BundleError, InputError, problem_list
 from crt_export.runtime.counts import shown
-from crt_export.runtime.tensors import TensorSizes
+from crt_export.runtime.sizes import TensorSizes
 
 #: A session that goes on counts further, and the count must never overflow an int64.
 MOST_DRAWS = 2**62

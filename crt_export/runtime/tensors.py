@@ -4,39 +4,25 @@ What a call passes on to the next lives in two sets: token ids, positions and re
 set and writes the other (``input_ids`` to ``next_token``, ``position`` to ``next_position``, ``state`` to
 ``next_state``, which may never alias), then the two swap roles. So the engine's own choice and its positions
 are where the next step reads them, and a greedy loop uploads nothing. Caches are bound as input and output at
-the same address, so they are updated in place.
+the same address, so they are updated in place; they grow with their rows (:mod:`crt_export.runtime.caches`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from crt_export.engine.base import Buffer, Engine, Launch, Rows
+from crt_export.runtime.caches import Caches
 from crt_export.runtime.prefill import PrefillCall, bind_by_name
 from crt_export.runtime.rows import Group
+from crt_export.runtime.sizes import TensorSizes
 from crt_export.runtime.slide import Window
 
 # A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping: at least each row, for both sets.
 _MOST_KEPT_LAUNCHES = 64
 _UNKNOWN = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSizes:
-    """Sizes of a session; ``cache_head_dim`` may be padded, ``recurrent`` says whether there is a state."""
-
-    batch: int
-    capacity: int
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    cache_head_dim: int
-    cache_dtype: str
-    recurrent: bool
 
 
 class _Ends:
@@ -70,20 +56,16 @@ class _Ends:
 class SessionTensors:
     """State, caches and per-call tensors of a session, and the launches bound to them."""
 
-    def __init__(self, engine: Engine, sizes: TensorSizes) -> None:
-        """Allocate everything, zeroed."""
+    def __init__(self, engine: Engine, sizes: TensorSizes, *, joins_rows: bool = True) -> None:
+        """Allocate everything, zeroed; ``joins_rows``: whether rows may share a call of the engine."""
         self._engine = engine
         self._sizes = sizes
         self._logits = engine.allocate((sizes.batch, sizes.vocab), "float32")
         self._ends = (_Ends(engine, sizes), _Ends(engine, sizes))
         self._current = 0
-        cache_shape = (sizes.batch, sizes.heads, sizes.capacity, sizes.cache_head_dim)
-        self._caches: dict[str, Buffer] = {
-            f"{layer}.{kind}": engine.allocate(cache_shape, sizes.cache_dtype)
-            for layer in range(sizes.layers)
-            for kind in ("key", "value")
-        }
         self._step_launches: dict[tuple[int, int, int], Launch] = {}
+        self._caches = Caches(engine, sizes, joins_rows=joins_rows, on_move=self._step_launches.clear)
+        self._single = self._tensors_of_one_token() if engine.one_graph else {}
 
     def step(self, ids: list[int], positions: list[int], groups: Sequence[Group]) -> None:
         """Run one token per row of the groups.
@@ -96,9 +78,11 @@ class SessionTensors:
         ends = self._ends[self._current]
         ends.set_ids(ids, groups)
         ends.set_position(positions, groups)
+        next_positions = [position + 1 for position in positions]
+        self._reserve(groups, next_positions)
         for group in groups:
             self._step_launch(group)()
-        self._swap(groups, [position + 1 for position in positions])
+        self._swap(groups, next_positions)
 
     def prefill(
         self,
@@ -114,13 +98,17 @@ class SessionTensors:
             rows: Tokens of every row of the batch, int64 [length].
             positions: Tokens in the cache of every row before these.
             groups: Rows to run; all others stay as they are.
-            passes: None for the unrolled graph, else the number of calls of ``prefill_pass``.
+            passes: None for as many as the bundle was built with, else the number of calls of ``prefill_pass``.
             bound: Residual at which passes end, for groups of one row; None: after all of them.
 
         Returns:
             Per group its residual, float32 [rows of the group]; None for a plain transformer.
         """
+        if passes is None and self._engine.one_graph:
+            passes = self._sizes.unroll
         self._ends[self._current].set_position(positions, groups)
+        for group in groups:
+            self._reserve([group], [position + group.seq for position in positions])
         residuals = []
         for group in groups:
             call = PrefillCall(
@@ -152,15 +140,12 @@ class SessionTensors:
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
         """Copies of the first ``length`` entries of every cache, [batch, heads, length, cache_head_dim]."""
-        return {name: np.array(cache.read()[:, :, :length]) for name, cache in self._caches.items()}
+        return self._caches.read(length)
 
     def restore(self, caches: Mapping[str, np.ndarray], state: np.ndarray | None) -> None:
         """Replace caches (shorter ones leave zeros behind) and state."""
         self._forget()
-        for name, cache in self._caches.items():
-            values = np.zeros(cache.shape, cache.dtype)
-            values[:, :, : caches[name].shape[2]] = caches[name]
-            cache.write(values)
+        self._caches.write(caches)
         target = self._ends[self._current].state
         if target is not None and state is not None:
             target.write(state)
@@ -172,17 +157,12 @@ class SessionTensors:
             positions: Row to the tokens in its cache.
             window: What to keep and how keys are turned.
         """
-        for name, cache in self._caches.items():
-            values = np.array(cache.read())
-            for row, position in positions.items():
-                values[row] = window.slide(values[row], position, keys=name.endswith(".key"))
-            cache.write(values)
+        self._caches.slide(positions, window)
 
     def clear(self, positions: Sequence[int]) -> None:
         """Zero every cache entry beyond the positions, and the state of rows at position 0."""
         self._forget()
-        for row, position in enumerate(positions):
-            self._clear_caches(row, position, self._sizes.capacity)
+        self._caches.trim(positions)
         fresh = np.array(positions) == 0
         for ends in self._ends:
             if ends.state is not None:
@@ -198,12 +178,23 @@ class SessionTensors:
         for group in groups:
             for row in range(group.start, group.stop):
                 begin = positions[row]
-                self._clear_caches(row, begin + rows[row].size, begin + group.seq)
+                self._caches.clear(row, begin + rows[row].size, begin + group.seq)
 
-    def _clear_caches(self, row: int, begin: int, end: int) -> None:
-        if begin < end:
-            for cache in self._caches.values():
-                cache.clear(row, begin, end)
+    def _reserve(self, groups: Sequence[Group], lengths: Sequence[int]) -> None:
+        """Make room for the longest row of every group; ``lengths`` are those of all rows after the call."""
+        for group in groups:
+            self._caches.reserve(group.start, group.stop, max(lengths[group.start : group.stop]))
+
+    def _tensors_of_one_token(self) -> dict[str, Buffer]:
+        """What a graph of any number of tokens takes and gives besides, when it makes a step."""
+        sizes, allocate = self._sizes, self._engine.allocate
+        length = allocate((sizes.batch,), "int64")
+        length.write(np.ones(sizes.batch, np.int64))
+        tensors = {"length": length, "next_hidden": allocate((sizes.batch, 1, sizes.hidden), "float32")}
+        if sizes.recurrent:
+            tensors["hidden"] = allocate((sizes.batch, 1, sizes.hidden), "float32")
+            tensors["residual"] = allocate((sizes.batch,), "float32")
+        return tensors
 
     def _swap(self, groups: Sequence[Group], next_positions: list[int]) -> None:
         """Make the written set the current one, after carrying over the state of the rows that did not run."""
@@ -227,13 +218,16 @@ class SessionTensors:
             if len(self._step_launches) >= max(_MOST_KEPT_LAUNCHES, 4 * self._sizes.batch):
                 self._step_launches.clear()
             program = self._engine.program("step")
-            launch = bind_by_name(program, {}, lambda name: self._shared(name, group), repeated=True)
+            own = {name: Rows(buffer, group.start, group.stop) for name, buffer in self._single.items()}
+            launch = bind_by_name(program, own, lambda name: self._shared(name, group), repeated=True)
             self._step_launches[key] = launch
         return launch
 
     def _shared(self, name: str, group: Group) -> Rows:
         """The rows of the session's tensor that a graph calls ``name``."""
         family, _, rest = name.partition(".")
+        if family in ("past_key_values", "present_key_values"):
+            return self._caches.rows(rest, group.start, group.stop)
         now, then = self._ends[self._current], self._ends[1 - self._current]
         tensors: dict[str, Buffer | None] = {
             "input_ids": now.ids,
@@ -244,6 +238,6 @@ class SessionTensors:
             "next_state": then.state,
             "logits": self._logits,
         }
-        buffer = self._caches[rest] if family in ("past_key_values", "present_key_values") else tensors[name]
+        buffer = tensors[name]
         assert buffer is not None  # the contract of a plain transformer has no state
         return Rows(buffer, group.start, group.stop)

@@ -45,6 +45,7 @@ class DeviceMemoryEngine:
         self.max_tokens = engine.max_tokens
         self.max_batch = engine.max_batch
         self.fixed_capacity = engine.fixed_capacity
+        self.one_graph = engine.one_graph
 
     def program(self, graph: str) -> Program:
         return self._engine.program(graph)
@@ -108,6 +109,11 @@ class Runnable:
     def caches(session: Session) -> list[np.ndarray]:
         """Every cache of a session, [batch, heads, capacity, cache_head_dim]."""
         return list(session._guard.decoder.tensors.caches(session.capacity).values())
+
+    @staticmethod
+    def cache_buffers(session: Session) -> list[Buffer]:
+        """The memory of every cache, row after row where rows have caches of their own."""
+        return [buffer for lane in session._guard.decoder.tensors._caches._lanes for buffer in lane.buffers.values()]
 
 
 @pytest.fixture(scope="session", params=ENGINES)

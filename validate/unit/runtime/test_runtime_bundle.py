@@ -49,7 +49,7 @@ def test_an_unvalidated_bundle_is_refused_unless_asked_for(copied: Path) -> None
         load_bundle(copied)
 
 
-@pytest.mark.parametrize("file", ["graphs/step.fp32.onnx", "graphs/fp32.weights"])
+@pytest.mark.parametrize("file", ["graphs/prefill_pass.fp32.onnx", "graphs/fp32.weights"])
 def test_a_tampered_file_is_refused_before_a_runtime_opens_it(copied: Path, file: str) -> None:
     path = copied / file
     content = bytearray(path.read_bytes())
@@ -78,7 +78,7 @@ def test_a_config_that_this_version_cannot_read_is_a_bundle_error(copied: Path) 
 
 
 def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
-    with pytest.raises(ContractError, match=r"prefill: input past_key_values\.0\.key.*float16"):
+    with pytest.raises(ContractError, match=r"prefill_pass: input past_key_values\.0\.key.*float16"):
         crt.bundle.session("broken")
 
 

@@ -270,10 +270,12 @@ def test_caches_are_updated_in_place_and_the_state_never_is(crt: Any) -> None:
     session = crt.bundle.session(TARGET)
     session.prefill([ids(3)])
     tensors = session._guard.decoder.tensors
-    addresses = [cache.address for cache in tensors._caches.values()]
+    caches = crt.cache_buffers(session)
+    addresses = [cache.address for cache in caches]
     for token in ids(12, seed=1):
         session.step([token])
-    assert [cache.address for cache in tensors._caches.values()] == addresses
+    assert crt.cache_buffers(session) == caches
+    assert [cache.address for cache in caches] == addresses
     assert all(cache[0, :, :15].any(axis=(0, 2)).all() for cache in crt.caches(session))
     # One launch per role of the two sets, bound once and used again for every step.
     assert len(tensors._step_launches) == 2

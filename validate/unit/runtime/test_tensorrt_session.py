@@ -109,7 +109,7 @@ def test_a_tensor_that_moves_is_captured_anew(bundle: Bundle, recording: Any) ->
         session.prefill([PROMPTS[0]])
         for token in (70, 71):
             session.step([token])
-    cache = tensors_of(found)._caches["0.key"]
+    cache = tensors_of(found)._caches.rows("0.key", 0, 1).buffer
     moved = type(cache)(cache._memory, cache.shape, "float32")
     moved.write(cache.read())
     recording.device.view(cache.address, moved.read().nbytes)[:] = 0xFF

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if str(Path(__file__).parent) not in sys.path:  # for gpu_bench.py; pytest's import mode leaves the path alone
+    sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Nothing is run. Every graph of the target is held against the contract of ``graphs/*.toml``, against a list of operators
 and opsets, and against the checkpoint, weight by weight; see :mod:`crt_export.parity.graph_policy`,
-:mod:`crt_export.parity.data_flow` and :mod:`crt_export.parity.weight_audit`.
+:mod:`crt_export.parity.data_flow`, :mod:`crt_export.parity.linear_forms` and :mod:`crt_export.parity.weight_audit`.
 
 ``data`` of the result::
 
@@ -27,9 +27,10 @@ from crt_export.graph.contract import interface_problems
 from crt_export.ladder import CONTRACT
 from crt_export.parity.attribute_audit import attribute_problems
 from crt_export.parity.case import ParityCase
-from crt_export.parity.data_flow import cache_problems, flow_problems, linear_problems
+from crt_export.parity.data_flow import cache_problems, flow_problems
 from crt_export.parity.graph_policy import external_files, operator_counts, opsets, policy_problems
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.linear_forms import linear_problems
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.spec import graph_names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,17 +33,29 @@ class Arrays(Protocol):
     def array(self, name: str) -> NDArray[Any]: ...
 
 
-def folded_names(config: ModelConfig, precision: str, graph: str) -> set[str]:
-    """Initializers of the INT8 linears of one graph and of what is folded into them; none in other precisions."""
+def folded_names(config: ModelConfig, precision: str, graph: str, stored: Set[str]) -> set[str]:
+    """Initializers of the INT8 linears of one graph and of what is folded into them; none in other precisions.
+
+    Args:
+        config: The model.
+        precision: ``fp32``, ``fp16``, ``w8`` or ``w8a8``.
+        graph: ``step``, ``prefill``, ``prefill_pass`` or ``head``.
+        stored: Names the file has, which say how it stores linears that read one activation.
+    """
     if precision not in ("w8", "w8a8"):
         return set()
     groups = [group for group in linear_inputs(config) if graph != "head" or group.name == HEAD]
     names: set[str] = set()
     for group in groups:
         names.update(_norm_names(group))
-        for linear in group.linears:
+        for linear in (group.name,) if is_fused(group, precision, stored) else group.linears:
             names.update(_parts(linear, group, config, precision))
     return names
+
+
+def is_fused(group: LinearInput, precision: str, stored: Set[str]) -> bool:
+    """Whether a file multiplies the linears of an activation as one, under the activation's name (``w8`` may)."""
+    return precision == "w8" and len(group.linears) > 1 and f"{group.name}.weight_blocks" in stored
 
 
 def _norm_names(group: LinearInput) -> tuple[str, ...]:
@@ -109,9 +122,13 @@ class FoldedGroup:
 
     def _names(self, group: LinearInput) -> tuple[str, ...]:
         config = self._checkpoint.config
-        parts = [name for linear in group.linears for name in _parts(linear, group, config, self._precision)]
+        linears = (group.name,) if self._fused(group) else group.linears
+        parts = [name for linear in linears for name in _parts(linear, group, config, self._precision)]
         shift = f"{group.name}.input_shift"
         return (*_norm_names(group), *parts, *([shift] if shift in self._weights.names else []))
+
+    def _fused(self, group: LinearInput) -> bool:
+        return is_fused(group, self._precision, self._weights.names)
 
     def _reader_of(self, group: LinearInput) -> LinearInput | None:
         if self._precision != "w8a8":
@@ -165,9 +182,12 @@ class FoldedGroup:
     def _stored(self, linear: str) -> StoredWeight:
         array = self._weights.array
         if self._precision == "w8":
-            into = self._original(linear, "weight").shape[1]
-            blocks, scales = array(f"{linear}.weight_blocks"), array(f"{linear}.weight_scales")
-            return BlockWeight(blocks=blocks, scales=scales, into=into)
+            out, into = self._original(linear, "weight").shape
+            group = self._groups[linear]
+            name, first = (group.name, group.linears.index(linear) * out) if self._fused(group) else (linear, 0)
+            blocks, scales = array(f"{name}.weight_blocks"), array(f"{name}.weight_scales")
+            outs = slice(first, first + out)
+            return BlockWeight(blocks=blocks[outs], scales=scales[outs], into=into)
         integers, scales = array(f"{linear}.weight_q"), array(f"{linear}.weight_scale")
         return ColumnWeight(integers=integers, scales=scales)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
 from crt_export.parity.case import HALF_PRECISIONS
-from crt_export.parity.folded_weights import FoldedGroup, folded_names
+from crt_export.parity.folded_weights import FoldedGroup, folded_names, is_fused
 from crt_export.quantize.linears import HEAD, linear_inputs, linear_names
 from crt_export.rotary import rope_tables
 
@@ -94,14 +94,14 @@ class WeightAudit:
             Sentences, empty if nothing is wrong, and the number of weights looked at.
         """
         weights = Weights(model)
-        expected = self._expected(graph)
+        expected = self._expected(graph, weights)
         problems = [f"weight {name} is missing" for name in sorted(expected - weights.names)]
         problems += [
             f"constant {name} of {weights.size(name)} values is no weight of the checkpoint"
             for name in sorted(weights.names - expected)
             if weights.size(name) > _LARGEST_CONSTANT
         ]
-        for name in sorted(self._plain_names(graph) & weights.names):
+        for name in sorted(self._plain_names(graph, weights) & weights.names):
             problems += self._once((weights.identity(name),), lambda name=name: self._plain(weights, name))
         if self._quantised:
             problems += self._groups(graph, weights)
@@ -118,10 +118,11 @@ class WeightAudit:
             self._known[key] = check()
         return self._known[key]
 
-    def _expected(self, graph: str) -> set[str]:
-        return self._plain_names(graph) | (folded_names(self.checkpoint.config, self.precision, graph))
+    def _expected(self, graph: str, weights: Weights) -> set[str]:
+        folded = folded_names(self.checkpoint.config, self.precision, graph, weights.names)
+        return self._plain_names(graph, weights) | folded
 
-    def _plain_names(self, graph: str) -> set[str]:
+    def _plain_names(self, graph: str, weights: Weights) -> set[str]:
         """What must be the checkpoint's own values, rounded to the precision at most."""
         config = self.checkpoint.config
         names = {*tensor_shapes(config), f"{HEAD}.weight", *_TABLES}
@@ -133,12 +134,22 @@ class WeightAudit:
             if self.precision == "w8a8":
                 folded += [f"{name}.bias" for name in linear_names(config)]
             names -= set(folded)
+        if graph != "head":
+            for joined, parts in self._joined_biases(weights).items():
+                names = (names - {*parts}) | {joined}
         return names
+
+    def _joined_biases(self, weights: Weights) -> dict[str, list[str]]:
+        """Of the linears that a file multiplies as one: the name of their bias and of the parts it is made of."""
+        groups = linear_inputs(self.checkpoint.config)
+        fused = [group for group in groups if is_fused(group, self.precision, weights.names)]
+        return {f"{group.name}.bias": [f"{linear}.bias" for linear in group.linears] for group in fused}
 
     def _plain(self, weights: Weights, name: str) -> list[str]:
         found = weights.array(name)
         dtype = np.dtype("float16" if self.precision in HALF_PRECISIONS else "float32")
-        expected = self._table(name) if name in _TABLES else self._original(name)
+        parts = self._joined_biases(weights).get(name)
+        expected = np.concatenate([*map(self._original, parts)]) if parts else self._due(name)
         if expected.ndim == 2 and name not in (*_TABLES, "embed.weight"):
             expected = expected.T
         if found.dtype != dtype or found.shape != expected.shape:
@@ -192,6 +203,9 @@ class WeightAudit:
             if known != value.tobytes():
                 due = np.frombuffer(known, value.dtype)
                 yield f"{name} is {value.item():.6g}, in {first} it is {due.item():.6g}: the graphs must share one"
+
+    def _due(self, name: str) -> Array:
+        return self._table(name) if name in _TABLES else self._original(name)
 
     def _original(self, name: str) -> Array:
         tensors = self.checkpoint.tensors

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from crt_export.errors import BuildError, InputError, problem_list
 from crt_export.quantize.norms import smooth_norms
+from crt_export.quantize.projections import fuse_projections
 from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
 
 DOMAIN = "com.microsoft"
@@ -24,7 +25,7 @@ _INT8_ACCURACY = 4
 
 
 def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) -> int:
-    """Replace every MatMul with a weight by MatMulNBits, in place.
+    """Replace every MatMul with a weight by MatMulNBits, in place; query, key and value become one of them.
 
     Args:
         graph: An FP32 graph with weights under their checkpoint names.
@@ -32,7 +33,7 @@ def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) 
         smooth: Balance LayerNorms against the weights that read them first, see :mod:`crt_export.quantize.norms`.
 
     Returns:
-        Number of replaced MatMuls, a weight used by K passes counted K times.
+        Number of replaced MatMuls, three for query, key and value, a weight used by K passes counted K times.
 
     Raises:
         InputError: The kernel has no such block size.
@@ -41,16 +42,18 @@ def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) 
     if block_size not in BLOCK_SIZES:
         raise InputError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
     body = graph.graph
+    linears = weight_matmuls(body)
+    _check_dtype(body, linears)
+    fuse_projections(body)
     matmuls = weight_matmuls(body)
-    _check_dtype(body, matmuls)
     if smooth:
         smooth_norms(matmuls)
     for name, node in matmuls:
         _replace(body, name, node, block_size)
     RemoveUnusedNodesPass()(graph)
-    require_none_left(body, {name for name, _ in matmuls})
+    require_none_left(body, {name for name, _ in (*linears, *matmuls)})
     body.opset_imports[DOMAIN] = 1
-    return len(matmuls)
+    return len(linears)
 
 
 def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

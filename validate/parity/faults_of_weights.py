@@ -12,14 +12,18 @@ STEPS_LEFT = 20
 
 
 def _scaled(name: str, factor: float, outputs: Callable[[SpoiledBundle], slice]) -> Callable[[SpoiledBundle], None]:
-    """Some outputs of a linear layer multiplied, in the file all graphs share; an INT8 weight by its scales."""
+    """Some outputs of a linear layer multiplied, in the file all graphs share; an INT8 weight by its scales.
+
+    A ``w8`` file holds q, k and v as one weight whose first outputs are those of q.
+    """
 
     def inject(bundle: SpoiledBundle) -> None:
         wanted = outputs(bundle)
         if bundle.precision == "w8":
-            values = bundle.weight(f"{name}_scales")  # [out, blocks]
+            scales = f"{name}_scales".replace(".attn.q.", ".attn.qkv.")
+            values = bundle.weight(scales)  # [out, blocks]
             values[wanted] *= factor
-            bundle.set_weight(f"{name}_scales", values)
+            bundle.set_weight(scales, values)
         else:
             values = bundle.weight(name)  # [in, out]
             values[:, wanted] *= factor

@@ -193,8 +193,8 @@ def test_sound_files_pass_in_every_precision(forms: Path, setup: ParitySetup, fo
     facts = result.data["graphs"]["step"]
     assert facts["external_files"] == [f"{form}.weights"]
     assert facts["weights_checked"] >= len(setup.checkpoint.tensors)
-    product = "com.microsoft::MatMulNBits" if form == "w8" else "MatMul"
-    assert facts["operators"][product] == 2 * 6 + 2 + 1
+    product, of_a_layer = ("com.microsoft::MatMulNBits", 4) if form == "w8" else ("MatMul", 6)
+    assert facts["operators"][product] == 2 * of_a_layer + 2 + 1
 
 
 def test_the_whole_bundle_passes(parity_bundle: Path, setup: ParitySetup) -> None:
@@ -256,6 +256,47 @@ def test_a_fault_in_a_file_is_named(graphs: Path, setup: ParitySetup, graph: str
     assert any(failure.startswith(f"{graph}: {sentence}") for failure in found), found
     others = [failure for failure in result.failures if not failure.startswith(f"{graph}:")]
     assert others == [], "the other graphs are sound"
+
+
+def _split_of(model: onnx.ModelProto) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == "Split")
+
+
+def _exchange_parts(model: onnx.ModelProto) -> None:
+    split = _split_of(model)
+    split.output[:] = [split.output[1], split.output[0], split.output[2]]
+
+
+def _part_unread(model: onnx.ModelProto) -> None:
+    query, key, _ = _split_of(model).output
+    for node in model.graph.node:
+        if query in node.input:
+            node.input[:] = [key if name == query else name for name in node.input]
+
+
+def _other_axis(model: onnx.ModelProto) -> None:
+    next(attribute for attribute in _split_of(model).attribute if attribute.name == "axis").i = 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (_exchange_parts, "caches: output present_key_values.0.key stores what layers.0.attn.q computes"),
+        (_part_unread, "is not split into 3 equal parts along the last axis, all of them read"),
+        (_other_axis, "is not split into 3 equal parts along the last axis, all of them read"),
+        (
+            _swap(_both_ways("layers.0.attn.qkv.bias", "layers.1.attn.qkv.bias")),
+            "is not followed by an Add of layers.0.attn.qkv.bias",
+        ),
+    ],
+)
+def test_a_fault_in_a_product_of_three_linears_is_named(
+    forms: Path, setup: ParitySetup, tmp_path: Path, edit: Edit, sentence: str
+) -> None:
+    folder = Path(shutil.copytree(forms, tmp_path / "forms"))
+    _edit(folder, "step", edit, "w8")
+    found = _failures(check_contract_level(_case(folder, setup.checkpoint, "w8"), setup), "step")
+    assert any(sentence in failure for failure in found), found
 
 
 def test_one_pass_too_few_is_counted(graphs: Path, setup: ParitySetup) -> None:
@@ -320,6 +361,11 @@ def _one_level(values: np.ndarray) -> np.ndarray:
     return changed
 
 
+def _last(count: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Change the last values only."""
+    return lambda values: np.concatenate([values[:-count], change(values[-count:])])
+
+
 @pytest.mark.parametrize(
     ("form", "tensor", "change", "sentence"),
     [
@@ -332,7 +378,9 @@ def _one_level(values: np.ndarray) -> np.ndarray:
         ("w8", "layers.0.mlp.up.weight_blocks", _one_level, "weight layers.0.mlp.up: value"),
         ("w8", "layers.0.attn_norm.weight", _one_percent, "16 of 16 channels are not the checkpoint's divided by one"),
         ("w8", "layers.0.attn_norm.weight", lambda gain: gain * 2, "channels are not the checkpoint's divided by one"),
-        ("w8", "layers.0.attn.v.bias", _one_percent, "layers.0.attn.v.bias: 16 of 16 values differ"),
+        ("w8", "layers.0.attn.qkv.bias", _last(16, _one_percent), "layers.0.attn.qkv.bias: 16 of 48 values differ"),
+        ("w8", "layers.1.attn.qkv.weight_scales", _last(16, _one_percent), "weight layers.1.attn.v: value"),
+        ("w8", "layers.1.attn.qkv.weight_blocks", _one_level, "weight layers.1.attn.q: value"),
         ("w8a8", "layers.1.attn.v.weight_scale", _one_percent, "weight layers.1.attn.v: value"),
         ("w8a8", "layers.1.attn.o.weight_q", _one_level, "weight layers.1.attn.o: value"),
         ("w8a8", "layers.1.attn.v.bias_fp32", _one_percent, "16 of 16 channels are not the checkpoint's divided by"),

@@ -12,6 +12,7 @@ from crt_export.errors import BuildError, InputError
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8
 from crt_export.quantize.norms import smooth_norms
+from crt_export.quantize.projections import fuse_projections
 from crt_export.quantize.weights import weight_matmuls
 
 Exported = Callable[[str, torch.dtype], ir.Model]
@@ -72,7 +73,9 @@ def test_every_linear_of_every_graph_is_replaced(name: str, exported: Exported, 
     count = quantize_w8(graph)
     assert count == expected_matmuls(small.config, name, 2)
     nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
-    assert len(nodes) == count
+    fused = small.config.num_hidden_layers if name == "step" else 0
+    assert len(nodes) == count - 2 * fused, "query, key and value are one product"
+    assert sum(node.op_type == "Split" and len(node.outputs) == 3 for node in graph.graph) == fused
     assert not any(node.op_type == "MatMul" for node in graph.graph)
     assert all(node.attributes["accuracy_level"].as_int() == 4 for node in nodes)
     assert not any(f"{linear}.weight" in graph.graph.initializers for linear in linear_names(small.config))
@@ -100,6 +103,54 @@ def test_passes_share_one_quantised_weight() -> None:
     assert quantize_w8(graph) == 2
     assert set(graph.graph.initializers) == {"linear.weight_blocks", "linear.weight_scales"}
     assert [node.name for node in graph.graph] == ["product", "second"]
+
+
+def test_fused_projections_compute_what_three_do(exported: Exported, run_graph: RunGraph, small: Checkpoint) -> None:
+    """In FP32 and in blocks: every output keeps its own weights, so nothing changes but the number of products."""
+    separate, fused = (exported("step", torch.float32) for _ in range(2))
+    assert fuse_projections(fused.graph) == 3 * small.config.num_hidden_layers
+    names = {name for name, _ in weight_matmuls(fused.graph)}
+    assert "layers.0.attn.qkv" in names
+    assert not names & {f"layers.0.attn.{part}" for part in "qkv"}
+    inputs = _step_inputs(separate)
+    for graphs in ((separate, fused), (_quantised(separate, three=True), _quantised(fused, three=False))):
+        before, after = (run_graph(graph, inputs) for graph in graphs)
+        for name, value in before.items():
+            np.testing.assert_allclose(after[name], value, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_projections_that_do_not_read_the_same_stay_apart(exported: Exported) -> None:
+    graph = exported("step", torch.float32)
+    products = dict(weight_matmuls(graph.graph))
+    products["layers.0.attn.k"].replace_input_with(0, products["correction.up"].inputs[0])
+    assert fuse_projections(graph.graph) == 0
+    assert set(dict(weight_matmuls(graph.graph))) == set(products)
+
+
+def _step_inputs(graph: ir.Model) -> dict[str, np.ndarray]:
+    generator, sizes = np.random.default_rng(0), {"batch": 2, "capacity": 5}
+    values = {}
+    for value in graph.graph.inputs:
+        assert value.shape is not None
+        shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+        whole = value.dtype == ir.DataType.INT64
+        values[str(value.name)] = (
+            generator.integers(0, 4, shape) if whole else generator.normal(size=shape).astype(np.float32)
+        )
+    return values
+
+
+def _quantised(graph: ir.Model, *, three: bool) -> ir.Model:
+    """``w8`` of a graph; ``three`` keeps query, key and value apart by taking their biases for those of no linear."""
+    copy = graph.clone()
+    if not three:
+        quantize_w8(copy)
+        return copy
+    biases = [value for name, value in copy.graph.initializers.items() if ".attn." in name and name.endswith(".bias")]
+    for value in biases:
+        value.name = f"{value.name}.apart"
+    quantize_w8(copy)
+    return copy
 
 
 def test_the_step_chain_follows_pytorch(

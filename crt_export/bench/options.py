@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,24 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant that was asked for: a name, what it is, and what its worker is told."""
+    """One contestant that was asked for.
+
+    Attributes:
+        name: Unique in the report.
+        kind: One of ``KINDS``.
+        config: Its model.
+        target: Its target; None for PyTorch.
+        path: Its bundle; None for PyTorch.
+        prefill: How its manifest says prompts are fed; None where it does not.
+        request: What its worker is told.
+    """
 
     name: str
     kind: str
     config: ModelConfig
     target: Target | None
     path: Path | None
+    prefill: Mapping[str, Any] | None
     request: dict[str, Any]
 
 
@@ -148,7 +159,7 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     ]
     if problems:
         raise InputError(problem_list(f"{target.name} of {files.path}", problems))
-    room = _Room(batch=options.batch, threads=threads, capacity=max(*positions, *prompts) + steps)
+    room = _Room(batch=options.batch, threads=threads, capacity=max(max(positions) + steps, *prompts))
     entries = [_target_entry(files, target, config, room, name=target.name, kind=TARGET)]
     for name in options.against:
         entries.append(_entry(name, files, target, config, room))
@@ -190,17 +201,17 @@ def _entry(name: str, files: BundleFiles, target: Target, config: ModelConfig, r
     other = open_bundle(name, allow_unvalidated=True)
     other_config = config_from_manifest(other)
     same = target_from_manifest(other, target.name, other_config)
-    if room.capacity > same.capacity:
-        raise InputError(
-            f"{other.path} holds {same.capacity} tokens, {room.capacity} are asked for: "
-            "lower --position, --prompt-tokens or --steps"
-        )
     return _target_entry(other, same, other_config, room, name=other.path.name, kind=BUNDLE)
 
 
 def _target_entry(
     files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, name: str, kind: str
 ) -> Entry:
+    if room.capacity > target.capacity:
+        raise InputError(
+            f"{target.name} of {files.path} holds {target.capacity} tokens, {room.capacity} are asked for: "
+            "lower --position, --prompt-tokens or --steps"
+        )
     request = {
         "kind": kind,
         "path": str(files.path),
@@ -208,7 +219,8 @@ def _target_entry(
         "batch": room.batch,
         "threads": room.threads,
     }
-    return Entry(name=name, kind=kind, config=config, target=target, path=files.path, request=request)
+    prefill = files.manifest["targets"][target.name].get("prefill")
+    return Entry(name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request)
 
 
 def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
@@ -221,7 +233,7 @@ def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: Model
         "capacity": target.capacity,
         "threads": room.threads,
     }
-    return Entry(name=kind, kind=kind, config=config, target=None, path=None, request=request)
+    return Entry(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
 
 
 def _default_target(files: BundleFiles) -> str:

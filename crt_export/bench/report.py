@@ -151,9 +151,9 @@ class PrefillFigures:
 
     Attributes:
         tokens: Length of the prompt.
-        method: ``default`` (what the bundle says), ``steps``, ``passes``, ``adaptive``, ``exact``, or ``parallel`` (one
-            pass over everything, all a plain transformer needs).
-        passes: Number of passes K where the method has a fixed one.
+        method: ``default`` (the contestant's own: what the bundle's manifest says, for PyTorch the passes that the
+            model was trained for), ``passes`` (this many), ``adaptive`` or ``exact``.
+        passes: Number of passes K where the method has one.
         chunk: Tokens of one call, None for the contestant's own.
         samples: Prompts that were timed.
         p50_s: Median, and likewise the 90th percentile.
@@ -285,14 +285,13 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {
+        values = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **asdict(self),
-            "contestants": [asdict(contestant) for contestant in self.contestants],
             "ratios": [_ratio_dict(ratio) for ratio in self.ratios],
-            "notes": list(self.notes),
         }
+        return _lists(values)
 
     def contestant(self, name: str) -> Contestant:
         """The contestant of this name."""
@@ -303,3 +302,10 @@ def _ratio_dict(ratio: Ratio) -> dict[str, Any]:
     values = asdict(ratio)
     at = values.pop("at")
     return {**values, "position" if ratio.what == "step" else "tokens": at}
+
+
+def _lists(value: Any) -> Any:
+    """The same with lists in place of tuples, as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

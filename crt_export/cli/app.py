@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from crt_export import __version__
+from crt_export.cli.bench import bench
 from crt_export.cli.build import build
 from crt_export.cli.compare import compare
 from crt_export.cli.doctor import doctor
@@ -27,5 +28,5 @@ def app(debug: bool) -> None:
     """Export a trained context-ready transformer from PyTorch to a verified deployment."""
 
 
-for command in (init, build, validate, report, compare, selftest, generate, inspect, targets, doctor):
+for command in (init, build, validate, bench, report, compare, selftest, generate, inspect, targets, doctor):
     app.add_command(command)

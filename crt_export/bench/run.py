@@ -1,0 +1,261 @@
+"""From a bundle and options to a report: the file to read first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crt_export import __version__
+from crt_export.bench.options import BenchOptions, Entry, Plan, plan_from_options
+from crt_export.bench.report import (
+    MEASURED,
+    NOT_RUN,
+    Bandwidth,
+    BenchReport,
+    Compute,
+    Contestant,
+    Load,
+    Memory,
+    ModelSize,
+    PrefillFigures,
+    Ratio,
+    StepFigures,
+)
+from crt_export.bench.runner import Passes
+from crt_export.bench.statistics import paired_ratio, quantiles
+from crt_export.bench.step_cost import step_bytes, step_flops
+from crt_export.bench.turns import Measured, Samples, samples_from_plan
+from crt_export.bundle import BundleFiles
+from crt_export.config import ModelConfig
+from crt_export.environment import installed_versions
+from crt_export.machine import machine
+from crt_export.progress import Progress, no_progress
+
+_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")
+_FLOAT_BYTES = {"float32": 4, "float16": 2}
+_STEP, _PREFILL = "step", "prefill"
+
+
+def run_bench(
+    bundle: str | Path,
+    options: BenchOptions | None = None,
+    *,
+    created: str = "",
+    command: str = "",
+    progress: Progress = no_progress,
+) -> BenchReport:
+    """Measure a target of a bundle, and what it is compared with, in turns.
+
+    Args:
+        bundle: The bundle's folder; an unvalidated one is measured too, with a note.
+        options: What is measured; the defaults take the first target that runs here, alone.
+        created: When, for the report.
+        command: The command that repeats it, for the report.
+        progress: Told how far it is.
+
+    Raises:
+        BundleError: The bundle cannot be opened.
+        InputError: Something asked for is unknown or impossible.
+        MissingDependencyError: The target's runtime is not installed.
+        BenchError: A process died, or failed while it was measured.
+    """
+    plan = plan_from_options(Path(bundle), options or BenchOptions())
+    samples = samples_from_plan(plan, progress)
+    return report_from_samples(plan, samples, created=created, command=command)
+
+
+def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: str) -> BenchReport:
+    """The report of a run."""
+    on_cpu = plan.target.profile.device == "cpu"
+    bandwidth = Bandwidth(threads=plan.threads, bytes=plan.options.probe_bytes, read_gb_s=quantiles(samples.read_gb_s))
+    compute = Compute(threads=plan.threads, gflop_s=quantiles(samples.gflop_s))
+    return BenchReport(
+        created=created,
+        command=command,
+        crt_export=__version__,
+        hardware=machine(),
+        versions=installed_versions(_PACKAGES),
+        bundle=_bundle(plan.files),
+        model=_model(plan.files.path.name, plan.config),
+        options=_options(plan),
+        bandwidth=bandwidth if on_cpu else None,
+        compute=compute if on_cpu else None,
+        contestants=tuple(_contestant(plan, measured, bandwidth, compute) for measured in samples.measured),
+        ratios=tuple(_ratios(samples.measured)),
+        notes=tuple(dict.fromkeys(_notes(plan, samples.measured))),
+    )
+
+
+def _contestant(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Contestant:
+    entry = measured.entry
+    other = entry.path is not None and entry.path != plan.files.path
+    model = _model(entry.name, entry.config) if other else None
+    if measured.reason:
+        return Contestant(name=entry.name, kind=entry.kind, status=NOT_RUN, reason=measured.reason, model=model)
+    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
+    prefill = [_prefill(entry, tokens, way, seconds) for (tokens, way), seconds in measured.prefill.items()]
+    return Contestant(
+        name=entry.name,
+        kind=entry.kind,
+        status=MEASURED,
+        model=model,
+        load=Load(**measured.opened["load"]),
+        step=tuple(steps),
+        prefill=tuple(prefill),
+        memory=Memory(
+            weight_file=measured.opened["facts"]["weight_file"],
+            peak_rss=measured.peak_rss,
+            **measured.opened["memory"],
+            **measured.memory,
+        ),
+    )
+
+
+def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, compute: Compute) -> StepFigures:
+    entry, batch, blocks = measured.entry, plan.options.batch, measured.steps[position]
+    seconds = np.concatenate([block["seconds"] for block in blocks])
+    engine = np.concatenate([block["engine"] for block in blocks])
+    p10, p50, p90, p99 = (np.percentile(seconds, (10, 50, 90, 99)) * 1e3).tolist()
+    figures = StepFigures(
+        position=position,
+        batch=batch,
+        samples=seconds.size,
+        p10_ms=p10,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        max_ms=float(seconds.max() * 1e3),
+        mean_ms=float(seconds.mean() * 1e3),
+        tokens_per_s=float(batch / seconds.mean()),
+        runtime_overhead=float(np.median(1 - engine / seconds)) if engine.size else None,
+    )
+    return _with_floor(figures, plan, entry, measured.opened["facts"]["weights"], bandwidth, compute)
+
+
+def _with_floor(
+    figures: StepFigures, plan: Plan, entry: Entry, weights: int | None, bandwidth: Bandwidth, compute: Compute
+) -> StepFigures:
+    """Add what memory and arithmetic allow at best; a GPU's own rates are not known here."""
+    if weights is None:
+        return figures
+    middle = figures.position + plan.steps // 2  # of the block's positions
+    target = entry.target
+    moved = step_bytes(
+        entry.config,
+        weights=weights,
+        position=middle,
+        batch=figures.batch,
+        cache_head_dim=entry.config.head_dim if target is None else target.cache_head_dim,
+        cache_item_bytes=_FLOAT_BYTES["float32" if target is None else target.cache_dtype],
+    )
+    flops = step_flops(entry.config, position=middle, batch=figures.batch)
+    values: dict[str, Any] = {"bytes": moved, "flops": flops}
+    if target is None or target.profile.device == "cpu":
+        floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
+        values |= {
+            "floor_ms": floor,
+            "compute_floor_ms": flops / compute.gflop_s.p90 / 1e6,
+            "over_floor": figures.p50_ms / floor,
+            "over_floor_p10": figures.p10_ms / floor,
+            "over_floor_paired": figures.p50_ms / (moved.total / bandwidth.read_gb_s.p50 / 1e6),
+        }
+    return StepFigures(**{**vars(figures), **values})
+
+
+def _prefill(entry: Entry, tokens: int, way: Passes, seconds: Sequence[float]) -> PrefillFigures:
+    method, passes = ("passes", way) if isinstance(way, int) else (way or "default", None)
+    chunk = None
+    if way is None and entry.prefill is not None:
+        passes, chunk = entry.prefill["passes"], entry.prefill["chunk"]
+    if way is None and entry.target is None and entry.config.recurrent:
+        passes = entry.config.unroll_steps
+    return PrefillFigures(
+        tokens=tokens,
+        method=method,
+        passes=passes,
+        chunk=chunk,
+        samples=len(seconds),
+        p50_s=float(np.median(seconds)),
+        p90_s=float(np.percentile(seconds, 90)),
+    )
+
+
+def _ratios(everybody: Sequence[Measured]) -> Iterator[Ratio]:
+    """The target against everybody else, at every position and for every length of prompt."""
+    first, *others = everybody
+    for other in others:
+        for position, blocks in other.steps.items():
+            own = [block["seconds"] for block in first.steps[position]]
+            yield _ratio(first, other, _STEP, position, own, [block["seconds"] for block in blocks])
+        for (tokens, way), seconds in other.prefill.items():
+            if way is None and (tokens, way) in first.prefill:
+                own = [[taken] for taken in first.prefill[tokens, way]]
+                yield _ratio(first, other, _PREFILL, tokens, own, [[taken] for taken in seconds])
+
+
+def _ratio(
+    of: Measured, against: Measured, what: str, at: int, own: Sequence[Sequence[float]], its: Sequence[Sequence[float]]
+) -> Ratio:
+    found = paired_ratio(own, its)
+    return Ratio(
+        of=of.entry.name,
+        against=against.entry.name,
+        what=what,
+        at=at,
+        ratio=found.median,
+        low=found.low,
+        high=found.high,
+        turns=len(own),
+    )
+
+
+def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
+    for measured in everybody:
+        name = measured.entry.name
+        if measured.reason:
+            continue
+        yield from measured.opened["facts"]["notes"]
+        for way, reason in measured.refused.items():
+            yield f"{name} takes no prompt {'of its own' if way is None else f'with passes={way}'}: {reason}"
+        share = measured.opened["load"]["cached_share"]
+        if share is not None:
+            yield f"{name} was opened with {share:.0%} of its weight file in the page cache"
+    if plan.target.profile.precision.startswith("w8"):
+        yield "the compute floor is that of float32 products; integer ones can be faster"
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    return {
+        **vars(plan.options),
+        "target": plan.target.name,
+        "against": list(plan.options.against),
+        "positions": list(plan.positions),
+        "prompt_tokens": list(plan.prompt_tokens),
+        "passes": list(plan.options.passes),
+        "steps": plan.steps,
+        "threads": plan.threads,
+    }
+
+
+def _bundle(files: BundleFiles) -> dict[str, Any]:
+    manifest: Mapping[str, Any] = files.manifest
+    return {
+        "name": files.path.name,
+        "sha256": files.identity,
+        "validated": manifest["validated"],
+        "targets": {name: {"prefill": entry.get("prefill")} for name, entry in manifest["targets"].items()},
+    }
+
+
+def _model(name: str, config: ModelConfig) -> ModelSize:
+    return ModelSize(
+        name=name,
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        parameters=config.parameter_count,
+    )

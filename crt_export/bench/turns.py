@@ -1,0 +1,145 @@
+"""Contestants in turns: what drifts on a shared machine drifts for all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from crt_export.bench.options import Entry, Plan
+from crt_export.bench.runner import Passes
+from crt_export.bench.worker import PROBE
+from crt_export.bench.worker_process import WorkerProcess
+from crt_export.errors import CrtExportError, InputError, UnsupportedError
+from crt_export.progress import Progress
+
+_PROBE_SAMPLES = 3
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Everything one contestant said, as it came.
+
+    Attributes:
+        entry: The contestant.
+        reason: Why it did not run; empty where it did.
+        opened: Answer to ``open``: load, memory, facts.
+        memory: Answer to ``memory``.
+        peak_rss: At the end.
+        steps: Position to one answer (``seconds``, ``engine``) per turn.
+        prefill: (Tokens, way) to the seconds of each turn.
+        refused: Ways of feeding a prompt that it does not have, and why.
+    """
+
+    entry: Entry
+    reason: str = ""
+    opened: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    peak_rss: int | None = None
+    steps: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
+    prefill: dict[tuple[int, Passes], list[float]] = field(default_factory=dict)
+    refused: dict[Passes, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What a run gave: rates of the machine, and every contestant."""
+
+    read_gb_s: Sequence[float]
+    gflop_s: Sequence[float]
+    measured: Sequence[Measured]
+
+
+def samples_from_plan(plan: Plan, progress: Progress) -> Samples:
+    """Start the contestants, let them run in turns, end them whatever happens.
+
+    Raises:
+        CrtExportError: The target, or another one of a bundle, cannot be opened; a PyTorch baseline that cannot is
+            ``not run`` instead.
+        BenchError: A process died, or failed while it was measured.
+    """
+    with ExitStack() as processes:
+        probe = processes.enter_context(WorkerProcess("the probe", single_threaded_blas=True))
+        probe.ask("open", kind=PROBE, threads=plan.threads, bytes=plan.options.probe_bytes)
+        everybody = [Measured(entry=entry) for entry in plan.entries]
+        running: list[tuple[Measured, WorkerProcess]] = []
+        for number, measured in enumerate(everybody):
+            progress(f"opening {measured.entry.name}", number, len(everybody))
+            worker = _opened(plan, measured, processes)
+            if worker is not None:
+                running.append((measured, worker))
+        read, computed = _step_turns(plan, probe, running, progress)
+        _prefill_turns(plan, running, progress)
+        for measured, worker in running:
+            measured.peak_rss = worker.ask("peak_rss")
+    return Samples(read_gb_s=read, gflop_s=computed, measured=everybody)
+
+
+def _opened(plan: Plan, measured: Measured, processes: ExitStack) -> WorkerProcess | None:
+    """Open a contestant in a new process, alone; None where a baseline cannot run."""
+    entry = measured.entry
+    worker = processes.enter_context(WorkerProcess(entry.name))
+    try:
+        measured.opened = worker.ask("open", **entry.request)
+        own, *others = plan.ways
+        _try_way(plan, measured, worker, own)
+        longest = 0 if own in measured.refused else max(plan.prompt_tokens)
+        measured.memory = worker.ask("memory", tokens=longest)
+        for way in others:
+            _try_way(plan, measured, worker, way)
+    except CrtExportError as error:
+        worker.close()
+        if entry.target is not None:
+            raise
+        measured.reason = str(error).strip()
+        return None
+    return worker
+
+
+def _try_way(plan: Plan, measured: Measured, worker: WorkerProcess, way: Passes) -> None:
+    """Find out whether it can feed a prompt this way, which loads what that takes."""
+    try:
+        worker.ask("prefill", tokens=min(plan.prompt_tokens), passes=way)
+    except (UnsupportedError, InputError) as error:
+        measured.refused[way] = str(error)
+
+
+def _step_turns(
+    plan: Plan, probe: WorkerProcess, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress
+) -> tuple[list[float], list[float]]:
+    read: list[float] = []
+    computed: list[float] = []
+    options = plan.options
+    for turn in range(options.turns):
+        progress("steps in turns", turn, options.turns)
+        for position in plan.positions:
+            rates = probe.ask("sample", samples=_PROBE_SAMPLES)
+            read += rates["read_gb_s"]
+            computed += rates["gflop_s"]
+            for measured, worker in _rotated(running, turn):
+                time.sleep(options.pause_s)
+                block = worker.ask("steps", position=position, warmups=options.warmups, count=plan.steps)
+                measured.steps.setdefault(position, []).append(block)
+    return read, computed
+
+
+def _prefill_turns(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress) -> None:
+    turns = plan.options.prefill_turns
+    for number, tokens in enumerate(plan.prompt_tokens):
+        for turn in range(turns):
+            progress("prompts in turns", number * turns + turn, turns * len(plan.prompt_tokens))
+            for measured, worker in _rotated(running, turn):
+                for way in plan.ways:
+                    if way in measured.refused:
+                        continue
+                    time.sleep(plan.options.pause_s)
+                    seconds = worker.ask("prefill", tokens=tokens, passes=way)
+                    measured.prefill.setdefault((tokens, way), []).append(seconds)
+
+
+def _rotated(running: Sequence[tuple[Measured, WorkerProcess]], turn: int) -> list[tuple[Measured, WorkerProcess]]:
+    """Another one begins in every turn, so that nobody always follows the same neighbour."""
+    first = turn % len(running)
+    return [*running[first:], *running[:first]]

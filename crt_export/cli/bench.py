@@ -1,0 +1,92 @@
+"""``crt-export bench``: how fast a bundle is, against the memory and against others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
+from crt_export.cli.invocation import command_line, now
+from crt_export.cli.options import PATH, json_option
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--target", default="", metavar="NAME", help="Default: the first target that runs here.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME|BUNDLE",
+    help="Runs in turns with it: another target, pytorch-eager, pytorch-compile, pytorch-dynamic-int8, or the same "
+    "target of another bundle; may be repeated.",
+)
+@click.option("--position", "positions", type=int, multiple=True, metavar="N", help="Tokens in the cache. Default: 64.")
+@click.option("--prompt-tokens", type=int, multiple=True, metavar="N", help="Length of a prompt. Default: 16 and 64.")
+@click.option(
+    "--passes",
+    multiple=True,
+    metavar="K|adaptive|exact",
+    help="Also feed prompts in K parallel passes, in as many as they need, or exactly; may be repeated.",
+)
+@click.option("--turns", type=int, default=10, show_default=True, metavar="N", help="Blocks of steps of everybody.")
+@click.option("--steps", type=int, default=0, metavar="N", help="Steps of a block. Default: 20, fewer in small caches.")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows.")
+@click.option("--threads", type=int, metavar="N", help="CPU threads, 0 for every core. Default: the target's.")
+@click.option("--output", type=PATH, metavar="FILE.json", help="Write the report, as --json prints it.")
+@click.option("--html", type=PATH, metavar="FILE.html", help="Write the report for readers, one file with plots.")
+@json_option
+def bench(
+    bundle: Path,
+    target: str,
+    against: tuple[str, ...],
+    positions: tuple[int, ...],
+    prompt_tokens: tuple[int, ...],
+    passes: tuple[str, ...],
+    turns: int,
+    steps: int,
+    batch: int,
+    threads: int | None,
+    output: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how fast BUNDLE runs: load, step, prompt, memory, and how far that is from the memory's bandwidth.
+
+    Everything that is compared runs in turns, each in a process of its own, so that a machine's drift cancels.
+    """
+    from crt_export.bench.options import BenchOptions, passes_from_text
+    from crt_export.bench.run import run_bench
+    from crt_export.cli.bench_tables import write_bench_tables
+    from crt_export.report.output import check_outputs, write_output
+
+    options = BenchOptions(
+        target=target,
+        against=against,
+        positions=positions,
+        prompt_tokens=prompt_tokens,
+        passes=passes_from_text(passes),
+        turns=turns,
+        steps=steps,
+        batch=batch,
+        threads=threads,
+    )
+    check_outputs([output, html], inputs=[bundle])
+    if html is not None:
+        from crt_export.report.html import require_renderer
+
+        require_renderer()
+    with reserved_stdout(as_json), ProgressLine() as progress:
+        found = run_bench(bundle, options, created=now(), command=command_line(), progress=progress)
+    document = found.to_dict()
+    if output is not None:
+        write_output(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    if html is not None:
+        from crt_export.report.html import render_html
+
+        write_output(html, render_html(document))
+    if as_json:
+        write_json(document)
+    else:
+        write_bench_tables(found)

@@ -1,0 +1,180 @@
+"""A whole run: real runtimes on a tiny bundle, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crt_export.bench.options import BenchOptions, plan_from_options
+from crt_export.bench.report import BenchReport
+from crt_export.bench.run import run_bench
+from crt_export.cli import main
+from crt_export.errors import InputError
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "bundle-v1"
+QUICK = BenchOptions(
+    target="ort-cpu-int8",
+    positions=(5, 0),
+    prompt_tokens=(3, 6),
+    turns=2,
+    prefill_turns=2,
+    steps=4,
+    threads=1,
+    probe_bytes=1 << 20,
+    pause_s=0,
+)
+
+
+def _changed(options: BenchOptions, **changes: object) -> BenchOptions:
+    return BenchOptions(**{**vars(options), **changes})
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
+    other = tmp_path_factory.mktemp("bench") / "copy"
+    shutil.copytree(GOLDEN, other)
+    against = ("ort-cpu-fp32", "pytorch-eager", str(other))
+    return run_bench(GOLDEN, _changed(QUICK, against=against, passes=(2, "exact")), command="crt-export bench")
+
+
+def test_everybody_is_measured_at_every_position_and_prompt(report: BenchReport) -> None:
+    assert [c.name for c in report.contestants] == ["ort-cpu-int8", "ort-cpu-fp32", "pytorch-eager", "copy"]
+    assert [c.kind for c in report.contestants] == ["target", "target", "pytorch-eager", "bundle"]
+    for contestant in report.contestants:
+        assert (contestant.status, contestant.reason) == ("measured", "")
+        assert [(step.position, step.samples) for step in contestant.step] == [(5, 8), (0, 8)]
+        for step in contestant.step:
+            assert 0 < step.p10_ms <= step.p50_ms <= step.p90_ms <= step.p99_ms <= step.max_ms
+        ways = {(row.tokens, row.method) for row in contestant.prefill}
+        assert ways == {(tokens, method) for tokens in (3, 6) for method in ("default", "passes", "exact")}
+        assert contestant.load is not None
+        assert 0 < contestant.load.open_s < contestant.load.first_token_s
+
+
+def test_the_floor_is_what_the_step_moves_at_the_bandwidth_of_the_run(report: BenchReport) -> None:
+    assert report.bandwidth is not None
+    bytes_of = {}
+    for contestant in report.contestants:
+        step = contestant.step[0]
+        assert step.bytes is not None
+        assert step.floor_ms == pytest.approx(step.bytes.total / report.bandwidth.read_gb_s.p90 / 1e6)
+        assert step.over_floor == pytest.approx(step.p50_ms / (step.floor_ms or 0))
+        bytes_of[contestant.name] = step.bytes.weights
+    # Linears of 16 x 16 are padded to blocks of 128, so int8 need not be smaller here.
+    assert bytes_of["copy"] == bytes_of["ort-cpu-int8"]
+    assert abs(bytes_of["pytorch-eager"] - bytes_of["ort-cpu-fp32"]) < 200
+    engines = [contestant for contestant in report.contestants if contestant.kind != "pytorch-eager"]
+    assert all(0 < (step.runtime_overhead or 0) < 1 for contestant in engines for step in contestant.step)
+
+
+def test_ratios_judge_the_target_against_each_of_the_others(report: BenchReport) -> None:
+    assert {ratio.of for ratio in report.ratios} == {"ort-cpu-int8"}
+    found = {(ratio.against, ratio.what, ratio.at) for ratio in report.ratios}
+    others = ("ort-cpu-fp32", "pytorch-eager", "copy")
+    assert found == {
+        (other, *at) for other in others for at in (("step", 5), ("step", 0), ("prefill", 3), ("prefill", 6))
+    }
+    assert all(0 < ratio.low <= ratio.ratio <= ratio.high for ratio in report.ratios)
+    eager = report.contestant("pytorch-eager").step[0].p50_ms / report.contestants[0].step[0].p50_ms
+    step = next(r for r in report.ratios if (r.against, r.what, r.at) == ("pytorch-eager", "step", 5))
+    assert (step.ratio > 1) == (eager > 1)
+
+
+def test_the_json_survives_a_round_trip_and_says_how_it_was_made(report: BenchReport) -> None:
+    document = report.to_dict()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert (document["format"], document["format_version"]) == ("crt-export-bench", 1)
+    assert {key: document["options"][key] for key in ("target", "positions", "steps", "threads")} == {
+        "target": "ort-cpu-int8",
+        "positions": [5, 0],
+        "steps": 4,
+        "threads": 1,
+    }
+    assert document["ratios"][0]["position"] == 5
+    assert next(ratio for ratio in document["ratios"] if ratio["what"] == "prefill")["tokens"] == 3
+    assert any("page cache" in note for note in document["notes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": (10**6,)}, "position 1000000 and 4 steps exceed the capacity"),
+        ({"prompt_tokens": (10**6,)}, "1000000 prompt tokens exceed the capacity"),
+        ({"against": ("pytorch",)}, "neither a bundle's folder nor one of pytorch-eager"),
+        ({"against": ("ort-cpu-int8",)}, "measured against itself, or named twice: ort-cpu-int8"),
+        ({"target": "nothing"}, "unknown target 'nothing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:
+    options = _changed(QUICK, **changes)
+    with pytest.raises(InputError, match=message):
+        plan_from_options(GOLDEN, options)
+
+
+def test_impossible_options_are_listed_all_at_once() -> None:
+    with pytest.raises(
+        InputError, match=r"turns must be at least 1, found 0[\s\S]*passes must be[\s\S]*threads must be"
+    ):
+        BenchOptions(turns=0, passes=("some",), threads=-1)
+
+
+def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[Path, object]]) -> None:
+    plan = plan_from_options(tiny_bundle("plain")[0], BenchOptions(target="ort-cpu-fp32"))  # a capacity of 32
+    assert plan.target.capacity == 32
+    assert (plan.steps, plan.positions, plan.prompt_tokens) == (10, (22,), (16, 32))
+
+
+def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_rows(
+    tiny_bundle: Callable[..., tuple[Path, object]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle("transformer", model_type="transformer", max_position_embeddings=48)[0]
+    options = [
+        "--turns",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--threads",
+        "1",
+        "--prompt-tokens",
+        "3",
+        "--passes",
+        "2",
+    ]
+    output = tmp_path / "bench.json"
+    assert main(["bench", str(bundle), *options, "--position", "1", "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "is not validated: its agreement with PyTorch was never shown" in text
+    assert "takes no prompt with passes=2" in text
+    document = json.loads(output.read_text(encoding="utf-8"))
+    (contestant,) = document["contestants"]
+    assert contestant["step"][0]["batch"] == 2
+    assert [row["method"] for row in contestant["prefill"]] == ["default"]
+    assert document["ratios"] == []
+
+
+def test_a_baseline_that_cannot_run_is_not_run_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A module of this name that cannot be imported is first on the workers' path.
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    options = _changed(QUICK, against=("pytorch-dynamic-int8",), positions=(2,), prompt_tokens=(3,), turns=1)
+    found = run_bench(GOLDEN, options).contestant("pytorch-dynamic-int8")
+    assert (found.status, found.step, found.load) == ("not run", (), None)
+    assert "no torch here" in found.reason
+
+
+@pytest.mark.evidence
+def test_compiled_and_quantised_pytorch_run_where_there_is_a_compiler() -> None:
+    names = ("pytorch-compile", "pytorch-dynamic-int8")
+    report = run_bench(GOLDEN, _changed(QUICK, against=names))
+    for name in names:
+        contestant = report.contestant(name)
+        assert contestant.status == "measured", contestant.reason
+        assert len(contestant.step) == 2
+    assert report.contestant("pytorch-compile").prefill == ()
+    assert any("only the step is compiled" in note for note in report.notes)

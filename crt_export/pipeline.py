@@ -27,6 +27,7 @@ from crt_export.stages.calibration import quantization_plan, read_build_text
 from crt_export.stages.graphs import write_graphs
 from crt_export.stages.manifest import manifest_from_build
 from crt_export.stages.options import BuildOptions, profiles_from_options
+from crt_export.stages.prefill import prefill_plans
 from crt_export.stages.store import StageStore
 from crt_export.stages.targets import BuiltTarget, build_target
 from crt_export.stages.vectors import write_vectors
@@ -64,6 +65,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
     profiles = profiles_from_options(options, checkpoint.config)
     text = read_build_text(checkpoint, tokenizer, profiles, options, progress)
     with stage_bundle(options.output) as staging:
+        prefills = prefill_plans(checkpoint, profiles, text.validation, progress)
         plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress, store)
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
         targets = tuple(
@@ -86,6 +88,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
                 calibration=calibration,
                 graphs=graphs.values(),
                 targets=targets,
+                prefills=prefills,
                 report=report,
             )
         )

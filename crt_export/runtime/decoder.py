@@ -88,8 +88,15 @@ class Decoder:
             BundleError: Its file is missing or differs from what was built.
             ContractError: It cannot be loaded or breaks the contract.
         """
-        recurrent = self.sizes.recurrent
-        rule = prefill_rule(self._plan, passes, chunk, most=self.max_chunk, recurrent=recurrent, target=self._target)
+        rule = prefill_rule(
+            self._plan,
+            passes,
+            chunk,
+            most=self.max_chunk,
+            recurrent=self.sizes.recurrent,
+            unroll=self.sizes.unroll,
+            target=self._target,
+        )
         if rule.passes is not None:
             self._engine.program("prefill_pass")
         return rule

@@ -89,7 +89,14 @@ def plan_from_entry(entry: Mapping[str, Any], *, recurrent: bool) -> PrefillPlan
 
 
 def prefill_rule(
-    plan: PrefillPlan, passes: int | str | None, chunk: int | None, *, most: int, recurrent: bool, target: str
+    plan: PrefillPlan,
+    passes: int | str | None,
+    chunk: int | None,
+    *,
+    most: int,
+    recurrent: bool,
+    unroll: int | None,
+    target: str,
 ) -> PrefillRule:
     """What a call comes to.
 
@@ -99,6 +106,7 @@ def prefill_rule(
         chunk: Most tokens of a chunk, or None.
         most: Most tokens that a call of the engine takes.
         recurrent: Whether the model has passes at all.
+        unroll: Passes that the target was built with, which every target can make.
         target: Its name, for messages.
 
     Raises:
@@ -117,7 +125,7 @@ def prefill_rule(
     own = plan.chunk if number is None and word != EXACT else None
     size = min(own or most, most) if chunk is None else whole_number("chunk", chunk, most=most)
     if number is not None:
-        return PrefillRule(passes=number, bound=None, shortest=1, chunk=size)
+        return PrefillRule(passes=None if number == unroll else number, bound=None, shortest=1, chunk=size)
     if recurrent and (word == EXACT or (word is None and plan.method == STEPS)):
         return PrefillRule(passes=None, bound=None, shortest=sys.maxsize, chunk=size)
     bound = plan.residual_bound if ADAPTIVE in (word, plan.method) else None

@@ -22,11 +22,13 @@ class Feeding:
         by: ``step`` (token by token), ``prefill`` (the unrolled graph) or ``prefill_pass`` (as many single passes as
             the prompt has tokens, which is the exact recurrence).
         chunk: Most tokens per call of ``prefill``.
+        passes: Those that ``prefill`` was built with; None for a plain transformer.
         steps: Steps after the prompt.
     """
 
     by: Literal["step", "prefill", "prefill_pass"]
     chunk: int
+    passes: int | None
     steps: int
 
 
@@ -62,7 +64,7 @@ def replay(session: Session, vectors: Vectors, feeding: Feeding) -> Iterator[Obs
         for token in prompt:
             logits = session.step([int(token)])
     elif feeding.by == "prefill":
-        logits = session.prefill([prompt], chunk=feeding.chunk)
+        logits = session.prefill([prompt], chunk=feeding.chunk, passes=feeding.passes)
     else:
         # Chunks need as many passes as they have tokens.
         passes = min(len(prompt), feeding.chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -113,10 +114,11 @@ def _replays(session: Session, recurrent: bool, target: Target, vectors: Vectors
             f"the self-test vectors have no run {run!r} for {target.name}, only {', '.join(vectors.runs)}; "
             "build the bundle again"
         )
-    by_prefill = Feeding(by="prefill", chunk=chunk, steps=steps)
-    plan = [(RECURRENCE, Feeding(by="step", chunk=chunk, steps=steps)), (run, by_prefill)]
+    passes = target.unroll if recurrent else None
+    by_prefill = Feeding(by="prefill", chunk=chunk, passes=passes, steps=steps)
+    plan = [(RECURRENCE, Feeding(by="step", chunk=chunk, passes=passes, steps=steps)), (run, by_prefill)]
     if recurrent and not target.profile.compiled and "prefill_pass" in target.graphs:
-        plan.append((RECURRENCE, Feeding(by="prefill_pass", chunk=chunk, steps=min(steps, _FEW_STEPS))))
+        plan.append((RECURRENCE, replace(by_prefill, by="prefill_pass", steps=min(steps, _FEW_STEPS))))
     results, seen = [], []
     for name, feeding in plan:
         comparison = Comparison(vectors=vectors, run=name, precision=target.profile.precision, limit=limit)
@@ -126,7 +128,7 @@ def _replays(session: Session, recurrent: bool, target: Target, vectors: Vectors
         failures = (*comparison.failures, *failure)
         results.append(ReplayResult(replay=feeding.by, tensors=comparison.results, failures=failures))
         session.reset()
-    again = Feeding(by="prefill", chunk=chunk, steps=min(steps, _FEW_STEPS))
+    again = replace(by_prefill, steps=min(steps, _FEW_STEPS))
     repeated, failure = _observe(session, vectors, again, None)
     differences = _differences(vectors, seen[: again.steps + 1], repeated)
     results.append(ReplayResult(replay="reset", tensors=(), failures=(*differences, *failure)))

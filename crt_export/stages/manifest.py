@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from crt_export import __version__
@@ -11,6 +11,7 @@ from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
+from crt_export.runtime.prefill_plan import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 from crt_export.stages.graphs import GraphFile
 from crt_export.stages.options import BuildOptions
@@ -27,6 +28,7 @@ def manifest_from_build(
     calibration: dict[str, Any] | None,
     graphs: Iterable[GraphFile],
     targets: Sequence[BuiltTarget],
+    prefills: Mapping[str, PrefillPlan],
     report: ParityReport | None,
 ) -> dict[str, Any]:
     """The manifest, but for schema version and files, which ``Staging.commit`` adds.
@@ -44,7 +46,10 @@ def manifest_from_build(
         "options": _resolved_options(options, text, calibration, targets),
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
         "graphs": [_graph_entry(file) for file in every],
-        "targets": {target.profile.name: target.to_dict(config) for target in targets},
+        "targets": {
+            target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
+            for target in targets
+        },
         "parity": None if report is None else report.to_dict(),
     }
 

@@ -1,0 +1,182 @@
+"""Stage: how each target takes prompts.
+
+Token by token is exact; passes are worth their difference where they are faster. What a pass costs in steps was
+measured (README, *Prefill*): with FP32 weights on a CPU the break-even for 1024 tokens is at 16 to 22 passes, of which
+trained models need 5 to 7; with INT8 weights, whose steps are three to four times as fast, it is at 8 to 11, which is
+not worth being inexact for. For fewer tokens than twice the passes, steps win everywhere. Chunks of 256 tokens are as
+efficient as larger ones, attend over less, and stop one by one.
+
+Passes stop by their residual where its bound is known: simulated on text with PyTorch FP32, see
+:mod:`crt_export.parity.certificate.stopping`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.config import ModelConfig
+from crt_export.errors import UnsupportedError
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.parity.certificate.spans import perplexity_gap_interval, smallest_passes
+from crt_export.parity.certificate.stopping import Stopping, stopping_bound
+from crt_export.parity.tolerances import load_tolerances
+from crt_export.profile import EngineProfile
+from crt_export.progress import Progress, no_progress
+from crt_export.runtime.prefill_plan import ADAPTIVE, PASSES, STEPS, PrefillPlan
+from crt_export.text import TokenText
+
+CHUNK = 256
+_MOST_PASSES = 16
+#: Numbers of passes in a row within the limit after which more would say nothing new.
+_SETTLED = 3
+#: Tokens that are measured: as many as keep this many multiply-accumulates per pass, within limits.
+_WORK, _FEWEST_TOKENS, _MOST_TOKENS = 125_000_000_000, 1024, 4096
+_FEWEST_WINDOWS = 4
+#: Passes after which a trained model predicts text better than chance by far.
+_FIRST_LOOK = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassLimits:
+    """When passes over a chunk may stop.
+
+    Attributes:
+        chunk: Tokens of the chunks it was measured on.
+        passes: Smallest number of passes within the limit of perplexity with 95 % confidence.
+        stopping: The bound on the residual that holds it.
+    """
+
+    chunk: int
+    passes: int
+    stopping: Stopping
+
+
+def prefill_plans(
+    checkpoint: Checkpoint,
+    profiles: Sequence[EngineProfile],
+    text: TokenText | None,
+    progress: Progress = no_progress,
+) -> dict[str, PrefillPlan]:
+    """How every target takes prompts, by its name.
+
+    Args:
+        checkpoint: The model.
+        profiles: Resolved targets.
+        text: What the bound is measured on; None where there is none.
+        progress: Told what is measured.
+
+    Raises:
+        UnsupportedError: A profile insists on adaptive passes, and there is no bound for this model.
+    """
+    wanted = [profile for profile in profiles if _has_bound(profile, checkpoint.config)]
+    chunk = min([CHUNK, *(profile.seq.max for profile in wanted)])
+    limits = pass_limits(checkpoint, text, chunk, progress) if wanted and text is not None else None
+    return {profile.name: _plan(profile, checkpoint.config, limits) for profile in profiles}
+
+
+def pass_limits(
+    checkpoint: Checkpoint, text: TokenText, chunk: int, progress: Progress = no_progress
+) -> PassLimits | None:
+    """Measure when passes may stop, with PyTorch FP32.
+
+    Args:
+        checkpoint: A recurrent model.
+        text: Its end is used, which validation sees last.
+        chunk: Tokens of a chunk.
+        progress: Told how many passes are done.
+
+    Returns:
+        None where the model predicts the text no better than chance, the text is too short, or no bound holds.
+    """
+    tokens = min(max(_WORK // checkpoint.config.parameter_count, _FEWEST_TOKENS), _MOST_TOKENS)
+    count = min(max(tokens // chunk, _FEWEST_WINDOWS), (len(text) - 1) // chunk)
+    if count < _FEWEST_WINDOWS or chunk < 2:
+        return None
+    ids = text.ids[-count * chunk - 1 :]
+    inputs, targets = (torch.from_numpy(part.reshape(count, chunk).copy()) for part in (ids[:-1], ids[1:]))
+    model, tolerances = model_from_checkpoint(checkpoint), load_tolerances()
+    if not _predicts(model, inputs, targets, tolerances.learnt_share):
+        return None
+    return _measured(model, inputs, targets, tolerances.perplexity_gap, progress)
+
+
+@torch.no_grad()
+def _predicts(model: Model, inputs: Tensor, targets: Tensor, learnt_share: float) -> bool:
+    """Whether a few passes over one window predict it clearly better than a uniform guess."""
+    hidden, _, _ = model.unroll(inputs[:1], _FIRST_LOOK)
+    return float(_nll(model, hidden, targets[:1]).mean()) < learnt_share * math.log(model.config.vocab_size)
+
+
+@torch.no_grad()
+def _measured(model: Model, inputs: Tensor, targets: Tensor, limit: float, progress: Progress) -> PassLimits | None:
+    label, most = "measure when passes of a prefill may stop", min(_MOST_PASSES, inputs.shape[1])
+    progress(label, 0, most)
+    sequential = _nll(model, model.sequential(inputs)[0], targets)
+    hidden, residuals, nlls, gaps = None, [], [], []
+    for done in range(1, most + 1):
+        hidden, _, residual = model.unroll(inputs, 1, hidden=hidden)
+        residuals.append(residual.double().numpy())
+        nlls.append(_nll(model, hidden, targets))
+        gaps.append(perplexity_gap_interval(nlls[-1], sequential))
+        progress(label, done, most)
+        if len(gaps) >= _SETTLED and all(gap.within(limit) for gap in gaps[-_SETTLED:]):
+            break
+    progress(label, most, most)
+    passes = range(1, len(gaps) + 1)
+    smallest = smallest_passes(passes, gaps, limit)
+    stopping = stopping_bound(passes, np.stack(residuals), np.stack(nlls), sequential, limit)
+    if smallest is None or stopping is None:
+        return None
+    return PassLimits(chunk=inputs.shape[1], passes=smallest, stopping=stopping)
+
+
+def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
+    """Negative log-likelihood of the next tokens, nats, float64 [windows, positions]; by window, to save memory."""
+    found = [
+        -torch.log_softmax(model.head(states).double(), dim=-1).gather(-1, wanted[:, None])[:, 0]
+        for states, wanted in zip(hidden, targets, strict=True)
+    ]
+    return torch.stack(found).numpy()
+
+
+def _has_bound(profile: EngineProfile, config: ModelConfig) -> bool:
+    """Whether it can look at the residual between passes."""
+    return config.recurrent and profile.device == "cpu"
+
+
+def _plan(profile: EngineProfile, config: ModelConfig, limits: PassLimits | None) -> PrefillPlan:
+    unroll = profile.unroll or 1
+    if not config.recurrent:
+        return PrefillPlan(passes=1)
+    known = limits if _has_bound(profile, config) else None
+    if known is None and profile.prefill == ADAPTIVE:
+        raise UnsupportedError(
+            f"{profile.name}: prefill = 'adaptive' needs a bound for the residual, and there is none: it is measured "
+            "on the text of a validated build, which the model has to predict better than chance; use another prefill"
+        )
+    method = profile.prefill if profile.prefill != "auto" else _fastest(profile, known)
+    if known is None:
+        # As many passes as tokens are as exact as steps, and slower.
+        return PrefillPlan(method=method, passes=unroll, shortest=unroll + 1)
+    adaptive = method == ADAPTIVE
+    return PrefillPlan(
+        method=method,
+        passes=unroll if method == PASSES else max(unroll, known.stopping.most_passes),
+        chunk=known.chunk if adaptive or method == STEPS else None,
+        shortest=2 * known.passes if adaptive else unroll + 1,
+        residual_bound=known.stopping.bound,
+        perplexity_gap=max(abs(known.stopping.gap.low), abs(known.stopping.gap.high)),
+    )
+
+
+def _fastest(profile: EngineProfile, known: PassLimits | None) -> str:
+    if profile.device == "cpu" and profile.precision == "w8":
+        return STEPS
+    return PASSES if known is None else ADAPTIVE

@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 SOURCES := $(shell find crt_export -name "*.py") $(wildcard graphs/*.toml engines/*.toml \
-  validate/tolerances.toml validate/report.schema.json examples/demo/heldout.txt) \
+  validate/tolerances.toml validate/report.schema.json validate/bench.schema.json examples/demo/heldout.txt) \
   $(wildcard crt_export/report/templates/*)
 PACKAGING := pyproject.toml README.md LICENSE NOTICE
 

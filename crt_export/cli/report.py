@@ -7,26 +7,33 @@ from pathlib import Path
 import click
 
 from crt_export.cli.options import PATH, junit_option
+from crt_export.errors import InputError
 
 
 @click.command()
-@click.argument("report", type=PATH, metavar="REPORT.json|BUNDLE")
+@click.argument("report", type=PATH, metavar="REPORT.json|BENCH.json|BUNDLE")
 @click.option("--output", "--html", "output", type=PATH, required=True, metavar="FILE.html", help="The page to write.")
+@click.option("--bench", type=PATH, metavar="BENCH.json", help="A benchmark that becomes a section of the page.")
 @junit_option
-def report(report: Path, output: Path, junit: Path | None) -> None:
+def report(report: Path, output: Path, bench: Path | None, junit: Path | None) -> None:
     """Turn a report, or the one that a bundle holds, into one HTML page that opens anywhere, offline.
+
+    A benchmark (crt-export bench --output) becomes a page of its own.
 
     Exit code 0 whether the report passed or not: the page says which.
     """
     from crt_export.report.html import render_html, require_renderer
     from crt_export.report.junit import junit_cases, write_junit
     from crt_export.report.output import check_outputs, write_output
-    from crt_export.report.reading import read_report
+    from crt_export.report.reading import BENCH_FORMAT, read_bench, read_document
 
     require_renderer()
-    check_outputs([output, junit], inputs=[report])
-    document = read_report(report)
-    write_output(output, render_html(document))
+    check_outputs([output, junit], inputs=[report, bench])
+    document = read_document(report)
+    if document["format"] == BENCH_FORMAT and (bench is not None or junit is not None):
+        raise InputError(f"{report} is a benchmark: --bench and --junit go with the report of a validation")
+    speed = None if bench is None else read_bench(bench)
+    write_output(output, render_html(document, speed))
     if junit is not None:
         write_junit(junit, junit_cases(document))
     click.echo(f"wrote {output}", err=True)

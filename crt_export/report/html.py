@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from crt_export.environment import require_extra
 from crt_export.report.gates import targets_of
-from crt_export.report.page import page_from_report
+from crt_export.report.reading import BENCH_FORMAT
 
 if TYPE_CHECKING:
     from crt_export.parity.report import ParityReport
+    from crt_export.report.bench_page import BenchPage
 
 _PURPOSE = "the HTML report"
 
@@ -25,11 +26,13 @@ def require_renderer() -> None:
     require_extra(("jinja2", "matplotlib"), _PURPOSE)
 
 
-def render_html(report: Mapping[str, Any] | ParityReport) -> str:
+def render_html(report: Mapping[str, Any] | ParityReport, bench: Mapping[str, Any] | None = None) -> str:
     """The report as one HTML page.
 
     Args:
-        report: The document, as :func:`crt_export.report.reading.read_report` gives it, or the report itself.
+        report: The document, as :func:`crt_export.report.reading.read_document` gives it, of a validation or a
+            benchmark; or the report of a validation itself.
+        bench: A benchmark that becomes a section of a validation's page.
 
     Returns:
         The page. It needs no network, no script and no other file, and is the same text for the same report and
@@ -39,25 +42,41 @@ def render_html(report: Mapping[str, Any] | ParityReport) -> str:
         MissingDependencyError: The extra ``report`` is not installed.
     """
     require_renderer()
-    import jinja2
-    import markupsafe
-
+    document: Mapping[str, Any] = report if isinstance(report, Mapping) else report.to_dict()
+    if document["format"] == BENCH_FORMAT:
+        return _rendered("bench.html.jinja", speed=_bench_page(document))
+    from crt_export.report.page import page_from_report
     from crt_export.report.plots import draw_plots
 
-    document: Mapping[str, Any] = report if isinstance(report, Mapping) else report.to_dict()
     plots = {}
     for number, target in enumerate(targets_of(document), start=1):
         results = [result for result in document["levels"] if result["target"] == target]
         plots[target] = draw_plots(results, document["tolerances"], f"plot-{number}")
+    speed = None if bench is None else _bench_page(bench)
+    return _rendered("report.html.jinja", page=page_from_report(document, plots), speed=speed)
+
+
+def _bench_page(document: Mapping[str, Any]) -> BenchPage:
+    from crt_export.report.bench_page import page_from_bench
+    from crt_export.report.plots.bench import draw_bench_plots
+
+    return page_from_bench(document, draw_bench_plots(document, "bench"))
+
+
+def _rendered(name: str, **values: Any) -> str:
+    import jinja2
+    import markupsafe
+
     templates = files("crt_export.report") / "templates"
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda file: (templates / file).read_text(encoding="utf-8")),
     )
-    template = environment.from_string((templates / "report.html.jinja").read_text(encoding="utf-8"))
     style = (templates / "report.css").read_text(encoding="utf-8")
     # The style sheet and the SVG are this package's own; matplotlib and svg.py escape every text in a plot.
-    page = template.render(
-        page=page_from_report(document, plots), style=markupsafe.Markup(style), own=markupsafe.Markup
-    )
+    page = environment.get_template(name).render(style=markupsafe.Markup(style), own=markupsafe.Markup, **values)
     # File names that are no UTF-8 reach Python as lone surrogates, which no file can hold.
     return page.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,6 +1,6 @@
-"""Hold a document against the published schema of reports, ``validate/report.schema.json``.
+"""Hold a document against a published schema: ``validate/report.schema.json``, ``validate/bench.schema.json``.
 
-The part of JSON Schema 2020-12 that the schema uses is checked here, so that reading a report needs no package beyond
+The part of JSON Schema 2020-12 that the schemas use is checked here, so that reading a report needs no package beyond
 the core; a test compares the verdicts with those of ``jsonschema``.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from crt_export.catalog import definition_path
 
 SCHEMA_FILE = "report.schema.json"
+BENCH_SCHEMA_FILE = "bench.schema.json"
 
 Schema = Mapping[str, Any]
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -28,7 +29,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 @cache
 def report_schema() -> dict[str, Any]:
-    """The schema as it is published; treat it as read-only.
+    """The schema of parity reports as it is published; treat it as read-only.
 
     Raises:
         MissingDependencyError: The installation lacks the file.
@@ -36,33 +37,69 @@ def report_schema() -> dict[str, Any]:
     return json.loads(definition_path("validate", SCHEMA_FILE).read_text(encoding="utf-8"))
 
 
-def schema_problems(document: object) -> Iterator[str]:
-    """What is wrong with a report, one sentence each with the place; nothing where it fits the schema.
+@cache
+def bench_schema() -> dict[str, Any]:
+    """Likewise the schema of benchmarks.
+
+    Raises:
+        MissingDependencyError: The installation lacks the file.
+    """
+    return json.loads(definition_path("validate", BENCH_SCHEMA_FILE).read_text(encoding="utf-8"))
+
+
+def schema_problems(document: object, root: Schema | None = None, where: str = "report") -> Iterator[str]:
+    """What is wrong with a document, one sentence each with the place; nothing where it fits the schema.
+
+    Args:
+        document: What was parsed from JSON.
+        root: The schema; None is that of parity reports.
+        where: What the document is called in the sentences.
 
     Raises:
         MissingDependencyError: The installation lacks the schema.
     """
-    yield from _problems(document, report_schema(), "report")
+    whole = report_schema() if root is None else root
+    yield from _Checker(whole).problems(document, whole, where)
 
 
-def _problems(value: object, schema: Schema, where: str) -> Iterator[str]:
-    """Every keyword that the schema uses; unknown keywords would be an omission, which a test looks for."""
-    if "$ref" in schema:
-        yield from _problems(value, report_schema()["$defs"][schema["$ref"].rpartition("/")[2]], where)
-    wrong = _kind_problem(value, schema)
-    if wrong:
-        yield f"{where}: {wrong}"
-        return
-    if "anyOf" in schema and not any(_fits(value, option) for option in schema["anyOf"]):
-        yield f"{where}: fits none of the {len(schema['anyOf'])} forms it may have, found {_shown(value)}"
-    for branch in schema.get("allOf", ()):
-        if _fits(value, branch["if"]):
-            yield from _problems(value, branch["then"], where)
-    if isinstance(value, dict):
-        yield from _object_problems(value, schema, where)
-    elif isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            yield from _problems(item, schema["items"], f"{where}[{index}]")
+class _Checker:
+    """Every keyword that the schemas use; unknown keywords would be an omission, which a test looks for."""
+
+    def __init__(self, root: Schema) -> None:
+        self._definitions = root.get("$defs", {})
+
+    def problems(self, value: object, schema: Schema, where: str) -> Iterator[str]:
+        if "$ref" in schema:
+            yield from self.problems(value, self._definitions[schema["$ref"].rpartition("/")[2]], where)
+        wrong = _kind_problem(value, schema)
+        if wrong:
+            yield f"{where}: {wrong}"
+            return
+        if "anyOf" in schema and not any(self._fits(value, option) for option in schema["anyOf"]):
+            yield f"{where}: fits none of the {len(schema['anyOf'])} forms it may have, found {_shown(value)}"
+        for branch in schema.get("allOf", ()):
+            if self._fits(value, branch["if"]):
+                yield from self.problems(value, branch["then"], where)
+        if isinstance(value, dict):
+            yield from self._object_problems(value, schema, where)
+        elif isinstance(value, list) and "items" in schema:
+            for index, item in enumerate(value):
+                yield from self.problems(item, schema["items"], f"{where}[{index}]")
+
+    def _object_problems(self, value: Mapping[str, Any], schema: Schema, where: str) -> Iterator[str]:
+        yield from (f"{where}: no {key!r}" for key in schema.get("required", ()) if key not in value)
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        for key, item in value.items():
+            place = f"{where}.{key}"
+            if key in known:
+                yield from self.problems(item, known[key], place)
+            elif others is False:
+                yield f"{where}: unknown key {key!r}"
+            elif others is not True:
+                yield from self.problems(item, others, place)
+
+    def _fits(self, value: object, schema: Schema) -> bool:
+        return next(self.problems(value, schema, ""), None) is None
 
 
 def _kind_problem(value: object, schema: Schema) -> str:
@@ -84,19 +121,6 @@ def _kind_problem(value: object, schema: Schema) -> str:
     return ""
 
 
-def _object_problems(value: Mapping[str, Any], schema: Schema, where: str) -> Iterator[str]:
-    yield from (f"{where}: no {key!r}" for key in schema.get("required", ()) if key not in value)
-    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-    for key, item in value.items():
-        place = f"{where}.{key}"
-        if key in known:
-            yield from _problems(item, known[key], place)
-        elif others is False:
-            yield f"{where}: unknown key {key!r}"
-        elif others is not True:
-            yield from _problems(item, others, place)
-
-
 def _is(value: object, kind: str) -> bool:
     """JSON's types: true is no number, and 1.0 is an integer."""
     if kind == "integer":
@@ -108,10 +132,6 @@ def _is(value: object, kind: str) -> bool:
 
 def _equal(value: object, expected: object) -> bool:
     return value == expected and isinstance(value, bool) == isinstance(expected, bool)
-
-
-def _fits(value: object, schema: Schema) -> bool:
-    return next(_problems(value, schema, ""), None) is None
 
 
 def _shown(value: object) -> str:

@@ -35,7 +35,7 @@ class WorkerProcess:
         else:
             environment.pop("OMP_NUM_THREADS", None)  # the number of threads is an option of the benchmark
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "crt_export.bench.worker"],
+            [sys.executable, "-P", "-m", "crt_export.bench.worker"],  # -P: nothing of the current folder is imported
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

@@ -123,7 +123,8 @@ def test_impossible_options_are_listed_all_at_once() -> None:
 
 
 def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[Path, object]]) -> None:
-    plan = plan_from_options(tiny_bundle("plain")[0], BenchOptions(target="ort-cpu-fp32"))  # a capacity of 32
+    bundle = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)[0]
+    plan = plan_from_options(bundle, BenchOptions(target="ort-cpu-fp32"))
     assert plan.target.capacity == 32
     assert (plan.steps, plan.positions, plan.prompt_tokens) == (10, (22,), (16, 32))
 
@@ -131,7 +132,7 @@ def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[P
 def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_rows(
     tiny_bundle: Callable[..., tuple[Path, object]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    bundle = tiny_bundle("transformer", model_type="transformer", max_position_embeddings=48)[0]
+    bundle = tiny_bundle("plain", model_type="transformer", num_hidden_layers=2, eos_token_id=3)[0]
     options = [
         "--turns",
         "1",

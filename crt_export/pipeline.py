@@ -19,7 +19,7 @@ from pathlib import Path
 from crt_export.bundle import stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
-from crt_export.parity import ParityOptions, ParityReport, check_parity
+from crt_export.parity import ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan
@@ -105,8 +105,7 @@ def _validated(
     progress: Progress,
 ) -> ParityReport:
     cases = [target.parity_case(folder, checkpoint.config) for target in targets]
-    limits = ParityOptions(validation_tokens=options.validation_tokens)
-    report = check_parity(checkpoint, cases, text, options=limits, plan=plan, progress=progress)
+    report = check_parity(checkpoint, cases, text, options=options.parity, plan=plan, progress=progress)
     if not report.passed:
         heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"
         raise ParityError(problem_list(heading, report.failures), report.to_dict())

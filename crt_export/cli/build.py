@@ -27,6 +27,13 @@ from crt_export.cli.tables import bundle_document, write_bundle_tables, write_pa
 @click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds.")
 @click.option("--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps.")
 @validation_tokens_option
+@click.option(
+    "--short-validation",
+    "short_reason",
+    default="",
+    metavar="REASON",
+    help="Make every comparison on 512 tokens; the report says so, with your reason why that is enough.",
+)
 @click.option("--unvalidated", is_flag=True, help="Skip the comparison with PyTorch; loaders refuse the bundle.")
 @click.option("--no-reference", is_flag=True, help="Leave the checkpoint out of the bundle.")
 @click.option(
@@ -48,6 +55,7 @@ def build(
     capacity: int | None,
     unroll: int | None,
     validation_tokens: int,
+    short_reason: str,
     unvalidated: bool,
     no_reference: bool,
     cache: Path | None,
@@ -78,6 +86,7 @@ def build(
         validated=not unvalidated,
         reference=not no_reference,
         validation_tokens=validation_tokens,
+        short_reason=short_reason,
         cache=None if no_cache else cache or default_folder(),
     )
     started = time.monotonic()

@@ -25,6 +25,7 @@ from crt_export.spec import GraphSpec, TensorSpec
 
 #: Graphs whose tensors are observed; prefill_pass has those of prefill and head is part of both.
 OBSERVED = (STEP, PREFILL)
+_OBSERVED_BYTES = 2**30
 
 
 def largest_fp16_values(
@@ -37,7 +38,7 @@ def largest_fp16_values(
         name: ``step`` (teacher-forced from the first token) or ``prefill`` (the whole window at once).
         config: The model.
         windows: Real text.
-        batch: Windows per call.
+        batch: Most windows per call; fewer where memory is short, as no observed value can be dropped early.
         threads: CPU threads, 0 for every core.
 
     Returns:
@@ -56,6 +57,7 @@ def largest_fp16_values(
         aliases=spec.aliases,
     )
     largest = np.zeros(observed.count, np.float32)
+    batch = min(batch, _affordable_windows(case, name, config, windows.length))
     for start in range(0, windows.count, batch):
         ids = windows.inputs[start : start + batch]
         sizes = {"batch": len(ids), "seq": ids.shape[1], "capacity": case.capacity or windows.length}
@@ -64,6 +66,15 @@ def largest_fp16_values(
             largest = np.maximum(largest, bound.read(OUTPUT))  # maximum, unlike fmax, keeps NaN
     found = observed.largest(np.nan_to_num(largest, nan=np.inf))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _affordable_windows(case: ParityCase, name: str, config: ModelConfig, length: int) -> int:
+    """Windows per call whose observed values, all alive at once in FP32, stay within ``_OBSERVED_BYTES``."""
+    seq, passes = (1, 1) if name == STEP else (length, case.unroll)
+    keys = (case.capacity or length) + (0 if name == STEP else seq)
+    # Per layer some twelve tensors as wide as the model, three as wide as its MLP and four of attention's scores.
+    values = 12 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * keys
+    return max(1, _OBSERVED_BYTES // (4 * values * config.num_hidden_layers * passes * seq))
 
 
 def _step_calls(bound: BoundGraph, ids: np.ndarray) -> Iterator[None]:

@@ -75,7 +75,7 @@ class OneStepCalls:
         # Windows repeat where the text has fewer: rows then differ in position and length alone.
         chosen = [row % windows.count for row in range(_ROWS)]
         self._ids = torch.from_numpy(windows.inputs[chosen][:, : self.past + self.seq])
-        self._hidden, carry = setup.model.sequential(self._ids)
+        self._hidden, carry = setup.reference.decode(self._ids)
         self._keys = [self._as_cached(keys) for keys in carry.keys]
         # A cache of values is smoothed in some precisions: both what goes in and what is expected to come out.
         self._smoothing = [torch.from_numpy(factor) for factor in _smoothing(case, setup)]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crt_export.model import Model
+from crt_export.model import Carry, Model
 from crt_export.parity.windows import Windows
 
 STEP = "step"
@@ -41,6 +41,13 @@ class Reference:
         """
         self.model, self.windows, self._batch = model, windows, batch
         self._hidden: dict[tuple[str, int], Tensor] = {}
+        self._decoded: tuple[Tensor, tuple[Tensor, Carry]] | None = None
+
+    def decode(self, ids: Tensor) -> tuple[Tensor, Carry]:
+        """The recurrence on some ids, int64 [rows, tokens]: h and the carry, to be read only; the last is kept."""
+        if self._decoded is None or not torch.equal(self._decoded[0], ids):
+            self._decoded = (ids, self.model.sequential(ids))
+        return self._decoded[1]
 
     def hidden(self, regime: str, passes: int) -> Tensor:
         """h of the scored positions, [windows, positions, hidden]; see :func:`first_position` for where they start."""

@@ -61,6 +61,11 @@ class Rollout:
             self._graphs[name] = load_checked_graph(self.case, name, self.config, self._threads)
         return self._graphs[name]
 
+    def release(self) -> None:
+        """Drop the loaded graphs and what they left; the next use loads them again."""
+        self._graphs.clear()
+        self._hidden.clear()
+
     def run(self, regime: str, scorer: Scorer, on_progress: Callable[[int], None]) -> None:
         """Run one regime over all windows.
 

@@ -78,6 +78,7 @@ def check_target(
             scores[regime] = scorer.scores()
         found[regime] = comparison.judged(*_consistency(row, tolerances))
     largest: dict[str, dict[str, float]] = {}
+    rollout.release()
     if case.half:
         for name in OBSERVED:
             progress(f"{case.target}: FP16 values of {name}", 0, windows.count)

@@ -11,7 +11,6 @@ from typing import Any
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityOptions
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
@@ -69,7 +68,7 @@ def read_build_text(
         whole,
         calibrate=needs_calibration,
         validate=options.validated,
-        validation_tokens=options.validation_tokens,
+        validation_tokens=options.parity.validation_tokens,
     )
     if options.validated:
         _check_windows(validation, profiles, checkpoint.config, options)
@@ -88,7 +87,7 @@ def _check_windows(
     capacities = [profile.capacity for profile in profiles if profile.compiled]
     windows_from_text(
         text,
-        ParityOptions(validation_tokens=options.validation_tokens),
+        options.parity,
         longest=min([config.max_position_embeddings, *capacities]),
         longest_reason="the smallest capacity or max_position_embeddings",
     )

@@ -66,7 +66,7 @@ def _resolved_options(
         "text": text,
         "validated": options.validated,
         "reference": options.reference,
-        "validation_tokens": options.validation_tokens if options.validated else None,
+        "validation_tokens": options.parity.validation_tokens if options.validated else None,
         "calibration": calibration,
     }
 

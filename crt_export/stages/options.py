@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from crt_export.config import MOST_PASSES, ModelConfig
 from crt_export.environment import target_status
 from crt_export.errors import InputError, MissingDependencyError, problem_list
+from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile, list_profiles, load_profile
 from crt_export.text import VALIDATION_TOKENS
+
+#: Every check of a full validation, under the same limits, on an eighth of the tokens.
+SHORT_VALIDATION: Mapping[str, Any] = MappingProxyType(
+    {"validation_tokens": 512, "window": 64, "chain_windows": 2, "chain_steps": 16, "prompts": 4, "new_tokens": 8}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,7 @@ class BuildOptions:
         validated: Compare with PyTorch before the bundle is written; without it loaders refuse the bundle.
         reference: Put the checkpoint into the bundle, so that it can be validated anywhere.
         validation_tokens: Tokens that every comparison scores.
+        short_reason: Why a short validation (:data:`SHORT_VALIDATION`) is enough, for the report; empty: a full one.
         cache: Folder of stages that earlier builds made (:mod:`crt_export.stages.store`); None makes all anew.
 
     Raises:
@@ -45,6 +54,7 @@ class BuildOptions:
     validated: bool = True
     reference: bool = True
     validation_tokens: int = VALIDATION_TOKENS
+    short_reason: str = ""
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -58,10 +68,19 @@ class BuildOptions:
             problems.append(f"unroll (number of prefill passes K) must be at most {MOST_PASSES}, found {self.unroll}")
         if self.validation_tokens < VALIDATION_TOKENS:
             problems.append(f"validation tokens must be at least {VALIDATION_TOKENS}, found {self.validation_tokens}")
+        if self.short_reason and self.validation_tokens != VALIDATION_TOKENS:
+            problems.append("give a number of validation tokens or the reason of a short validation, not both")
         if self.text is not None and self.tokens is not None:
             problems.append("give a text or token ids, not both")
         if problems:
             raise InputError(problem_list("build options", problems))
+
+    @property
+    def parity(self) -> ParityOptions:
+        """How much the parity stage measures."""
+        if self.short_reason:
+            return ParityOptions(**SHORT_VALIDATION, short_reason=self.short_reason)
+        return ParityOptions(validation_tokens=self.validation_tokens)
 
 
 def profiles_from_options(options: BuildOptions, config: ModelConfig) -> tuple[EngineProfile, ...]:

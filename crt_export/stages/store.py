@@ -157,12 +157,13 @@ NO_STORE = StageStore(folder=None, note=lambda sentence: None)
 def _read_entry(entry: Path) -> dict[str, Any] | None:
     try:
         document = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise _DamagedError(f"{_ENTRY} cannot be read: {error}") from None
-    if not isinstance(document, dict) or f"{document.get('stage')}-{document.get('key')}" != entry.name:
-        raise _DamagedError(f"{_ENTRY} belongs to another entry")
+    known = isinstance(document, dict) and isinstance(document.get("files"), dict) and "answer" in document
+    if not known or f"{document.get('stage')}-{document.get('key')}" != entry.name:
+        raise _DamagedError(f"{_ENTRY} is not this entry's")
     for name in document["files"]:
         problem = name_problem(name) or file_problem(entry / _FILES, name)
         if problem:

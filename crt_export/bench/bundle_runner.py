@@ -88,9 +88,13 @@ class BundleRunner:
         session.prefill(prompt, **options)
         return time.perf_counter() - begin
 
-    def second_session(self) -> None:
-        with self._new_session() as other:
-            other.step([0] * self._batch)
+    def open_second_session(self) -> None:
+        self._second = self._new_session()
+        self._second.step([0] * self._batch)
+
+    def close_second_session(self) -> None:
+        self._second.close()
+        del self._second
 
     def close(self) -> None:
         if self._bundle is not None:

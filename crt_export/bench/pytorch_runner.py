@@ -100,10 +100,13 @@ class PyTorchRunner:
         return time.perf_counter() - begin
 
     @torch.inference_mode()
-    def second_session(self) -> None:
+    def open_second_session(self) -> None:
         kept, self._caches = self._caches, self._model.caches(self._batch, self._capacity)
         self._step(self._token, self._model.start(self._batch), 0)
-        self._others, self._caches = self._caches, kept
+        self._second, self._caches = self._caches, kept
+
+    def close_second_session(self) -> None:
+        del self._second
 
     def close(self) -> None:
         """Nothing beyond the process has to be released."""

@@ -76,8 +76,12 @@ class Runner(Protocol):
         """
         ...
 
-    def second_session(self) -> None:
+    def open_second_session(self) -> None:
         """Open another session on the same weights, and feed it one token."""
+        ...
+
+    def close_second_session(self) -> None:
+        """Close it again."""
         ...
 
     def close(self) -> None:

@@ -74,8 +74,9 @@ class Worker:
             runner.prefill(request["tokens"], None)
         with_prefill = process_memory.usage()
         device = process_memory.device_bytes_in_use()
-        runner.second_session()
+        runner.open_second_session()
         second = process_memory.usage()
+        runner.close_second_session()
         return {
             "pss": with_prefill.pss,
             "anonymous": with_prefill.anonymous,

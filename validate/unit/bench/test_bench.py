@@ -14,6 +14,7 @@ from crt_export.bench.report import BenchReport
 from crt_export.bench.run import run_bench
 from crt_export.cli import main
 from crt_export.errors import InputError
+from crt_export.report.schema import bench_schema, schema_problems
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bundle-v1"
 QUICK = BenchOptions(
@@ -87,6 +88,7 @@ def test_ratios_judge_the_target_against_each_of_the_others(report: BenchReport)
 def test_the_json_survives_a_round_trip_and_says_how_it_was_made(report: BenchReport) -> None:
     document = report.to_dict()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert list(schema_problems(document, bench_schema())) == []
     assert (document["format"], document["format_version"]) == ("crt-export-bench", 1)
     assert {key: document["options"][key] for key in ("target", "positions", "steps", "threads")} == {
         "target": "ort-cpu-int8",

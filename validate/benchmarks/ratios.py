@@ -1,0 +1,140 @@
+"""The guard of the performance targets: ``python validate/benchmarks/ratios.py --folder FOLDER [--output FILE.json]``.
+
+Measures the two published CRT sizes on this machine with ``crt-export bench`` (random checkpoints and bundles are made
+in FOLDER, those that are there are used again), prints every target with its figure and verdict, and ends with 1 if one
+falls short. Every target is a ratio within one run, or a time with its condition, so that machines can be compared; run
+it on a machine that does nothing else. ``--trained BUNDLE`` adds the target on prompts of a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from performance_targets import FALLS_SHORT, FP32, INT8, Line, language_line, prefill_lines, step_lines, trained_line
+from preset_bundles import PresetFolder, preset_folder
+
+from crt_export.bench.options import BenchOptions
+from crt_export.bench.run import run_bench
+from crt_export.config import load_config
+
+SIZES = ("d5-1120", "d1-2048")
+#: Lengths of prompts and how often each is fed: the long ones take minutes.
+PROMPTS = (((16, 64), 5), ((256, 1024), 1))
+CAPACITY = 1024
+CPP = Path(__file__).resolve().parents[2] / "build" / "cpp" / "benchmarks" / "bench_step"
+
+
+def measured_lines(size: str, place: PresetFolder, options: argparse.Namespace) -> Iterator[Line]:
+    """Every target of one size, as it is measured."""
+    config = load_config(place.checkpoint)
+    steps = BenchOptions(
+        target=INT8,
+        against=(FP32, "pytorch-eager", "pytorch-dynamic-int8"),
+        prompt_tokens=(64,),
+        turns=options.turns,
+        prefill_turns=1,
+    )
+    yield from step_lines(size, run_bench(place.bundle, steps).to_dict(), config, CAPACITY)
+    for target in (FP32, INT8):
+        yield language(size, target, place)
+    for target in (FP32, INT8):
+        for lengths, turns in PROMPTS:
+            document = prompts(place.bundle, target, (config.unroll_steps, "exact"), lengths, turns)
+            yield from prefill_lines(size, target, document)
+
+
+def prompts(
+    bundle: Path, target: str, passes: tuple[int | str, ...], lengths: tuple[int, ...], turns: int
+) -> dict[str, Any]:
+    """A benchmark of prompts; the steps in it are few."""
+    options = BenchOptions(target=target, prompt_tokens=lengths, passes=passes, turns=1, steps=4, prefill_turns=turns)
+    return run_bench(bundle, options).to_dict()
+
+
+def language(size: str, target: str, place: PresetFolder) -> Line:
+    """C++ against Python, where ``make cpp`` has built it."""
+    if not CPP.is_file():
+        return language_line(size, target, None, "make cpp builds the program")
+    script = Path(__file__).with_name("step_by_language.py")
+    command = [sys.executable, str(script), str(place.bundle), target, "--turns", "8", "--steps", "20"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    try:
+        return language_line(size, target, json.loads(done.stdout))
+    except ValueError:
+        return language_line(size, target, None, f"step_by_language.py ended with {done.returncode}")
+
+
+def trained(bundle: Path | None) -> Line:
+    """The target on a trained model's prompts."""
+    length = PROMPTS[-1][0][-1]
+    return trained_line(None if bundle is None else prompts(bundle, FP32, ("exact",), (length,), 3), length)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure, print, write the file; 1 where a target falls short."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and bundles, made where missing")
+    parser.add_argument("--size", action="append", choices=SIZES, help="one of the sizes only")
+    parser.add_argument("--trained", type=Path, metavar="BUNDLE", help="a bundle of a trained checkpoint")
+    parser.add_argument("--turns", type=int, default=10, help="blocks of steps of each contestant")
+    parser.add_argument("--output", type=Path, help="write the result to this JSON file")
+    options = parser.parse_args(words)
+    places = {size: preset_folder(options.folder, size, say) for size in options.size or SIZES}
+    begin, lines = time.perf_counter(), []
+    for line in every_line(places, options):
+        lines.append(line)
+        say(line.text())
+    taken = round(time.perf_counter() - begin, 1)
+    short = [line for line in lines if line.verdict == FALLS_SHORT]
+    say(f"{len(short)} of {len(lines)} figures fall short, in {taken:.0f} s")
+    if options.output:
+        options.output.write_text(json.dumps(result_of(lines, options, taken), indent=1) + "\n", encoding="utf-8")
+    return 1 if short else 0
+
+
+def every_line(places: dict[str, PresetFolder], options: argparse.Namespace) -> Iterator[Line]:
+    """Size by size, then the trained model."""
+    for size, place in places.items():
+        yield from measured_lines(size, place, options)
+    yield trained(options.trained)
+
+
+def result_of(lines: list[Line], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """When, on what, with what, and every target."""
+    from crt_export.environment import installed_versions
+    from crt_export.machine import machine
+
+    return {
+        "format": "crt-export-ratios",
+        "format_version": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python validate/benchmarks/ratios.py --folder FOLDER",
+        "hardware": machine(),
+        "versions": installed_versions(("crt-export", "torch", "onnxruntime", "numpy")),
+        "options": {
+            "turns": options.turns,
+            "prompts": [list(lengths) for lengths, _turns in PROMPTS],
+            "capacity": CAPACITY,
+            "batch": 1,
+        },
+        "seconds": seconds,
+        "lines": [line.to_dict() for line in lines],
+    }
+
+
+def say(text: str) -> None:
+    """Write a line to the terminal at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,24 +46,15 @@ MIB = 2**20
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Random weights that keep activations near one, and the token ids."""
+    """Random weights as those of ``crt-export init``, and the token ids."""
     import numpy as np
-    import torch
 
-    from crt_export.checkpoint import tensor_shapes
     from crt_export.checkpoint import write_checkpoint as write
     from crt_export.config import ModelConfig
-
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator)
-        if len(shape) == 2:
-            return values * (0.5 if name == "embed.weight" else 0.5 / shape[1] ** 0.5)
-        return values * 0.1 + (1 if name.endswith("norm.weight") else 0)
+    from crt_export.presets import random_tensors
 
     config = ModelConfig.from_dict(MODEL)
-    write(folder / "checkpoint", config, {name: tensor(name, shape) for name, shape in tensor_shapes(config).items()})
+    write(folder / "checkpoint", config, random_tensors(config, seed=0))
     words = re.findall(r"\w+|[^\w\s]", HELD_OUT.read_text(encoding="utf-8"))
     ids = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % MODEL["vocab_size"] for word in words]
     np.save(folder / "tokens.npy", np.array(ids, np.int64))

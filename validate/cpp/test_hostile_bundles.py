@@ -23,7 +23,7 @@ Manifest = dict[str, Any]
 Change = Callable[[Path], object]
 
 TARGET = "ort-cpu-fp32"
-GRAPH = "graphs/step.fp32.onnx"
+GRAPH = "graphs/prefill_pass.fp32.onnx"  # the one that a session on a CPU loads
 WEIGHTS = "graphs/fp32.weights"
 
 

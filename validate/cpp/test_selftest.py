@@ -87,7 +87,7 @@ def test_a_changed_step_graph_is_named_as_in_python(
     result = selftest(copy, TARGET)
     assert result.returncode == 1, result.stderr
     found = off(result)
-    assert any(line.startswith(f"{TARGET}, prefill: logits after step 1 is off by") for line in found)
+    assert any(line.startswith(f"{TARGET}, step: logits after the prompt of") for line in found)
     expected = run_selftest(copy, [TARGET]).failures
     assert [without_figures(line) for line in found] == [without_figures(line) for line in expected]
 

@@ -13,6 +13,7 @@ namespace {
 using crt::kNoToken;
 using crt_test::ToyControl;
 using crt_test::ToyRow;
+using crt_test::by_passes;
 using Rows = std::vector<std::vector<std::int64_t>>;
 
 struct Toy {
@@ -34,10 +35,9 @@ struct Toy {
   crt::Decoder decoder;
 };
 
-std::vector<float> cache_of(crt::Decoder& decoder) {
-  crt::Buffer& cache = *decoder.tensors().caches()[0].key;
-  const auto* first = static_cast<const float*>(cache.read());
-  return {first, first + cache.bytes() / sizeof(float)};
+/// The first entries of a cache of the one layer: 0 for its keys, 1 for its values.
+std::vector<float> cache_of(crt::Decoder& decoder, std::size_t index, std::int64_t length) {
+  return crt_test::floats_of(decoder.tensors().caches().entries(index, length));
 }
 
 std::string text_of(const std::function<void()>& call) {
@@ -63,7 +63,7 @@ TEST_CASE("decoder: rows in company go on as each would alone, whatever takes pa
       }
       toy.step(tokens);
     } else {
-      toy.decoder.prefill(rows, 0, 16);
+      toy.decoder.prefill(rows, by_passes(0, 16));
     }
     for (std::size_t row = 0; row < rows.size(); ++row) {
       alone[row].feed(rows[row]);
@@ -83,7 +83,7 @@ TEST_CASE("decoder: rows in company go on as each would alone, whatever takes pa
 
 TEST_CASE("decoder: a step that is fed what the last one left uploads nothing") {
   Toy toy(2);
-  toy.decoder.prefill({{1, 2}, {3}}, 0, 16);
+  toy.decoder.prefill({{1, 2}, {3}}, by_passes(0, 16));
   toy.control->writes = 0;
   for (int index = 0; index < 6; ++index) {
     toy.step({toy.decoder.next_tokens()[0], toy.decoder.next_tokens()[1]}, false);
@@ -96,12 +96,12 @@ TEST_CASE("decoder: a step that is fed what the last one left uploads nothing") 
 
 TEST_CASE("decoder: padding never passes the capacity and leaves nothing behind") {
   Toy toy(2, 6);
-  toy.decoder.prefill({{1, 2, 3, 4, 5}, {1}}, 0, 16);
+  toy.decoder.prefill({{1, 2, 3, 4, 5}, {1}}, by_passes(0, 16));
   toy.control->runs = 0;
-  toy.decoder.prefill({{6}, {2, 3, 4, 5}}, 0, 16);  // padding row 0 to four would need nine of six
+  toy.decoder.prefill({{6}, {2, 3, 4, 5}}, by_passes(0, 16));  // padding row 0 to four would need nine of six
   CHECK(toy.control->runs == 2);
   CHECK(toy.decoder.position() == std::vector<std::int64_t>{6, 5});
-  const std::vector<float> keys = cache_of(toy.decoder);
+  const std::vector<float> keys = cache_of(toy.decoder, 0, toy.decoder.tensors().sizes().capacity);
   for (std::size_t at = 0; at < keys.size(); at += 2) {
     CHECK((keys[at] != 0.0F) == (at != 22));  // the only entry that holds no token
     CHECK(keys[at + 1] == (at < 12 ? static_cast<float>(at / 2) : at == 22 ? 0.0F : static_cast<float>(at / 2 - 6)));
@@ -112,31 +112,31 @@ TEST_CASE("decoder: chunks are cut at multiples of a row's own tokens, and passe
   Toy toy(2);
   ToyRow alone;
   alone.feed({1, 2, 3, 4, 5, 6, 7});
-  toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {1, 2}}, 0, 3);
+  toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {1, 2}}, by_passes(0, 3));
   CHECK(toy.control->runs == 3);
   CHECK(toy.decoder.next_tokens()[0] == alone.next_token());
   toy.decoder.reset();
-  toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {}}, 4, 3);
-  CHECK(toy.control->passes == 12);
+  toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {}}, by_passes(4, 3));
+  CHECK(toy.control->passes == 3 + 3 + 1);  // no more than a chunk has tokens
   CHECK(toy.decoder.next_tokens()[0] == alone.next_token());
 }
 
 TEST_CASE("decoder: a state that is not finite is refused with its row and position, and abandoning leaves zeros") {
   Toy toy(2);
   toy.control->overflowing = 7;
-  toy.decoder.prefill({{1, 2, 3}, {1, 2}}, 0, 16);
+  toy.decoder.prefill({{1, 2, 3}, {1, 2}}, by_passes(0, 16));
   const std::vector<std::int64_t> before = toy.decoder.position();
   CHECK(text_of([&] { toy.step({4, 7}); }) == "toy: state is not finite: row 1 after position 2");
-  CHECK(text_of([&] { toy.decoder.prefill({{7}, {7, 1}}, 0, 16); }).find("2 problems\n  - row 0 after position 3") !=
-        std::string::npos);
+  CHECK(text_of([&] { toy.decoder.prefill({{7}, {7, 1}}, by_passes(0, 16)); })
+            .find("2 problems\n  - row 0 after position 3") != std::string::npos);
   toy.decoder.abandon(before);
-  const std::vector<float> keys = cache_of(toy.decoder);
+  const std::vector<float> keys = cache_of(toy.decoder, 0, toy.decoder.tensors().sizes().capacity);
   for (std::size_t at = 0; at < 24; ++at) {
     CHECK((at < 6 || keys[at] == 0.0F));
     CHECK((at < 4 || keys[24 + at] == 0.0F));
   }
   toy.decoder.reset();
-  toy.decoder.prefill({{1}, {2}}, 0, 16);
+  toy.decoder.prefill({{1}, {2}}, by_passes(0, 16));
   CHECK(toy.decoder.logits()[0] <= 0.0F);
 }
 
@@ -174,12 +174,11 @@ TEST_CASE("decoder: a full row slides to what its window sees, and others stay")
   setup.config.sliding_window = 4;
   crt::Decoder decoder(crt_test::make_toy_engine(control), setup);
   CHECK(decoder.max_chunk() == 5);
-  decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {9}}, 0, 5);
+  decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {9}}, by_passes(0, 5));
   CHECK(decoder.position() == std::vector<std::int64_t>{7, 1});
-  decoder.prefill({{8, 9}, {}}, 0, 5);
+  decoder.prefill({{8, 9}, {}}, by_passes(0, 5));
   CHECK(decoder.position() == std::vector<std::int64_t>{5, 1});
-  crt::Buffer& cache = *decoder.tensors().caches()[0].value;
-  const auto* values = static_cast<const float*>(cache.read());
+  const std::vector<float> values = cache_of(decoder, 1, 8);
   for (const auto& [at, token] : std::vector<std::pair<int, int>>{{0, 5}, {1, 6}, {2, 7}, {3, 8}, {4, 9}}) {
     CHECK(values[2 * at + 1] == static_cast<float>(token));
   }

@@ -290,7 +290,7 @@ TEST_CASE("generation: what cannot be done is refused before the model runs") {
   wrong.max_new_tokens = 0;
   wrong.stop_token_ids = {-1};
   wrong.stop_strings = {"", "\xFF"};
-  wrong.passes = -1;
+  wrong.passes = -3;
   CHECK(refusal(session, {{1}, {1}}, wrong).find("5 problems") != std::string::npos);
   crt::GenerationOptions cold;
   cold.sampling.temperature = -1.0;

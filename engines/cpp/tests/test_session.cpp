@@ -118,7 +118,7 @@ TEST_CASE("session: what is refused changes nothing, and says why") {
     each->prefill({some_tokens(3), some_tokens(3, 1)});
   }
   crt::PrefillOptions negative;
-  negative.passes = -1;
+  negative.passes = -3;
   crt::PrefillOptions long_chunk;
   long_chunk.chunk = 100000;
   const std::int64_t vocab = session.vocab_size();
@@ -129,7 +129,7 @@ TEST_CASE("session: what is refused changes nothing, and says why") {
       {[&] { session.prefill({{-1}, {999}}); }, "2 problems\n  - row 0: token id -1 at index 0"},
       {[&] { session.prefill({std::vector<std::int64_t>(14, 40), {41}}); },
        "row 0: 3 tokens in the cache and 14 more exceed the capacity of 16"},
-      {[&] { session.prefill({{40}, {41}}, negative); }, "passes must be at least 1, found -1"},
+      {[&] { session.prefill({{40}, {41}}, negative); }, "passes must be at least 1, found -3"},
       {[&] { session.prefill({{40}, {41}}, long_chunk); }, "chunk must be at least 1 and at most"},
       {[&] { session.step({40}); }, "expected one token id per row: batch is 2, found 1"},
       {[&] { session.step({40, vocab}); }, "row 1: token id 256 is outside the vocabulary (0 to 255)"},
@@ -234,8 +234,8 @@ TEST_CASE("bundle: what a session cannot be opened with is refused") {
   // The test's bundle promises float16 caches for this target, and its graphs have float32.
   const std::string broken = error_text(ErrorKind::contract, [&] { bundle.session("broken"); });
   CHECK(contains(broken, "the graphs of broken break the contract: "));
-  CHECK(contains(broken, "  - step: input past_key_values.0.key: float32 [?, 4, ?, 8] was expected to be float16"));
-  CHECK(contains(broken, "  - prefill: output present_key_values.0.value"));
+  CHECK(contains(broken, "  - prefill_pass: input past_key_values.0.key: float32 [?, 4, ?, 8] was expected to be float16"));
+  CHECK(contains(broken, "  - prefill_pass: output present_key_values.0.value"));
 }
 
 #if !defined(CRT_RUNTIME_TENSORRT_RTX)

@@ -1,6 +1,7 @@
 #include "toy_engine.hpp"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <utility>
@@ -93,6 +94,9 @@ class ToyLaunch final : public crt::Launch {
       value[at + 1] = real ? token : kNaN;
       state = real ? 0.5 * state + token + 1.0 : state;
       state = real && ids[index] == control_->overflowing ? HUGE_VAL : state;
+      for (std::int64_t channel = 0; !step && channel < kToyHidden; ++channel) {
+        row_of<float>(outputs_, crt::names::kNextHidden, row)[index * kToyHidden + channel] = static_cast<float>(state);
+      }
       spoiled = spoiled || (real && ids[index] == control_->spoiled_logits);
     }
     double sum = 0.0;
@@ -111,7 +115,11 @@ class ToyLaunch final : public crt::Launch {
     *row_of<std::int64_t>(outputs_, crt::names::kNextToken, row) = chosen;
     *row_of<std::int64_t>(outputs_, crt::names::kNextPosition, row) = position + length;
     if (!step) {
-      *row_of<float>(outputs_, crt::names::kResidual, row) = 0.0F;
+      std::deque<float>& residuals = control_->residuals;
+      *row_of<float>(outputs_, crt::names::kResidual, row) = residuals.empty() ? 0.0F : residuals.front();
+      if (!residuals.empty()) {
+        residuals.pop_front();
+      }
     }
   }
 
@@ -170,7 +178,13 @@ class ToyEngine final : public crt::Engine {
   std::optional<std::int64_t> max_batch() const noexcept override { return std::nullopt; }
   std::optional<std::int64_t> fixed_capacity() const noexcept override { return std::nullopt; }
   bool host_memory() const noexcept override { return control_->host_memory; }
-  crt::Program& program(const std::string& graph) override { return *programs_.at(graph); }
+  bool one_graph() const noexcept override { return control_->one_graph; }
+  crt::Program& program(const std::string& graph) override {
+    if (one_graph() && graph == crt::names::kGraphPrefill) {
+      throw crt::Error(crt::ErrorKind::unsupported, "the toy has one graph");
+    }
+    return *programs_.at(one_graph() ? crt::names::kGraphPrefillPass : graph);
+  }
   std::unique_ptr<Buffer> allocate(Shape shape, DType dtype) override {
     return std::make_unique<CountedBuffer>(std::move(shape), dtype, control_);
   }
@@ -201,6 +215,12 @@ crt::SessionSetup toy_setup(std::int64_t batch, std::int64_t capacity) {
   setup.sizes.layers = setup.sizes.heads = 1;
   setup.sizes.cache_head_dim = 2;
   return setup;
+}
+
+std::vector<float> floats_of(const std::vector<unsigned char>& bytes) {
+  std::vector<float> values(bytes.size() / sizeof(float));
+  std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
 }
 
 void ToyRow::feed(const std::vector<std::int64_t>& tokens) {

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,9 +24,11 @@ struct ToyControl {
   int writes = 0;                    ///< uploads of int64 tensors
   int runs = 0;                      ///< launches that ran
   int passes = 0;                    ///< of these, through prefill_pass
+  bool one_graph = false;            ///< prefill_pass makes steps too, and there is no other
   std::int64_t overflowing = -1;     ///< a token whose state is infinite
   std::int64_t spoiled_logits = -1;  ///< a token whose logits hold a NaN
   bool failing = false;              ///< the next launch throws
+  std::deque<float> residuals;       ///< of the next passes over a row; 0 where there are none left
 };
 
 inline constexpr std::int64_t kToyVocab = 11;
@@ -35,6 +38,16 @@ std::shared_ptr<crt::Engine> make_toy_engine(std::shared_ptr<ToyControl> control
 
 /// A session's setup on the toy model.
 crt::SessionSetup toy_setup(std::int64_t batch, std::int64_t capacity);
+
+std::vector<float> floats_of(const std::vector<unsigned char>& bytes);
+
+/// A prefill of that many passes.
+inline crt::PrefillRule by_passes(std::int64_t passes, std::int64_t chunk) {
+  crt::PrefillRule rule;
+  rule.passes = passes;
+  rule.chunk = chunk;
+  return rule;
+}
 
 /// One row computed by hand.
 struct ToyRow {

@@ -158,10 +158,18 @@ typedef struct crt_session_options {
 } crt_session_options;
 CRT_API void crt_session_options_init(crt_session_options* options, size_t struct_size);
 
+/* What passes may be besides a number of parallel passes over every chunk, which is exact with as many passes as the
+ * chunk has tokens. */
+#define CRT_PASSES_TARGETS_CHOICE 0 /* "prefill" of the target's entry in the manifest */
+#define CRT_PASSES_EXACT (-1)       /* token by token, as crt_session_step() would */
+/* Passes until their residual is below the target's bound, row by row; where the target's most passes do not get there
+ * the rest of the chunk goes token by token. CRT_ERROR_UNSUPPORTED where the target has no bound. */
+#define CRT_PASSES_ADAPTIVE (-2)
+
 typedef struct crt_prefill_options {
   size_t struct_size;
-  int64_t passes; /* passes over the prompt, through prefill_pass; 0: the unrolled graph */
-  int64_t chunk;  /* most tokens of one call; 0: the target's limit */
+  int64_t passes; /* a number of passes, or one of CRT_PASSES_...; CRT_PASSES_TARGETS_CHOICE */
+  int64_t chunk;  /* most tokens of one call; 0: that of the target's choice, its limit for a number of passes */
 } crt_prefill_options;
 CRT_API void crt_prefill_options_init(crt_prefill_options* options, size_t struct_size);
 
@@ -176,7 +184,7 @@ CRT_API crt_status crt_session_vocab_size(const crt_session* session, int64_t* v
 /* Tokens in the cache of each row, int64 [batch]; valid until the session's next call. For the session's own thread. */
 CRT_API crt_status crt_session_position(const crt_session* session, const int64_t** position);
 
-/* Append tokens to every row in parallel passes. ids: the tokens of all rows, one row after the other; lengths: int64
+/* Append tokens to every row, token by token or in parallel passes. ids: the tokens of all rows, one row after the other; lengths: int64
  * [rows], tokens of each row, 0 leaves a row alone; rows: the session's batch. options may be NULL. logits may be NULL,
  * else it is set as by crt_session_logits(). */
 CRT_API crt_status crt_session_prefill(crt_session* session, const int64_t* ids, const int64_t* lengths, size_t rows,
@@ -230,7 +238,7 @@ typedef int32_t (*crt_token_callback)(void* user, int64_t row, int64_t token, co
 typedef struct crt_generation_options {
   size_t struct_size;
   int64_t max_new_tokens;               /* most tokens per row; 64 */
-  int64_t passes;                       /* passes of the prefill; 0: the unrolled graph */
+  int64_t passes;                       /* how prompts are taken, as in crt_prefill_options */
   const crt_sampling_options* sampling; /* NULL: greedy */
   const int64_t* stop_token_ids;        /* end a row, besides the model's end-of-sequence token */
   size_t stop_token_count;

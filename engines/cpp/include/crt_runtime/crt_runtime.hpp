@@ -5,6 +5,7 @@
 #include "crt_runtime/config.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/generation.hpp"
+#include "crt_runtime/prefill.hpp"
 #include "crt_runtime/sampling.hpp"
 #include "crt_runtime/selftest.hpp"
 #include "crt_runtime/session.hpp"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "crt_runtime/export.h"
+#include "crt_runtime/prefill.hpp"
 #include "crt_runtime/sampling.hpp"
 
 namespace crt CRT_RUNTIME_API {
@@ -26,7 +27,7 @@ struct GenerationOptions {
   std::vector<std::int64_t> stop_token_ids;  ///< end a row, besides the model's end-of-sequence token
   std::vector<std::string> stop_strings;     ///< UTF-8; end a row where its new text holds one (byte models only)
   bool ignore_eos = false;                   ///< go on after the model's end-of-sequence token
-  std::int64_t passes = 0;                   ///< passes of the prefill; 0 takes the unrolled graph
+  std::int64_t passes = kTargetsChoice;      ///< how prompts are taken, as in PrefillOptions
 
   /// Throws Error(input) listing every value that is out of its range.
   void check() const;

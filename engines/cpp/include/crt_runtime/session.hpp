@@ -10,6 +10,7 @@
 
 #include "crt_runtime/export.h"
 #include "crt_runtime/generation.hpp"
+#include "crt_runtime/prefill.hpp"
 #include "crt_runtime/snapshot.hpp"
 
 namespace crt CRT_RUNTIME_API {
@@ -34,19 +35,14 @@ struct SessionOptions {
   OnFull on_full = OnFull::error;
 };
 
-/// How a prefill runs.
-struct PrefillOptions {
-  std::int64_t passes = 0;  ///< K, through prefill_pass; 0 takes the unrolled graph
-  std::int64_t chunk = 0;   ///< most tokens of one call; 0 takes the target's limit
-};
-
 /// One batch of sequences on one target; made by Bundle::session().
 ///
 /// Rows never influence each other. A call that is refused (Error of kind input) changes nothing. A call that fails,
 /// or gives a value that is not finite, poisons the session: every further call is refused until reset() or restore().
 /// One thread at a time: a call while another call of the session runs is refused; position() and generations, which
 /// belong to that thread, do not look. Sessions of one bundle may run in different threads and
-/// share weights and threads. After the first steps, step() allocates nothing of its own.
+/// share weights and threads. After the first steps, step() allocates nothing of its own, but where a cache in host
+/// memory grows: by 128 tokens, up to the capacity.
 class Session {
  public:
   ~Session();
@@ -64,7 +60,7 @@ class Session {
   /// call.
   const float* logits();
 
-  /// Append tokens to every row in parallel passes; an empty row stays as it is. Returns logits().
+  /// Append tokens to every row, token by token or in parallel passes; an empty row stays as it is. Returns logits().
   const float* prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options = {});
   /// Append one token per row, kNoToken for none. Returns logits().
   const float* step(const std::int64_t* tokens, std::size_t count);
@@ -96,8 +92,8 @@ class Session {
   History& history() noexcept;
   const ModelConfig& config() const noexcept;
   bool slides() const noexcept;
-  /// Throws Error(input) if an earlier call failed or another thread's call runs, Error(unsupported) if that many
-  /// passes need a graph that the model or target lacks.
+  /// Throws Error(input) if an earlier call failed or another thread's call runs, Error(unsupported) if such
+  /// passes need what the model or target lacks.
   void require_usable(std::int64_t passes);
   std::unique_ptr<Impl> impl_;
 };

@@ -79,6 +79,7 @@ TensorSizes sizes_of(const Target& target, const ModelConfig& config, std::int64
   sizes.cache_head_dim = target.cache_head_dim;
   sizes.cache_dtype = target.cache_dtype;
   sizes.recurrent = config.recurrent;
+  sizes.unroll = config.recurrent ? target.unroll.value_or(0) : 0;
   return sizes;
 }
 
@@ -111,7 +112,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
   SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides,
-                     target.joins_rows()};
+                     target.joins_rows(), target.prefill};
   try {
     return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));
   } catch (const std::bad_alloc&) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bundle/paths.hpp"
+#include "bundle/prefill_plan.hpp"
 #include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
 
@@ -54,6 +55,7 @@ struct Target {
   int threads = 0;
   std::optional<int> compute_capability;
   OrtProfile ort;
+  PrefillPlan prefill;
 
   /// Whether rows of one call get what each would get alone: not where activations are rounded after sums whose order
   /// depends on the number of rows (crt_export/runtime/opening.py says more).

@@ -32,6 +32,29 @@ OrtProfile ort_profile(const JsonValue* options) {
   return profile;
 }
 
+PrefillMethod method_from(const std::string& name) {
+  if (name == "steps") return PrefillMethod::steps;
+  return name == "adaptive" ? PrefillMethod::adaptive : PrefillMethod::passes;
+}
+
+/// Bundles of earlier versions have none and take passes.
+PrefillPlan prefill_plan(const JsonValue& entry, bool recurrent) {
+  PrefillPlan plan;
+  const JsonValue* given = entry.find("prefill");
+  if (given == nullptr || !recurrent) return plan;
+  plan.method = method_from(given->at("method").string());
+  plan.chunk = optional_integer(&given->at("chunk"));
+  plan.shortest = given->at("shortest").integer();
+  plan.passes = given->at("passes").integer();
+  const JsonValue& bound = given->at("residual_bound");
+  if (bound.is_number()) plan.residual_bound = bound.number();
+  if (plan.method == PrefillMethod::passes && plan.passes == optional_integer(&entry.at("unroll"))) {
+    plan.passes = std::nullopt;  // which the unrolled graph makes in one call
+    plan.residual_bound = std::nullopt;
+  }
+  return plan;
+}
+
 }  // namespace
 
 Target target_from_json(const std::string& name, const JsonValue& entry, const ModelConfig& config,
@@ -56,6 +79,7 @@ Target target_from_json(const std::string& name, const JsonValue& entry, const M
   target.threads = static_cast<int>(optional_integer(profile.find("threads")).value_or(0));
   const std::optional<std::int64_t> capability = optional_integer(profile.find("compute_capability"));
   if (capability) target.compute_capability = static_cast<int>(*capability);
+  target.prefill = prefill_plan(entry, config.recurrent);
   if (target.runtime == "onnxruntime") target.ort = ort_profile(profile.find("options"));
   return target;
 }

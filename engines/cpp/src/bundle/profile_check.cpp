@@ -14,14 +14,16 @@ constexpr std::size_t kShown = 200;
 constexpr std::size_t kMostNameCharacters = 64;
 constexpr std::size_t kMostNames = 64;
 
-const Texts kKeys{"name",  "title", "runtime",        "device", "precision", "compute_capability", "capacity",
-                  "batch", "seq",   "residual_dtype", "unroll", "attention", "threads",            "options"};
+const Texts kKeys{"name",     "title",   "runtime", "device",         "precision", "compute_capability",
+                  "capacity", "batch",   "seq",     "residual_dtype", "unroll",    "prefill",
+                  "attention", "threads", "options"};
 const Texts kRequiredKeys{"name", "title", "runtime", "device", "precision", "capacity", "batch", "seq"};
 const Texts kRuntimes{"onnxruntime", "tensorrt", "tensorrt-rtx"};
 const Texts kDevices{"cpu", "cuda"};
 const Texts kPrecisions{"fp32", "fp16", "w8", "w8a8"};
 const Texts kAttentionForms{"auto", "fused", "decomposed"};
 const Texts kResidualDtypes{"float16", "float32"};
+const Texts kPrefillMethods{"auto", "steps", "passes", "adaptive"};
 const Texts kLevels{"disable", "basic", "extended", "all"};
 
 bool holds(const Texts& texts, const std::string& text) {
@@ -56,6 +58,7 @@ class ProfileCheck {
     check_choice("precision", kPrecisions);
     check_choice("attention", kAttentionForms);
     check_choice("residual_dtype", kResidualDtypes);
+    check_choice("prefill", kPrefillMethods);
     check_sizes();
     check_pairing();
     check_capability();
@@ -173,6 +176,9 @@ class ProfileCheck {
     const JsonValue* threads = profile_.find("threads");
     if (device_ == "cuda" && threads != nullptr && threads->is_integer() && threads->integer() != 0) {
       add("threads is for device cpu");
+    }
+    if (device_ == "cuda" && text("prefill") == "adaptive") {
+      add("prefill = 'adaptive' is for device cpu, where a look at the residual between passes costs nothing");
     }
   }
 

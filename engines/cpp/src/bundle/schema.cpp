@@ -15,7 +15,8 @@ namespace {
 using Problems = std::vector<std::string>;
 
 // What a field may hold, as bits.
-constexpr unsigned kObject = 1, kList = 2, kText = 4, kInteger = 8, kBoolean = 16, kNull = 32;
+constexpr unsigned kObject = 1, kList = 2, kText = 4, kInteger = 8, kBoolean = 16, kNull = 32, kFraction = 64;
+constexpr unsigned kNumber = kInteger | kFraction;
 
 struct FieldRule {
   const char* name;
@@ -40,6 +41,11 @@ const FieldRules kTargetFields{
     {"profile", kObject},         {"graphs", kObject},    {"engines", kObject},         {"capacity", kInteger | kNull},
     {"unroll", kInteger | kNull}, {"head_dim", kInteger}, {"cache_head_dim", kInteger}, {"cache_dtype", kText},
 };
+const FieldRules kPrefillFields{
+    {"method", kText},      {"passes", kInteger},
+    {"chunk", kInteger | kNull}, {"shortest", kInteger},
+    {"residual_bound", kNumber | kNull}, {"perplexity_gap", kNumber | kNull},
+};
 const FieldRules kContractFields{{"inputs", kList}, {"outputs", kList}, {"aliases", kList}};
 const FieldRules kTensorFields{{"name", kText}, {"dtype", kText}, {"dims", kList}};
 const FieldRules kFileFields{{"size", kInteger}, {"sha256", kText}};
@@ -50,13 +56,14 @@ unsigned type_of(const JsonValue& value) {
   if (value.is_string()) return kText;
   if (value.is_integer()) return kInteger;
   if (value.is_boolean()) return kBoolean;
-  return value.is_null() ? kNull : 0;  // 0: a number with a fraction, which no field takes
+  return value.is_null() ? kNull : kFraction;
 }
 
 std::string type_names(unsigned types) {
-  const std::array<std::pair<unsigned, const char*>, 6> names{{{kObject, "an object"},
+  const std::array<std::pair<unsigned, const char*>, 7> names{{{kObject, "an object"},
                                                                {kList, "a list"},
                                                                {kText, "a string"},
+                                                               {kFraction, "a number"},
                                                                {kInteger, "an integer"},
                                                                {kBoolean, "true or false"},
                                                                {kNull, "null"}}};
@@ -159,6 +166,31 @@ void check_graphs(Problems& problems, const JsonValue& graphs, const JsonValue& 
   }
 }
 
+void check_prefill(Problems& problems, const std::string& where, const JsonValue& plan) {
+  if (!check_fields(problems, where, plan, kPrefillFields)) return;
+  const std::string& method = plan.at("method").string();
+  if (method != "steps" && method != "passes" && method != "adaptive") {
+    problems.push_back(where + ": 'method' must be one of steps, passes, adaptive, found " + in_quotes(method, 60));
+  }
+  for (const char* key : {"passes", "chunk", "shortest"}) {
+    const JsonValue& value = plan.at(key);
+    if (value.is_integer() && value.integer() < 1) {
+      problems.push_back(where + ": " + in_quotes(key) + " must be 1 or more, found " + shown(value));
+    }
+  }
+  const JsonValue& bound = plan.at("residual_bound");
+  if (bound.is_number() && !(bound.number() > 0.0)) {
+    problems.push_back(where + ": 'residual_bound' must be a number above 0, found " + shown(bound));
+  }
+  const JsonValue& gap = plan.at("perplexity_gap");
+  if (gap.is_number() && !(gap.number() >= 0.0)) {
+    problems.push_back(where + ": 'perplexity_gap' must be a number of at least 0, found " + shown(gap));
+  }
+  if (method == "adaptive" && bound.is_null()) {
+    problems.push_back(where + ": 'adaptive' needs a 'residual_bound'");
+  }
+}
+
 void check_target_values(Problems& problems, const std::string& where, const JsonValue& target) {
   for (const char* key : {"capacity", "unroll", "head_dim", "cache_head_dim"}) {
     const JsonValue& value = target.at(key);
@@ -170,6 +202,8 @@ void check_target_values(Problems& problems, const std::string& where, const Jso
   if (dtype != "float32" && dtype != "float16") {
     problems.push_back(where + ": 'cache_dtype' must be 'float32' or 'float16', found " + in_quotes(dtype, 60));
   }
+  const JsonValue* prefill = target.find("prefill");  // bundles of earlier versions have none
+  if (prefill != nullptr) check_prefill(problems, where + ".prefill", *prefill);
 }
 
 void check_targets(Problems& problems, const JsonValue& targets, const JsonValue& files) {

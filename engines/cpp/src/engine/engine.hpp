@@ -100,8 +100,12 @@ class Engine {
   virtual std::optional<std::int64_t> fixed_capacity() const noexcept = 0;
   /// Whether it computes in host memory, so that reading a buffer costs nothing.
   virtual bool host_memory() const noexcept = 0;
-  /// The loaded graph "step", "prefill" or "prefill_pass" (loaded on first use); throws Error(unsupported) if the
-  /// target has none.
+  /// Whether one graph of a single pass serves everything: "step" then is that graph too, bound to chunks of one token,
+  /// and a recurrent model has "prefill_pass" and no unrolled "prefill"; a plain transformer has "prefill", which is one
+  /// pass anyway.
+  virtual bool one_graph() const noexcept { return false; }
+  /// The loaded graph "step", "prefill" or "prefill_pass" (loaded on first use, unless one_graph()); throws
+  /// Error(unsupported) if the target has none.
   virtual Program& program(const std::string& graph) = 0;
   /// New zeroed memory where this engine computes.
   virtual std::unique_ptr<Buffer> allocate(Shape shape, DType dtype) = 0;

@@ -19,6 +19,8 @@ namespace crt {
 
 namespace {
 
+constexpr char kBlockBase[] = "4";
+
 /// One environment for the process; engines share it, so that it goes after the last of them, even at exit.
 std::shared_ptr<Ort::Env> environment() {
   if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
@@ -51,6 +53,8 @@ Ort::SessionOptions session_options(const OrtProfile& profile, int threads, bool
   options.SetIntraOpNumThreads(threads);
   options.SetInterOpNumThreads(1);
   options.SetGraphOptimizationLevel(level_of(profile.graph_optimization));
+  // Threads take a loop in ever smaller pieces, so that one which is held up does not keep the others waiting.
+  options.AddConfigEntry("session.dynamic_block_base", kBlockBase);
   options.AddConfigEntry("session.intra_op.allow_spinning", profile.spinning ? "1" : "0");
   if (stop_spinning) {
     options.AddConfigEntry("session.force_spinning_stop", "1");
@@ -165,10 +169,19 @@ class OrtProgram final : public Program {
 
 class OrtEngine final : public Engine {
  public:
-  OrtEngine(BundleFiles files, Target target, int threads)
-      : environment_(environment()), files_(std::move(files)), target_(std::move(target)), threads_(threads) {
+  /// one_graph: the graph that makes steps as well; "" where there is a step.
+  OrtEngine(BundleFiles files, Target target, int threads, std::string one_graph)
+      : environment_(environment()),
+        files_(std::move(files)),
+        target_(std::move(target)),
+        threads_(threads),
+        one_graph_(std::move(one_graph)) {
+    std::vector<std::string> loaded{names::kGraphStep, names::kGraphPrefill};
+    if (!one_graph_.empty()) {
+      loaded = {one_graph_};
+    }
     std::vector<std::string> problems;
-    for (const char* graph : {names::kGraphStep, names::kGraphPrefill}) {
+    for (const std::string& graph : loaded) {
       const std::vector<std::string> found = contract_problems(files_, target_, graph, load(graph));
       problems.insert(problems.end(), found.begin(), found.end());
     }
@@ -179,14 +192,16 @@ class OrtEngine final : public Engine {
   std::optional<std::int64_t> max_batch() const noexcept override { return std::nullopt; }
   std::optional<std::int64_t> fixed_capacity() const noexcept override { return std::nullopt; }
   bool host_memory() const noexcept override { return true; }
+  bool one_graph() const noexcept override { return !one_graph_.empty(); }
 
-  Program& program(const std::string& graph) override {
+  Program& program(const std::string& asked) override {
+    const std::string& graph = asked == names::kGraphStep ? step_graph() : asked;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = programs_.find(graph);
     if (found != programs_.end()) {
       return *found->second;
     }
-    if (graph != names::kGraphPrefillPass || target_.graphs.count(graph) == 0) {
+    if (one_graph() || graph != names::kGraphPrefillPass || target_.graphs.count(graph) == 0) {
       throw Error(ErrorKind::unsupported, "this target has no " + graph + " graph");
     }
     Program& loaded = load(graph);
@@ -203,9 +218,11 @@ class OrtEngine final : public Engine {
   }
 
  private:
+  const std::string& step_graph() const noexcept { return one_graph() ? one_graph_ : step_; }
+
   Program& load(const std::string& graph) {
     // Only the step's threads spin on between calls: two spinning pools in one thread double its time.
-    const bool stop_spinning = graph != names::kGraphStep;
+    const bool stop_spinning = graph != step_graph();
     const std::string path = files_.graph(target_.graphs.at(graph));
     auto program = std::make_unique<OrtProgram>(*environment_, path,
                                                 session_options(target_.ort, threads_, stop_spinning));
@@ -216,6 +233,8 @@ class OrtEngine final : public Engine {
   BundleFiles files_;  // a copy, because the engine may outlive the bundle
   Target target_;
   int threads_;
+  std::string step_ = names::kGraphStep;
+  std::string one_graph_;
   std::mutex mutex_;
   std::map<std::string, std::unique_ptr<OrtProgram>> programs_;
 };
@@ -233,7 +252,8 @@ std::shared_ptr<Engine> open_onnxruntime(BundleFiles& files, const Target& targe
     throw Error(ErrorKind::bundle, files.path() + ": target " + target.name + " has no " + joined(missing, " and no ") +
                                        " graph; build it again");
   }
-  return std::make_shared<OrtEngine>(files, target, threads);
+  const char* one_graph = files.config().recurrent ? names::kGraphPrefillPass : names::kGraphPrefill;
+  return std::make_shared<OrtEngine>(files, target, threads, target.graphs.count(one_graph) == 0 ? "" : one_graph);
 }
 
 }  // namespace crt

@@ -35,8 +35,9 @@ void GenerationOptions::check() const {
                          " is not valid UTF-8 at byte " + std::to_string(invalid));
     }
   }
-  if (passes < 0) {
-    problems.push_back("passes must be at least 1 (0 takes the unrolled graph), found " + std::to_string(passes));
+  if (passes < kAdaptive) {
+    problems.push_back("passes must be at least 1, 0 (the target's own choice), -1 (exact) or -2 (adaptive), found " +
+                       std::to_string(passes));
   }
   sampling.check();
   if (!problems.empty()) throw Error(ErrorKind::input, problem_list("generation options", problems));

@@ -79,7 +79,7 @@ void replay(Session& session, const SelftestVectors& vectors, const Feeding& fee
     PrefillOptions options;
     options.chunk = feeding.chunk;
     // Chunks need as many passes as they have tokens.
-    options.passes = feeding.by == Feed::prefill ? 0 : std::min(vectors.prompt(), feeding.chunk);
+    options.passes = feeding.by == Feed::prefill ? feeding.passes : std::min(vectors.prompt(), feeding.chunk);
     session.prefill({prompt}, options);
   }
   look(observed(session, 0));

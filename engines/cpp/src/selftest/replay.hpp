@@ -14,7 +14,7 @@ namespace crt {
 
 enum class Feed {
   step,          ///< token by token
-  prefill,       ///< the unrolled graph
+  prefill,       ///< as many passes as the bundle was built with
   prefill_pass,  ///< as many single passes as a chunk has tokens, which is the exact recurrence
 };
 
@@ -24,6 +24,8 @@ struct Feeding {
   Feed by = Feed::step;
   std::int64_t chunk = 1;  ///< most tokens per call of prefill
   std::int64_t steps = 0;  ///< steps after the prompt
+  /// Passes of Feed::prefill; 0 where the unrolled graph makes them and is the target's own choice.
+  std::int64_t passes = 0;
 };
 
 /// One cache of a session of one row, [heads, tokens, head_dim] as float32.

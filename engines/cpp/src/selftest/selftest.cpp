@@ -81,15 +81,16 @@ std::vector<SelftestReplay> TargetRun::replays() {
                                        joined(vectors_.runs()) + "; build the bundle again");
   }
   const std::int64_t steps = vectors_.steps();
+  const std::int64_t passes = recurrent_ && target_.device == "cpu" ? target_.unroll.value_or(0) : 0;
   std::vector<SelftestReplay> results;
   results.push_back(compared(kRecurrence, {Feed::step, chunk, steps}, limit->second));
-  results.push_back(compared(run, {Feed::prefill, chunk, steps}, limit->second));
+  results.push_back(compared(run, {Feed::prefill, chunk, steps, passes}, limit->second));
   const bool has_pass = target_.engines.empty() && target_.graphs.count(names::kGraphPrefillPass) != 0;
   if (recurrent_ && has_pass) {
     const Feeding feeding{Feed::prefill_pass, chunk, std::min(steps, kFewSteps)};
     results.push_back(compared(kRecurrence, feeding, limit->second));
   }
-  results.push_back(repeated({Feed::prefill, chunk, std::min(steps, kFewSteps)}));
+  results.push_back(repeated({Feed::prefill, chunk, std::min(steps, kFewSteps), passes}));
   return results;
 }
 

@@ -16,9 +16,10 @@ Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
     : engine_(std::move(engine)),
       target_(setup.target),
       sizes_(setup.sizes),
-      tensors_(*engine_, setup.sizes),
+      tensors_(*engine_, setup.sizes, setup.joins_rows),
       max_chunk_(engine_->max_tokens()),
-      joins_rows_(setup.joins_rows) {
+      joins_rows_(setup.joins_rows),
+      plan_(setup.plan) {
   if (setup.slides) {
     window_.emplace(setup.config);
     // What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that chunks are
@@ -39,33 +40,70 @@ void Decoder::check_room(const std::vector<std::int64_t>& lengths) const {
   }
 }
 
-void Decoder::load_passes() { static_cast<void>(engine_->program(names::kGraphPrefillPass)); }
+PrefillRule Decoder::rule_of(const PrefillOptions& options) {
+  const PrefillRule rule = prefill_rule(plan_, options, max_chunk_, sizes_.recurrent, sizes_.unroll, target_);
+  if (rule.passes > 0) {
+    static_cast<void>(engine_->program(names::kGraphPrefillPass));
+  }
+  return rule;
+}
 
-void Decoder::prefill(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t passes, std::int64_t chunk) {
+void Decoder::prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillRule& rule) {
   std::size_t longest = 0;
   for (const std::vector<std::int64_t>& row : rows) {
     longest = std::max(longest, row.size());
   }
-  std::vector<TokenSpan> pieces(rows.size());
-  std::vector<std::int64_t> lengths(rows.size());
-  std::vector<float> residual(rows.size());
-  for (std::size_t begin = 0; begin < longest; begin += static_cast<std::size_t>(chunk)) {
+  std::vector<TokenSpan> by_steps(rows.size());
+  std::vector<TokenSpan> by_passes(rows.size());
+  for (std::size_t begin = 0; begin < longest; begin += static_cast<std::size_t>(rule.chunk)) {
     for (std::size_t row = 0; row < rows.size(); ++row) {
       const std::size_t start = std::min(begin, rows[row].size());
-      lengths[row] = std::min(static_cast<std::int64_t>(rows[row].size() - start), chunk);
-      pieces[row] = TokenSpan{rows[row].data() + start, lengths[row]};
+      const std::int64_t length = std::min(static_cast<std::int64_t>(rows[row].size() - start), rule.chunk);
+      const TokenSpan piece{rows[row].data() + start, length};
+      by_steps[row] = length < rule.shortest ? piece : TokenSpan();
+      by_passes[row] = length < rule.shortest ? TokenSpan() : piece;
     }
-    set_groups(lengths);
-    tensors_.prefill(pieces, position_.data(), groups_, passes, residual);
-    if (sizes_.recurrent) {
-      refuse_non_finite("residual", residual.data(), 1, lengths);
-    }
-    finish(lengths, true);
+    feed_steps(by_steps);
+    feed_passes(by_passes, rule);
   }
 }
 
+void Decoder::feed_steps(const std::vector<TokenSpan>& pieces) {
+  std::int64_t longest = 0;
+  for (const TokenSpan& piece : pieces) {
+    longest = std::max(longest, piece.count);
+  }
+  std::vector<std::int64_t> ids(pieces.size());
+  std::vector<std::int64_t> lengths(pieces.size());
+  for (std::int64_t index = 0; index < longest; ++index) {
+    for (std::size_t row = 0; row < pieces.size(); ++row) {
+      lengths[row] = index < pieces[row].count ? 1 : 0;
+      ids[row] = lengths[row] == 1 ? pieces[row].tokens[index] : 0;
+    }
+    step(ids, lengths, false);
+  }
+}
+
+void Decoder::feed_passes(const std::vector<TokenSpan>& pieces, const PrefillRule& rule) {
+  std::vector<std::int64_t> lengths;
+  std::vector<float> residual(pieces.size());
+  for (const TokenSpan& piece : pieces) {
+    lengths.push_back(piece.count);
+  }
+  // How many passes a row takes until its residual is small must not depend on its neighbours.
+  set_groups(lengths, joins_rows_ && !rule.bound);
+  if (groups_.empty()) {
+    return;
+  }
+  tensors_.prefill(pieces, position_.data(), groups_, rule.passes, rule.bound, residual);
+  if (sizes_.recurrent) {
+    refuse_non_finite("residual", residual.data(), 1, lengths);
+  }
+  finish(lengths, true);
+}
+
 void Decoder::step(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& lengths, bool check_logits) {
-  set_groups(lengths);
+  set_groups(lengths, joins_rows_);
   tensors_.step(ids.data(), position_.data(), groups_);
   finish(lengths, check_logits);
 }
@@ -121,11 +159,11 @@ void Decoder::abandon(const std::vector<std::int64_t>& before) noexcept {
 }
 
 /// The rows that run together, after making room where rows slide.
-void Decoder::set_groups(const std::vector<std::int64_t>& lengths) {
+void Decoder::set_groups(const std::vector<std::int64_t>& lengths, bool joins_rows) {
   if (window_) {
     slide(lengths);
   }
-  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows_, groups_);
+  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows, groups_);
 }
 
 void Decoder::slide(const std::vector<std::int64_t>& lengths) {
@@ -138,10 +176,7 @@ void Decoder::slide(const std::vector<std::int64_t>& lengths) {
   if (!any) {
     return;
   }
-  for (LayerCache& cache : tensors_.caches()) {
-    window_->slide(*cache.key, sliding_, true);
-    window_->slide(*cache.value, sliding_, false);
-  }
+  tensors_.caches().slide(sliding_, *window_);
   for (std::size_t row = 0; row < position_.size(); ++row) {
     position_[row] = sliding_[row] < 0 ? position_[row] : window_->kept(position_[row]);
   }

@@ -10,6 +10,7 @@
 
 #include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
+#include "session/prefill_rule.hpp"
 #include "session/rows.hpp"
 #include "session/slide.hpp"
 #include "session/tensors.hpp"
@@ -24,6 +25,7 @@ struct SessionSetup {
   TensorSizes sizes;
   bool slides = false;
   bool joins_rows = true;  ///< rows may share a call of the engine
+  PrefillPlan plan;        ///< how prompts are taken unless a call says otherwise
 };
 
 /// The work of a session, without its guards: arguments are checked, and one call runs at a time.
@@ -40,10 +42,11 @@ class Decoder {
 
   /// Throws Error(input) listing every row whose new tokens, int64 [batch], exceed the capacity, unless rows slide.
   void check_room(const std::vector<std::int64_t>& lengths) const;
-  /// Throws Error(unsupported) unless the target has a graph of one pass.
-  void load_passes();
-  /// Feed the tokens of every row, cut at multiples of chunk of that row's own tokens; passes 0: the unrolled graph.
-  void prefill(const std::vector<std::vector<std::int64_t>>& rows, std::int64_t passes, std::int64_t chunk);
+  /// What a prefill comes to; loads the graph of one pass if it needs that. Throws as crt::prefill_rule(), and
+  /// Error(unsupported) if the target has no such graph.
+  PrefillRule rule_of(const PrefillOptions& options);
+  /// Feed the tokens of every row, cut at multiples of the chunk of that row's own tokens.
+  void prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillRule& rule);
   /// Feed ids, int64 [batch], to the rows whose length, int64 [batch], is 1 and not 0; every id is valid. check_logits:
   /// whether logits that are not finite fail this call, wherever the engine computes.
   void step(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& lengths, bool check_logits);
@@ -60,7 +63,9 @@ class Decoder {
   void abandon(const std::vector<std::int64_t>& before) noexcept;
 
  private:
-  void set_groups(const std::vector<std::int64_t>& lengths);
+  void feed_steps(const std::vector<TokenSpan>& pieces);
+  void feed_passes(const std::vector<TokenSpan>& pieces, const PrefillRule& rule);
+  void set_groups(const std::vector<std::int64_t>& lengths, bool joins_rows);
   void slide(const std::vector<std::int64_t>& lengths);
   void finish(const std::vector<std::int64_t>& lengths, bool check_logits);
   void refuse_non_finite(const char* name, const float* values, std::int64_t width,
@@ -74,6 +79,7 @@ class Decoder {
   std::optional<Window> window_;
   std::int64_t max_chunk_;
   bool joins_rows_;
+  PrefillPlan plan_;
   std::vector<std::int64_t> position_;
   std::vector<std::int64_t> next_tokens_;
   bool logits_checked_ = true;

@@ -9,14 +9,6 @@
 
 namespace crt {
 
-namespace {
-
-std::string out_of_range(const char* name, const std::string& limits, std::int64_t found) {
-  return std::string(name) + " must be at least 1" + limits + ", found " + std::to_string(found);
-}
-
-}  // namespace
-
 Exclusive::Exclusive(std::atomic_flag& busy) : busy_(busy) {
   if (busy_.test_and_set(std::memory_order_acquire)) {
     throw Error(ErrorKind::input,
@@ -70,32 +62,11 @@ void Session::Impl::prefill(const std::vector<std::vector<std::int64_t>>& rows, 
   if (!any) {
     throw Error(ErrorKind::input, "empty prompt: prefill needs at least one token in at least one row");
   }
-  const std::int64_t chunk = chunk_of(options);
+  const PrefillRule rule = decoder.rule_of(options);
   decoder.check_room(lengths_);
-  poisoning([&] { decoder.prefill(rows, options.passes, chunk); });
+  poisoning([&] { decoder.prefill(rows, rule); });
   for (std::size_t row = 0; row < rows.size(); ++row) {
     history.feed(static_cast<std::int64_t>(row), rows[row].data(), rows[row].size());
-  }
-}
-
-std::int64_t Session::Impl::chunk_of(const PrefillOptions& options) {
-  const std::int64_t most = decoder.max_chunk();
-  if (options.chunk < 0 || options.chunk > most) {
-    throw Error(ErrorKind::input, out_of_range("chunk", " and at most " + std::to_string(most), options.chunk));
-  }
-  check_passes(options.passes);
-  return options.chunk == 0 ? most : options.chunk;
-}
-
-void Session::Impl::check_passes(std::int64_t passes) {
-  if (passes < 0) {
-    throw Error(ErrorKind::input, out_of_range("passes", "", passes));
-  }
-  if (passes > 0) {
-    if (!setup.sizes.recurrent) {
-      throw Error(ErrorKind::unsupported, "passes: a plain transformer has exactly one pass; leave passes out");
-    }
-    decoder.load_passes();
   }
 }
 
@@ -225,7 +196,9 @@ bool Session::slides() const noexcept { return impl_->setup.slides; }
 void Session::require_usable(std::int64_t passes) {
   const Exclusive held(impl_->busy);
   impl_->require_usable();
-  impl_->check_passes(passes);
+  PrefillOptions options;
+  options.passes = passes;
+  static_cast<void>(impl_->decoder.rule_of(options));
 }
 
 }  // namespace crt

@@ -48,8 +48,6 @@ class Session::Impl {
 
   /// Throws Error(input) if an earlier call failed.
   void require_usable() const;
-  /// Throws Error(input) for a negative number, Error(unsupported) where the model or target has no graph of one pass.
-  void check_passes(std::int64_t passes);
   const float* logits();
   void prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options);
   void step(const std::int64_t* tokens, std::size_t count, bool check_logits);
@@ -65,7 +63,6 @@ class Session::Impl {
 
  private:
   void set_step(const std::int64_t* tokens, std::size_t count);
-  std::int64_t chunk_of(const PrefillOptions& options);
   template <typename Call>
   void poisoning(const Call& call);
 

@@ -55,12 +55,11 @@ Snapshot Session::Impl::snapshot() {
   const std::int64_t length = *std::max_element(decoder.position().begin(), decoder.position().end());
   const Shape shape{sizes.batch, sizes.heads, length, sizes.cache_head_dim};
   const char* dtype = snapshot_dtype(sizes.cache_dtype);
+  const SessionCaches& caches = tensors.caches();
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    LayerCache& cache = tensors.caches()[static_cast<std::size_t>(layer)];
-    taken.tensors.push_back(
-        {names::past_key_values_key(layer), dtype, shape, SessionTensors::entries(*cache.key, length)});
-    taken.tensors.push_back(
-        {names::past_key_values_value(layer), dtype, shape, SessionTensors::entries(*cache.value, length)});
+    const auto key = static_cast<std::size_t>(2 * layer);
+    taken.tensors.push_back({names::past_key_values_key(layer), dtype, shape, caches.entries(key, length)});
+    taken.tensors.push_back({names::past_key_values_value(layer), dtype, shape, caches.entries(key + 1, length)});
   }
   return taken;
 }

@@ -1,12 +1,13 @@
 #include "session/tensors.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
+#include "session/prefill_call.hpp"
 
 namespace crt {
 
@@ -16,53 +17,12 @@ namespace {
 constexpr std::size_t kMostKeptLaunches = 64;
 constexpr std::int64_t kUnknown = -1;
 
-Rows whole(Buffer& buffer) { return Rows{&buffer, 0, buffer.shape()[0]}; }
-
 std::size_t index_of(std::int64_t value) { return static_cast<std::size_t>(value); }
-
-/// Tensors that exist for one prefill call of one group only.
-struct PrefillTensors {
-  std::unique_ptr<Buffer> ids;
-  std::unique_ptr<Buffer> length;
-  std::array<std::unique_ptr<Buffer>, 2> hidden;  // each pass reads one and writes the other
-  std::unique_ptr<Buffer> residual;
-
-  PrefillTensors(Engine& engine, const TensorSizes& sizes, const Group& group) {
-    const std::int64_t count = group.stop - group.start;
-    ids = engine.allocate({count, group.seq}, DType::int64);
-    length = engine.allocate({count}, DType::int64);
-    for (std::unique_ptr<Buffer>& iterate : hidden) {
-      iterate = engine.allocate({count, group.seq, sizes.hidden}, DType::float32);
-    }
-    residual = engine.allocate({count}, DType::float32);
-  }
-
-  void feed(const std::vector<TokenSpan>& rows, const Group& group) const {
-    const std::int64_t count = group.stop - group.start;
-    std::vector<std::int64_t> padded(index_of(count * group.seq), 0);
-    std::vector<std::int64_t> lengths(index_of(count), 0);
-    for (std::int64_t row = 0; row < count; ++row) {
-      const TokenSpan& span = rows[index_of(group.start + row)];
-      std::copy_n(span.tokens, span.count, padded.begin() + row * group.seq);
-      lengths[index_of(row)] = span.count;
-    }
-    ids->write(padded.data());
-    length->write(lengths.data());
-  }
-
-  /// What the pass of this parity binds; names that a graph lacks are never asked for.
-  std::map<std::string, Rows> binding(std::size_t parity) const {
-    return {{names::kInputIds, whole(*ids)},
-            {names::kLength, whole(*length)},
-            {names::kHidden, whole(*hidden[parity])},
-            {names::kNextHidden, whole(*hidden[1 - parity])},
-            {names::kResidual, whole(*residual)}};
-  }
-};
 
 }  // namespace
 
-SessionTensors::SessionTensors(Engine& engine, const TensorSizes& sizes) : engine_(engine), sizes_(sizes) {
+SessionTensors::SessionTensors(Engine& engine, const TensorSizes& sizes, bool joins_rows)
+    : engine_(engine), sizes_(sizes), caches_(engine, sizes, joins_rows) {
   for (Set& set : sets_) {
     set.ids = engine.allocate({sizes.batch, 1}, DType::int64);
     set.position = engine.allocate({sizes.batch}, DType::int64);
@@ -73,9 +33,8 @@ SessionTensors::SessionTensors(Engine& engine, const TensorSizes& sizes) : engin
     set.held_positions.assign(index_of(sizes.batch), kUnknown);
   }
   logits_ = engine.allocate({sizes.batch, sizes.vocab}, DType::float32);
-  const Shape cache{sizes.batch, sizes.heads, sizes.capacity, sizes.cache_head_dim};
-  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    caches_.push_back({engine.allocate(cache, sizes.cache_dtype), engine.allocate(cache, sizes.cache_dtype)});
+  if (engine.one_graph()) {
+    allocate_one_token();
   }
   const std::vector<float> none(index_of(sizes.batch * sizes.vocab), std::numeric_limits<float>::quiet_NaN());
   logits_->write(none.data());
@@ -85,6 +44,7 @@ void SessionTensors::step(const std::int64_t* ids, const std::int64_t* positions
   Set& set = sets_[current_];
   feed(set.held_ids, *set.ids, ids, groups);
   feed(set.held_positions, *set.position, positions, groups);
+  make_room(positions, groups);
   for (const Group& group : groups) {
     step_launch(group).run();
   }
@@ -92,38 +52,26 @@ void SessionTensors::step(const std::int64_t* ids, const std::int64_t* positions
 }
 
 void SessionTensors::prefill(const std::vector<TokenSpan>& rows, const std::int64_t* positions,
-                             const std::vector<Group>& groups, std::int64_t passes, std::vector<float>& residual) {
+                             const std::vector<Group>& groups, std::int64_t passes, std::optional<float> bound,
+                             std::vector<float>& residual) {
   Set& set = sets_[current_];
+  if (passes == 0 && engine_.one_graph()) {
+    passes = sizes_.unroll;
+  }
   feed(set.held_positions, *set.position, positions, groups);
+  make_room(positions, groups);
   for (const Group& group : groups) {
-    prefill_group(rows, group, passes, residual);
+    const PrefillCall call{rows.data() + group.start, positions + group.start, group.stop - group.start, group.seq,
+                           sizes_.hidden,             sizes_.recurrent,        passes,                   bound};
+    call.run(engine_, [&](const std::string& name) { return shared(name, group); }, residual.data() + group.start);
   }
   finish(positions, groups, &rows);
   // Leave no trace of padding: beyond the position a value that is not finite spoils later logits.
   for (const Group& group : groups) {
     for (std::int64_t row = group.start; row < group.stop; ++row) {
       const std::int64_t begin = positions[row];
-      clear_caches(row, begin + rows[index_of(row)].count, begin + group.seq);
+      caches_.clear(row, begin + rows[index_of(row)].count, begin + group.seq);
     }
-  }
-}
-
-void SessionTensors::prefill_group(const std::vector<TokenSpan>& rows, const Group& group, std::int64_t passes,
-                                   std::vector<float>& residual) {
-  Program& program = engine_.program(passes == 0 ? names::kGraphPrefill : names::kGraphPrefillPass);
-  const PrefillTensors own(engine_, sizes_, group);
-  own.feed(rows, group);
-  std::array<std::unique_ptr<Launch>, 2> launches;
-  for (std::int64_t pass = 0; pass < std::max<std::int64_t>(passes, 1); ++pass) {
-    const std::size_t parity = index_of(pass % 2);
-    if (launches[parity] == nullptr) {
-      launches[parity] = bind(program, group, own.binding(parity), false);
-    }
-    launches[parity]->run();
-  }
-  if (sizes_.recurrent) {
-    const auto* values = static_cast<const float*>(own.residual->read());
-    std::copy_n(values, group.stop - group.start, residual.begin() + group.start);
   }
 }
 
@@ -138,37 +86,14 @@ void SessionTensors::restore(const std::vector<const unsigned char*>& caches, st
   if (sizes_.recurrent) {
     sets_[current_].state->write(state);
   }
-  const std::size_t token_bytes = index_of(sizes_.cache_head_dim) * size_of(sizes_.cache_dtype);
-  const std::size_t given = index_of(length) * token_bytes;
-  const std::size_t whole_head = index_of(sizes_.capacity) * token_bytes;
-  std::vector<unsigned char> values(caches_.front().key->bytes(), 0);
-  for (std::size_t index = 0; index < caches.size(); ++index) {
-    for (std::size_t head = 0; given > 0 && head < index_of(sizes_.batch * sizes_.heads); ++head) {
-      std::memcpy(values.data() + head * whole_head, caches[index] + head * given, given);
-    }
-    LayerCache& cache = caches_[index / 2];
-    (index % 2 == 0 ? cache.key : cache.value)->write(values.data());
-  }
-}
-
-std::vector<unsigned char> SessionTensors::entries(Buffer& cache, std::int64_t length) {
-  const std::size_t heads = index_of(cache.shape()[0] * cache.shape()[1]);
-  const std::size_t token_bytes = index_of(cache.shape()[3]) * size_of(cache.dtype());
-  const std::size_t wanted = index_of(length) * token_bytes;
-  const std::size_t whole_head = index_of(cache.shape()[2]) * token_bytes;
-  std::vector<unsigned char> values(heads * wanted);
-  const auto* content = static_cast<const unsigned char*>(cache.read());
-  for (std::size_t head = 0; wanted > 0 && head < heads; ++head) {
-    std::memcpy(values.data() + head * wanted, content + head * whole_head, wanted);
-  }
-  return values;
+  caches_.write(caches, length);
 }
 
 void SessionTensors::clear(const std::int64_t* positions) {
   forget();
+  caches_.trim(positions);
   std::vector<float> values(logits(), logits() + sizes_.batch * sizes_.vocab);
   for (std::int64_t row = 0; row < sizes_.batch; ++row) {
-    clear_caches(row, positions[row], sizes_.capacity);
     if (positions[row] == 0) {
       std::fill_n(values.begin() + row * sizes_.vocab, sizes_.vocab, std::numeric_limits<float>::quiet_NaN());
     }
@@ -202,13 +127,14 @@ void SessionTensors::assign(SessionTensors& other) {
     target.state->copy_rows(*source.state, 0, batch);
   }
   logits_->copy_rows(*other.logits_, 0, batch);
-  for (std::size_t layer = 0; layer < caches_.size(); ++layer) {
-    caches_[layer].key->copy_rows(*other.caches_[layer].key, 0, batch);
-    caches_[layer].value->copy_rows(*other.caches_[layer].value, 0, batch);
-  }
+  caches_.assign(other.caches_);
 }
 
 Launch& SessionTensors::step_launch(const Group& group) {
+  if (bound_moves_ != caches_.moves()) {
+    step_launches_.clear();
+    bound_moves_ = caches_.moves();
+  }
   const auto key = std::make_tuple(group.start, group.stop, current_);
   const auto found = step_launches_.find(key);
   if (found != step_launches_.end()) {
@@ -217,8 +143,33 @@ Launch& SessionTensors::step_launch(const Group& group) {
   if (step_launches_.size() >= std::max(kMostKeptLaunches, 4 * static_cast<std::size_t>(sizes_.batch))) {
     step_launches_.clear();
   }
-  const OwnTensors own{{names::kInputIds, Rows{sets_[current_].ids.get(), group.start, group.stop}}};
-  return *step_launches_.emplace(key, bind(engine_.program(names::kGraphStep), group, own, true)).first->second;
+  Binding own{{names::kInputIds, Rows{sets_[current_].ids.get(), group.start, group.stop}}};
+  if (one_token_.length != nullptr) {
+    own.insert({{names::kLength, Rows{one_token_.length.get(), group.start, group.stop}},
+                {names::kHidden, Rows{one_token_.hidden.get(), group.start, group.stop}},
+                {names::kNextHidden, Rows{one_token_.next_hidden.get(), group.start, group.stop}},
+                {names::kResidual, Rows{one_token_.residual.get(), group.start, group.stop}}});
+  }
+  const SharedRows shared_rows = [&](const std::string& name) { return shared(name, group); };
+  std::unique_ptr<Launch> launch = bind_by_name(engine_.program(names::kGraphStep), own, shared_rows, true);
+  return *step_launches_.emplace(key, std::move(launch)).first->second;
+}
+
+void SessionTensors::allocate_one_token() {
+  const Shape iterate{sizes_.batch, 1, sizes_.hidden};
+  one_token_.length = engine_.allocate({sizes_.batch}, DType::int64);
+  one_token_.length->write(std::vector<std::int64_t>(index_of(sizes_.batch), 1).data());
+  one_token_.hidden = engine_.allocate(iterate, DType::float32);
+  one_token_.next_hidden = engine_.allocate(iterate, DType::float32);
+  one_token_.residual = engine_.allocate({sizes_.batch}, DType::float32);
+}
+
+/// Let the caches grow to what the groups write, padding included.
+void SessionTensors::make_room(const std::int64_t* positions, const std::vector<Group>& groups) {
+  for (const Group& group : groups) {
+    const std::int64_t tokens = *std::max_element(positions + group.start, positions + group.stop) + group.seq;
+    caches_.reserve(group.start, group.stop, tokens);
+  }
 }
 
 /// Upload what the rows of the groups need, unless the last launch left exactly that there.
@@ -267,31 +218,6 @@ void SessionTensors::forget() noexcept {
   }
 }
 
-void SessionTensors::clear_caches(std::int64_t row, std::int64_t begin, std::int64_t end) {
-  if (begin >= end) {
-    return;
-  }
-  for (LayerCache& cache : caches_) {
-    cache.key->clear(row, begin, end);
-    cache.value->clear(row, begin, end);
-  }
-}
-
-/// Bind every input and output of the program by name, from own or from the session's tensors.
-std::unique_ptr<Launch> SessionTensors::bind(Program& program, const Group& group, const OwnTensors& own,
-                                             bool repeated) {
-  Binding inputs;
-  Binding outputs;
-  for (const auto& [specs, binding] : {std::make_pair(&program.inputs(), &inputs),
-                                       std::make_pair(&program.outputs(), &outputs)}) {
-    for (const TensorSpec& spec : *specs) {
-      const auto found = own.find(spec.name);
-      binding->emplace(spec.name, found != own.end() ? found->second : shared(spec.name, group));
-    }
-  }
-  return program.bind(inputs, outputs, repeated);
-}
-
 Rows SessionTensors::shared(const std::string& name, const Group& group) {
   Set& read = sets_[current_];
   Set& written = sets_[1 - current_];
@@ -303,14 +229,9 @@ Rows SessionTensors::shared(const std::string& name, const Group& group) {
   if (found != buffers.end() && found->second != nullptr) {
     return Rows{found->second, group.start, group.stop};
   }
-  for (std::size_t layer = 0; layer < caches_.size(); ++layer) {
-    const auto number = static_cast<std::int64_t>(layer);
-    if (name == names::past_key_values_key(number) || name == names::present_key_values_key(number)) {
-      return Rows{caches_[layer].key.get(), group.start, group.stop};
-    }
-    if (name == names::past_key_values_value(number) || name == names::present_key_values_value(number)) {
-      return Rows{caches_[layer].value.get(), group.start, group.stop};
-    }
+  const std::optional<Rows> cache = caches_.rows(name, group.start, group.stop);
+  if (cache) {
+    return *cache;
   }
   throw Error(ErrorKind::contract, "a graph asks for a tensor '" + name + "' that the contract does not have");
 }

@@ -4,54 +4,40 @@
 // What a call leaves for the next one (state, next token, next position) goes from one set of buffers to the other, and
 // the two swap roles: next_state never aliases state, and a greedy loop feeds itself without an upload. Caches are
 // bound as input and output at the same address, so they are updated in place.
+//
+// On a CPU the step is a pass over one token: one graph serves both, with one packed copy of the weights.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "engine/engine.hpp"
+#include "session/caches.hpp"
 #include "session/rows.hpp"
 
 namespace crt {
 
-/// Sizes of a session; cache_head_dim may be padded, recurrent says whether there is a state.
-struct TensorSizes {
-  std::int64_t batch = 0;
-  std::int64_t capacity = 0;
-  std::int64_t vocab = 0;
-  std::int64_t hidden = 0;
-  std::int64_t layers = 0;
-  std::int64_t heads = 0;
-  std::int64_t cache_head_dim = 0;
-  DType cache_dtype = DType::float32;
-  bool recurrent = true;
-};
-
-/// The key and value cache of one layer.
-struct LayerCache {
-  std::unique_ptr<Buffer> key;
-  std::unique_ptr<Buffer> value;
-};
-
 class SessionTensors {
  public:
   /// Allocates everything, zeroed; the logits are NaN, because a row without any token has none.
-  SessionTensors(Engine& engine, const TensorSizes& sizes);
+  /// joins_rows: whether rows may share a call of the engine.
+  SessionTensors(Engine& engine, const TensorSizes& sizes, bool joins_rows = true);
 
   /// Run one token per row of the groups; all others stay as they are. ids and positions: int64 [batch], positions are
-  /// the tokens in the cache before this one. Allocates nothing once its launches exist.
+  /// the tokens in the cache before this one. Allocates nothing once its launches exist, until the caches grow.
   void step(const std::int64_t* ids, const std::int64_t* positions, const std::vector<Group>& groups);
 
-  /// Run several tokens per row of the groups. passes: 0 takes the unrolled graph, else that many calls of
-  /// prefill_pass. residual: float32 [batch], filled for the rows of the groups unless the model is a plain
-  /// transformer.
+  /// Run several tokens per row of the groups. passes: 0 for as many as the bundle was built with, else that many calls
+  /// of prefill_pass. bound: residual at which passes end, for groups of one row; unset: after all of them. residual:
+  /// float32 [batch], filled for the rows of the groups unless the model is a plain transformer.
   void prefill(const std::vector<TokenSpan>& rows, const std::int64_t* positions, const std::vector<Group>& groups,
-               std::int64_t passes, std::vector<float>& residual);
+               std::int64_t passes, std::optional<float> bound, std::vector<float>& residual);
 
   /// float32 [batch, vocab]: each row's after its last call, NaN if it had none; valid until the next call.
   const float* logits() { return static_cast<const float*>(logits_->read()); }
@@ -66,13 +52,11 @@ class SessionTensors {
   /// length, cache_head_dim]; zeros go behind them. state: float32 [batch, 1, hidden]; ignored for a plain transformer.
   void restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
                const float* state);
-  /// The first length entries of every head of a cache, [batch, heads, length, cache_head_dim].
-  static std::vector<unsigned char> entries(Buffer& cache, std::int64_t length);
   /// Take everything from the tensors of another session of the same sizes.
   void assign(SessionTensors& other);
 
   const TensorSizes& sizes() const noexcept { return sizes_; }
-  std::vector<LayerCache>& caches() noexcept { return caches_; }
+  SessionCaches& caches() noexcept { return caches_; }
   /// Number of step launches that are kept.
   std::size_t launches() const noexcept { return step_launches_.size(); }
   /// The launch of the next step over these rows, to be timed or counted on its own.
@@ -87,16 +71,21 @@ class SessionTensors {
     std::vector<std::int64_t> held_ids;
     std::vector<std::int64_t> held_positions;
   };
-  using OwnTensors = std::map<std::string, Rows>;
+  /// What a graph of any number of tokens takes and gives besides, when it makes a step; empty where the step is a graph
+  /// of its own.
+  struct OneToken {
+    std::unique_ptr<Buffer> length;       // ones
+    std::unique_ptr<Buffer> hidden;       // zeros: the first token of a chunk depends on no iterate
+    std::unique_ptr<Buffer> next_hidden;  // never read
+    std::unique_ptr<Buffer> residual;     // never read
+  };
 
-  void prefill_group(const std::vector<TokenSpan>& rows, const Group& group, std::int64_t passes,
-                     std::vector<float>& residual);
   void feed(std::vector<std::int64_t>& held, Buffer& buffer, const std::int64_t* values,
             const std::vector<Group>& groups);
   void finish(const std::int64_t* positions, const std::vector<Group>& groups, const std::vector<TokenSpan>* rows);
   void forget() noexcept;
-  void clear_caches(std::int64_t row, std::int64_t begin, std::int64_t end);
-  std::unique_ptr<Launch> bind(Program& program, const Group& group, const OwnTensors& own, bool repeated);
+  void make_room(const std::int64_t* positions, const std::vector<Group>& groups);
+  void allocate_one_token();
   Rows shared(const std::string& name, const Group& group);
 
   Engine& engine_;
@@ -104,8 +93,9 @@ class SessionTensors {
   std::array<Set, 2> sets_;
   std::size_t current_ = 0;
   std::unique_ptr<Buffer> logits_;
-  std::vector<LayerCache> caches_;
-  std::vector<float> host_state_;
+  SessionCaches caches_;
+  OneToken one_token_;
+  std::uint64_t bound_moves_ = 0;  // of the caches, when the launches were bound
   std::map<std::tuple<std::int64_t, std::int64_t, std::size_t>, std::unique_ptr<Launch>> step_launches_;
 };
 

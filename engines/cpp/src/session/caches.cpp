@@ -1,0 +1,170 @@
+#include "session/caches.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "engine/tensor_names.hpp"
+
+namespace crt {
+
+namespace {
+
+std::size_t size_from(std::int64_t value) { return static_cast<std::size_t>(value); }
+
+std::int64_t length_of(const Buffer& cache) { return cache.shape()[2]; }
+std::size_t token_bytes(const Buffer& cache) { return size_from(cache.shape()[3]) * size_of(cache.dtype()); }
+std::size_t head_bytes(const Buffer& cache) { return size_from(length_of(cache)) * token_bytes(cache); }
+std::size_t head_count(const Buffer& cache) { return size_from(cache.shape()[0] * cache.shape()[1]); }
+
+/// The first bytes of every head, from one memory to another.
+void copy_heads(const unsigned char* source, std::size_t source_stride, unsigned char* target,
+                std::size_t target_stride, std::size_t heads, std::size_t bytes) {
+  for (std::size_t head = 0; bytes > 0 && head < heads; ++head) {
+    std::memcpy(target + head * target_stride, source + head * source_stride, bytes);
+  }
+}
+
+}  // namespace
+
+SessionCaches::SessionCaches(Engine& engine, const TensorSizes& sizes, bool joins_rows)
+    : engine_(engine),
+      sizes_(sizes),
+      block_(engine.host_memory() && !engine.fixed_capacity() ? kCacheBlock : sizes.capacity),
+      lane_rows_(joins_rows ? sizes.batch : 1) {
+  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
+    const std::size_t key = size_from(2 * layer);
+    index_by_name_[names::past_key_values_key(layer)] = index_by_name_[names::present_key_values_key(layer)] = key;
+    index_by_name_[names::past_key_values_value(layer)] = index_by_name_[names::present_key_values_value(layer)] =
+        key + 1;
+  }
+  for (std::int64_t start = 0; start < sizes.batch; start += lane_rows_) {
+    Lane& lane = lanes_.emplace_back();
+    for (std::size_t index = 0; index < count(); ++index) {
+      lane.push_back(allocate(rounded(1)));
+    }
+  }
+  sliding_.resize(size_from(lane_rows_));
+}
+
+void SessionCaches::reserve(std::int64_t start, std::int64_t stop, std::int64_t tokens) {
+  for (std::int64_t lane = start / lane_rows_; lane * lane_rows_ < stop; ++lane) {
+    for (std::unique_ptr<Buffer>& cache : lanes_[size_from(lane)]) {
+      resize(cache, std::max(length_of(*cache), rounded(tokens)));
+    }
+  }
+}
+
+std::optional<Rows> SessionCaches::rows(const std::string& name, std::int64_t start, std::int64_t stop) const {
+  const auto found = index_by_name_.find(name);
+  if (found == index_by_name_.end()) {
+    return std::nullopt;
+  }
+  const std::int64_t lane = start / lane_rows_;  // one for all of them, as for the rows of every call
+  return Rows{lanes_[size_from(lane)][found->second].get(), start - lane * lane_rows_, stop - lane * lane_rows_};
+}
+
+std::vector<unsigned char> SessionCaches::entries(std::size_t index, std::int64_t length) const {
+  const std::size_t wanted = size_from(length) * token_bytes(*lanes_.front()[index]);
+  std::vector<unsigned char> values(size_from(sizes_.batch * sizes_.heads) * wanted, 0);
+  std::size_t offset = 0;
+  for (const Lane& lane : lanes_) {
+    Buffer& cache = *lane[index];
+    const std::size_t heads = head_count(cache);
+    copy_heads(static_cast<const unsigned char*>(cache.read()), head_bytes(cache), values.data() + offset, wanted,
+               heads, std::min(wanted, head_bytes(cache)));
+    offset += heads * wanted;
+  }
+  return values;
+}
+
+void SessionCaches::write(const std::vector<const unsigned char*>& caches, std::int64_t length) {
+  std::vector<unsigned char> values;
+  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+    for (std::size_t index = 0; index < count(); ++index) {
+      Buffer& cache = *with_length(lanes_[lane][index], rounded(length));
+      const std::size_t given = size_from(length) * token_bytes(cache);
+      values.assign(cache.bytes(), 0);
+      copy_heads(caches[index] + lane * head_count(cache) * given, given, values.data(), head_bytes(cache),
+                 head_count(cache), given);
+      cache.write(values.data());
+    }
+  }
+}
+
+void SessionCaches::assign(const SessionCaches& other) {
+  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+    for (std::size_t index = 0; index < count(); ++index) {
+      Buffer& source = *other.lanes_[lane][index];
+      with_length(lanes_[lane][index], length_of(source))->copy_rows(source, 0, lane_rows_);
+    }
+  }
+}
+
+void SessionCaches::slide(const std::vector<std::int64_t>& positions, Window& window) {
+  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+    const auto first = positions.begin() + static_cast<std::ptrdiff_t>(lane * sliding_.size());
+    std::copy_n(first, sliding_.size(), sliding_.begin());
+    if (std::all_of(sliding_.begin(), sliding_.end(), [](std::int64_t position) { return position < 0; })) {
+      continue;
+    }
+    for (std::size_t index = 0; index < count(); ++index) {
+      window.slide(*lanes_[lane][index], sliding_, index % 2 == 0);
+    }
+  }
+}
+
+void SessionCaches::clear(std::int64_t row, std::int64_t begin, std::int64_t end) {
+  for (const std::unique_ptr<Buffer>& cache : lanes_[size_from(row / lane_rows_)]) {
+    const std::int64_t stop = std::min(end, length_of(*cache));
+    if (begin < stop) {
+      cache->clear(row % lane_rows_, begin, stop);
+    }
+  }
+}
+
+void SessionCaches::trim(const std::int64_t* positions) {
+  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+    const std::int64_t* first = positions + static_cast<std::int64_t>(lane) * lane_rows_;
+    const std::int64_t length = rounded(*std::max_element(first, first + lane_rows_));
+    for (std::unique_ptr<Buffer>& cache : lanes_[lane]) {
+      resize(cache, length);
+    }
+  }
+  for (std::int64_t row = 0; row < sizes_.batch; ++row) {
+    clear(row, positions[row], sizes_.capacity);
+  }
+}
+
+/// Tokens of a cache with room for that many: whole blocks, at least one, at most the capacity.
+std::int64_t SessionCaches::rounded(std::int64_t tokens) const noexcept {
+  const std::int64_t blocks = std::max<std::int64_t>(1, (tokens + block_ - 1) / block_);
+  return std::min(blocks * block_, sizes_.capacity);
+}
+
+std::unique_ptr<Buffer> SessionCaches::allocate(std::int64_t length) const {
+  return engine_.allocate({lane_rows_, sizes_.heads, length, sizes_.cache_head_dim}, sizes_.cache_dtype);
+}
+
+/// The cache, or a new one in its place if it had another length.
+Buffer* SessionCaches::with_length(std::unique_ptr<Buffer>& cache, std::int64_t length) {
+  if (length_of(*cache) != length) {
+    std::unique_ptr<Buffer> other = allocate(length);
+    ++moves_;
+    cache = std::move(other);
+  }
+  return cache.get();
+}
+
+/// To another length, with what it holds: only ever in host memory, where the address is the content.
+void SessionCaches::resize(std::unique_ptr<Buffer>& cache, std::int64_t length) {
+  const std::unique_ptr<Buffer> old = length_of(*cache) == length ? nullptr : std::exchange(cache, allocate(length));
+  if (old != nullptr) {
+    ++moves_;
+    copy_heads(static_cast<const unsigned char*>(old->read()), head_bytes(*old),
+               static_cast<unsigned char*>(cache->address()), head_bytes(*cache), head_count(*cache),
+               std::min(head_bytes(*old), head_bytes(*cache)));
+  }
+}
+
+}  // namespace crt

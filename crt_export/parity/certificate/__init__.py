@@ -25,8 +25,11 @@ over that, below the training length and where FP32 predicts the text better tha
   ``passes`` (some), ``delta_nll``, ``delta_nll_ci``, ``kl``, ``kl_ci``, ``max_state_error`` (largest |h error| over the
   largest |h|), ``excess``, ``excess_ci``, ``gated``; ``handover_above``: the same above it, None where the windows do
   not reach that far;
-* ``reference``: the same ``spans``, ``positions``, ``residual``, ``prefix``, ``handover`` and ``handover_above`` of
-  PyTorch FP32.
+* ``stopping``: where passes may stop by their residual (:mod:`crt_export.parity.certificate.stopping`): ``bound``,
+  ``perplexity_gap`` and ``perplexity_gap_ci`` of windows stopped there, ``passes_mean``, ``passes_most``, and
+  ``unreached`` (share of windows that went token by token); None where no bound holds;
+* ``reference``: the same ``spans``, ``positions``, ``residual``, ``prefix``, ``stopping``, ``handover`` and
+  ``handover_above`` of PyTorch FP32.
 
 A plain transformer has no passes: its lists are empty, and its one anchor is prefill against the step chain.
 """
@@ -51,6 +54,7 @@ from crt_export.parity.certificate.measurement import Measurement, measure
 from crt_export.parity.certificate.plain import plain_errors
 from crt_export.parity.certificate.residual import residual_curve
 from crt_export.parity.certificate.spans import position_curves, smallest_passes, span_curves
+from crt_export.parity.certificate.stopping import stopping_bound
 from crt_export.parity.certificate.target_form import TargetForm
 from crt_export.parity.level import LevelResult, ParitySetup, gate_at_most, json_value
 from crt_export.parity.reference import Reference
@@ -140,6 +144,7 @@ def _certify_plain(case: ParityCase, setup: ParitySetup, coverage: Coverage) -> 
         "anchors": _anchor_entries({key: errors}, limit),
         "handover": {name: [] for name in ("passes", "delta_nll", "delta_nll_ci", "kl", "max_state_error")},
         "handover_above": None,
+        "stopping": None,
         "reference": None,
     }
     note = (
@@ -179,11 +184,13 @@ def _curves(
     measured: Measurement, coverage: Coverage, reference: Measurement | None, perplexity_gap: float
 ) -> dict[str, Any]:
     handovers = handover_curves(measured, coverage, reference)
+    stopping = stopping_bound(coverage.passes, measured.residual, measured.nll, measured.sequential_nll, perplexity_gap)
     return {
         "spans": span_curves(measured, coverage, reference, perplexity_gap),
         "positions": position_curves(measured, coverage),
         "residual": residual_curve(measured, coverage),
         "prefix": [float(error) for error in measured.prefix_error],
+        "stopping": None if stopping is None else stopping.to_dict(),
         "handover": handovers[0],
         "handover_above": handovers[1] if len(handovers) > 1 else None,
     }

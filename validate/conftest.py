@@ -247,17 +247,21 @@ def sign_again() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def change_step_weight(sign_again: Callable[[Path], None]) -> Callable[..., None]:
-    """``change_step_weight(bundle, weight, factor)``: scale a weight of the FP32 step graph alone, and sign again."""
+    """``change_step_weight(bundle, weight, factor)``: scale a weight of what makes steps in FP32, and sign again.
+
+    That is the step graph, and the graph of one pass where a session steps with it.
+    """
 
     def change(bundle: Path, weight: str, factor: float) -> None:
         import onnx
 
-        path = bundle / "graphs" / "step.fp32.onnx"
-        graph = onnx.load(path)
-        (tensor,) = [found for found in graph.graph.initializer if found.name == weight]
-        values = onnx.numpy_helper.to_array(tensor) * torch.tensor(factor).numpy()
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float32"), weight))
-        onnx.save(graph, path)
+        for name in ("step", "prefill_pass"):
+            path = bundle / "graphs" / f"{name}.fp32.onnx"
+            graph = onnx.load(path)
+            (tensor,) = [found for found in graph.graph.initializer if found.name == weight]
+            values = onnx.numpy_helper.to_array(tensor) * torch.tensor(factor).numpy()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float32"), weight))
+            onnx.save(graph, path)
         sign_again(bundle)
 
     return change

@@ -33,7 +33,7 @@ _LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_BLOCK_BASE = "4"  # 5 % off a step of D=5, C=1120 with INT8 weights on two cores
+_BLOCK_BASE = "4"
 _FATAL = 4  # ONNX Runtime's severity scale: errors reach the caller as exceptions, so nothing is printed as well
 
 

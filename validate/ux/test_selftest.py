@@ -53,10 +53,10 @@ def test_a_changed_weight_is_exit_1_in_every_form(
     junit = tmp_path / "selftest.xml"
     result = crt_export("selftest", golden, "--target", "ort-cpu-fp32", "--junit", junit)
     assert result.returncode == 1, result.stderr
-    assert "off: ort-cpu-fp32, prefill: logits after step 1 is off by " in result.stdout
+    assert "off: ort-cpu-fp32, prefill: logits after the prompt of " in result.stdout
     assert "self-test: FAILED (1 targets" in result.stdout
     failures = ElementTree.parse(junit).getroot().findall(".//testcase[@name='prefill']/failure")
-    assert "logits after step 1 is off by" in (failures[0].text or "")
+    assert "logits after the prompt of" in (failures[0].text or "")
     result = crt_export("selftest", golden, "--json")
     assert result.returncode == 1
     document = json.loads(result.stdout)

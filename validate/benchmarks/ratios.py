@@ -116,7 +116,13 @@ def result_of(lines: list[Line], options: argparse.Namespace, seconds: float) ->
         "format": "crt-export-ratios",
         "format_version": 1,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python validate/benchmarks/ratios.py --folder FOLDER",
+        "command": " ".join(
+            [
+                f"python validate/benchmarks/ratios.py --folder FOLDER --turns {options.turns}",
+                *(f"--size {size}" for size in options.size or ()),
+                *(["--trained BUNDLE"] if options.trained else []),
+            ]
+        ),
         "hardware": machine(),
         "versions": installed_versions(("crt-export", "torch", "onnxruntime", "numpy")),
         "options": {

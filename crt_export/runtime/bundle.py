@@ -122,8 +122,8 @@ class Bundle:
             target: One of ``targets``.
             batch: Number of rows.
             threads: CPU threads, at most 1024, 0 for every core; None takes the profile's.
-            capacity: Most tokens a row can hold; None takes the target's. Attention costs by capacity, so ask
-                for what is needed.
+            capacity: Most tokens a row can hold; None takes the target's. On a GPU attention costs by capacity, so ask
+                for what is needed; on a CPU it costs by the longest row.
             on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
                 for models with an attention window, forgets what the window no longer sees, see
                 :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache.

@@ -1,8 +1,9 @@
 """The key and value caches of one session: as long as its rows need, in blocks, up to the capacity.
 
 Attention reads a cache from end to end, whatever its rows hold, so a step costs by the memory that is bound and not
-by the tokens in it. In host memory a cache therefore starts with one block and grows, by copying, when a call needs more. On a device, where
-a captured graph holds on to addresses and a copy goes through the host, it has its full size from the start.
+by the tokens in it. In host memory a cache therefore starts with one block and grows, by copying, when a call needs
+more. On a device, where a captured graph holds on to addresses and a copy goes through the host, it has its full size
+from the start.
 
 What a row computes must not depend on how much its neighbours hold. Where rows share calls of the engine they share
 a cache, as long as the longest of them needs; entries beyond a row's position are masked, so they add exact zeros to

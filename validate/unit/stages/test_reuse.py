@@ -13,6 +13,7 @@ import pytest
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
 from crt_export.pipeline import BuildOptions, build
+from crt_export.presets import write_preset
 from crt_export.profile import load_profile
 from crt_export.progress import no_progress
 from crt_export.quantize.linears import linear_inputs
@@ -67,11 +68,11 @@ def test_graphs_are_exported_once_for_targets_that_share_them(
 
 
 @pytest.mark.evidence
-def test_another_target_leaves_the_files_of_the_others_as_they_were(
-    checkpoint: Path, heldout_text: Path, tmp_path: Path
-) -> None:
+def test_another_target_leaves_the_files_of_the_others_as_they_were(tmp_path: Path) -> None:
     """With the stages stored, without them, and with one of them damaged; engines are compiled once."""
     pytest.importorskip("tensorrt_rtx")
+    checkpoint = tmp_path / "checkpoint"
+    write_preset("tiny", checkpoint)
     cache, some = tmp_path / "cache", ("rtx-sm80-fp16", "ort-cpu-fp32")
     built(checkpoint, tmp_path / "some", some, cache)
     stages = built(checkpoint, tmp_path / "more", (*some, "ort-cpu-int8"), cache)

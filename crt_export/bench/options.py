@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Passes
@@ -21,6 +21,7 @@ PASSES_WORDS = ("adaptive", "exact")
 _DEFAULT_POSITION = 64
 _DEFAULT_PROMPTS = (16, 64)
 _DEFAULT_STEPS = 20
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +148,8 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     threads = threads or int(machine()["cores"])
     steps = options.steps or max(1, min(_DEFAULT_STEPS, target.capacity // 3))
     last = target.capacity - steps
-    positions = options.positions or (max(0, min(_DEFAULT_POSITION, last)),)
-    prompts = options.prompt_tokens or tuple(sorted({min(size, target.capacity) for size in _DEFAULT_PROMPTS}))
+    positions = _once(options.positions) or (max(0, min(_DEFAULT_POSITION, last)),)
+    prompts = _once(options.prompt_tokens or [min(size, target.capacity) for size in _DEFAULT_PROMPTS])
     problems = [
         f"position {position} and {steps} steps exceed the capacity of {target.capacity}: at most {last}"
         for position in positions
@@ -161,8 +162,10 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         raise InputError(problem_list(f"{target.name} of {files.path}", problems))
     room = _Room(batch=options.batch, threads=threads, capacity=max(max(positions) + steps, *prompts))
     entries = [_target_entry(files, target, config, room, name=target.name, kind=TARGET)]
-    for name in options.against:
-        entries.append(_entry(name, files, target, config, room))
+    folders = [Path(name).name for name in options.against]
+    for name, folder in zip(options.against, folders, strict=True):
+        shown = name if folders.count(folder) > 1 else ""
+        entries.append(_entry(name, files, target, config, room, shown=shown))
     names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -176,7 +179,7 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         positions=positions,
         prompt_tokens=prompts,
         steps=steps,
-        ways=(None, *options.passes),
+        ways=(None, *_once(options.passes)),
         options=options,
     )
 
@@ -190,7 +193,10 @@ class _Room:
     capacity: int
 
 
-def _entry(name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
+def _entry(
+    name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, shown: str = ""
+) -> Entry:
+    """What ``--against`` names; a bundle is shown by its folder's name unless ``shown`` says otherwise."""
     if name in BASELINES:
         return _baseline_entry(name, files, target, config, room)
     if name in files.manifest["targets"]:
@@ -201,7 +207,7 @@ def _entry(name: str, files: BundleFiles, target: Target, config: ModelConfig, r
     other = open_bundle(name, allow_unvalidated=True)
     other_config = config_from_manifest(other)
     same = target_from_manifest(other, target.name, other_config)
-    return _target_entry(other, same, other_config, room, name=other.path.name, kind=BUNDLE)
+    return _target_entry(other, same, other_config, room, name=shown or other.path.name, kind=BUNDLE)
 
 
 def _target_entry(
@@ -234,6 +240,11 @@ def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: Model
         "threads": room.threads,
     }
     return Entry(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
+
+
+def _once(values: Sequence[_Value]) -> tuple[_Value, ...]:
+    """Without what was named before."""
+    return tuple(dict.fromkeys(values))
 
 
 def _default_target(files: BundleFiles) -> str:

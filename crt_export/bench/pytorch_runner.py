@@ -46,6 +46,7 @@ class PyTorchRunner:
         self._kind, self._config, self._reference = kind, config, reference
         self._batch, self._capacity = batch, capacity
         self._prefixes: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
+        self._compiled: set[int] = set()
 
     def weight_path(self) -> Path | None:
         return None if self._reference is None else self._reference / WEIGHTS_FILE
@@ -77,6 +78,8 @@ class PyTorchRunner:
     @torch.inference_mode()
     def steps(self, position: int, warmups: int, count: int) -> StepTimes:
         start = block_start(position, warmups)
+        if self._kind == COMPILE:
+            self._compile(start, position + count)
         self._go_to(start)
         if position - start < warmups:
             self._timed(start, warmups)
@@ -142,6 +145,13 @@ class PyTorchRunner:
         self._token, self._state, held = self._prefixes[position]
         for cache, values in zip(self._caches, held, strict=True):
             cache[:, :, :, :position] = values
+
+    def _compile(self, start: int, end: int) -> None:
+        """Compile every graph that positions from ``start`` to before ``end`` take, so that no timed step does."""
+        for bucket in range(start // BUCKET, (end - 1) // BUCKET + 1):
+            if bucket not in self._compiled:
+                self._step(self._token, self._model.start(self._batch), max(start, bucket * BUCKET))
+                self._compiled.add(bucket)
 
     def _timed(self, position: int, count: int) -> list[float]:
         seconds, now = [], time.perf_counter

@@ -18,7 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from performance_targets import FALLS_SHORT, FP32, INT8, Line, language_line, prefill_lines, step_lines, trained_line
+from performance_targets import (
+    FALLS_SHORT,
+    FP32,
+    INT8,
+    NOT_JUDGED,
+    Line,
+    language_line,
+    prefill_lines,
+    step_lines,
+    trained_line,
+)
 from preset_bundles import PresetFolder, preset_folder
 
 from crt_export.bench.options import BenchOptions
@@ -94,7 +104,8 @@ def main(words: list[str] | None = None) -> int:
         say(line.text())
     taken = round(time.perf_counter() - begin, 1)
     short = [line for line in lines if line.verdict == FALLS_SHORT]
-    say(f"{len(short)} of {len(lines)} figures fall short, in {taken:.0f} s")
+    missing = sum(line.verdict == NOT_JUDGED for line in lines)
+    say(f"{len(short)} of {len(lines)} figures fall short, {missing} are not judged, in {taken:.0f} s")
     if options.output:
         options.output.write_text(json.dumps(result_of(lines, options, taken), indent=1) + "\n", encoding="utf-8")
     return 1 if short else 0

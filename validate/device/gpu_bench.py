@@ -29,8 +29,6 @@ from gpu_contestants import BACKENDS, DTYPES, PAIRS, Contestants, Grid, make_ste
 from gpu_turns import copy_rate, figures_of_pair, kernels_of, take_turns, waiting_for
 from static_step import step_cost
 
-from crt_export.errors import CrtExportError
-
 RESULT = Path(__file__).resolve().parents[2] / "build" / "gpu_bench.json"
 _COPIED = {"cuda": 1 << 30, "cpu": 1 << 24}
 
@@ -57,8 +55,7 @@ def _tried(cell: Mapping[str, Any], contestants: Contestants, grid: Grid) -> dic
     """A measured cell, or what the device or the runtime said."""
     try:
         return _measured(cell, contestants, grid)
-    # ONNX Runtime raises RuntimeError or classes of its own; memory that is not there is a RuntimeError of PyTorch's.
-    except (CrtExportError, RuntimeError, ImportError, ValueError) as error:
+    except Exception as error:  # ONNX Runtime's own classes share no base; one cell must not cost all the others
         words = str(error).strip().splitlines()
         return {"status": "not run", "reason": f"{type(error).__name__}: {words[0] if words else 'no words'}"}
 

@@ -117,6 +117,21 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(changes: dict
         plan_from_options(GOLDEN, options)
 
 
+def test_what_is_named_twice_is_measured_once() -> None:
+    plan = plan_from_options(GOLDEN, _changed(QUICK, positions=(5, 5), prompt_tokens=(3, 6, 3), passes=(2, 2)))
+    assert (plan.positions, plan.prompt_tokens, plan.ways) == ((5,), (3, 6), (None, 2))
+
+
+def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    others = tuple(str(tmp_path / parent / "bundle") for parent in ("first", "second"))
+    for other in others:
+        shutil.copytree(GOLDEN, other)
+    plan = plan_from_options(GOLDEN, _changed(QUICK, against=others))
+    assert [entry.name for entry in plan.entries] == ["ort-cpu-int8", *others]
+    with pytest.raises(InputError, match="named twice"):
+        plan_from_options(GOLDEN, _changed(QUICK, against=(others[0], others[0])))
+
+
 def test_impossible_options_are_listed_all_at_once() -> None:
     with pytest.raises(
         InputError, match=r"turns must be at least 1, found 0[\s\S]*passes must be[\s\S]*threads must be"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from crt_export.bench.pytorch_runner import BUCKET, COMPILE, PyTorchRunner
 from crt_export.bench.static_model import StaticModel, model_from_tensors
 from crt_export.checkpoint import load_checkpoint
+from crt_export.config import ModelConfig
 from crt_export.model import Model, model_from_checkpoint
 
 BATCH, TOKENS, CAPACITY = 2, 12, 20
@@ -64,3 +66,32 @@ def test_a_prompt_in_passes_gives_what_the_reference_gives_and_steps_go_on_from_
     torch.testing.assert_close(logits, reference.head(h)[:, -1], atol=1e-4, rtol=1e-4)
     logits, _, _ = fast.step(last, state, caches, TOKENS)
     torch.testing.assert_close(logits, reference.head(reference.step(last, carry)[0])[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_no_timed_step_compiles(tiny_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    before_timing: list[list[int]] = []
+
+    def compile_as_it_is(step: Callable[..., Any], **_options: object) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if args[-1] not in compiled:
+                compiled.append(args[-1])
+            return step(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_as_it_is)
+    config = tiny_config(max_position_embeddings=2 * BUCKET + 8)
+    threads = torch.get_num_threads()
+    runner = PyTorchRunner(COMPILE, config, None, batch=1, capacity=2 * BUCKET + 8, threads=threads)
+    runner.open()
+    timed = runner._timed
+
+    def watched(position: int, count: int) -> list[float]:
+        before_timing.append(list(compiled))
+        return timed(position, count)
+
+    monkeypatch.setattr(runner, "_timed", watched)
+    assert len(runner.steps(BUCKET - 2, 3, BUCKET + 5).seconds) == BUCKET + 5
+    ends = [BUCKET, 2 * BUCKET, 2 * BUCKET + 8]
+    assert (before_timing, compiled) == ([ends, ends], ends)

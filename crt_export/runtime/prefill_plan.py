@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from crt_export.errors import InputError, UnsupportedError
 from crt_export.runtime.counts import plain_int, shown, whole_number
 
@@ -21,6 +23,7 @@ ADAPTIVE = "adaptive"
 #: What a caller asks for to have the recurrence.
 EXACT = "exact"
 WORDS = (ADAPTIVE, EXACT)
+_LARGEST_BOUND = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +85,7 @@ def plan_from_entry(entry: Mapping[str, Any], *, recurrent: bool) -> PrefillPlan
     """
     if "prefill" not in entry or not recurrent:
         return PrefillPlan()
-    plan = PrefillPlan(**{key: entry["prefill"][key] for key in PrefillPlan().to_dict()})
-    if plan.method == PASSES and plan.passes == entry["unroll"]:
-        return PrefillPlan(chunk=plan.chunk, shortest=plan.shortest)  # which the unrolled graph makes in one call
-    return plan
+    return PrefillPlan(**{key: entry["prefill"][key] for key in PrefillPlan().to_dict()})
 
 
 def prefill_rule(
@@ -128,8 +128,13 @@ def prefill_rule(
         return PrefillRule(passes=None if number == unroll else number, bound=None, shortest=1, chunk=size)
     if recurrent and (word == EXACT or (word is None and plan.method == STEPS)):
         return PrefillRule(passes=None, bound=None, shortest=sys.maxsize, chunk=size)
-    bound = plan.residual_bound if ADAPTIVE in (word, plan.method) else None
-    return PrefillRule(passes=plan.passes, bound=bound, shortest=plan.shortest if recurrent else 1, chunk=size)
+    shortest = plan.shortest if recurrent else 1
+    if plan.residual_bound is not None and ADAPTIVE in (word, plan.method):
+        # Residuals are float32, and so is what they are compared with.
+        bound = float(np.float32(min(plan.residual_bound, _LARGEST_BOUND)))
+        return PrefillRule(passes=plan.passes or unroll or 1, bound=bound, shortest=shortest, chunk=size)
+    # Those that it was built with, the unrolled graph makes in one call.
+    return PrefillRule(passes=None if plan.passes == unroll else plan.passes, bound=None, shortest=shortest, chunk=size)
 
 
 def passes_word(passes: object) -> str | None:

@@ -23,6 +23,7 @@ PLANS: dict[str, dict[str, Any] | None] = {
     "of an earlier version": None,
     "steps": {**PLAN, "method": "steps"},
     "passes": {**PLAN, "method": "passes", "passes": 2},
+    "passes it was built with": {**PLAN, "method": "passes", "passes": 3},  # unroll of the bundle
     "adaptive": {**PLAN, "method": "adaptive"},
     "adaptive, never reached": {**PLAN, "method": "adaptive", "residual_bound": 1e-12},
     "adaptive, at once": {**PLAN, "method": "adaptive", "residual_bound": 1e6},

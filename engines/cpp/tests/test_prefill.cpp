@@ -85,6 +85,13 @@ TEST_CASE("prefill rule: the target's choice, unless the call has one of its own
   steps.method = PrefillMethod::steps;
   CHECK(rule_of(steps, crt::kTargetsChoice).shortest > kMost);
   CHECK(rule_of(steps, crt::kAdaptive).bound == 0.5F);
+  PrefillPlan built = plan;  // as many passes as the bundle was built with
+  built.method = PrefillMethod::passes;
+  built.passes = std::nullopt;
+  CHECK(rule_of(built, crt::kTargetsChoice).passes == 0);
+  CHECK_FALSE(rule_of(built, crt::kTargetsChoice).bound.has_value());
+  CHECK(rule_of(built, crt::kAdaptive).passes == 6);
+  CHECK(rule_of(built, crt::kAdaptive).bound == 0.5F);
   PrefillPlan loose = plan;
   loose.residual_bound = 1e300;
   CHECK(std::isfinite(*rule_of(loose, crt::kAdaptive).bound));

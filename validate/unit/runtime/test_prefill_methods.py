@@ -211,6 +211,21 @@ def test_short_chunks_go_token_by_token_unless_passes_are_named(planned: Planned
     assert engines[0].calls == [3]
 
 
+def test_adaptive_can_be_asked_of_a_target_of_passes(planned: Planned, counting: Any, crt: Any) -> None:
+    open_engine, engines = counting
+    bundle = planned(open_engine, method="passes", passes=crt.passes, residual_bound=1e-30)
+    prompt = crt.ids(6)
+    found = bundle.session(TARGET).prefill([prompt], passes="adaptive")
+    assert engines[0].calls == [6, 5, 4, 1, 1, 1]
+    np.testing.assert_allclose(found, recurrence(bundle, prompt), **CLOSE)
+
+
+def test_a_bound_beyond_float32_is_its_largest_number(planned: Planned, counting: Any, crt: Any) -> None:
+    open_engine, engines = counting
+    planned(open_engine, residual_bound=1e300).session(TARGET).prefill([crt.ids(8)])
+    assert engines[0].calls == [8]
+
+
 def test_a_bundle_of_earlier_versions_takes_the_passes_it_was_built_with(crt: Any) -> None:
     assert crt.bundle.target(TARGET).prefill.residual_bound is None
     prompt = crt.ids(9)

@@ -50,7 +50,6 @@ PrefillPlan prefill_plan(const JsonValue& entry, bool recurrent) {
   if (bound.is_number()) plan.residual_bound = bound.number();
   if (plan.method == PrefillMethod::passes && plan.passes == optional_integer(&entry.at("unroll"))) {
     plan.passes = std::nullopt;  // which the unrolled graph makes in one call
-    plan.residual_bound = std::nullopt;
   }
   return plan;
 }

@@ -63,6 +63,7 @@ PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options,
   rule.shortest = recurrent ? plan.shortest : 1;
   if (plan.residual_bound && (passes == kAdaptive || plan.method == PrefillMethod::adaptive)) {
     rule.bound = float_from(*plan.residual_bound);
+    rule.passes = plan.passes.value_or(unroll);  // the unrolled graph cannot stop
   }
   return rule;
 }

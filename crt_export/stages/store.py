@@ -2,7 +2,7 @@
 
 ::
 
-    FOLDER/<stage>-<key>/entry.json    what the stage answered, and size and SHA-256 of every file
+    FOLDER/<stage>-<key>/entry.json    what the stage answered, size and SHA-256 of every file; a SHA-256 of that
                          files/...     the files, at their paths in the bundle
 
 The key is a hash over everything the stage depends on (:mod:`crt_export.stages.keys`). An entry appears in one rename,
@@ -112,7 +112,7 @@ class StageStore:
             unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
             listed = {name: _copy_hashed(source / name, unfinished / _FILES / name) for name in files}
             document = {"stage": stage, "key": key, "answer": answer, "files": listed}
-            _write_synced(unfinished / _ENTRY, document)
+            _write_synced(unfinished / _ENTRY, {**document, "sha256": _document_digest(document)})
             unfinished.rename(entry)
             self._trim(entry)
         except OSError as error:
@@ -158,17 +158,25 @@ def _read_entry(entry: Path) -> dict[str, Any] | None:
     try:
         document = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if entry.is_dir():  # it would be in the way of a new one for ever
+            raise _DamagedError(f"it has no {_ENTRY}") from None
         return None
     except (OSError, ValueError) as error:
         raise _DamagedError(f"{_ENTRY} cannot be read: {error}") from None
     known = isinstance(document, dict) and isinstance(document.get("files"), dict) and "answer" in document
     if not known or f"{document.get('stage')}-{document.get('key')}" != entry.name:
         raise _DamagedError(f"{_ENTRY} is not this entry's")
+    if document.pop("sha256", None) != _document_digest(document):
+        raise _DamagedError(f"{_ENTRY} has other values than were stored")
     for name in document["files"]:
         problem = name_problem(name) or file_problem(entry / _FILES, name)
         if problem:
             raise _DamagedError(f"{name} {problem}")
     return document
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _copy_verified(entry: Path, files: Mapping[str, Mapping[str, Any]], target: Path) -> None:

@@ -80,12 +80,27 @@ def test_what_was_kept_comes_back(place: Place) -> None:
         lambda entry: (entry / "entry.json").write_text('{"stage": "graphs", "key": "k"}'),
         lambda entry: (entry / "entry.json").write_text((entry / "entry.json").read_text().replace('"k"', '"l"')),
         lambda entry: (entry / "entry.json").write_text((entry / "entry.json").read_text().replace("a.onnx", "../x")),
+        lambda entry: (entry / "entry.json").write_text((entry / "entry.json").read_text().replace("[", "[1, ")),
+        lambda entry: (entry / "entry.json").unlink(),
         lambda entry: (
             (entry / "files/graphs/a.onnx").unlink(),
             (entry / "files/graphs/a.onnx").symlink_to("/dev/null"),
         ),
     ],
-    ids=["bit", "short", "missing", "json", "utf-8", "list", "no files", "other key", "outside", "link"],
+    ids=[
+        "bit",
+        "short",
+        "missing",
+        "json",
+        "utf-8",
+        "list",
+        "no files",
+        "other key",
+        "outside",
+        "answer",
+        "no entry",
+        "link",
+    ],
 )
 def test_a_damaged_entry_is_noted_removed_and_made_again(place: Place, damage: Callable[[Path], object]) -> None:
     place.keep()

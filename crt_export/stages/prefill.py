@@ -1,13 +1,16 @@
 """Stage: how each target takes prompts.
 
-Token by token is exact; passes are worth their difference where they are faster. What a pass costs in steps was
-measured (README, *Prefill*): with FP32 weights on a CPU the break-even for 1024 tokens is at 16 to 22 passes, of which
-trained models need 5 to 7; with INT8 weights, whose steps are three to four times as fast, it is at 8 to 11, which is
-not worth being inexact for. For fewer tokens than twice the passes, steps win everywhere. Chunks of 256 tokens are as
-efficient as larger ones, attend over less, and stop one by one.
+Token by token is exact; passes are worth their difference where they are faster. What the build does:
 
-Passes stop by their residual where its bound is known: simulated on text with PyTorch FP32, see
-:mod:`crt_export.parity.certificate.stopping`.
+* Rules, the same for every model: INT8 weights on a CPU step, as their steps are so fast that passes gain little. Other
+  targets on a CPU make adaptive passes where a bound for the residual is known, else the passes they were built with;
+  targets on a GPU always make those. Chunks of fewer tokens than twice the passes within the limit (without adaptive
+  passes: of no more tokens than passes) go token by token. Adaptive chunks have at most 256 tokens, as one token whose
+  residual is large holds up its whole chunk. No rule times this model on this machine; ``crt-export bench`` does.
+* Measured by the build, on this model and text: the number of passes within the limit of perplexity and the bound,
+  simulated with PyTorch FP32 on windows of one chunk that start from nothing
+  (:mod:`crt_export.parity.certificate.stopping`). That later chunks of a prompt and other precisions behave alike is
+  assumed.
 """
 
 from __future__ import annotations

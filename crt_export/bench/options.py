@@ -151,7 +151,8 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     positions = _once(options.positions) or (max(0, min(_DEFAULT_POSITION, last)),)
     prompts = _once(options.prompt_tokens or [min(size, target.capacity) for size in _DEFAULT_PROMPTS])
     problems = [
-        f"position {position} and {steps} steps exceed the capacity of {target.capacity}: at most {last}"
+        f"position {position} and {steps} steps exceed the capacity of {target.capacity}"
+        + (f": at most {last}" if last >= 0 else "")
         for position in positions
         if position > last
     ]

@@ -2,7 +2,8 @@
 
 Each language is a process of its own. They take turns on the same positions, one block of steps each, so that a machine
 that gets slower gets slower for both; the ratio is that of the blocks' medians, turn by turn. Prints a JSON object and
-ends with 1 if the median ratio of a target is above ``--limit``. The C++ program is made by ``make cpp``.
+ends with 1 if the median ratio of a target is above ``--limit``, with 2 if one could not be measured. The
+C++ program is made by ``make cpp``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Contestant:
 
     def __init__(self, command: list[str]) -> None:
         """Start it."""
+        self._command = command
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def block(self, position: int, count: int) -> list[float]:
@@ -71,7 +73,11 @@ class Contestant:
         assert self._process.stdout is not None
         self._process.stdin.write(f"{position} {count + WARM_UP}\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())[WARM_UP:]
+        line = self._process.stdout.readline()
+        if not line:
+            sys.stderr.write(f"{self._command[0]} ended with {self._process.wait()}\n")
+            raise SystemExit(2)
+        return json.loads(line)[WARM_UP:]
 
     def close(self) -> None:
         """End it."""
@@ -131,6 +137,8 @@ def main() -> int:
     if options.work:
         work(options.bundle, options.targets[0], options.threads)
         return 0
+    if not options.program.is_file():
+        parser.error(f"{options.program} is missing: make cpp builds it")
     results = [compared(options.bundle, target, options) for target in options.targets]
     record = {
         "bundle": Path(options.bundle).name,

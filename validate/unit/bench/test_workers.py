@@ -56,7 +56,10 @@ def test_interrupting_the_command_ends_every_process_with_the_code_of_an_interru
     workers = [int(pid) for pid in children.read_text().split()] if listed else []
     assert len(workers) == 2 * listed  # the probe and the target
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # a benchmark that goes on would slow down everything after it
     assert (process.returncode, output) == (130, "")
     assert errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors

@@ -16,6 +16,9 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 LONG = [32 + index % 200 for index in range(125)]
 
 
+pytestmark = pytest.mark.evidence
+
+
 @pytest.fixture(scope="session")
 def roomy(tiny_bundle: Callable[..., tuple[Path, Any]]) -> Path:
     """A model with room for more than two blocks of its caches."""

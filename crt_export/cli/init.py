@@ -23,7 +23,8 @@ from crt_export.cli.options import PATH, json_option
 def init(preset: str, seed: int, output: Path, as_json: bool) -> None:
     """Write a randomly initialised checkpoint of a published size, to measure speed and memory with.
 
-    Its vocabulary (32,000; tiny: 256) begins with the 256 bytes, so any text can be fed. What it writes is noise.
+    Its vocabulary (32,000; tiny: 256) begins with the 256 bytes, so any text can be fed. What it writes is noise, which
+    has no perplexity to agree on: build such a checkpoint with --unvalidated.
     """
     from crt_export.presets import write_preset
 

@@ -148,7 +148,8 @@ def test_a_faulty_bundle_fails_and_its_report_says_where(
     assert result.returncode == 1
     assert json.loads((output / "report.json").read_text(encoding="utf-8"))["passed"] is False
     assert any("next_state" in name for name in _failed(output / "junit-validate.xml"))
-    assert _failed(output / "junit-selftest.xml")
+    # The self-test replays what a session runs, which on a CPU is not the step graph; the ladder loads every graph.
+    assert not _failed(output / "junit-selftest.xml")
     assert _failed(output / "junit-compare.xml")
     assert "next_state" in (output / "report.html").read_text(encoding="utf-8")
 

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,21 +181,17 @@ def _document_digest(document: Mapping[str, Any]) -> str:
 
 def _copy_verified(entry: Path, files: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     """Copy every file, or none."""
-    made: list[Path] = []
-    try:
+    with ExitStack() as undo:
         for name, expected in files.items():
             try:
                 source = os.fdopen(open_regular(entry / _FILES / name), "rb")
             except OSError as error:
                 raise _DamagedError(f"{name} cannot be read: {error.strerror}") from None
             with source:
-                made.append(target / name)
+                undo.callback((target / name).unlink, missing_ok=True)
                 if _copy(source, target / name) != expected:
                     raise _DamagedError(f"{name} has other bytes than were stored")
-    except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
 
 
 def _copy_hashed(source: Path, target: Path) -> dict[str, Any]:

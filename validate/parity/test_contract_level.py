@@ -12,7 +12,26 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from contract_edits import (
+    Edit,
+    add_output,
+    both_ways,
+    constant_output,
+    dead_reader,
+    drop_a_product,
+    exchange_parts,
+    foreign_operator,
+    half_state,
+    hidden_weight,
+    move,
+    older_opset,
+    other_axis,
+    part_unread,
+    rename_output,
+    swap,
+    swap_updates,
+)
+from onnx import helper, numpy_helper
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.graph import GraphExporter, write_graph, write_weights
@@ -38,7 +57,6 @@ from crt_export.text import TokenText
 LENGTH = 32
 GRAPHS = ("step", "prefill", "prefill_pass", "head")
 FORMS = ("fp32", "fp16", "w8", "w8a8")
-Edit = Callable[[onnx.ModelProto], object]
 
 
 @pytest.fixture(scope="session")
@@ -109,82 +127,6 @@ def _edit(folder: Path, name: str, edit: Edit, form: str = "fp32") -> None:
     onnx.save(model, path)
 
 
-def _swap(mapping: dict[str, str], *, inputs: bool = True, outputs: bool = False) -> Edit:
-    """Exchange tensor names in the nodes."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            if inputs:
-                node.input[:] = [mapping.get(name, name) for name in node.input]
-            if outputs:
-                node.output[:] = [mapping.get(name, name) for name in node.output]
-
-    return edit
-
-
-def _both_ways(one: str, other: str) -> dict[str, str]:
-    return {one: other, other: one}
-
-
-def _rename_output(model: onnx.ModelProto) -> None:
-    _swap({"logits": "scores"}, outputs=True)(model)
-    next(output for output in model.graph.output if output.name == "logits").name = "scores"
-
-
-def _add_output(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Identity", ["logits"], ["debug"]))
-    model.graph.output.append(helper.make_tensor_value_info("debug", TensorProto.FLOAT, ["batch", 256]))
-
-
-def _half_state(model: onnx.ModelProto) -> None:
-    state = next(value for value in model.graph.input if value.name == "state")
-    state.type.tensor_type.elem_type = TensorProto.FLOAT16
-
-
-def _foreign_operator(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("FusedGelu", ["logits"], ["x"], domain="com.example", name="foreign"))
-    model.opset_import.append(helper.make_opsetid("com.example", 3))
-
-
-def _dead_reader(model: onnx.ModelProto) -> None:
-    """Nothing that counts reads ``hidden`` any more, but a node still does."""
-    _swap({"hidden": "state"})(model)
-    model.graph.node.append(helper.make_node("Abs", ["hidden"], ["dead"]))
-
-
-def _constant_output(model: onnx.ModelProto) -> None:
-    _swap({"next_position": "computed"}, outputs=True)(model)
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(4, np.int64), "next_position"))
-
-
-def _swap_updates(model: onnx.ModelProto) -> None:
-    first, second = (
-        node for node in model.graph.node if node.op_type == "TensorScatter" and node.input[0].endswith(".value")
-    )
-    first.input[1], second.input[1] = second.input[1], first.input[1]
-
-
-def _drop_a_product(model: onnx.ModelProto) -> None:
-    node = next(node for node in model.graph.node if "layers.1.mlp.up.weight" in node.input)
-    node.op_type = "Add"
-
-
-def _move(location: str) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "embed.weight")
-        next(entry for entry in tensor.external_data if entry.key == "location").value = location
-
-    return edit
-
-
-def _older_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 23
-
-
-def _hidden_weight(model: onnx.ModelProto) -> None:
-    model.graph.initializer.append(numpy_helper.from_array(np.ones((16, 16), np.float32), "extra"))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_sound_files_pass_in_every_precision(forms: Path, setup: ParitySetup, form: str) -> None:
     result = check_contract_level(_case(forms, setup.checkpoint, form), setup)
@@ -208,44 +150,44 @@ def test_the_whole_bundle_passes(parity_bundle: Path, setup: ParitySetup) -> Non
 @pytest.mark.parametrize(
     ("graph", "edit", "sentence"),
     [
-        ("step", _rename_output, "interface: outputs differ: missing ['logits'], unexpected ['scores']"),
-        ("head", _add_output, "interface: outputs differ: missing [], unexpected ['debug']"),
-        ("step", _half_state, "interface: input state: float32 [batch, 1, 16]: found FLOAT16"),
-        ("step", _foreign_operator, "operators: operator com.example::FusedGelu (1 nodes, such as foreign)"),
-        ("step", _foreign_operator, "operators: opset of com.example: expected none, found 3"),
-        ("step", _older_opset, "operators: opset of ai.onnx: expected 24, found 23"),
-        ("step", _move("/etc/passwd"), "external data: tensor embed.weight points at '/etc/passwd', which is an abs"),
-        ("step", _move("../fp32.weights"), "external data: tensor embed.weight points at '../fp32.weights', which"),
-        ("prefill_pass", _swap({"hidden": "state"}), "data flow: input hidden is read by no node"),
-        ("prefill_pass", _dead_reader, "data flow: input hidden is read only by nodes that no output depends on"),
-        ("step", _constant_output, "data flow: output next_position is computed by no node: it is a constant"),
+        ("step", rename_output, "interface: outputs differ: missing ['logits'], unexpected ['scores']"),
+        ("head", add_output, "interface: outputs differ: missing [], unexpected ['debug']"),
+        ("step", half_state, "interface: input state: float32 [batch, 1, 16]: found FLOAT16"),
+        ("step", foreign_operator, "operators: operator com.example::FusedGelu (1 nodes, such as foreign)"),
+        ("step", foreign_operator, "operators: opset of com.example: expected none, found 3"),
+        ("step", older_opset, "operators: opset of ai.onnx: expected 24, found 23"),
+        ("step", move("/etc/passwd"), "external data: tensor embed.weight points at '/etc/passwd', which is an abs"),
+        ("step", move("../fp32.weights"), "external data: tensor embed.weight points at '../fp32.weights', which"),
+        ("prefill_pass", swap({"hidden": "state"}), "data flow: input hidden is read by no node"),
+        ("prefill_pass", dead_reader, "data flow: input hidden is read only by nodes that no output depends on"),
+        ("step", constant_output, "data flow: output next_position is computed by no node: it is a constant"),
         (
             "step",
-            _swap(_both_ways("past_key_values.0.key", "past_key_values.1.key")),
+            swap(both_ways("past_key_values.0.key", "past_key_values.1.key")),
             "caches: output present_key_values.0.key continues past_key_values.1.key, expected past_key_values.0.key",
         ),
         (
             "step",
-            _swap(_both_ways("present_key_values.0.value", "present_key_values.1.value"), outputs=True),
+            swap(both_ways("present_key_values.0.value", "present_key_values.1.value"), outputs=True),
             "caches: output present_key_values.1.value continues past_key_values.0.value",
         ),
         (
             "step",
-            _swap_updates,
+            swap_updates,
             "caches: output present_key_values.0.value stores what layers.1.attn.v computes, expected layers.0.attn.v",
         ),
         (
             "prefill_pass",
-            _swap(_both_ways("rope_cos", "rope_sin")),
+            swap(both_ways("rope_cos", "rope_sin")),
             "data flow: RotaryEmbedding node_rotary_embedding rotates by rows of rope_sin, rope_cos, expected rope_cos",
         ),
-        ("prefill", _drop_a_product, "linears: layers.1.mlp.up multiplies 1 times, expected 2"),
+        ("prefill", drop_a_product, "linears: layers.1.mlp.up multiplies 1 times, expected 2"),
         (
             "step",
-            _swap(_both_ways("layers.0.attn.q.weight", "layers.0.attn.k.weight")),
+            swap(both_ways("layers.0.attn.q.weight", "layers.0.attn.k.weight")),
             "caches: output present_key_values.0.key stores what layers.0.attn.q computes",
         ),
-        ("step", _hidden_weight, "weights: constant extra of 256 values is no weight of the checkpoint"),
+        ("step", hidden_weight, "weights: constant extra of 256 values is no weight of the checkpoint"),
     ],
 )
 def test_a_fault_in_a_file_is_named(graphs: Path, setup: ParitySetup, graph: str, edit: Edit, sentence: str) -> None:
@@ -258,34 +200,14 @@ def test_a_fault_in_a_file_is_named(graphs: Path, setup: ParitySetup, graph: str
     assert others == [], "the other graphs are sound"
 
 
-def _split_of(model: onnx.ModelProto) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.op_type == "Split")
-
-
-def _exchange_parts(model: onnx.ModelProto) -> None:
-    split = _split_of(model)
-    split.output[:] = [split.output[1], split.output[0], split.output[2]]
-
-
-def _part_unread(model: onnx.ModelProto) -> None:
-    query, key, _ = _split_of(model).output
-    for node in model.graph.node:
-        if query in node.input:
-            node.input[:] = [key if name == query else name for name in node.input]
-
-
-def _other_axis(model: onnx.ModelProto) -> None:
-    next(attribute for attribute in _split_of(model).attribute if attribute.name == "axis").i = 1
-
-
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        (_exchange_parts, "caches: output present_key_values.0.key stores what layers.0.attn.q computes"),
-        (_part_unread, "is not split into 3 equal parts along the last axis, all of them read"),
-        (_other_axis, "is not split into 3 equal parts along the last axis, all of them read"),
+        (exchange_parts, "caches: output present_key_values.0.key stores what layers.0.attn.q computes"),
+        (part_unread, "is not split into 3 equal parts along the last axis, all of them read"),
+        (other_axis, "is not split into 3 equal parts along the last axis, all of them read"),
         (
-            _swap(_both_ways("layers.0.attn.qkv.bias", "layers.1.attn.qkv.bias")),
+            swap(both_ways("layers.0.attn.qkv.bias", "layers.1.attn.qkv.bias")),
             "is not followed by an Add of layers.0.attn.qkv.bias",
         ),
     ],
@@ -315,7 +237,7 @@ def test_an_operator_of_another_runtime_is_refused(forms: Path, setup: ParitySet
 def test_weights_that_lie_elsewhere_are_not_opened(graphs: Path, setup: ParitySetup, tmp_path: Path) -> None:
     outside = tmp_path / "outside.weights"
     shutil.copyfile(graphs / "fp32.weights", outside)
-    _edit(graphs, "step", _move(str(outside)))
+    _edit(graphs, "step", move(str(outside)))
     found = _failures(check_contract_level(_case(graphs, setup.checkpoint), setup), "step")
     assert "step: weights: not read: the external data must lie beside the graph" in found
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.engine.base import Rows
+from crt_export.engine.huge_pages import allocated_in_huge_pages
 from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels
 from crt_export.errors import (
     ContractError,
@@ -47,6 +48,7 @@ class OrtSettings:
         graph_optimization: ``disable``, ``basic``, ``extended`` or ``all``.
         disabled_optimizers: Names of single rewrites to leave out.
         spinning: Whether idle threads spin between the operators and calls of a step.
+        huge_pages: Whether what a CPU's graph allocates as it is loaded, its weights, is moved into huge pages.
 
     Raises:
         InputError: A value is impossible.
@@ -57,6 +59,7 @@ class OrtSettings:
     graph_optimization: str = "all"
     disabled_optimizers: tuple[str, ...] = ()
     spinning: bool = True
+    huge_pages: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -240,12 +243,13 @@ def load_with_settings(library: Any, path: Path, settings: OrtSettings, *, stop_
         options.add_session_config_entry("session.force_spinning_stop", "1")
     provider = _PROVIDERS[settings.device]
     try:
-        session = library.InferenceSession(
-            str(path),
-            sess_options=options,
-            providers=[provider],
-            disabled_optimizers=list(settings.disabled_optimizers) or None,
-        )
+        with allocated_in_huge_pages(settings.huge_pages and settings.device == "cpu"):
+            session = library.InferenceSession(
+                str(path),
+                sess_options=options,
+                providers=[provider],
+                disabled_optimizers=list(settings.disabled_optimizers) or None,
+            )
     except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
         raise ContractError(f"{path}: ONNX Runtime cannot load it ({error})") from error
     if provider not in session.get_providers():

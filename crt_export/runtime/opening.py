@@ -170,6 +170,7 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         graph_optimization=options.graph_optimization,
         disabled_optimizers=options.disabled_optimizers,
         spinning=options.spinning,
+        huge_pages=options.huge_pages,
     )
     engine = OrtEngine(
         paths,

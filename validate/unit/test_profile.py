@@ -132,6 +132,7 @@ def test_impossible_value_is_refused_by_name(changes: dict[str, Any], expected: 
         ({"options": {"disabled_optimizers": "MatMulAddFusion"}}, "disabled_optimizers must be a list"),
         ({"options": {"disabled_optimizers": ["a;b"]}}, "disabled_optimizers must be a list"),
         ({"options": {"spinning": 1}}, "spinning must be true or false"),
+        ({"options": {"huge_pages": "no"}}, "huge_pages must be true or false"),
         ({"device": "cuda", "precision": "w8"}, "onnxruntime on cuda runs fp32, fp16, not w8"),
     ],
 )

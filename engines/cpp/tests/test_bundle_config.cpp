@@ -130,7 +130,10 @@ TEST_CASE("contract: it follows from the configuration, not from what the manife
 TEST_CASE("target: values arrive") {
   BundleFolder bundle;
   bundle.manifest["targets"]["ort"]["profile"]["options"] = {
-      {"graph_optimization", "basic"}, {"disabled_optimizers", {"MatMulAddFusion"}}, {"spinning", false}};
+      {"graph_optimization", "basic"},
+      {"disabled_optimizers", {"MatMulAddFusion"}},
+      {"spinning", false},
+      {"huge_pages", false}};
   bundle.write_manifest();
   const crt::BundleFiles files = open(bundle);
   const crt::Target& ort = files.target("ort");
@@ -144,6 +147,7 @@ TEST_CASE("target: values arrive") {
   CHECK(ort.ort.graph_optimization == "basic");
   CHECK(ort.ort.disabled_optimizers == std::vector<std::string>{"MatMulAddFusion"});
   CHECK_FALSE(ort.ort.spinning);
+  CHECK_FALSE(ort.ort.huge_pages);
   const crt::Target& rtx = files.target("rtx");
   CHECK(rtx.compute_capability == std::optional<int>(80));
   CHECK(rtx.cache_dtype == crt::DType::float16);
@@ -185,6 +189,7 @@ TEST_CASE("target: each rule of a profile, and only that target is refused") {
       {"/options/disabled_optimizers", {1}, "options.disabled_optimizers must be a list of names, not [1]"},
       {"/options/disabled_optimizers", {"a;b"}, "options.disabled_optimizers must be a list of names, not ['a;b']"},
       {"/options/spinning", 1, "options.spinning must be true or false, not 1"},
+      {"/options/huge_pages", "no", "options.huge_pages must be true or false, not 'no'"},
       {"/options/spining", true, "unknown key 'options.spining' (did you mean 'spinning'?)"},
       {"/capacities", 1, "unknown key 'capacities' (did you mean 'capacity'?)"},
   };

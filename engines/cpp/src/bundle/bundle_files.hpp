@@ -36,6 +36,7 @@ struct OrtProfile {
   std::string graph_optimization = "all";
   std::vector<std::string> disabled_optimizers;
   bool spinning = true;
+  bool huge_pages = true;
 };
 
 /// One target of the manifest; the twin of runtime/opening.py's Target.

@@ -13,6 +13,7 @@
 #include "engine/back_ends.hpp"
 #include "engine/contract.hpp"
 #include "engine/host_buffer.hpp"
+#include "engine/huge_pages.hpp"
 #include "engine/tensor_names.hpp"
 
 namespace crt {
@@ -224,8 +225,11 @@ class OrtEngine final : public Engine {
     // Only the step's threads spin on between calls: two spinning pools in one thread double its time.
     const bool stop_spinning = graph != step_graph();
     const std::string path = files_.graph(target_.graphs.at(graph));
-    auto program = std::make_unique<OrtProgram>(*environment_, path,
-                                                session_options(target_.ort, threads_, stop_spinning));
+    std::unique_ptr<OrtProgram> program;
+    allocated_in_huge_pages(target_.ort.huge_pages, [&] {
+      program = std::make_unique<OrtProgram>(*environment_, path,
+                                             session_options(target_.ort, threads_, stop_spinning));
+    });
     return *(programs_[graph] = std::move(program));
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, InputError
 from crt_export.graph.contract import check_contract
 from crt_export.graph.modules import (
@@ -42,13 +43,14 @@ class GraphExporter:
 
     Args:
         model: In evaluation mode; its weight dtype (float32 or float16) is the precision of the graphs.
+        traced: What need not be traced any more, by name of :func:`parts_of_graphs`, this model's weights in it.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, traced: Mapping[str, ir.Model] | None = None) -> None:
         self._model = model
         self._weights = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
         self._cache_dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
-        self._traced: dict[str, ir.Model] = {}
+        self._traced = dict(traced or {})
 
     def graph(self, name: str, *, unroll: int = 1) -> ir.Model:
         """Export one graph of the contract.
@@ -70,23 +72,35 @@ class GraphExporter:
             raise InputError(f"unroll (number of passes K) must be at least 1, found {unroll}")
         spec = graph_spec(name, self._model.config, self._cache_dtype)
         if name == "prefill" and self._model.config.recurrent:
-            graph = self._unrolled(spec, unroll)
+            graph = self._unrolled(unroll)
         else:
-            graph = self._trace(name, spec).clone()
+            graph = self.part(name).clone()
         graph.graph.name = name
         check_contract(graph, spec)
         return graph
 
-    def _unrolled(self, spec: GraphSpec, unroll: int) -> ir.Model:
-        graph = self._trace("prefill_pass", spec).clone()
+    def _unrolled(self, unroll: int) -> ir.Model:
+        graph = self.part("prefill_pass").clone()
         if unroll > 1:
-            unroll_passes(graph, self._trace("reading_pass", _reading_spec(spec)), unroll - 1)
+            unroll_passes(graph, self.part("reading_pass"), unroll - 1)
             cancel_casts(graph)
             merge_repeats(graph, keep=self._weights)
         return graph
 
-    def _trace(self, name: str, spec: GraphSpec) -> ir.Model:
+    def part(self, name: str) -> ir.Model:
+        """What graphs are made of, traced when it is first asked for; not to be changed.
+
+        Args:
+            name: Of :func:`parts_of_graphs`.
+
+        Raises:
+            UnsupportedError: A model of this kind has no such graph.
+            BuildError: The exporter failed.
+        """
         if name not in self._traced:
+            reading = name == "reading_pass"
+            spec = graph_spec("prefill_pass" if reading else name, self._model.config, self._cache_dtype)
+            spec = _reading_spec(spec) if reading else spec
             graph = _onnx_from_module(_module(self._model, name), spec)
             graph.graph.name = name
             name_weights(graph, self._model)
@@ -94,6 +108,17 @@ class GraphExporter:
             _name_values(graph, spec)
             self._traced[name] = graph
         return self._traced[name]
+
+
+def parts_of_graphs(config: ModelConfig, graphs: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """What must be traced for graphs of a model, each (name, passes K), in the order it is asked for."""
+    parts: dict[str, None] = {}
+    for name, unroll in graphs:
+        unrolled = name == "prefill" and config.recurrent
+        parts["prefill_pass" if unrolled else name] = None
+        if unrolled and unroll > 1:
+            parts["reading_pass"] = None
+    return tuple(parts)
 
 
 def export_graph(model: Model, name: str, *, unroll: int = 1) -> ir.Model:

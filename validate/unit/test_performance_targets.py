@@ -30,7 +30,7 @@ MEMORY = {
 
 def document(over_floor: float = 1.2, prefill: dict[tuple[int, str], float] | None = None) -> dict[str, Any]:
     """As much of a benchmark as is judged."""
-    step = {"over_floor": over_floor, "runtime_overhead": 0.03}
+    step = {"over_floor": over_floor, "over_floor_paired": 1.1, "p50_ms": 4.5, "runtime_overhead": 0.03}
     load = {"first_token_s": 1.1, "cached_share": 1.0}
     prompts = [
         {"tokens": tokens, "method": method, "passes": 4 if method == "passes" else None, "p50_s": seconds}
@@ -42,14 +42,17 @@ def document(over_floor: float = 1.2, prefill: dict[tuple[int, str], float] | No
     ]
     absent = {"name": "pytorch-dynamic-int8", "reason": "no such engine\nmore"}
     ratio = {"against": "pytorch-eager", "what": "step", "ratio": 4.0, "low": 3.9, "high": 4.2}
-    return {"contestants": [*both, absent], "ratios": [ratio]}
+    rates = {"read_gb_s": {"p50": 29.0, "p90": 31.5}}
+    return {"contestants": [*both, absent], "ratios": [ratio], "bandwidth": rates}
 
 
 def test_every_target_of_a_run_gets_its_verdict(tiny_config: Callable[..., ModelConfig]) -> None:
-    lines = list(targets.step_lines("tiny", document(1.3), tiny_config(), 16))
+    found = document(1.3)
+    lines = [*targets.step_lines("tiny", found, tiny_config(), 16), *targets.pytorch_lines("tiny", found)]
     verdicts = {line.figure: (line.value, line.verdict) for line in lines}
     assert verdicts["ort-cpu-fp32: step / bandwidth floor"] == (1.3, "falls short")
     assert verdicts["ort-cpu-int8: step / bandwidth floor"] == (1.3, "holds")
+    assert "read rate p50 29.0, p90 31.5 GB/s; 1.10 of the floor at p50" in lines[0].reason
     assert verdicts["ort-cpu-int8: times faster than pytorch-eager"] == (4.0, "falls short")
     assert verdicts["ort-cpu-int8: times faster than pytorch-dynamic-int8"] == (None, "not judged")
     assert verdicts["ort-cpu-int8: open to first token, s"] == (1.1, "holds")

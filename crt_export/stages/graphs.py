@@ -18,7 +18,8 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter, write_graph, write_weights
+from crt_export.graph import GraphExporter, parts_of_graphs, write_graph, write_weights
+from crt_export.graph.traces import TraceJob, Traces, start_traces
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
@@ -111,19 +112,43 @@ def write_graphs(
     wanted = {form for profile in profiles for form in forms_of_profile(profile, checkpoint.config).values()}
     writer = _Writer(checkpoint, plan, folder, store, progress)
     written: dict[GraphForm, GraphFile] = {}
-    for exported, (derived, dtype) in _DERIVED.items():
-        missing: list[GraphForm] = []
-        for precision in (exported, derived):
-            forms = sorted(form for form in wanted if form.precision == precision)
-            found = writer.stored(forms) if forms else {}
-            written |= found
-            missing += [] if found else forms
-        graphs = _export(checkpoint, sorted({_as(form, exported) for form in missing}), dtype, progress)
-        for precision in (exported, derived):
-            forms = [form for form in missing if form.precision == precision]
-            if forms:
-                written |= writer.write({form: graphs[_as(form, exported)] for form in forms})
+    missing: list[GraphForm] = []
+    for precision in (name for exported, (derived, _) in _DERIVED.items() for name in (exported, derived)):
+        forms = sorted(form for form in wanted if form.precision == precision)
+        found = writer.stored(forms) if forms else {}
+        written |= found
+        missing += [] if found else forms
+    with start_traces(checkpoint.config, _trace_jobs(missing, checkpoint.config)) as traces:
+        for exported in _DERIVED:
+            written |= _made(writer, exported, missing, traces)
     return written
+
+
+def _made(writer: _Writer, exported: str, missing: Sequence[GraphForm], traces: Traces) -> dict[GraphForm, GraphFile]:
+    """Export one precision, write it where it is missing, and likewise what a pass makes of it."""
+    derived, dtype = _DERIVED[exported]
+    forms = {precision: [form for form in missing if form.precision == precision] for precision in (exported, derived)}
+    wanted = sorted({_as(form, exported) for same in forms.values() for form in same})
+    graphs = _export(writer.checkpoint, wanted, dtype, writer.progress, traces)
+    written: dict[GraphForm, GraphFile] = {}
+    for same in forms.values():
+        if same:
+            written |= writer.write({form: graphs[_as(form, exported)] for form in same})
+    return written
+
+
+def _trace_jobs(missing: Iterable[GraphForm], config: ModelConfig) -> list[TraceJob]:
+    """What is traced in another process: every model function but the first, which this one traces meanwhile."""
+    graphs: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for exported, (derived, dtype) in _DERIVED.items():
+        for form in sorted(missing):
+            if form.precision in (exported, derived):
+                key = (str(dtype).removeprefix("torch."), form.residual_dtype)
+                graphs.setdefault(key, set()).add((form.graph, form.unroll))
+    return [
+        TraceJob(parts=parts_of_graphs(config, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
+        for (dtype, residual_dtype), found in [*graphs.items()][1:]
+    ]
 
 
 class _Writer:
@@ -132,26 +157,26 @@ class _Writer:
     def __init__(
         self, checkpoint: Checkpoint, plan: W8A8Plan | None, folder: Path, store: StageStore, progress: Progress
     ) -> None:
-        self._checkpoint, self._plan, self._folder = checkpoint, plan, folder
-        self._store, self._progress = store, progress
+        self.checkpoint, self._plan, self._folder = checkpoint, plan, folder
+        self._store, self.progress = store, progress
 
     def stored(self, forms: Sequence[GraphForm]) -> dict[GraphForm, GraphFile]:
         """The graphs of one precision, if the same ones were made before; else nothing."""
         answer = self._store.restore(_STAGE, self._key(forms), self._folder)
         if answer is None:
             return {}
-        self._progress(f"graphs {forms[0].precision}: as stored by an earlier build", 0, 0)
+        self.progress(f"graphs {forms[0].precision}: as stored by an earlier build", 0, 0)
         return {file.form: file for file in map(GraphFile.from_dict, answer["graphs"])}
 
     def write(self, graphs: dict[GraphForm, ir.Model]) -> dict[GraphForm, GraphFile]:
         """Quantise where the precision is made by a pass, in place, write all, and store them."""
-        forms, config = sorted(graphs), self._checkpoint.config
+        forms, config = sorted(graphs), self.checkpoint.config
         precision = _only(form.precision for form in forms)
         counts: dict[GraphForm, int] = {}
         for done, form in enumerate(forms if precision not in _DERIVED else []):
-            self._progress(f"quantise {precision}", done, len(forms))
+            self.progress(f"quantise {precision}", done, len(forms))
             counts[form] = _quantize(form, graphs[form], self._plan, config)
-        self._progress(f"write {precision}", 0, 0)
+        self.progress(f"write {precision}", 0, 0)
         written = _write(graphs, counts, config, self._folder)
         names = sorted({name for file in written.values() for name in (file.file, file.weights)})
         answer = {"graphs": [written[form].to_dict() for form in forms]}
@@ -165,7 +190,7 @@ class _Writer:
         return stage_key(
             _STAGE,
             {
-                "checkpoint": self._checkpoint.sha256,
+                "checkpoint": self.checkpoint.sha256,
                 "plan": None if plan is None else plan_digest(plan),
                 "forms": [dataclasses.asdict(form) for form in forms],
             },
@@ -181,11 +206,12 @@ def _default_unroll(config: ModelConfig) -> int:
 
 
 def _export(
-    checkpoint: Checkpoint, forms: Sequence[GraphForm], dtype: torch.dtype, progress: Progress
+    checkpoint: Checkpoint, forms: Sequence[GraphForm], dtype: torch.dtype, progress: Progress, traces: Traces
 ) -> dict[GraphForm, ir.Model]:
     graphs: dict[GraphForm, ir.Model] = {}
     for residual_dtype in sorted({form.residual_dtype for form in forms}):
-        exporter = GraphExporter(model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype)))
+        model = model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype))
+        exporter = GraphExporter(model, traces.of(model))
         for form in (form for form in forms if form.residual_dtype == residual_dtype):
             progress(f"export {form.precision}", len(graphs), len(forms))
             graphs[form] = exporter.graph(form.graph, unroll=form.unroll)

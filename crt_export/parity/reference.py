@@ -6,6 +6,7 @@ the whole window, ``handover`` is K passes over its first half and the recurrenc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -42,6 +43,14 @@ class Reference:
         self.model, self.windows, self._batch = model, windows, batch
         self._hidden: dict[tuple[str, int], Tensor] = {}
         self._decoded: tuple[Tensor, tuple[Tensor, Carry]] | None = None
+
+    def first_windows(self, count: int) -> Reference:
+        """The reference on the first windows alone; what was computed for all of them is not computed again."""
+        part = Reference(
+            self.model, dataclasses.replace(self.windows, tokens=self.windows.tokens[:count]), batch=self._batch
+        )
+        part._hidden = {key: hidden[:count] for key, hidden in self._hidden.items()}
+        return part
 
     def decode(self, ids: Tensor) -> tuple[Tensor, Carry]:
         """The recurrence on some ids, int64 [rows, tokens]: h and the carry, to be read only; the last is kept."""

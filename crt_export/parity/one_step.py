@@ -30,10 +30,11 @@ from crt_export.engine.ort import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.ladder import ONE_STEP
 from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.difference import difference
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.one_step_calls import Call, OneStepCalls
-from crt_export.parity.polygraphy_results import compare_outputs, save_outputs
-from crt_export.parity.same_step import same_step_check
+from crt_export.parity.polygraphy_results import save_outputs
+from crt_export.parity.same_step import compared_graphs, same_step_check
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]
@@ -55,17 +56,16 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         (:mod:`crt_export.parity.same_step`); a graph that cannot run is one failed check.
 
     Raises:
-        MissingDependencyError: ONNX Runtime or Polygraphy is not installed.
+        MissingDependencyError: ONNX Runtime is not installed, or Polygraphy where outputs are saved.
     """
     calls = OneStepCalls(case, setup)
     checks: list[Check] = []
     tensors: dict[str, Any] = {}
+    loaded: dict[str, OrtGraph] = {}
     for name in graph_names(setup.config):
         comparison = _Comparison(case, setup, name)
         try:
-            graph = load_checked_graph(case, name, setup.config, setup.threads)
-            for call in calls.of(name):
-                comparison.add(graph, call, calls.capacity)
+            _compare_graph(case, setup, calls, comparison, loaded)
         except ContractError as error:
             checks.append(failed_check(f"{name}: runs", str(error)))
         checks += comparison.checks()
@@ -73,7 +73,7 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         if setup.saved_outputs is not None and comparison.outputs:
             runs = {case.target: comparison.outputs, REFERENCE_RUN: comparison.references}
             save_outputs(setup.saved_outputs / case.target / f"{name}.json", runs)
-    same = same_step_check(case, setup, calls)
+    same = same_step_check(case, setup, calls, loaded)
     if same is not None:
         checks.append(same)
     return LevelResult(
@@ -82,6 +82,22 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         checks=tuple(checks),
         data={"positions": calls.positions, "tensors": tensors},
     )
+
+
+def _compare_graph(
+    case: ParityCase, setup: ParitySetup, calls: OneStepCalls, comparison: _Comparison, loaded: dict[str, OrtGraph]
+) -> None:
+    """All calls of one graph, which stays ``loaded`` only where it is compared with another: prefill takes gigabytes.
+
+    Raises:
+        ContractError: The graph cannot be loaded or run.
+    """
+    name = comparison.name
+    graph = load_checked_graph(case, name, setup.config, setup.threads)
+    if name in compared_graphs(setup.config):
+        loaded[name] = graph
+    for call in calls.of(name):
+        comparison.add(graph, call, calls.capacity)
 
 
 @dataclass
@@ -98,7 +114,7 @@ class _Comparison:
     """All calls of one graph."""
 
     def __init__(self, case: ParityCase, setup: ParitySetup, name: str) -> None:
-        self._name, self._config = name, setup.config
+        self.name, self._config = name, setup.config
         self._spec: GraphSpec = case.spec(name, setup.config)
         self._limit = setup.limits(case.precision).tensor_error
         self._tolerance = f"{case.precision}.tensor_error"
@@ -122,17 +138,13 @@ class _Comparison:
         self.references.append(expected)
         floats = [name for name, values in sound.items() if values.dtype.kind == "f"]
         scales = {name: self._scale(name, call.expected) for name in floats}
-        limits = {name: self._limit * scale for name, scale in scales.items()}
-        differences = compare_outputs(
-            {name: sound[name] for name in floats}, {name: expected[name] for name in floats}, limits
-        )
-        for name, difference in differences.items():
-            tensor = self._tensor(name)
-            tensor.max_abs = float(np.maximum(tensor.max_abs, difference.largest))
-            tensor.mean_abs = float(np.maximum(tensor.mean_abs, difference.mean))
-            relative = difference.largest / scales[name] if scales[name] else float(difference.largest > 0)
+        for name in floats:
+            tensor, error = self._tensor(name), difference(sound[name], expected[name], self._limit * scales[name])
+            tensor.max_abs = float(np.maximum(tensor.max_abs, error.largest))
+            tensor.mean_abs = float(np.maximum(tensor.mean_abs, error.mean))
+            relative = error.largest / scales[name] if scales[name] else float(error.largest > 0)
             tensor.relative = float(np.maximum(tensor.relative, relative))
-            if not difference.passed:
+            if not error.passed:
                 tensor.failures.append(self._sentence(name, sound[name], expected[name], relative, call))
         self._compare_integers(sound, expected, call)
         for name in (name for name in sound if name.startswith(_CACHE)):
@@ -148,7 +160,7 @@ class _Comparison:
             gated = spec.dtype != "int64"
             checks.append(
                 Check(
-                    name=f"{self._name}: {spec.name}",
+                    name=f"{self.name}: {spec.name}",
                     figure=FIGURE if gated else "",
                     value=found.relative if gated else None,
                     limit=self._limit if gated else None,
@@ -178,22 +190,22 @@ class _Comparison:
     def _sound(self, whole: Mapping[str, Array], call: Call, sizes: Mapping[str, int]) -> dict[str, Array]:
         """The outputs that can be compared at all, caches up to the last slot written; the others fail."""
         for name in sorted(whole.keys() - {spec.name for spec in self._spec.outputs}):
-            raise ContractError(f"{self._name}: output {name} is not part of the contract")
+            raise ContractError(f"{self.name}: output {name} is not part of the contract")
         sound = {}
         for spec in self._spec.outputs:
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
             found = whole.get(spec.name)
             problem = None
             if found is None:
-                problem = f"{self._name} delivers no {spec.name}"
+                problem = f"{self.name} delivers no {spec.name}"
             elif found.dtype != np.dtype(spec.dtype) or found.shape != shape or not found.size:
                 problem = (
-                    f"{self._name}: {spec.name} is {found.dtype} {list(found.shape)}, "
+                    f"{self.name}: {spec.name} is {found.dtype} {list(found.shape)}, "
                     f"expected {spec.dtype} {list(shape)} ({call.name})"
                 )
             elif found.dtype.kind == "f" and not np.isfinite(found).all():
                 row = int(np.argwhere(~np.isfinite(found))[0][0])
-                problem = f"{self._name}: {spec.name} is NaN or infinite at {call.rows[row]} ({call.name})"
+                problem = f"{self.name}: {spec.name} is NaN or infinite at {call.rows[row]} ({call.name})"
             if problem is None and found is not None:
                 self._tensor(spec.name)
                 used = found[:, :, : call.slots] if spec.name.startswith(_CACHE) else found

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crt_export.config import ModelConfig
+from crt_export.engine.ort import OrtGraph
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.case import ParityCase
 from crt_export.parity.level import Check, ParitySetup, gate_at_most
 from crt_export.parity.one_step_calls import Call, OneStepCalls
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP
@@ -23,26 +25,34 @@ Arrays = Mapping[str, NDArray[Any]]
 _FIGURE = "largest |difference| / largest |value|"
 
 
-def same_step_check(case: ParityCase, setup: ParitySetup, calls: OneStepCalls) -> Check | None:
-    """Call the step graph and a pass over the same token and compare logits, state and caches.
+def compared_graphs(config: ModelConfig) -> tuple[str, str]:
+    """The step graph, and the one that makes a pass: ``prefill_pass``, or a plain transformer's ``prefill``."""
+    return STEP, PREFILL_PASS if config.recurrent else PREFILL
 
-    The pass is ``prefill_pass``, or the ``prefill`` of a plain transformer, which has one.
+
+def same_step_check(
+    case: ParityCase, setup: ParitySetup, calls: OneStepCalls, graphs: Mapping[str, OrtGraph]
+) -> Check | None:
+    """Call the step graph and a pass over the same token and compare logits, state and caches.
 
     Args:
         case: The target.
         setup: Configuration and limits; ``consistency`` is the limit.
         calls: The calls of the step graph.
+        graphs: Those of :func:`compared_graphs` that could be loaded.
 
     Returns:
         One check; None where a graph cannot run, which has failed another check already.
     """
-    other = PREFILL_PASS if setup.config.recurrent else PREFILL
+    names = compared_graphs(setup.config)
+    if not graphs.keys() >= set(names):
+        return None
+    (step, one_pass), other = (graphs[name] for name in names), names[1]
     largest, place = 0.0, ""
     try:
-        step, one_pass = (load_checked_graph(case, name, setup.config, setup.threads) for name in (STEP, other))
         for call in calls.of(STEP):
-            names = {spec.name for spec in one_pass.inputs}
-            found = one_pass.run({name: value for name, value in _inputs(call, setup).items() if name in names})
+            taken = {spec.name for spec in one_pass.inputs}
+            found = one_pass.run({name: value for name, value in _inputs(call, setup).items() if name in taken})
             expected = step.run({spec.name: call.inputs[spec.name] for spec in step.inputs})
             for name, values in expected.items():
                 if values.dtype.kind != "f":

@@ -64,7 +64,7 @@ def trace_tokens(reference: Reference, ids: np.ndarray, *, start: int = 0, passe
         passes: Number K of those passes.
     """
     key = ("trace", ids.tobytes(), ids.shape, start, passes if start else 0)
-    return _once(reference, key, lambda: _trace(reference.model, ids, start, passes))
+    return computed_once(reference, key, lambda: _trace(reference.model, ids, start, passes))
 
 
 def continue_greedily(reference: Reference, prompts: np.ndarray, new_tokens: int) -> Continuation:
@@ -76,10 +76,11 @@ def continue_greedily(reference: Reference, prompts: np.ndarray, new_tokens: int
         new_tokens: How many tokens to choose; all but the last are fed.
     """
     key = ("continuation", prompts.tobytes(), prompts.shape, new_tokens)
-    return _once(reference, key, lambda: _continue(reference.model, prompts, new_tokens))
+    return computed_once(reference, key, lambda: _continue(reference.model, prompts, new_tokens))
 
 
-def _once(reference: Reference, key: Hashable, compute: Callable[[], Any]) -> Any:
+def computed_once(reference: Reference, key: Hashable, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gave for this reference and key before, or gives now; read only, it lives with the reference."""
     kept = _KEPT.setdefault(reference, {})
     if key not in kept:
         kept[key] = compute()

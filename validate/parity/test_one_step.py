@@ -7,21 +7,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from polygraphy import comparator
+from polygraphy.logger import G_LOGGER
 
 from crt_export.checkpoint import Checkpoint
+from crt_export.engine.ort import OrtGraph
 from crt_export.graph import write_graph, write_weights
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, one_step_calls
+from crt_export.parity import ParityCase, ParityOptions, one_step, one_step_calls
+from crt_export.parity.case import load_checked_graph
+from crt_export.parity.difference import difference
 from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.one_step import FIGURE, check_one_step
 from crt_export.parity.one_step_calls import OneStepCalls
-from crt_export.parity.polygraphy_results import compare_outputs
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
@@ -306,8 +311,45 @@ def test_a_bug_in_finding_the_factors_is_not_taken_for_a_damaged_file(
 
 
 def test_not_a_number_is_within_no_limit() -> None:
-    expected = {"x": np.ones((2, 2), np.float32)}
-    found = {"x": np.array([[1, np.nan], [1, 1]], np.float32)}
-    difference = compare_outputs(found, expected, {"x": 1e9})["x"]
-    assert not difference.passed
-    assert np.isnan(difference.largest)
+    found = np.array([[1, np.nan], [1, 1]], np.float32)
+    error = difference(found, np.ones((2, 2), np.float32), 1e9)
+    assert not error.passed
+    assert np.isnan(error.largest)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 10.0])
+def test_differences_are_those_of_polygraphys_comparator(dtype: str, limit: float) -> None:
+    generator = np.random.default_rng(0)
+    expected = generator.standard_normal((4, 3, 700)).astype(np.float32)
+    for scale in (0.0, 1e-2):
+        found = (expected + scale * generator.standard_normal(expected.shape)).astype(dtype)
+        own = difference(found, expected, limit)
+        results = comparator.RunResults()
+        results.add([{"x": found}], runner_name="found")
+        results.add([{"x": expected}], runner_name="expected")
+        function = comparator.SimpleCompareFunc(check_error_stat="max", atol=limit, rtol=0.0)
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            (its,) = comparator.Comparator.compare_accuracy(results, compare_func=function)[0]["found", "expected"]
+        assert (own.largest, own.mean) == (its["x"].max_absdiff, its["x"].mean_absdiff)
+        assert own.passed is bool(its["x"])
+
+
+def test_reference_is_computed_once_for_targets_with_the_same_inputs(
+    parity_bundle: Path, setup: ParitySetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _check(parity_bundle / "graphs", setup)
+    monkeypatch.setattr(one_step_calls, "reference_outputs", lambda *_: pytest.fail("computed again"))
+    assert _check(parity_bundle / "graphs", setup).to_dict() == first.to_dict()
+
+
+def test_every_graph_is_loaded_once(parity_bundle: Path, setup: ParitySetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(case: ParityCase, name: str, *rest: Any) -> OrtGraph:
+        loaded.append(name)
+        return load_checked_graph(case, name, *rest)
+
+    monkeypatch.setattr(one_step, "load_checked_graph", load)
+    _check(parity_bundle / "graphs", setup)
+    assert sorted(loaded) == ["head", "prefill", "prefill_pass", "step"]

@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +35,53 @@ class ChildEnd:
     answer: bytes
     printed: str
 
-    def cause_of_death(self) -> str:
-        """The status in words, and the last of what was printed on a line of its own each."""
-        cause = f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
-        tail = "\n".join(self.printed.strip().splitlines()[-10:]) or "it printed nothing"
-        return f"{cause}\n{tail}"
+    @property
+    def cause(self) -> str:
+        """The status in words."""
+        return f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
+
+    @property
+    def last_words(self) -> str:
+        """The last lines of what was printed."""
+        return "\n".join(self.printed.strip().splitlines()[-10:]) or "it printed nothing"
+
+
+class ChildGroup:
+    """Children that several threads start and wait for, and that any thread can end all at once, for good."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    def start(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """Start one more.
+
+        Raises:
+            CancelledError: The group was ended.
+        """
+        with self._lock:
+            if self._ended:
+                raise CancelledError
+            process = start()
+            self._running.add(process)
+        return process
+
+    def forget(self, process: subprocess.Popen[bytes]) -> None:
+        """It has ended."""
+        with self._lock:
+            self._running.discard(process)
+
+    def end(self) -> None:
+        """Kill what runs and let nothing start; whoever waits for a child sees how it ended."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.kill()
+
+
+#: Of children that only their own block ends.
+UNGROUPED = ChildGroup()
 
 
 class ChildModule:
@@ -45,26 +90,31 @@ class ChildModule:
     Args:
         module: Its full name; it is the one that would be imported here.
         job: Text for its stdin.
+        group: What else ends it.
     """
 
-    def __init__(self, module: str, job: str) -> None:
-        self._module, self._job = module, job
+    def __init__(self, module: str, job: str, group: ChildGroup = UNGROUPED) -> None:
+        self._module, self._job, self._group = module, job, group
 
     def __enter__(self) -> Self:
-        """Start it."""
+        """Start it.
+
+        Raises:
+            CancelledError: Its group was ended.
+        """
         with ExitStack() as files:
             # Files and no pipes: it never waits for the caller to read, nor the caller for it.
             given, self._answer, self._printed = (files.enter_context(tempfile.TemporaryFile()) for _ in range(3))
             given.write(self._job.encode())
             given.seek(0)
             paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module],
-                stdin=given,
-                stdout=self._answer,
-                stderr=self._printed,
-                # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
+            # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
+            command = [sys.executable, "-m", self._module]
+            self._process = self._group.start(
+                lambda: subprocess.Popen(
+                    command, stdin=given, stdout=self._answer, stderr=self._printed, env=environment
+                )
             )
             self._files = files.pop_all()
         return self
@@ -78,17 +128,13 @@ class ChildModule:
             content.append(file.read())
         return ChildEnd(code=code, answer=content[0], printed=content[1].decode(errors="replace"))
 
-    def kill(self) -> None:
-        """End it at once, from any thread; whoever waits for it sees how it ended."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End it if it still runs."""
-        self.kill()
+        self._process.kill()  # nothing happens to one that has ended
         self._process.wait()
+        self._group.forget(self._process)
         self._files.close()
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    folder --load_checkpoint--> Checkpoint --write_graphs--> graphs/*.onnx --build_target--> engines/
+    folder --load_checkpoint--> Checkpoint --write_graphs--> graphs/*.onnx --build_targets--> engines/
            --check_parity--> ParityReport --Staging.commit--> bundle
 
 Every stage works in a staging folder beside the output. Only a complete bundle whose report passed takes the output's
@@ -29,7 +29,7 @@ from crt_export.stages.manifest import manifest_from_build
 from crt_export.stages.options import BuildOptions, profiles_from_options
 from crt_export.stages.prefill import prefill_plans
 from crt_export.stages.store import StageStore
-from crt_export.stages.targets import BuiltTarget, build_target
+from crt_export.stages.targets import BuiltTarget, build_targets
 from crt_export.stages.vectors import write_vectors
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
@@ -68,9 +68,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         prefills = prefill_plans(checkpoint, profiles, text.validation, progress)
         plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress, store)
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
-        targets = tuple(
-            build_target(profile, graphs, checkpoint.config, staging.path, progress, store) for profile in profiles
-        )
+        targets = build_targets(profiles, graphs, checkpoint.config, staging.path, progress, store)
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)

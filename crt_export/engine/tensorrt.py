@@ -6,15 +6,12 @@ TensorRT-RTX compiles without a GPU; TensorRT times kernels on the GPU it builds
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crt_export import errors
+from crt_export.child_process import UNGROUPED, ChildGroup, ChildModule
 from crt_export.engine.layer_check import check_layers
 from crt_export.engine.layers import Layer, layers_from_text, summarize_layers
 from crt_export.engine.source_graph import source_graph_from_file
@@ -23,6 +20,7 @@ from crt_export.errors import BuildError, NoEngineError, problem_list
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, TensorSpec
 
+_BUILDER = "crt_export.engine.tensorrt_builder"
 _DELIBERATE = {
     cls.__name__: cls
     for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError, errors.NoEngineError)
@@ -40,14 +38,20 @@ class CompiledEngine:
         sidecar: JSON-ready facts that a runtime checks before it loads the plan.
     """
 
-    plan: bytes
+    plan: memoryview
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...]
     sidecar: dict[str, Any]
 
 
 def build_engine(
-    graph_path: Path, profile: EngineProfile, *, graph_name: str, unroll: int, linears: int
+    graph_path: Path,
+    profile: EngineProfile,
+    *,
+    graph_name: str,
+    unroll: int,
+    linears: int,
+    children: ChildGroup = UNGROUPED,
 ) -> CompiledEngine:
     """Compile one graph for one profile and check the result.
 
@@ -57,8 +61,10 @@ def build_engine(
         graph_name: ``step``, ``prefill``, ``prefill_pass`` or ``head``, for messages and the sidecar.
         unroll: Passes in the graph.
         linears: How many MatMuls by a weight the graph must hold: the model's linears times the passes.
+        children: What the compiler's process belongs to, for whoever wants to end it.
 
     Raises:
+        CancelledError: ``children`` was ended before.
         MissingDependencyError: The runtime, its version or the GPU that it needs is absent.
         UnsupportedError: The runtime cannot compile for the profile's architecture.
         BuildError: The graph is not what TensorRT compiles correctly, the builder failed, crashed or warned, or
@@ -71,7 +77,7 @@ def build_engine(
     label = f"{profile.name} {graph_name}"
     shapes = {spec.name: _shapes_of(spec, profile, graph_path) for spec in source.contract.inputs}
     job = BuildJob(path=graph_path, label=label, profile=profile, contract=source.contract, shapes=shapes)
-    answer = _answer_from_builder(job)
+    answer = _answer_from_builder(job, children)
     layers = layers_from_text(answer.layer_text)
     check_layers(layers, precision=profile.precision, linears=source.linears, products=source.products, engine=label)
     sidecar = {
@@ -104,32 +110,19 @@ def _shapes_of(spec: TensorSpec, profile: EngineProfile, path: Path) -> list[lis
     return [[size[i] for size in sizes] for i in range(3)]
 
 
-def _answer_from_builder(job: BuildJob) -> BuildAnswer:
+def _answer_from_builder(job: BuildJob, children: ChildGroup) -> BuildAnswer:
     """Run the builder in a process of its own and take its answer."""
-    paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
-    # utf-8: the job may hold any path. The path list: the very package that runs here, however it was found.
-    result = subprocess.run(
-        [sys.executable, "-m", "crt_export.engine.tensorrt_builder"],
-        input=job.to_json().encode(),
-        capture_output=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
-    )
-    if result.returncode != 0 or len(result.stdout) < HEADER_LENGTH.size:
-        raise NoEngineError(_crash_message(job, result.returncode, result.stderr.decode(errors="replace")))
+    with ChildModule(_BUILDER, job.to_json(), children) as child:
+        end = child.wait()
+    if end.code != 0 or len(end.answer) < HEADER_LENGTH.size:
+        what = f"building {job.label}: the {job.profile.runtime} builder died with {end.cause} on {job.path}"
+        raise NoEngineError(f"{what}\n{end.last_words}")
     start = HEADER_LENGTH.size
-    end = start + HEADER_LENGTH.unpack_from(result.stdout)[0]
-    header = json.loads(result.stdout[start:end])
+    stop = start + HEADER_LENGTH.unpack_from(end.answer)[0]
+    header = json.loads(end.answer[start:stop])
     if "error" in header:
         raise _DELIBERATE.get(header["error"], BuildError)(header["message"])
-    return BuildAnswer(plan=result.stdout[end:], **header)
-
-
-def _crash_message(job: BuildJob, code: int, printed: str) -> str:
-    """Say how the builder's process died, with the last of what it printed."""
-    cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    tail = "\n".join(printed.strip().splitlines()[-10:]) or "it printed nothing"
-    return f"building {job.label}: the {job.profile.runtime} builder died with {cause} on {job.path}\n{tail}"
+    return BuildAnswer(plan=memoryview(end.answer)[stop:], **header)
 
 
 def _sidecar(job: BuildJob) -> dict[str, Any]:

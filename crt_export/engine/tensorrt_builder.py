@@ -12,13 +12,13 @@ in the genuine bindings of all supported versions.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crt_export.child_process import answer_stream
 from crt_export.engine.build_log import BuildLog, logger_from_log
 from crt_export.engine.tensorrt_api import (
     Api,
@@ -90,7 +90,7 @@ class BuildJob:
 class BuildAnswer:
     """What the builder made: the plan, the text of its layer list, allowed warnings, the runtime's version."""
 
-    plan: bytes
+    plan: memoryview
     layer_text: str
     warnings: list[str]
     version: str
@@ -122,7 +122,7 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
         raise NoEngineError(problem_list(f"building {job.label}", problems or ["no engine and no reason given"]))
     if problems:
         raise BuildError(problem_list(f"building {job.label}", problems))
-    data = bytes(memoryview(plan))
+    data = memoryview(plan)
     # TensorRT-RTX logs the layers while it builds; TensorRT must load the engine, which needs its GPU, to list them.
     rtx = job.profile.runtime == "tensorrt-rtx"
     layer_text = log.layer_text if rtx else _layer_text_tensorrt(api, job, data, logger, log)
@@ -209,7 +209,7 @@ def _add_shapes(builder: Builder, config: IBuilderConfig, job: BuildJob) -> None
     config.add_optimization_profile(optimization)
 
 
-def _layer_text_tensorrt(api: Api, job: BuildJob, plan: bytes, logger: ILogger, log: BuildLog) -> str:
+def _layer_text_tensorrt(api: Api, job: BuildJob, plan: memoryview, logger: ILogger, log: BuildLog) -> str:
     """Load the engine on its GPU, check what can only be asked there, and return its layer list."""
     runtime: Runtime = api.Runtime(logger)
     engine: ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
@@ -231,10 +231,9 @@ def _layer_text_tensorrt(api: Api, job: BuildJob, plan: bytes, logger: ILogger, 
 
 def main() -> None:
     """Answer the job on stdin; deliberate errors are part of the answer."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # native code prints to stdout: that is not for whoever reads the answer
+    stream = answer_stream()
     header: dict[str, Any]
-    plan = b""
+    plan = memoryview(b"")
     try:
         answer = compile_graph(BuildJob.from_json(sys.stdin.read()))
         plan = answer.plan
@@ -242,7 +241,7 @@ def main() -> None:
     except CrtExportError as error:
         header = {"error": type(error).__name__, "message": str(error)}
     text = json.dumps(header).encode()
-    with os.fdopen(answers, "wb") as stream:
+    with stream:
         stream.write(HEADER_LENGTH.pack(len(text)) + text)
         stream.write(plan)
 

@@ -79,7 +79,7 @@ class Traces:
             return
         end = self._child.wait()
         if end.code != 0:
-            raise BuildError(f"the process that traces the graphs died with {end.cause_of_death()}")
+            raise BuildError(f"the process that traces the graphs died with {end.cause}\n{end.last_words}")
         answer = json.loads(end.answer)
         if answer:
             raise _DELIBERATE.get(answer["error"], BuildError)(answer["message"])

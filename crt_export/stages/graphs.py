@@ -210,6 +210,7 @@ def _export(
 ) -> dict[GraphForm, ir.Model]:
     graphs: dict[GraphForm, ir.Model] = {}
     for residual_dtype in sorted({form.residual_dtype for form in forms}):
+        progress(f"export {forms[0].precision}", len(graphs), len(forms))
         model = model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype))
         exporter = GraphExporter(model, traces.of(model))
         for form in (form for form in forms if form.residual_dtype == residual_dtype):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from crt_export.child_process import UNGROUPED, ChildGroup
 from crt_export.config import ModelConfig
 from crt_export.errors import NoEngineError
 from crt_export.graph import check_contract
@@ -23,6 +25,7 @@ from crt_export.quantize import expected_matmuls
 from crt_export.spec import graph_spec
 from crt_export.stages.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
 from crt_export.stages.keys import stage_key
+from crt_export.stages.side_by_side import Task, compilers_at_once, run_side_by_side
 from crt_export.stages.store import NO_STORE, StageStore
 
 ENGINES_FOLDER = "engines"
@@ -102,6 +105,52 @@ class BuiltTarget:
         return cls(**{**values, "profile": profile, "files": tuple(map(GraphFile.from_dict, values["files"]))})
 
 
+def build_targets(
+    profiles: Sequence[EngineProfile],
+    written: Mapping[GraphForm, GraphFile],
+    config: ModelConfig,
+    folder: Path,
+    progress: Progress,
+    store: StageStore = NO_STORE,
+) -> tuple[BuiltTarget, ...]:
+    """Prepare all targets in the staging folder, those that compile without a GPU side by side where memory allows.
+
+    Args:
+        profiles: The targets, resolved for this model.
+        written: The graphs of their precisions.
+        config: The model.
+        folder: Staging folder of the bundle.
+        progress: Told what is compiled.
+        store: Where engines compiled of the same graphs may lie. TensorRT's never do: they are timed on this GPU.
+
+    Raises:
+        MissingDependencyError: A target's compiler or the GPU it needs is absent.
+        UnsupportedError: A profile insists on what its runtime cannot do.
+        BuildError: A compiler failed or its result is not what the precision promises.
+    """
+    stage = _TargetStage(written, config, folder, store)
+    built: dict[str, BuiltTarget] = {}
+    beside: dict[str, Task[BuiltTarget]] = {}
+    for profile in profiles:
+        found = stage.ready(profile, progress)
+        if found is not None:
+            built[profile.name] = found
+        elif profile.runtime == "tensorrt-rtx":
+            beside[profile.name] = partial(stage.compile, profile)
+        else:  # its kernels are timed: nothing else may run
+            built[profile.name] = stage.compile(profile, progress, UNGROUPED)
+    known = {profile.name: profile for profile in profiles}
+
+    def finished(name: str, target: BuiltTarget) -> None:
+        stage.keep(known[name], target)
+        built[name] = target
+
+    if beside:
+        workers = compilers_at_once([folder / file.weights for name in beside for file in stage.shared(known[name])])
+        run_side_by_side(beside, workers, progress, finished)
+    return tuple(built[profile.name] for profile in profiles)
+
+
 def build_target(
     profile: EngineProfile,
     written: Mapping[GraphForm, GraphFile],
@@ -110,38 +159,57 @@ def build_target(
     progress: Progress,
     store: StageStore = NO_STORE,
 ) -> BuiltTarget:
-    """Prepare one target in the staging folder.
+    """Prepare one target; arguments and errors as for :func:`build_targets`."""
+    return build_targets([profile], written, config, folder, progress, store)[0]
 
-    Args:
-        profile: The target, resolved for this model.
-        written: The graphs of its precision.
-        config: The model.
-        folder: Staging folder of the bundle.
-        progress: Told what is compiled.
-        store: Where engines compiled of the same graphs may lie. TensorRT's never do: they are timed on this GPU.
 
-    Raises:
-        MissingDependencyError: The target's compiler or the GPU it needs is absent.
-        UnsupportedError: The profile insists on what its runtime cannot do.
-        BuildError: The compiler failed or its result is not what the precision promises.
-    """
-    shared = {name: written[form] for name, form in forms_of_profile(profile, config).items()}
-    form = attention_form(profile, config)
-    if not profile.compiled:
-        graphs = {name: file.file for name, file in shared.items()}
-        return BuiltTarget(profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={})
-    if store.folder is None or profile.runtime != "tensorrt-rtx":
-        return _compile_target(profile, shared, form, config, folder, progress)
-    files = sorted({name for file in shared.values() for name in (file.file, file.weights)})
-    sources = {name: store.digest(folder / name) for name in files}
-    key = stage_key(_STAGE, {"profile": profile.to_dict(), "config": config.to_dict(), "sources": sources})
-    answer = store.restore(_STAGE, key, folder)
-    if answer is not None:
+class _TargetStage:
+    """What all targets of a build have in common."""
+
+    def __init__(
+        self, written: Mapping[GraphForm, GraphFile], config: ModelConfig, folder: Path, store: StageStore
+    ) -> None:
+        self._written, self._config, self._folder, self._store = written, config, folder, store
+
+    def shared(self, profile: EngineProfile) -> list[GraphFile]:
+        """The graphs of its precision."""
+        return [self._written[form] for form in forms_of_profile(profile, self._config).values()]
+
+    def ready(self, profile: EngineProfile, progress: Progress) -> BuiltTarget | None:
+        """A target that needs no compiler, or was compiled before; else None."""
+        if not profile.compiled:
+            graphs = {file.form.graph: file.file for file in self.shared(profile)}
+            form = attention_form(profile, self._config)
+            return BuiltTarget(
+                profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={}
+            )
+        key = self._key(profile)
+        answer = self._store.restore(_STAGE, key, self._folder) if key else None
+        if answer is None:
+            return None
         progress(f"compile {profile.name}: as stored by an earlier build", 0, 0)
         return BuiltTarget.from_stored(profile, answer)
-    built = _compile_target(profile, shared, form, config, folder, progress)
-    store.keep(_STAGE, key, folder, built.own_files(folder), built.to_stored())
-    return built
+
+    def compile(self, profile: EngineProfile, progress: Progress, children: ChildGroup) -> BuiltTarget:
+        """Compile it, with attention in the form that its runtime has."""
+        form = attention_form(profile, self._config)
+        shared = {file.form.graph: file for file in self.shared(profile)}
+        return _compile_target(profile, shared, form, self._config, self._folder, progress, children)
+
+    def keep(self, profile: EngineProfile, built: BuiltTarget) -> None:
+        """Store what was compiled, for later builds."""
+        key = self._key(profile)
+        if key:
+            self._store.keep(_STAGE, key, self._folder, built.own_files(self._folder), built.to_stored())
+
+    def _key(self, profile: EngineProfile) -> str:
+        """Empty for what is not stored."""
+        if self._store.folder is None or profile.runtime != "tensorrt-rtx":
+            return ""
+        files = sorted({name for file in self.shared(profile) for name in (file.file, file.weights)})
+        sources = {name: self._store.digest(self._folder / name) for name in files}
+        inputs = {"profile": profile.to_dict(), "config": self._config.to_dict(), "sources": sources}
+        return stage_key(_STAGE, inputs)
 
 
 def _compile_target(
@@ -151,16 +219,17 @@ def _compile_target(
     config: ModelConfig,
     folder: Path,
     progress: Progress,
+    children: ChildGroup,
 ) -> BuiltTarget:
     try:
-        return _build_compiled(profile, shared, form, config, folder, progress)
+        return _build_compiled(profile, shared, form, config, folder, progress, children)
     except NoEngineError as error:
         # Which shapes have a fused kernel is known to the compiler alone: "auto" means to try, then to do without.
         # Any other BuildError (a warning, a layer of the wrong precision) is final.
         if form == "decomposed" or profile.attention != "auto":
             raise
         refused = str(error)
-    built = _build_compiled(profile, shared, "decomposed", config, folder, progress)
+    built = _build_compiled(profile, shared, "decomposed", config, folder, progress, children)
     return replace(built, refused=refused)
 
 
@@ -171,6 +240,7 @@ def _build_compiled(
     config: ModelConfig,
     folder: Path,
     progress: Progress,
+    children: ChildGroup,
 ) -> BuiltTarget:
     own = [
         _write_target_form(profile, file, attention, config, folder) for name, file in shared.items() if name != "head"
@@ -180,7 +250,7 @@ def _build_compiled(
     for done, file in enumerate(file for file in own if file.form.graph in COMPILED_GRAPHS):
         progress(f"compile {profile.name}, {attention} attention", done, len(COMPILED_GRAPHS))
         name = file.form.graph
-        engines[name], layers[name] = _compile(profile, file, config, folder)
+        engines[name], layers[name] = _compile(profile, file, config, folder, children)
     progress(f"compile {profile.name}, {attention} attention", len(COMPILED_GRAPHS), len(COMPILED_GRAPHS))
     graphs = {name: file.file for name, file in shared.items()} | {file.form.graph: file.file for file in own}
     return BuiltTarget(
@@ -210,13 +280,15 @@ def _write_target_form(
 
 
 def _compile(
-    profile: EngineProfile, file: GraphFile, config: ModelConfig, folder: Path
+    profile: EngineProfile, file: GraphFile, config: ModelConfig, folder: Path, children: ChildGroup
 ) -> tuple[str, Mapping[str, int]]:
     from crt_export.engine.tensorrt import build_engine
 
     name, unroll = file.form.graph, file.form.unroll
     linears = expected_matmuls(config, name, unroll)
-    compiled = build_engine(folder / file.file, profile, graph_name=name, unroll=unroll, linears=linears)
+    compiled = build_engine(
+        folder / file.file, profile, graph_name=name, unroll=unroll, linears=linears, children=children
+    )
     stem = f"{ENGINES_FOLDER}/{profile.name}/{name}"
     (folder / stem).parent.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.engine").write_bytes(compiled.plan)

@@ -106,6 +106,7 @@ class GraphExporter:
             name_weights(graph, self._model)
             simplify(graph, keep=self._weights)
             _name_values(graph, spec)
+            _share_weights(graph, self._model)
             self._traced[name] = graph
         return self._traced[name]
 
@@ -184,6 +185,14 @@ def _dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, str] | list[dict[int, st
         axes = {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
         (caches if tensor.name.startswith(_PER_LAYER_PREFIX) else single).append(axes)
     return (*single, caches) if caches else tuple(single)
+
+
+def _share_weights(graph: ir.Model, model: Model) -> None:
+    """Weights are the model's own memory: what several graphs share is known to be the same, and not copied."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = graph.graph.initializers.get(name)
+        if value is not None:
+            value.const_value = ir.tensor(tensor.detach().numpy(), name=name)
 
 
 def _name_values(graph: ir.Model, spec: GraphSpec) -> None:

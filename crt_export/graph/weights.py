@@ -8,17 +8,35 @@ them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from crt_export.errors import BuildError
+from crt_export.memo import memory_of
 
 _SCALAR_BYTES = 8
 #: Offsets are multiples of a page, so that runtimes can map a single tensor.
 _ALIGNMENT = 4096
+
+
+class Digests:
+    """SHA-256 of tensors; memory that several of them share is hashed once, and kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[ir.TensorProtocol, str]] = {}
+
+    def of(self, tensor: ir.TensorProtocol) -> str:
+        """The digest in lower-case hex of a tensor that nobody writes to any more."""
+        raw = tensor.raw
+        key = memory_of(raw) if isinstance(raw, np.ndarray) else id(tensor)
+        if key not in self._known:
+            self._known[key] = (tensor, hashlib.sha256(_content(tensor)).hexdigest())
+        return self._known[key][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +50,7 @@ class WeightFile:
 
     path: Path
     entries: Mapping[str, tuple[int, int, str]]
+    _digests: Digests = field(repr=False, compare=False)
 
 
 def write_weights(graphs: Mapping[str, ir.Model], path: Path) -> WeightFile:
@@ -46,9 +65,10 @@ def write_weights(graphs: Mapping[str, ir.Model], path: Path) -> WeightFile:
     """
     tensors: dict[str, ir.TensorProtocol] = {}
     hashes: dict[str, str] = {}
+    digests = Digests()
     for graph_name, graph in graphs.items():
         for name, tensor in _external_tensors(graph).items():
-            digest = hashlib.sha256(tensor.tobytes()).hexdigest()
+            digest = digests.of(tensor)
             if hashes.setdefault(name, digest) != digest:
                 raise BuildError(
                     f"{path.name}: weight {name} of graph {graph_name} differs from other graphs' of that name"
@@ -59,10 +79,10 @@ def write_weights(graphs: Mapping[str, ir.Model], path: Path) -> WeightFile:
         for name in sorted(tensors):
             offset = -(-stream.tell() // _ALIGNMENT) * _ALIGNMENT
             stream.write(bytes(offset - stream.tell()))
-            data = tensors[name].tobytes()
+            data = _content(tensors[name])
             stream.write(data)
             entries[name] = (offset, len(data), hashes[name])
-    return WeightFile(path=path, entries=entries)
+    return WeightFile(path=path, entries=entries, _digests=digests)
 
 
 def write_graph(graph: ir.Model, path: Path, weights: WeightFile) -> None:
@@ -74,7 +94,7 @@ def write_graph(graph: ir.Model, path: Path, weights: WeightFile) -> None:
     originals: dict[str, ir.TensorProtocol] = {}
     for name, tensor in _external_tensors(graph).items():
         offset, length, digest = weights.entries.get(name, (0, -1, ""))
-        if hashlib.sha256(tensor.tobytes()).hexdigest() != digest:
+        if weights._digests.of(tensor) != digest:
             raise BuildError(f"{path.name}: weight {name} is not what {weights.path.name} holds under that name")
         originals[name] = tensor
         graph.graph.initializers[name].const_value = ir.ExternalTensor(
@@ -99,6 +119,15 @@ def _external_tensors(graph: ir.Model) -> dict[str, ir.TensorProtocol]:
         for name, value in graph.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes > _SCALAR_BYTES and is_weight(name)
     }
+
+
+def _content(tensor: ir.TensorProtocol) -> memoryview | bytes:
+    """The bytes of a tensor as ONNX stores them, without a copy where memory holds them so."""
+    raw = tensor.raw
+    plain = isinstance(raw, np.ndarray) and raw.flags.c_contiguous and raw.nbytes == tensor.nbytes
+    if not plain or sys.byteorder != "little":
+        return tensor.tobytes()
+    return raw.reshape(-1).view(np.uint8).data
 
 
 def is_weight(name: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from crt_export.memo import Memo
 from crt_export.quantize.smooth import balancing_exponents
 
 #: A normalised channel rarely exceeds this many standard deviations.
@@ -19,12 +20,13 @@ _DEVIATIONS = 4.0
 _ALPHA = 0.5
 
 
-def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]]) -> None:
+def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
     """Balance every LayerNorm of an FP32 graph against the linears that read it, in place.
 
     Args:
         matmuls: (name, MatMul) of every linear of the graph, as ``weight_matmuls`` finds them. A LayerNorm whose
             readers are spread over several graphs would be folded differently in each; those of a model are not.
+        memo: Of the graphs that share these weights.
     """
     readers: dict[ir.Value, tuple[ir.Node, dict[str, ir.Value]]] = {}
     for name, node in matmuls:
@@ -37,17 +39,23 @@ def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]]) -> None:
     for gain, (norm, weights) in readers.items():
         bias = norm.inputs[2]
         if bias is not None and bias.is_initializer():
-            _balance(gain, bias, [*weights.values()])
+            _balance([gain, bias, *weights.values()], memo)
 
 
-def _balance(gain: ir.Value, bias: ir.Value, weights: list[ir.Value]) -> None:
-    activation = _DEVIATIONS * np.abs(_array(gain)) + np.abs(_array(bias))
-    largest = np.max([np.abs(_array(weight)).max(axis=1) for weight in weights], axis=0)
+def _balance(values: list[ir.Value], memo: Memo) -> None:
+    """Gain, bias and the weights that read them."""
+    arrays = [_array(value) for value in values]
+    for value, array in zip(values, memo.made("balanced", arrays, lambda: _balanced(*arrays)), strict=True):
+        value.const_value = ir.tensor(array, name=value.name)
+
+
+def _balanced(
+    gain: NDArray[np.float32], bias: NDArray[np.float32], *weights: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], ...]:
+    activation = _DEVIATIONS * np.abs(gain) + np.abs(bias)
+    largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     factor = np.exp2(balancing_exponents(activation, largest, _ALPHA)).astype(np.float32)
-    for value in (gain, bias):
-        value.const_value = ir.tensor(_array(value) / factor, name=value.name)
-    for weight in weights:
-        weight.const_value = ir.tensor(_array(weight) * factor[:, None], name=weight.name)
+    return (gain / factor, bias / factor, *(weight * factor[:, None] for weight in weights))
 
 
 def _array(value: ir.Value) -> NDArray[np.float32]:

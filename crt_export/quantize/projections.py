@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from crt_export.memo import Memo
 from crt_export.quantize.weights import constant, weight_matmuls
 
 _PROJECTIONS = ("q", "k", "v")
@@ -16,7 +17,7 @@ _PROJECTIONS = ("q", "k", "v")
 FUSED = "qkv"
 
 
-def fuse_projections(graph: ir.Graph) -> int:
+def fuse_projections(graph: ir.Graph, memo: Memo) -> int:
     """Replace ``x @ q + bq``, ``x @ k + bk`` and ``x @ v + bv`` by ``Split(x @ qkv + bqkv)``, in place.
 
     What is not of that form (another activation, no bias, an intermediate result that others read) is left alone. The
@@ -24,6 +25,7 @@ def fuse_projections(graph: ir.Graph) -> int:
 
     Args:
         graph: Linears are MatMuls by ``{name}.weight`` [in, out], each followed by an Add of ``{name}.bias``.
+        memo: Of the graphs that share these weights.
 
     Returns:
         The number of products that were replaced, three for each fused one.
@@ -39,7 +41,7 @@ def fuse_projections(graph: ir.Graph) -> int:
         sums = {part: _bias_add(graph, f"{stem}.{part}", node) for part, node in parts.items()}
         adds = [add for add in sums.values() if add is not None]
         if len(adds) == len(_PROJECTIONS):
-            _fuse(graph, stem, [*parts.values()], adds)
+            _fuse(graph, stem, [*parts.values()], adds, memo)
             replaced += len(parts)
     return replaced
 
@@ -52,9 +54,9 @@ def _bias_add(graph: ir.Graph, name: str, product: ir.Node) -> ir.Node | None:
     return users[0]
 
 
-def _fuse(graph: ir.Graph, stem: str, products: list[ir.Node], adds: list[ir.Node]) -> None:
-    weight = _joined(graph, stem, "weight")
-    bias = _joined(graph, stem, "bias")
+def _fuse(graph: ir.Graph, stem: str, products: list[ir.Node], adds: list[ir.Node], memo: Memo) -> None:
+    weight = _joined(graph, stem, "weight", memo)
+    bias = _joined(graph, stem, "bias", memo)
     first = products[0]
     product = _node(first, "MatMul", [first.inputs[0], weight])
     total = _node(adds[0], "Add", [product.outputs[0], bias])
@@ -70,13 +72,15 @@ def _fuse(graph: ir.Graph, stem: str, products: list[ir.Node], adds: list[ir.Nod
         graph.remove(node, safe=True)
 
 
-def _joined(graph: ir.Graph, stem: str, kind: str) -> ir.Value:
+def _joined(graph: ir.Graph, stem: str, kind: str, memo: Memo) -> ir.Value:
     """The parts' weights [in, out] or biases [out] side by side, made once for all passes."""
     name = f"{stem}.{FUSED}.{kind}"
     if name in graph.initializers:
         return graph.initializers[name]
     tensors = [graph.initializers[f"{stem}.{part}.{kind}"].const_value for part in _PROJECTIONS]
-    return constant(graph, name, np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None], axis=-1))
+    arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
+    (joined,) = memo.made("joined", arrays, lambda: (np.concatenate(arrays, axis=-1),))
+    return constant(graph, name, joined)
 
 
 def _node(origin: ir.Node, operator: str, inputs: list[ir.Value | None]) -> ir.Node:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from crt_export.errors import BuildError, InputError, problem_list
+from crt_export.memo import Memo
 from crt_export.quantize.norms import smooth_norms
 from crt_export.quantize.projections import fuse_projections
 from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
@@ -24,13 +25,14 @@ _ZERO = 128
 _INT8_ACCURACY = 4
 
 
-def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) -> int:
+def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True, memo: Memo | None = None) -> int:
     """Replace every MatMul with a weight by MatMulNBits, in place; query, key and value become one of them.
 
     Args:
         graph: An FP32 graph with weights under their checkpoint names.
         block_size: Weights that share a scale.
         smooth: Balance LayerNorms against the weights that read them first, see :mod:`crt_export.quantize.norms`.
+        memo: Of the graphs of one model, which share their weights; None: this graph has no others beside it.
 
     Returns:
         Number of replaced MatMuls, three for query, key and value, a weight used by K passes counted K times.
@@ -41,15 +43,15 @@ def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True) 
     """
     if block_size not in BLOCK_SIZES:
         raise InputError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
-    body = graph.graph
+    body, memo = graph.graph, memo or Memo()
     linears = weight_matmuls(body)
     _check_dtype(body, linears)
-    fuse_projections(body)
+    fuse_projections(body, memo)
     matmuls = weight_matmuls(body)
     if smooth:
-        smooth_norms(matmuls)
+        smooth_norms(matmuls, memo)
     for name, node in matmuls:
-        _replace(body, name, node, block_size)
+        _replace(body, name, node, block_size, memo)
     RemoveUnusedNodesPass()(graph)
     require_none_left(body, {name for name, _ in (*linears, *matmuls)})
     body.opset_imports[DOMAIN] = 1
@@ -87,13 +89,14 @@ def _check_dtype(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]]) -> None:
         raise BuildError(problem_list(f"graph {graph.name}: weight-only quantisation expects FLOAT weights", problems))
 
 
-def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int) -> None:
+def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int, memo: Memo) -> None:
     packed_name, scales_name = f"{name}.weight_blocks", f"{name}.weight_scales"
     tensor = graph.initializers[f"{name}.weight"].const_value
     assert tensor is not None
     into, out = tensor.numpy().shape
     if packed_name not in graph.initializers:
-        packed, scales = quantize_blocks(tensor.numpy(), block_size)
+        weight = tensor.numpy()
+        packed, scales = memo.made(("blocks", block_size), [weight], lambda: quantize_blocks(weight, block_size))
         constant(graph, packed_name, packed)
         constant(graph, scales_name, scales)
     old = node.outputs[0]

@@ -20,6 +20,7 @@ from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter, parts_of_graphs, write_graph, write_weights
 from crt_export.graph.traces import TraceJob, Traces, start_traces
+from crt_export.memo import Memo
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
@@ -172,10 +173,10 @@ class _Writer:
         """Quantise where the precision is made by a pass, in place, write all, and store them."""
         forms, config = sorted(graphs), self.checkpoint.config
         precision = _only(form.precision for form in forms)
-        counts: dict[GraphForm, int] = {}
+        counts, memo = dict[GraphForm, int](), Memo()
         for done, form in enumerate(forms if precision not in _DERIVED else []):
             self.progress(f"quantise {precision}", done, len(forms))
-            counts[form] = _quantize(form, graphs[form], self._plan, config)
+            counts[form] = _quantize(form, graphs[form], self._plan, config, memo)
         self.progress(f"write {precision}", 0, 0)
         written = _write(graphs, counts, config, self._folder)
         names = sorted({name for file in written.values() for name in (file.file, file.weights)})
@@ -220,9 +221,9 @@ def _export(
     return graphs
 
 
-def _quantize(form: GraphForm, graph: ir.Model, plan: W8A8Plan | None, config: ModelConfig) -> int:
+def _quantize(form: GraphForm, graph: ir.Model, plan: W8A8Plan | None, config: ModelConfig, memo: Memo) -> int:
     if form.precision == "w8":
-        count = quantize_w8(graph)
+        count = quantize_w8(graph, memo=memo)
     elif plan is not None:
         count = quantize_w8a8(graph, plan)
     else:

@@ -16,7 +16,8 @@ import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import BuildError, ContractError, InputError, UnsupportedError
-from crt_export.graph import check_contract, export_graph, write_graph, write_weights
+from crt_export.graph import GraphExporter, check_contract, export_graph, write_graph, write_weights
+from crt_export.graph import weights as weights_module
 from crt_export.graph.weights import is_weight
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.spec import graph_names, graph_spec
@@ -315,6 +316,36 @@ def test_different_weights_under_one_name_are_refused(exported: Exported, tmp_pa
     other.graph.initializers["final_norm.bias"].const_value = ir.tensor(bias, name="final_norm.bias")
     with pytest.raises(BuildError, match=r"final_norm\.bias"):
         write_weights({"step": exported.graphs["step"], "head": other}, tmp_path / "w.weights")
+
+
+def test_a_graph_with_other_bytes_than_the_weight_file_is_not_written(exported: Exported, tmp_path: Path) -> None:
+    step = export_graph(exported.model, "step")
+    weights = write_weights({"step": step}, tmp_path / "fp32.weights")
+    bias = step.graph.initializers["final_norm.bias"]
+    assert bias.const_value is not None
+    bias.const_value = ir.tensor(bias.const_value.numpy() + 1, name="final_norm.bias")
+    with pytest.raises(BuildError, match=r"final_norm\.bias is not what fp32\.weights holds"):
+        write_graph(step, tmp_path / "step.onnx", weights)
+    assert not (tmp_path / "step.onnx").exists()
+
+
+def test_memory_that_graphs_share_is_hashed_once_for_all_of_them(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, sizes = GraphExporter(exported.model), []
+    graphs = {name: exporter.graph(name) for name in ("step", "head")}
+    content = weights_module._content
+    monkeypatch.setattr(weights_module, "_content", lambda tensor: sizes.append(tensor.nbytes) or content(tensor))
+    weights = write_weights(graphs, tmp_path / "fp32.weights")
+    for name, graph in graphs.items():
+        write_graph(graph, tmp_path / f"{name}.onnx", weights)
+    assert sum(sizes) == 2 * sum(length for _, length, _ in weights.entries.values()), "hashed once and written once"
+
+
+@pytest.mark.parametrize("array", [np.arange(12).reshape(3, 4).T, np.ones((2, 2), np.float16)])
+def test_content_is_what_onnx_stores(array: np.ndarray) -> None:
+    tensor = ir.tensor(array, name="x.weight")
+    assert bytes(weights_module._content(tensor)) == array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def test_unroll_below_one_is_refused(exported: Exported) -> None:

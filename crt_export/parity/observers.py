@@ -104,13 +104,17 @@ def _result(label: str) -> str:
 
 
 def _largest_value(source: str) -> Iterator[onnx.NodeProto]:
-    """Nodes from a tensor to its largest |value|, float32 [1]; NaN becomes infinity, because a maximum drops it."""
+    """Nodes from a tensor to its largest |value|, float32 [1]; NaN becomes infinity, because a maximum drops it.
+
+    A sum of magnitudes is NaN where one of them is and nowhere else, so no tensor is written a second time to find it.
+    """
     base = _result(source)
     yield helper.make_node("Cast", [source], [f"{base}/wide"], to=TensorProto.FLOAT)
     yield helper.make_node("Abs", [f"{base}/wide"], [f"{base}/size"])
-    yield helper.make_node("IsNaN", [f"{base}/size"], [f"{base}/nan"])
-    yield helper.make_node("Where", [f"{base}/nan", f"{_PREFIX}infinity", f"{base}/size"], [f"{base}/real"])
-    yield helper.make_node("ReduceMax", [f"{base}/real"], [f"{base}/largest"], keepdims=0)
+    yield helper.make_node("ReduceSum", [f"{base}/size"], [f"{base}/sum"], keepdims=0)
+    yield helper.make_node("ReduceMax", [f"{base}/size"], [f"{base}/real"], keepdims=0)
+    yield helper.make_node("IsNaN", [f"{base}/sum"], [f"{base}/nan"])
+    yield helper.make_node("Where", [f"{base}/nan", f"{_PREFIX}infinity", f"{base}/real"], [f"{base}/largest"])
     yield helper.make_node("Reshape", [f"{base}/largest", f"{_PREFIX}one"], [base])
 
 

@@ -69,7 +69,7 @@ DEPENDENCIES = (
     _dependency("onnx", "onnx", "export", (1, 21), "build: the graph format"),
     _dependency("onnx-ir", "onnx_ir", "export", (1, 0), "build: graph passes"),
     _dependency("onnxscript", "onnxscript", "export", (0, 7), "build: the exporter's operators"),
-    _dependency("polygraphy", "polygraphy", "export", (0, 53), "build, validate: comparing the outputs of one step"),
+    _dependency("polygraphy", "polygraphy", "export", (0, 53), "validate --save-outputs"),
     _dependency("tokenizers", "tokenizers", "text", (0, 21), "models with a tokenizer.json"),
     _dependency("jinja2", "jinja2", "report", (3, 1), "report, validate --html: the page"),
     _dependency("matplotlib", "matplotlib", "report", (3, 9), "report, validate --html: its plots"),

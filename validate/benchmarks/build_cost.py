@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,11 @@ def write_result(name: str, folder: Path, stages: Stages, seconds: float) -> Non
         )
 
 
-def measure(preset: str, folder: Path) -> dict[str, Any]:
-    """Both builds of one size."""
+def measure(preset: str, folder: Path, builds: Iterable[str]) -> dict[str, Any]:
+    """The builds of one size."""
     prepare(preset, folder)
     found = {}
-    for name in BUILDS:
+    for name in builds:
         subprocess.run([sys.executable, __file__, "--run", name, "--folder", str(folder)], check=True)
         found[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     found["model"] = PRESETS[preset].to_dict()
@@ -139,6 +140,7 @@ def main() -> int:
     """Measure, print, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", action="append", choices=[*PRESETS], help="a size; may be repeated; default: all")
+    parser.add_argument("--no-rebuild", action="store_true", help="one build of every size only")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=[*BUILDS], help=argparse.SUPPRESS)
@@ -149,14 +151,15 @@ def main() -> int:
     presets = {}
     for preset in arguments.preset or [name for name in PRESETS if name != "tiny"]:
         with tempfile.TemporaryDirectory(prefix="build-cost-") as temporary:
-            presets[preset] = measure(preset, Path(temporary))
+            builds = [name for name in BUILDS if name == "build" or not arguments.no_rebuild]
+            presets[preset] = measure(preset, Path(temporary), builds)
     if arguments.output:
         from crt_export.environment import installed_versions
         from crt_export.machine import machine
 
         document = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": "python validate/benchmarks/build_cost.py " + " ".join(f"--preset {name}" for name in presets),
+            "command": f"python validate/benchmarks/build_cost.py {' '.join(sys.argv[1:])}",
             "hardware": machine(),
             "versions": installed_versions(("crt-export", "torch", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")),
             "presets": presets,

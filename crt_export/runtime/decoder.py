@@ -64,6 +64,7 @@ class Decoder:
         self._plan = PrefillPlan() if plan is None else plan
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
         self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
+        # Rows whose logits lie in the engine's tensor alone.
         self._unread = [False] * sizes.batch
 
     def check_room(self, lengths: Sequence[int], heading: str = "the cache is too small") -> None:
@@ -139,6 +140,8 @@ class Decoder:
         """
         if True in self._unread:
             found = self.tensors.logits()
+            if self._engine.host_memory and False not in self._unread:
+                return found.copy()  # checked by the call that gave them
             rows = [row for row, unread in enumerate(self._unread) if unread]
             lengths = [0] * self.sizes.batch
             for row in rows:
@@ -202,7 +205,8 @@ class Decoder:
     def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""
         state = self.tensors.state()
-        logits = self.tensors.logits() if read_logits or self._engine.host_memory else None
+        host = self._engine.host_memory
+        logits = self.tensors.logits() if read_logits or host else None
         chosen = self.tensors.next_tokens()
         for group in groups:
             rows = slice(group.start, group.stop)
@@ -212,9 +216,9 @@ class Decoder:
         for group in groups:
             rows = slice(group.start, group.stop)
             self.next_tokens[rows] = chosen[rows]
-            if logits is not None:
+            if logits is not None and not host:
                 self._logits[rows] = logits[rows]
-            self._unread[rows] = [logits is None] * (group.stop - group.start)
+            self._unread[rows] = [logits is None or host] * (group.stop - group.start)
         self.position = [position + length for position, length in zip(self.position, lengths, strict=True)]
 
     def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:

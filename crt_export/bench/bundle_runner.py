@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crt_export.bench.graph_file import initializers_from_graph
+from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
 from crt_export.bench.step_cost import weight_bytes
 from crt_export.bench.timed_engine import EngineClock
@@ -17,20 +19,25 @@ from crt_export.runtime import Session, Snapshot
 from crt_export.runtime.bundle import Bundle
 from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
 
-_SEED = 1
-
 
 class BundleRunner:
     """Sessions of one target; see :class:`crt_export.bench.runner.Runner`."""
 
-    def __init__(self, path: Path, target: str, *, batch: int, threads: int | None) -> None:
+    def __init__(self, path: Path, target: str, *, batch: int, threads: int | None, text: Sequence[int] = ()) -> None:
         """Read the manifest and import the target's runtime; nothing is opened yet.
+
+        Args:
+            path: The bundle.
+            target: One of its targets.
+            batch: Rows.
+            threads: CPU threads; None takes the target's.
+            text: Token ids that prompts are made of; none: random ones.
 
         Raises:
             BundleError, InputError: There is no such bundle or target.
             MissingDependencyError: ONNX Runtime is not installed.
         """
-        self._path, self._batch, self._threads = path, batch, threads
+        self._path, self._batch, self._threads, self._text = path, batch, threads, text
         files = open_bundle(path, allow_unvalidated=True)
         self._target = target_from_manifest(files, target, config_from_manifest(files))
         self._weights = weight_path(files, self._target)
@@ -110,8 +117,7 @@ class BundleRunner:
 
     def _prompt(self, tokens: int) -> list[np.ndarray]:
         assert self._bundle is not None
-        generator = np.random.default_rng(_SEED)
-        return list(generator.integers(self._bundle.config.vocab_size, size=(self._batch, tokens)))
+        return list(prompt_rows(self._text, self._bundle.config.vocab_size, batch=self._batch, tokens=tokens))
 
     def _go_to(self, position: int) -> None:
         """Hold this many tokens, the same ones every time."""

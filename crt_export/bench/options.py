@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from crt_export.bench.prompts import PromptText, prompt_text
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Passes
 from crt_export.bundle import BundleFiles, open_bundle
@@ -39,6 +40,9 @@ class BenchOptions:
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
         warmups: Steps before each block that are not counted.
         batch: Rows.
+        text: UTF-8 file that prompts are the beginning of; None takes the package's, or random ids where the model has
+            no tokenizer.
+        tokens: File of token ids in its place, .npy.
         threads: CPU threads of every contestant, 0 for every core; None takes the target's profile.
         probe_bytes: Size of the array whose reading gives the bandwidth, far beyond the caches.
         pause_s: Sleep before each block, in which the threads of the one before stop spinning.
@@ -54,6 +58,8 @@ class BenchOptions:
     steps: int = 0
     warmups: int = 3
     batch: int = 1
+    text: Path | None = None
+    tokens: Path | None = None
     threads: int | None = None
     probe_bytes: int = 256 << 20
     pause_s: float = 0.05
@@ -118,6 +124,7 @@ class Plan:
         threads: CPU threads.
         positions, prompt_tokens, steps: As in the options.
         ways: How prompts are fed; None is the contestant's own way and comes first.
+        text: Where prompts come from.
         options: What they came from.
     """
 
@@ -130,6 +137,7 @@ class Plan:
     prompt_tokens: tuple[int, ...]
     steps: int
     ways: tuple[Passes, ...]
+    text: PromptText
     options: BenchOptions
 
 
@@ -161,7 +169,10 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     ]
     if problems:
         raise InputError(problem_list(f"{target.name} of {files.path}", problems))
-    room = _Room(batch=options.batch, threads=threads, capacity=max(max(positions) + steps, *prompts))
+    needed = options.batch * max(*positions, *prompts)
+    text = prompt_text(files, config, needed, text=options.text, tokens=options.tokens)
+    capacity = max(max(positions) + steps, *prompts)
+    room = _Room(batch=options.batch, threads=threads, capacity=capacity, text=text.ids)
     entries = [_target_entry(files, target, config, room, name=target.name, kind=TARGET)]
     folders = [Path(name).name for name in options.against]
     for name, folder in zip(options.against, folders, strict=True):
@@ -181,17 +192,32 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         prompt_tokens=prompts,
         steps=steps,
         ways=(None, *_once(options.passes)),
+        text=text,
         options=options,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Room:
-    """What all contestants share: rows, threads, and the largest position that is reached."""
+    """What all contestants share: rows, threads, the largest position that is reached, and what prompts say."""
 
     batch: int
     threads: int
     capacity: int
+    text: tuple[int, ...]
+
+    def request(self, kind: str, config: ModelConfig) -> dict[str, Any]:
+        """The part of a request that is about these.
+
+        Raises:
+            InputError: The contestant's model does not know a token of the text.
+        """
+        if self.text and max(self.text) >= config.vocab_size:
+            raise InputError(
+                f"prompts hold token id {max(self.text)}, and a model that is compared has {config.vocab_size} "
+                "tokens: compare models of one tokenizer, or give ids that all know with --tokens"
+            )
+        return {"kind": kind, "batch": self.batch, "threads": self.threads, "text": self.text}
 
 
 def _entry(
@@ -219,13 +245,7 @@ def _target_entry(
             f"{target.name} of {files.path} holds {target.capacity} tokens, {room.capacity} are asked for: "
             "lower --position, --prompt-tokens or --steps"
         )
-    request = {
-        "kind": kind,
-        "path": str(files.path),
-        "target": target.name,
-        "batch": room.batch,
-        "threads": room.threads,
-    }
+    request = {**room.request(kind, config), "path": str(files.path), "target": target.name}
     prefill = files.manifest["targets"][target.name].get("prefill")
     return Entry(name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request)
 
@@ -233,12 +253,10 @@ def _target_entry(
 def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
     reference = files.path / "reference"
     request = {
-        "kind": kind,
+        **room.request(kind, config),
         "config": config.to_dict(),
         "reference": str(reference) if reference.is_dir() else None,
-        "batch": room.batch,
         "capacity": target.capacity,
-        "threads": room.threads,
     }
     return Entry(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
+from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
 from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
@@ -30,7 +31,15 @@ class PyTorchRunner:
     """One model, float32, on the CPU; see :class:`crt_export.bench.runner.Runner`."""
 
     def __init__(
-        self, kind: str, config: ModelConfig, reference: Path | None, *, batch: int, capacity: int, threads: int
+        self,
+        kind: str,
+        config: ModelConfig,
+        reference: Path | None,
+        *,
+        batch: int,
+        capacity: int,
+        threads: int,
+        text: Sequence[int] = (),
     ) -> None:
         """Set the threads; nothing is loaded yet.
 
@@ -41,10 +50,11 @@ class PyTorchRunner:
             batch: Rows.
             capacity: Tokens that the caches hold.
             threads: CPU threads.
+            text: Token ids that prompts are made of; none: random ones.
         """
         torch.set_num_threads(threads)
         self._kind, self._config, self._reference = kind, config, reference
-        self._batch, self._capacity = batch, capacity
+        self._batch, self._capacity, self._text = batch, capacity, text
         self._prefixes: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
         self._compiled: set[int] = set()
 
@@ -122,8 +132,7 @@ class PyTorchRunner:
         return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
     def _prompt(self, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_SEED)
-        return torch.randint(self._config.vocab_size, (self._batch, tokens), generator=generator)
+        return torch.from_numpy(prompt_rows(self._text, self._config.vocab_size, batch=self._batch, tokens=tokens))
 
     def _feed(self, prompt: Tensor) -> None:
         state = self._model.start(self._batch)

@@ -213,6 +213,7 @@ def _ratio(
 
 
 def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
+    yield f"prompts are {'' if not plan.text.ids else 'the beginning of '}{plan.text.source}"
     for measured in everybody:
         name = measured.entry.name
         if measured.reason:
@@ -237,6 +238,8 @@ def _options(plan: Plan) -> dict[str, Any]:
         "passes": list(plan.options.passes),
         "steps": plan.steps,
         "threads": plan.threads,
+        "text": plan.text.source,
+        "tokens": None if plan.options.tokens is None else str(plan.options.tokens),
     }
 
 

@@ -130,7 +130,11 @@ def runner_from_request(request: Request) -> Runner:
         from crt_export.bench.bundle_runner import BundleRunner
 
         return BundleRunner(
-            Path(request["path"]), request["target"], batch=request["batch"], threads=request["threads"]
+            Path(request["path"]),
+            request["target"],
+            batch=request["batch"],
+            threads=request["threads"],
+            text=request.get("text", ()),
         )
     from crt_export.bench.pytorch_runner import PyTorchRunner
 
@@ -141,6 +145,7 @@ def runner_from_request(request: Request) -> Runner:
         batch=request["batch"],
         capacity=request["capacity"],
         threads=request["threads"],
+        text=request.get("text", ()),
     )
 
 

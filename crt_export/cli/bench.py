@@ -9,7 +9,7 @@ import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
 from crt_export.cli.invocation import command_line, now
-from crt_export.cli.options import PATH, json_option
+from crt_export.cli.options import PATH, json_option, require_one_text, text_options
 
 
 @click.command()
@@ -30,6 +30,7 @@ from crt_export.cli.options import PATH, json_option
     metavar="K|adaptive|exact",
     help="Also feed prompts in K parallel passes, in as many as they need, or exactly; may be repeated.",
 )
+@text_options
 @click.option("--turns", type=int, default=10, show_default=True, metavar="N", help="Blocks of steps of everybody.")
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps of a block. Default: 20, fewer in small caches.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows.")
@@ -44,6 +45,8 @@ def bench(
     positions: tuple[int, ...],
     prompt_tokens: tuple[int, ...],
     passes: tuple[str, ...],
+    text: Path | None,
+    tokens: Path | None,
     turns: int,
     steps: int,
     batch: int,
@@ -54,8 +57,10 @@ def bench(
 ) -> None:
     """Measure how fast BUNDLE runs: load, step, prompt, memory, and how far that is from the memory's bandwidth.
 
-    Everything that is compared runs in turns, each in a process of its own, so that a machine's drift cancels.
+    Everything that is compared runs in turns, each in a process of its own, so that a machine's drift cancels. Prompts
+    are the beginning of --text, of the text of the demo without it, and random ids for a model without a tokenizer.
     """
+    require_one_text(text, tokens)
     from crt_export.bench.options import BenchOptions, passes_from_text
     from crt_export.bench.run import run_bench
     from crt_export.cli.bench_tables import write_bench_tables
@@ -70,6 +75,8 @@ def bench(
         turns=turns,
         steps=steps,
         batch=batch,
+        text=text,
+        tokens=tokens,
         threads=threads,
     )
     check_outputs([output, html], inputs=[bundle])

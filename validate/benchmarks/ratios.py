@@ -97,7 +97,7 @@ def language(size: str, target: str, place: PresetFolder) -> Line:
 def trained(bundle: Path | None) -> Line:
     """The target on a trained model's prompts."""
     length = PROMPTS[-1][0][-1]
-    return trained_line(None if bundle is None else prompts(bundle, FP32, ("exact",), (length,), 3), length)
+    return trained_line(None if bundle is None else prompts(bundle, FP32, ("exact",), (length,), 9), length)
 
 
 def main(words: list[str] | None = None) -> int:

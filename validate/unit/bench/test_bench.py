@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from crt_export.bench.options import BenchOptions, plan_from_options
+from crt_export.bench.options import BenchOptions, _Room, plan_from_options
+from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import BenchReport
 from crt_export.bench.run import run_bench
 from crt_export.cli import main
+from crt_export.config import ModelConfig
 from crt_export.errors import InputError
 from crt_export.report.schema import bench_schema, schema_problems
 
@@ -115,6 +118,33 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(changes: dict
     options = _changed(QUICK, **changes)
     with pytest.raises(InputError, match=message):
         plan_from_options(GOLDEN, options)
+
+
+def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.array([3, 1, 2]))
+    given = plan_from_options(GOLDEN, _changed(QUICK, tokens=ids, batch=2))
+    assert [entry.request["text"] for entry in given.entries] == [(3, 1, 2)]
+    assert given.text.source == str(ids)
+    default = plan_from_options(GOLDEN, _changed(QUICK, batch=2))
+    assert len(default.text.ids) == 12
+    rows = prompt_rows((3, 1, 2), 5, batch=2, tokens=4)
+    assert rows.tolist() == [[3, 1, 2, 3], [1, 2, 3, 1]]
+    random = prompt_rows((), 5, batch=2, tokens=40)
+    assert random.shape == (2, 40)
+    assert 0 <= random.min() < random.max() < 5
+    assert np.array_equal(random, prompt_rows((), 5, batch=2, tokens=40))
+
+
+def test_a_text_that_a_contestant_cannot_read_is_refused(
+    tmp_path: Path, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.array([10**6]))
+    with pytest.raises(InputError, match="vocabulary"):
+        plan_from_options(GOLDEN, _changed(QUICK, tokens=ids))
+    with pytest.raises(InputError, match="prompts hold token id 600, and a model that is compared has 256"):
+        _Room(batch=1, threads=1, capacity=8, text=(3, 600)).request("bundle", tiny_config())
 
 
 def test_what_is_named_twice_is_measured_once() -> None:

@@ -58,6 +58,7 @@ class Decoder:
         if window is not None:
             self.max_chunk = min(engine.max_tokens, sizes.capacity - (window.size - 1))
         self._engine = engine
+        self._host_memory = engine.host_memory
         self._target = target
         self._window = window
         self._joins_rows = joins_rows
@@ -140,7 +141,7 @@ class Decoder:
         """
         if True in self._unread:
             found = self.tensors.logits()
-            if self._engine.host_memory and False not in self._unread:
+            if self._host_memory and False not in self._unread:
                 return found.copy()  # checked by the call that gave them
             rows = [row for row, unread in enumerate(self._unread) if unread]
             lengths = [0] * self.sizes.batch
@@ -205,8 +206,7 @@ class Decoder:
     def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""
         state = self.tensors.state()
-        host = self._engine.host_memory
-        logits = self.tensors.logits() if read_logits or host else None
+        logits = self.tensors.logits() if read_logits or self._host_memory else None
         chosen = self.tensors.next_tokens()
         for group in groups:
             rows = slice(group.start, group.stop)
@@ -216,13 +216,14 @@ class Decoder:
         for group in groups:
             rows = slice(group.start, group.stop)
             self.next_tokens[rows] = chosen[rows]
-            if logits is not None and not host:
+            if logits is not None and not self._host_memory:
                 self._logits[rows] = logits[rows]
-            self._unread[rows] = [logits is None or host] * (group.stop - group.start)
+            self._unread[rows] = [logits is None or self._host_memory] * (group.stop - group.start)
         self.position = [position + length for position, length in zip(self.position, lengths, strict=True)]
 
     def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
-        if values is None or np.isfinite(values).all():
+        # The ufunc itself: all() is a Python function around it, and code is cold after a step has read its weights.
+        if values is None or np.logical_and.reduce(np.isfinite(values), axis=None):
             return
         problems = [
             f"row {row} after position {self.position[row] + lengths[row] - 1}"

@@ -73,10 +73,11 @@ def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab:
     if len(tokens) != batch:
         raise InputError(f"expected one token id per row: batch is {batch}, found {len(tokens)}")
     ids, problems = [NO_TOKEN] * batch, []
-    for row, token in enumerate(tokens):
+    # numpy's integers are slow to look at one by one, and a greedy loop feeds what next_tokens gave it.
+    for row, token in enumerate(tokens.tolist() if isinstance(tokens, np.ndarray) else tokens):
         if token is None:
             continue
-        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+        if not isinstance(token, _INTEGERS) or isinstance(token, bool):
             problems.append(f"row {row}: expected an integer, found {token!r}")
         elif not 0 <= token < vocab:
             problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {vocab - 1})")
@@ -130,6 +131,7 @@ def padded(rows: Sequence[np.ndarray], seq: int) -> np.ndarray:
 
 
 _NONE = np.zeros(0, np.int64)
+_INTEGERS = (int, np.integer)
 _BOOLS = frozenset({bool, np.bool_})
 
 

@@ -110,7 +110,7 @@ class ChildModule:
             paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
             # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
-            command = [sys.executable, "-m", self._module]
+            command = [sys.executable, "-P", "-m", self._module]  # not what lies in the folder it is run in
             self._process = self._group.start(
                 lambda: subprocess.Popen(
                     command, stdin=given, stdout=self._answer, stderr=self._printed, env=environment

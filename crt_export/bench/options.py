@@ -148,6 +148,7 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         BundleError: A bundle cannot be opened.
         InputError: Something asked for is unknown, or does not fit into the capacity; all problems listed.
         UnsupportedError: The bundle has no target that runs here, and none was named.
+        MissingDependencyError: The model's tokenizer needs a library that is not installed.
     """
     files = open_bundle(bundle, allow_unvalidated=True)
     config = config_from_manifest(files)

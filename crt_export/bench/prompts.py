@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.text import read_text
-from crt_export.tokenizer import TOKENIZER_FILE, load_tokenizer
+from crt_export.tokenizer import TOKENIZER_FILE, NoTokenizer, Tokenizer, load_tokenizer
 
 _SEED = 1
 
@@ -50,9 +50,12 @@ def prompt_text(
     """
     if text is None and tokens is None and config.tokenizer == "none":
         return PromptText(ids=(), source="random token ids")
-    if config.tokenizer == TOKENIZER_FILE:
-        files.file(TOKENIZER_FILE)  # checked against the manifest
-    read = read_text(config, load_tokenizer(files.path, config), text=text, tokens=tokens)
+    tokenizer: Tokenizer = NoTokenizer()
+    if tokens is None:
+        if config.tokenizer == TOKENIZER_FILE:
+            files.file(TOKENIZER_FILE)  # checked against the manifest
+        tokenizer = load_tokenizer(files.path, config)
+    read = read_text(config, tokenizer, text=text, tokens=tokens)
     return PromptText(ids=tuple(read.ids[:length].tolist()), source=read.source)
 
 

@@ -79,7 +79,7 @@ def bench(
         tokens=tokens,
         threads=threads,
     )
-    check_outputs([output, html], inputs=[bundle])
+    check_outputs([output, html], inputs=[bundle, text, tokens])
     if html is not None:
         from crt_export.report.html import require_renderer
 

@@ -18,6 +18,7 @@ Range = tuple[int, int]
 _MAPS = Path("/proc/self/maps")
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _COLLAPSE = 25  # MADV_COLLAPSE of asm-generic/mman-common.h
+_LARGEST = 32 << 20  # ARM with pages of 64 KiB has 512 MiB
 _PRIVATE = "p"
 _NO_FILE = "0"
 
@@ -42,19 +43,24 @@ def allocated_in_huge_pages(wanted: bool = True) -> Iterator[None]:
 
 
 def huge_page_size() -> int:
-    """Bytes of a huge page; 0 where the system has none or its administrator forbids them."""
+    """Bytes of a huge page; 0 where there are none, the administrator forbids them, or they would be mostly empty."""
     try:
         if "[never]" in (_SETTINGS / "enabled").read_text(encoding="ascii"):
             return 0
-        return int((_SETTINGS / "hpage_pmd_size").read_text(encoding="ascii"))
+        size = int((_SETTINGS / "hpage_pmd_size").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
+    return size if size <= _LARGEST else 0
 
 
 def private_memory() -> list[Range]:
     """Addresses [begin, end) of the writable memory that belongs to this process alone and to no file, in order."""
+    try:
+        content = _MAPS.read_bytes()
+    except OSError:
+        return []
     found = []
-    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.decode(errors="replace").split("\n")[:-1]:
         addresses, access, _, _, inode, *_ = line.split()
         if access.startswith("rw") and access.endswith(_PRIVATE) and inode == _NO_FILE:
             begin, end = addresses.split("-")

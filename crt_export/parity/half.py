@@ -79,7 +79,7 @@ def _affordable(reference: Reference, parameters: int) -> tuple[Reference, list[
         return reference, []
     fewer = reference.first_windows(_WINDOWS_OF_LARGE_MODEL)
     note = (
-        f"pytorch-half ran {fewer.windows.count} of {windows.count} windows: half-precision matrix products of "
-        f"{parameters:,} parameters are slow on a CPU"
+        f"pytorch-half ran {fewer.windows.count} of {windows.count} windows: half-precision attention of a model of "
+        f"{parameters:,} parameters is slow on a CPU"
     )
     return fewer, [note]

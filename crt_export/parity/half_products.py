@@ -44,8 +44,9 @@ def widen_products(model: Model) -> Model:
     Returns:
         The same model. Its weights of linears take twice the memory.
     """
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, Linear):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, WideLinear(module))
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:
+        parent, _, attribute = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        setattr(model.get_submodule(parent), attribute, WideLinear(linear))
     return model

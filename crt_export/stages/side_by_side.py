@@ -18,6 +18,7 @@ Task = Callable[[Progress, ChildGroup], Result]
 _POLL_SECONDS = 0.1
 #: A third would gain little and need gigabytes.
 _MOST_COMPILERS = 2
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def run_side_by_side(
@@ -70,12 +71,17 @@ def compilers_at_once(weights: Iterable[Path]) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not say."""
+    """Bytes that can be had without swapping, of a container's share too; 0 where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    machine = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return machine
+    return max(0, min(machine, limit - used))
 
 
 def _reporter(name: str, reports: SimpleQueue[tuple[str, str, int, int]]) -> Progress:

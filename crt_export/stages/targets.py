@@ -151,18 +151,6 @@ def build_targets(
     return tuple(built[profile.name] for profile in profiles)
 
 
-def build_target(
-    profile: EngineProfile,
-    written: Mapping[GraphForm, GraphFile],
-    config: ModelConfig,
-    folder: Path,
-    progress: Progress,
-    store: StageStore = NO_STORE,
-) -> BuiltTarget:
-    """Prepare one target; arguments and errors as for :func:`build_targets`."""
-    return build_targets([profile], written, config, folder, progress, store)[0]
-
-
 class _TargetStage:
     """What all targets of a build have in common."""
 

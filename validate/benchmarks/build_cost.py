@@ -6,8 +6,9 @@ Every build runs in a process of its own, on a random checkpoint of ``crt-export
 text's words, hashed to token ids, and validates on ids that are spread over the whole vocabulary: a random model
 predicts a text of a few common words better or worse than a uniform guess by luck, and with it whether likelihoods are
 gated; those ids it predicts worse. Validation is the short one. Per stage: seconds, CPU seconds of the process
-and its children, and the peak of the process's resident memory; of the build also the peak of its largest child, which
-is the engine compiler. ``rebuild`` builds once more with one more target, and reuses the stored stages.
+and its children, and the peak of the process's resident memory; of the build also the peak of its largest child, an
+engine compiler or the process that traces graphs. ``rebuild`` builds once more with one more target, and reuses the
+stored stages.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def write_result(name: str, folder: Path, stages: Stages, seconds: float, failed
         "seconds": round(seconds, 1),
         "cpu_seconds": round(_cpu_seconds(), 1),
         "peak_memory_mib": max(row["peak_memory_mib"] for row in stages.rows),
-        "peak_memory_of_compiler_mib": child,
+        "peak_memory_of_largest_child_mib": child,
         "parity_failed": failed,
         "stages": stages.rows,
     }

@@ -87,21 +87,29 @@ def test_a_graph_lies_in_huge_pages_only_where_its_settings_say_so(tmp_path: Pat
     assert gains[1] - gains[0] >= weights.nbytes // 2
 
 
-def test_unwanted_it_does_not_even_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "nowhere")  # reading it would fail
+def test_unwanted_it_does_not_even_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "private_memory", None)  # calling it would fail
     with allocated_in_huge_pages(False):
         pass
 
 
-@pytest.mark.parametrize("setting", ["always madvise [never]", None, "[madvise]"])
+@pytest.mark.parametrize(
+    ("setting", "size"),
+    [("always madvise [never]", 2 << 20), (None, 2 << 20), ("[madvise]", None), ("[madvise]", 512 << 20)],
+)
 def test_a_system_without_huge_pages_is_left_alone(
-    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str | None, size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if setting is not None:  # the last of them has no size
-        (tmp_path / "enabled").write_text(setting, encoding="ascii")
+    for name, content in (("enabled", setting), ("hpage_pmd_size", size)):
+        if content is not None:
+            (tmp_path / name).write_text(str(content), encoding="ascii")
     monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
-    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "nowhere")  # reading it would fail
     assert huge_page_size() == 0
+
+
+def test_what_cannot_be_looked_at_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "nowhere")
+    assert private_memory() == []
     with allocated_in_huge_pages():
         pass
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crt_export.bench import prompts
 from crt_export.bench.options import BenchOptions, _Room, plan_from_options
 from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import BenchReport
@@ -120,12 +121,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(changes: dict
         plan_from_options(GOLDEN, options)
 
 
-def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path) -> None:
+def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tmp_path / "ids.npy"
     np.save(ids, np.array([3, 1, 2]))
     given = plan_from_options(GOLDEN, _changed(QUICK, tokens=ids, batch=2))
     assert [entry.request["text"] for entry in given.entries] == [(3, 1, 2)]
     assert given.text.source == str(ids)
+    monkeypatch.setattr(prompts, "load_tokenizer", None)  # calling it would fail
+    assert plan_from_options(GOLDEN, _changed(QUICK, tokens=ids)).text.ids == (3, 1, 2)
+    monkeypatch.undo()
     default = plan_from_options(GOLDEN, _changed(QUICK, batch=2))
     assert len(default.text.ids) == 12
     rows = prompt_rows((3, 1, 2), 5, batch=2, tokens=4)
@@ -145,6 +149,13 @@ def test_a_text_that_a_contestant_cannot_read_is_refused(
         plan_from_options(GOLDEN, _changed(QUICK, tokens=ids))
     with pytest.raises(InputError, match="prompts hold token id 600, and a model that is compared has 256"):
         _Room(batch=1, threads=1, capacity=8, text=(3, 600)).request("bundle", tiny_config())
+
+
+def test_a_text_is_not_written_over(tmp_path: Path) -> None:
+    text = tmp_path / "text.json"
+    text.write_text("not a report", encoding="utf-8")
+    assert main(["bench", str(GOLDEN), "--text", str(text), "--output", str(text)]) == 2
+    assert text.read_text(encoding="utf-8") == "not a report"
 
 
 def test_what_is_named_twice_is_measured_once() -> None:

@@ -40,7 +40,7 @@ def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fused_first")
 def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepared) -> None:
     checkpoint, profile, written, folder = prepared
-    built = targets.build_target(profile, written, checkpoint.config, folder, no_progress)
+    (built,) = targets.build_targets([profile], written, checkpoint.config, folder, no_progress)
     assert built.attention == "decomposed"
     assert "Attention" in built.refused
     assert set(built.engines) == {"step", "prefill"}
@@ -51,10 +51,9 @@ def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepare
 @pytest.mark.usefixtures("fused_first")
 def test_an_explicit_fused_is_not_replaced(prepared: Prepared) -> None:
     checkpoint, profile, written, folder = prepared
+    fused = dataclasses.replace(profile, attention="fused")
     with pytest.raises(NoEngineError, match="prefill"):
-        targets.build_target(
-            dataclasses.replace(profile, attention="fused"), written, checkpoint.config, folder, no_progress
-        )
+        targets.build_targets([fused], written, checkpoint.config, folder, no_progress)
 
 
 @pytest.mark.usefixtures("fused_first")
@@ -69,5 +68,5 @@ def test_an_engine_that_fails_its_check_is_final(prepared: Prepared, monkeypatch
 
     monkeypatch.setattr(tensorrt, "check_layers", refuse)
     with pytest.raises(BuildError, match="wrong precision"):
-        targets.build_target(profile, written, checkpoint.config, folder, no_progress)
+        targets.build_targets([profile], written, checkpoint.config, folder, no_progress)
     assert checked == ["rtx-sm80-fp16 step"]

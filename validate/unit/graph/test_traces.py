@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,3 +74,14 @@ def test_leaving_the_block_ends_the_process() -> None:
     with ChildModule("http.server", "") as child:
         assert child._process.poll() is None
     assert child._process.poll() is not None
+
+
+def test_what_lies_in_the_folder_of_the_caller_is_not_imported(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the caller')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])  # as a console script has it
+    job = TraceJob(parts=("head",), dtype="float16", residual_dtype="float32")
+    with start_traces(model.config, [job]) as traces:
+        assert set(traces.of(model)) == {"head"}

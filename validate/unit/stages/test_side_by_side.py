@@ -110,3 +110,23 @@ def test_available_memory_is_what_the_system_says() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc")
     assert 2**20 < side_by_side._available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 6 << 30),
+        ({"memory.max": "max", "memory.current": "1"}, 6 << 30),
+        ({"memory.max": str(4 << 30), "memory.current": str(1 << 30)}, 3 << 30),
+        ({"memory.max": str(1 << 30), "memory.current": str(2 << 30)}, 0),
+    ],
+)
+def test_a_container_has_no_more_than_its_share(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {6 << 20} kB\n", encoding="ascii")
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n", encoding="ascii")
+    monkeypatch.setattr(side_by_side, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(side_by_side, "_CGROUP", tmp_path)
+    assert side_by_side._available_memory() == expected

@@ -18,14 +18,16 @@ constexpr char kEnabled[] = "/sys/kernel/mm/transparent_hugepage/enabled";
 constexpr char kSize[] = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size";
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, which headers of before Linux 6.1 do not have
 
-/// Bytes of a huge page; 0 where the system has none or its administrator forbids them.
+constexpr std::uintptr_t kLargest = std::uintptr_t{32} << 20U;  // ARM with pages of 64 KiB has 512 MiB
+
+/// Bytes of a huge page; 0 where there are none, the administrator forbids them, or they would be mostly empty.
 std::uintptr_t huge_page_size() {
   std::ifstream enabled(kEnabled);
   std::string setting;
   if (!std::getline(enabled, setting) || setting.find("[never]") != std::string::npos) return 0;
   std::ifstream file(kSize);
   std::uintptr_t size = 0;
-  return file >> size ? size : 0;
+  return file >> size && size <= kLargest ? size : 0;
 }
 
 std::vector<MemoryRange> own_memory() {

@@ -66,6 +66,9 @@ class OrtOptions(_Options):
             (two spinning sessions in one thread took 22.6 ms instead of 12.1).
         huge_pages: Whether a CPU's weights are moved into huge pages as they are loaded, where Linux has them to
             give: steps take 5 to 8 % less time for 5 ms of loading per 2 MiB.
+        mmap: Whether weights that ONNX Runtime does not pack, such as the embedding table, may stay mapped from the
+            bundle's file: processes then share them, but who overwrites the file in place changes what open sessions
+            compute, and who truncates it ends the process.
     """
 
     LEVELS: ClassVar[tuple[str, ...]] = ("disable", "basic", "extended", "all")
@@ -74,6 +77,7 @@ class OrtOptions(_Options):
     disabled_optimizers: tuple[str, ...] = ()
     spinning: bool = True
     huge_pages: bool = True
+    mmap: bool = False
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values; empty when nothing is."""
@@ -86,7 +90,7 @@ class OrtOptions(_Options):
         if not isinstance(names, tuple) or len(names) > _MOST_NAMES or not all(map(_is_optimizer_name, names)):
             given = list(names) if isinstance(names, tuple) else names
             found.append(f"options.disabled_optimizers must be a list of names, not {given!r:.200}")
-        for name in ("spinning", "huge_pages"):
+        for name in ("spinning", "huge_pages", "mmap"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 found.append(f"options.{name} must be true or false, not {value!r}")

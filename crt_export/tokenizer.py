@@ -118,14 +118,14 @@ class FileTokenizer:
 
     name = TOKENIZER_FILE
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        """Read the file.
+    def __init__(self, path: Path, config: ModelConfig, content: bytes | None = None) -> None:
+        """Read the file, or its content where that was read before.
 
         Raises:
             MissingDependencyError: The ``tokenizers`` library is not installed.
             CheckpointError: The file is missing or damaged, or has ids the model has no embedding for.
         """
-        self._library: Any = _load_tokenizer_file(path)
+        self._library: Any = _load_tokenizer_file(path, content)
         self._prefix = _prompt_prefix(config)
         self._silent = frozenset({config.bos_token_id, config.eos_token_id} - {None})
         vocabulary = self._library.get_vocab(with_added_tokens=True)
@@ -222,12 +222,13 @@ class NoTokenizer:
         raise AssertionError("decode() of a model without tokenizer always raises")
 
 
-def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(folder: str | Path, config: ModelConfig, content: bytes | None = None) -> Tokenizer:
     """The tokenizer that ``config.tokenizer`` names.
 
     Args:
         folder: Checkpoint or bundle folder; holds ``tokenizer.json`` if the configuration names it.
         config: The model's configuration.
+        content: Content of ``tokenizer.json``, where it was read and checked before; None reads the file.
 
     Raises:
         CheckpointError: The tokenizer has more tokens than the model's vocab_size, or its file is missing or
@@ -237,7 +238,7 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
     if config.tokenizer == "none":
         return NoTokenizer()
     if config.tokenizer == TOKENIZER_FILE:
-        return FileTokenizer(Path(folder) / TOKENIZER_FILE, config)
+        return FileTokenizer(Path(folder) / TOKENIZER_FILE, config, content)
     if config.vocab_size < BYTE_VOCABULARY:
         raise CheckpointError(
             f"{folder}: the byte tokenizer has {BYTE_VOCABULARY} tokens, "
@@ -260,16 +261,18 @@ def _utf8_from_text(text: str) -> bytes:
         ) from None
 
 
-def _load_tokenizer_file(path: Path) -> Any:
+def _load_tokenizer_file(path: Path, content: bytes | None) -> Any:
     try:
         import tokenizers
     except ImportError:
         raise MissingDependencyError(
             f"{path}: reading a tokenizer.json needs the tokenizers library: pip install 'crt-export[text]'"
         ) from None
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise CheckpointError(f"{path}: missing, although config.json says tokenizer = {TOKENIZER_FILE}")
     try:
+        if content is not None:
+            return tokenizers.Tokenizer.from_buffer(content)
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise CheckpointError(f"{path}: not a readable tokenizer.json ({error})") from error

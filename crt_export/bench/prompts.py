@@ -52,9 +52,8 @@ def prompt_text(
         return PromptText(ids=(), source="random token ids")
     tokenizer: Tokenizer = NoTokenizer()
     if tokens is None:
-        if config.tokenizer == TOKENIZER_FILE:
-            files.file(TOKENIZER_FILE)  # checked against the manifest
-        tokenizer = load_tokenizer(files.path, config)
+        content = files.content(TOKENIZER_FILE) if config.tokenizer == TOKENIZER_FILE else None
+        tokenizer = load_tokenizer(files.path, config, content)
     read = read_text(config, tokenizer, text=text, tokens=tokens)
     return PromptText(ids=tuple(read.ids[:length].tolist()), source=read.source)
 

@@ -6,7 +6,8 @@ Writing (:mod:`~crt_export.bundle.staging`)::
 
 Reading (:mod:`~crt_export.bundle.opening`)::
 
-    manifest.json  --schema, paths-->  BundleFiles  --.file(), .graph(): no link, size, SHA-256-->  path
+    folder, held open  -->  manifest.json  --digests, schema, names-->  BundleFiles: every file held open
+    BundleFiles  --.content(), .held_graph(): no link, size, SHA-256-->  the bytes that were hashed
 
 Whatever kills a build, NAME is the old bundle or the new one, entire. Where the file system cannot swap two
 folders in one step (:mod:`~crt_export.bundle.exchange`) the old one is set aside for an instant; a crash in
@@ -18,6 +19,7 @@ Standard library only: an application that embeds the runtime imports this packa
 from __future__ import annotations
 
 from crt_export.bundle.external_data import ExternalTensor, external_tensors
+from crt_export.bundle.held_graph import HeldGraph, HeldWeights
 from crt_export.bundle.manifest import read_manifest
 from crt_export.bundle.opening import BundleFiles, open_bundle
 from crt_export.bundle.output import check_output
@@ -30,6 +32,8 @@ __all__ = [
     "TOOL_NAME",
     "BundleFiles",
     "ExternalTensor",
+    "HeldGraph",
+    "HeldWeights",
     "Staging",
     "check_output",
     "external_tensors",

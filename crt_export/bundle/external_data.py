@@ -69,16 +69,21 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     except OSError as error:
         raise BundleError(f"cannot open the graph {path}: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        try:
-            found = tuple(_tensors_in(_WireReader(stream), "Model", size, 0))
-        except _WireError as error:
-            raise BundleError(
-                f"{path} is not a usable ONNX file: {error} at byte {stream.tell()} of {size}; build the bundle again"
-            ) from None
-        except OSError as error:
-            raise BundleError(f"cannot read the graph {path}: {error.strerror}") from error
-    return found
+        return external_tensors_of(stream, path)
+
+
+def external_tensors_of(stream: BinaryIO, path: Path) -> tuple[ExternalTensor, ...]:
+    """As :func:`external_tensors`, of a file that is open; ``path`` is what messages call it."""
+    try:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        return tuple(_tensors_in(_WireReader(stream), "Model", size, 0))
+    except _WireError as error:
+        raise BundleError(
+            f"{path} is not a usable ONNX file: {error} at byte {stream.tell()} of {size}; build the bundle again"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"cannot read the graph {path}: {error.strerror}") from error
 
 
 class _WireError(Exception):

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crt_export.bundle.paths import open_regular
+from crt_export.bundle.held import HeldFolder
+from crt_export.bundle.integrity import integrity_problem, sealed
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION, TOOL_NAME, manifest_problems
 from crt_export.errors import BundleError, problem_list
 
@@ -31,16 +32,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         BundleError: It is missing, unreadable, not JSON, of a newer schema, or breaks the schema (all
             problems listed).
     """
-    return read_manifest_and_identity(folder)[0]
+    try:
+        held = HeldFolder(folder)
+    except OSError as error:
+        raise BundleError(f"cannot open the bundle folder {folder}: {error.strerror}") from error
+    try:
+        return read_manifest_and_identity(held)[0]
+    finally:
+        held.close()
 
 
-def read_manifest_and_identity(folder: Path) -> tuple[dict[str, Any], str]:
+def read_manifest_and_identity(folder: HeldFolder) -> tuple[dict[str, Any], str]:
     """As :func:`read_manifest`, with the SHA-256 (hex) of the very bytes it was parsed from.
 
     The manifest holds the SHA-256 of every other file, so its own stands for the whole bundle.
     """
-    path = folder / MANIFEST_NAME
-    content = _read(path)
+    path = folder.path / MANIFEST_NAME
+    content = _read(folder)
     manifest = _parse(path, content)
     version = manifest.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -53,6 +61,9 @@ def read_manifest_and_identity(folder: Path) -> tuple[dict[str, Any], str]:
             f"{path} has schema version {version}; this {TOOL_NAME} reads up to version "
             f"{SCHEMA_VERSION}: upgrade {TOOL_NAME}, or build the bundle again with this version"
         )
+    damage = integrity_problem(manifest)
+    if damage:
+        raise BundleError(f"{path} was changed after it was written: {damage}; restore the bundle or build it again")
     problems = manifest_problems(manifest)
     if problems:
         raise BundleError(problem_list(f"{path} breaks schema version {version}", problems))
@@ -60,7 +71,7 @@ def read_manifest_and_identity(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """Serialise a manifest and check that :func:`read_manifest` would take it.
+    """Serialise a manifest with its digests, and check that :func:`read_manifest` would take it.
 
     Raises:
         BundleError: A number is NaN or infinite (JSON has neither), or the schema is broken; all problems are
@@ -69,7 +80,7 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     problems = [f"{where} is {value}; write null instead" for where, value in _non_finite(manifest, "")]
     if problems:
         raise BundleError(problem_list("the manifest cannot be written as JSON", problems))
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     problems = manifest_problems(json.loads(text))
     if problems:
         raise BundleError(problem_list(f"the new manifest breaks schema version {SCHEMA_VERSION}", problems))
@@ -87,9 +98,10 @@ def _non_finite(value: object, where: str) -> Iterator[tuple[str, float]]:
             yield from _non_finite(item, f"{where}[{index}]")
 
 
-def _read(path: Path) -> bytes:
+def _read(folder: HeldFolder) -> bytes:
+    path = folder.path / MANIFEST_NAME
     try:
-        with os.fdopen(open_regular(path), "rb") as stream:
+        with os.fdopen(folder.open_file(MANIFEST_NAME), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > _MAX_MANIFEST_BYTES:
                 raise BundleError(f"{path} has {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")

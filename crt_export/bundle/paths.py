@@ -7,11 +7,15 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_NAME_LENGTH = 1024
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_MAX_PART_LENGTH = 255
+_FORBIDDEN = re.compile(r'[^ -~]|[\\:*?"<>|]')
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9]|conin\$|conout\$) *(\..*)?", re.IGNORECASE | re.DOTALL)
 _REPARSE_POINT = 0x400  # Windows: junctions and links of every kind
 
 
@@ -40,8 +44,8 @@ def file_state(status: os.stat_result) -> FileState:
 def name_problem(name: str) -> str | None:
     """Say why ``name`` cannot be a file of a bundle, or return None if it can.
 
-    A name is relative, separated by ``/``, stays inside the bundle and means the same on Linux, macOS and
-    Windows.
+    A name is relative, separated by ``/``, stays inside the bundle and means the same on Linux, macOS and Windows:
+    printable ASCII (others differ in how they write one and the same accented letter), no device of Windows.
     """
     if not name or len(name) > _MAX_NAME_LENGTH:
         return f"must have 1 to {_MAX_NAME_LENGTH} characters, has {len(name)}"
@@ -49,17 +53,36 @@ def name_problem(name: str) -> str | None:
         return "is an absolute path; only paths relative to the bundle are allowed"
     bad = _FORBIDDEN.search(name)
     if bad:
-        return f"contains {bad.group()!r}; use '/' between folders and no drive letter or control character"
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return "is not valid Unicode"
+        return (
+            f"contains {bad.group()!a}; use '/' between folders, no drive letter or control character, and of other "
+            "characters only those of ASCII"
+        )
     for part in name.split("/"):
         if part in {"", ".", ".."}:
             return f"contains the path component {part!r}, which could lead out of the bundle"
         if part.endswith((".", " ")):
             return f"contains {part!r}, which ends in a dot or a space (Windows drops those)"
+        if len(part) > _MAX_PART_LENGTH:
+            return f"contains a component of {len(part)} characters; file systems take {_MAX_PART_LENGTH}"
+        if _DEVICE.fullmatch(part):
+            return f"contains {part!r}, which is a device on Windows"
     return None
+
+
+def collision_problems(names: Iterable[str]) -> list[str]:
+    """Say which names, or folders of them, differ in upper and lower case only: one file on macOS and Windows."""
+    spelled: dict[str, str] = {}
+    problems = []
+    for name in names:
+        for end in [at for at, character in enumerate(name) if character == "/"] + [len(name)]:
+            path = name[:end]
+            first = spelled.setdefault(path.lower(), path)
+            if first != path:
+                problems.append(
+                    f"{first!r} and {path!r} differ in upper and lower case only: one name on other systems"
+                )
+                break
+    return problems
 
 
 def is_link(status: os.stat_result) -> bool:
@@ -67,22 +90,22 @@ def is_link(status: os.stat_result) -> bool:
     return stat.S_ISLNK(status.st_mode) or bool(getattr(status, "st_file_attributes", 0) & _REPARSE_POINT)
 
 
-def file_problem(folder: Path, name: str) -> str | None:
+def file_problem(folder: Path, name: str, dir_fd: int | None = None) -> str | None:
     """Walk from ``folder`` to ``name`` without following links; say what is wrong, or return None.
 
-    ``name`` must have passed :func:`name_problem`.
+    ``name`` must have passed :func:`name_problem`. ``dir_fd`` is the folder where it is held open.
     """
     parts = name.split("/")
-    path = folder
-    for index, part in enumerate(parts):
-        path = path / part
+    for index in range(len(parts)):
+        shown = "/".join(parts[: index + 1])
         try:
-            status = os.lstat(path)
+            status = (
+                os.lstat(folder / shown) if dir_fd is None else os.stat(shown, dir_fd=dir_fd, follow_symlinks=False)
+            )
         except (FileNotFoundError, NotADirectoryError):
             return "is missing"
         except OSError as error:
             return f"cannot be read ({error.strerror})"
-        shown = "/".join(parts[: index + 1])
         if is_link(status):
             return f"goes through a link ({shown!r}); a bundle holds regular files only"
         if index < len(parts) - 1 and not stat.S_ISDIR(status.st_mode):
@@ -92,7 +115,7 @@ def file_problem(folder: Path, name: str) -> str | None:
     return None
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path | str, dir_fd: int | None = None) -> int:
     """Open a file for reading without following a link in its last component and without blocking on a pipe.
 
     Returns:
@@ -104,7 +127,7 @@ def open_regular(path: Path) -> int:
     flags = os.O_RDONLY
     for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
         flags |= getattr(os, flag, 0)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags) if dir_fd is None else os.open(path, flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -147,8 +170,12 @@ class Tree:
     problems: tuple[str, ...]
 
 
-def list_tree(folder: Path) -> Tree:
+def list_tree(folder: Path, dir_fd: int | None = None) -> Tree:
     """List a folder recursively.
+
+    Args:
+        folder: The folder.
+        dir_fd: The folder where it is held open.
 
     Returns:
         Names relative to ``folder``, sorted; links, sockets, pipes and devices are in ``problems`` and
@@ -163,7 +190,7 @@ def list_tree(folder: Path) -> Tree:
     pending = [""]
     while pending:
         prefix = pending.pop()
-        with os.scandir(folder / prefix) as entries:
+        with _entries(folder, prefix, dir_fd) as entries:
             for entry in entries:
                 name = prefix + entry.name
                 status = entry.stat(follow_symlinks=False)
@@ -177,3 +204,19 @@ def list_tree(folder: Path) -> Tree:
                 else:
                     problems.append(f"{name!r} is not a regular file")
     return Tree(files=tuple(sorted(files)), folders=tuple(sorted(folders)), problems=tuple(sorted(problems)))
+
+
+@contextmanager
+def _entries(folder: Path, prefix: str, dir_fd: int | None) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """What a folder below ``folder`` holds."""
+    if dir_fd is None:
+        with os.scandir(folder / prefix) as entries:
+            yield entries
+        return
+    # A descriptor of its own, "." for the folder itself: one that was listed before is at its end.
+    below = os.open(prefix or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        with os.scandir(below) as entries:
+            yield entries
+    finally:
+        os.close(below)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
-from crt_export.bundle.paths import name_problem
+from crt_export.bundle.paths import collision_problems, name_problem
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -129,7 +129,7 @@ def _contract_problems(contract: Mapping[str, Any]) -> list[str]:
 
 
 def _file_problems(files: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
+    problems = [f"files: {problem}" for problem in collision_problems(files)]
     for name, entry in files.items():
         where = f"files[{name!r:.200}]"
         reason = name_problem(name)

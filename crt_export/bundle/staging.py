@@ -19,7 +19,7 @@ from crt_export.bundle.leftovers import (
 from crt_export.bundle.manifest import manifest_text
 from crt_export.bundle.output import check_output, check_target
 from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
-from crt_export.bundle.paths import hash_file, list_tree, name_problem
+from crt_export.bundle.paths import collision_problems, hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
 
@@ -48,8 +48,8 @@ class Staging:
         """Complete the bundle and put it at ``output``; only then is an old bundle there removed.
 
         Args:
-            manifest: Everything but ``schema_version`` and ``files``, which are set here from what is on the
-                disk.
+            manifest: Everything but ``schema_version``, ``integrity`` and ``files``, which are set here from
+                what is on the disk.
 
         Raises:
             BundleError: The bundle is committed already, holds a link or an unportable file name, the
@@ -172,6 +172,7 @@ def _sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
         problem = name_problem(name)
         if problem:
             problems.append(f"{name!r}: the path {problem}")
+    problems += collision_problems(tree.files)
     if MANIFEST_NAME in tree.files or MANIFEST_NAME in tree.folders:
         problems.append(f"{MANIFEST_NAME!r} is written by commit and by nobody else")
     if problems:

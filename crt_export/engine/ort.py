@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from crt_export.bundle import HeldGraph
 from crt_export.engine.base import Rows
 from crt_export.engine.huge_pages import allocated_in_huge_pages
+from crt_export.engine.ort_loading import load_held_graph
 from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels
 from crt_export.errors import (
     ContractError,
+    CrtExportError,
     InputError,
     MissingDependencyError,
     problem_list,
@@ -49,6 +52,7 @@ class OrtSettings:
         disabled_optimizers: Names of single rewrites to leave out.
         spinning: Whether idle threads spin between the operators and calls of a step.
         huge_pages: Whether what a CPU's graph allocates as it is loaded, its weights, is moved into huge pages.
+        mmap: Whether weights of a bundle may stay mapped from their file.
 
     Raises:
         InputError: A value is impossible.
@@ -60,6 +64,7 @@ class OrtSettings:
     disabled_optimizers: tuple[str, ...] = ()
     spinning: bool = True
     huge_pages: bool = False
+    mmap: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -216,12 +221,14 @@ def _array_problems(spec: TensorSpec, array: np.ndarray, sizes: dict[str, tuple[
     return problems
 
 
-def load_with_settings(library: Any, path: Path, settings: OrtSettings, *, stop_spinning: bool) -> OrtGraph:
+def load_with_settings(
+    library: Any, graph: Path | HeldGraph, settings: OrtSettings, *, stop_spinning: bool
+) -> OrtGraph:
     """Load one ONNX file.
 
     Args:
         library: The module ``onnxruntime``, see import_onnxruntime().
-        path: The file; external data is read from its folder.
+        graph: A graph of a bundle; or a file, whose external data is read from its folder.
         settings: How to load it.
         stop_spinning: Its threads sleep as soon as a call ends, whatever the settings say.
 
@@ -229,8 +236,44 @@ def load_with_settings(library: Any, path: Path, settings: OrtSettings, *, stop_
         MissingDependencyError: The device cannot be used.
         ContractError: The file is missing or ONNX Runtime refuses it.
     """
-    if not path.is_file():
+    path = graph if isinstance(graph, Path) else graph.path
+    if isinstance(graph, Path) and not path.is_file():
         raise ContractError(f"{path}: expected an ONNX file, found {'a folder' if path.exists() else 'nothing'}")
+    provider = _PROVIDERS[settings.device]
+
+    def load(model: str | bytes, entries: Mapping[str, str], contents: Mapping[str, Any]) -> Any:
+        options = _session_options(library, settings, stop_spinning=stop_spinning)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        if contents:
+            names, files = list(contents), list(contents.values())
+            options.add_external_initializers_from_files_in_memory(names, files, [len(file) for file in files])
+        with allocated_in_huge_pages(settings.huge_pages and settings.device == "cpu"):
+            return library.InferenceSession(
+                model,
+                sess_options=options,
+                providers=[provider],
+                disabled_optimizers=list(settings.disabled_optimizers) or None,
+            )
+
+    try:
+        if isinstance(graph, Path):
+            session = load(str(path), {}, {})
+        else:
+            session = load_held_graph(graph, load, keep_mapped=settings.mmap)
+    except CrtExportError:
+        raise
+    except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
+        raise ContractError(f"{path}: ONNX Runtime cannot load it ({error})") from error
+    if provider not in session.get_providers():
+        raise MissingDependencyError(
+            f"ONNX Runtime could not start {provider}: check the NVIDIA driver and the CUDA libraries of "
+            "crt-export[cuda], or choose an ort-cpu target"
+        )
+    return OrtGraph(path, session, settings.device)
+
+
+def _session_options(library: Any, settings: OrtSettings, *, stop_spinning: bool) -> Any:
     options = library.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = settings.threads
@@ -241,23 +284,7 @@ def load_with_settings(library: Any, path: Path, settings: OrtSettings, *, stop_
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    provider = _PROVIDERS[settings.device]
-    try:
-        with allocated_in_huge_pages(settings.huge_pages and settings.device == "cpu"):
-            session = library.InferenceSession(
-                str(path),
-                sess_options=options,
-                providers=[provider],
-                disabled_optimizers=list(settings.disabled_optimizers) or None,
-            )
-    except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
-        raise ContractError(f"{path}: ONNX Runtime cannot load it ({error})") from error
-    if provider not in session.get_providers():
-        raise MissingDependencyError(
-            f"ONNX Runtime could not start {provider}: check the NVIDIA driver and the CUDA libraries of "
-            "crt-export[cuda], or choose an ort-cpu target"
-        )
-    return OrtGraph(path, session, settings.device)
+    return options
 
 
 def _spec_from_ort(path: Path, node: Any) -> TensorSpec:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from crt_export.bundle import HeldGraph
 from crt_export.engine.base import Buffer
 from crt_export.engine.ort import OrtGraph, OrtSettings, import_onnxruntime, load_with_settings
 from crt_export.engine.ort_memory import DeviceBuffer, HostBuffer
@@ -32,22 +33,22 @@ class OrtEngine:
 
     def __init__(
         self,
-        graphs: Mapping[str, Path],
+        graphs: Mapping[str, Path | HeldGraph],
         settings: OrtSettings,
         *,
         max_tokens: int,
         one_graph: str | None = None,
-        on_demand: Mapping[str, Callable[[], Path]] | None = None,
+        on_demand: Mapping[str, Callable[[], Path | HeldGraph]] | None = None,
         check: Callable[[str, OrtGraph], None] | None = None,
     ) -> None:
         """Load every graph but those on demand.
 
         Args:
-            graphs: Graph name to ONNX file.
+            graphs: Graph name to ONNX file, or graph of a bundle.
             settings: How to load them.
             max_tokens: Longest chunk of one prefill call.
             one_graph: The one of ``graphs`` that makes steps as well; None where there is a ``step``.
-            on_demand: Graphs that are loaded on first use: name to a call that checks and gives the file.
+            on_demand: Graphs that are loaded on first use: name to a call that checks and gives it.
             check: Called with every graph loaded on demand, before it is used; raises what is wrong with it.
 
         Raises:
@@ -64,8 +65,8 @@ class OrtEngine:
         self._lock = threading.Lock()
         self._graphs = {
             # Two spinning pools in one thread double the time of a step.
-            name: load_with_settings(self._library, path, settings, stop_spinning=name != self._step)
-            for name, path in graphs.items()
+            name: load_with_settings(self._library, graph, settings, stop_spinning=name != self._step)
+            for name, graph in graphs.items()
         }
 
     def program(self, graph: str) -> OrtGraph:

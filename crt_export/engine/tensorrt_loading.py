@@ -51,7 +51,7 @@ class LoadedEngine:
         self.log = RuntimeLog()
         self._api = machine.api
         self._rtx = profile.runtime == "tensorrt-rtx"
-        plan = file.path.read_bytes()
+        plan = file.read_plan()
         # TensorRT wants its objects destroyed in the reverse order: contexts, engine, runtime, logger.
         self._logger = tensorrt_calls.logger_for_runtime(machine.api, self.log)
         version_compatible = bool(getattr(profile.options, "version_compatible", False))

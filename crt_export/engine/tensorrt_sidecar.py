@@ -7,7 +7,7 @@ build wrote beside the engine, answers with what is wrong and how to fix it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ class EngineFile:
 
     Attributes:
         graph: ``step``, ``prefill`` or ``prefill_pass``.
-        path: The serialised engine.
-        sidecar: The JSON file beside it.
+        path: What messages call the serialised engine.
+        sidecar: What they call the JSON file beside it.
+        read_plan: Gives the engine's bytes, checked.
+        read_sidecar: Gives the JSON file's bytes, checked.
         contract: What the graph must read and write: dims as in the glossary, the cache's capacity a number.
         unroll: Passes the graph must hold.
     """
@@ -47,6 +49,8 @@ class EngineFile:
     graph: str
     path: Path
     sidecar: Path
+    read_plan: Callable[[], bytes]
+    read_sidecar: Callable[[], bytes]
     contract: GraphSpec
     unroll: int
 
@@ -79,7 +83,7 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
         BundleError: The sidecar is damaged, or belongs to another graph, target or model.
         MissingDependencyError: The engine needs another version of the runtime, or another GPU.
     """
-    values = _parsed(file.sidecar)
+    values = _parsed(file)
     problems = [*_target_problems(values, file, profile)]
     try:
         contract = GraphSpec.from_dict(file.graph, values)
@@ -95,9 +99,10 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
     return EngineFacts(contract=contract, least=limits["min"], most=limits["max"])
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parsed(file: EngineFile) -> dict[str, Any]:
+    path = file.sidecar
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(file.read_sidecar().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the facts about an engine as JSON ({error}); {_again()}") from None
     if not isinstance(values, dict):

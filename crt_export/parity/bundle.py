@@ -69,7 +69,7 @@ def validate_bundle(
     tokenizer = load_tokenizer(reference.path, reference.config)
     whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
     held_out = held_out_text(whole, files.manifest)
-    return check_parity(
+    report = check_parity(
         reference,
         cases,
         held_out,
@@ -79,6 +79,8 @@ def validate_bundle(
         recorded_nll=recorded_nll(files.manifest),
         progress=progress,
     )
+    files.check_unchanged()  # its graphs were opened by their names, some of them minutes after they were hashed
+    return report
 
 
 def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:

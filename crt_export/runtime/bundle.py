@@ -56,6 +56,11 @@ class Bundle:
         return self._files
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of ``manifest.json``, hex: the same for copies of a bundle, another for every other bundle."""
+        return self._files.identity
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """The checked manifest; treat it as read-only."""
         return self._files.manifest
@@ -79,9 +84,8 @@ class Bundle:
             BundleError: Its file is missing or differs from what was built.
         """
         if self._tokenizer is None:
-            if self._config.tokenizer == TOKENIZER_FILE:
-                self._files.file(TOKENIZER_FILE)
-            self._tokenizer = load_tokenizer(self._files.path, self._config)
+            content = self._files.content(TOKENIZER_FILE) if self._config.tokenizer == TOKENIZER_FILE else None
+            self._tokenizer = load_tokenizer(self._files.path, self._config, content)
         return self._tokenizer
 
     def target(self, name: str) -> Target:
@@ -170,6 +174,7 @@ class Bundle:
             session.close()
         for engine in engines:
             engine.close()
+        self._files.close()
 
     def __enter__(self) -> Bundle:
         return self
@@ -190,20 +195,22 @@ class Bundle:
         return whole_number("capacity", capacity, most=most, limit=" (the model's max_position_embeddings)")
 
 
-def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -> Bundle:
+def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, identity: str | None = None) -> Bundle:
     """Open a bundle to run it.
 
     Args:
         path: The bundle folder.
         allow_unvalidated: Also open a bundle whose agreement with PyTorch was never shown.
+        identity: The :attr:`Bundle.identity` that it must have, as ``crt-export inspect`` prints it; None takes any.
 
     Returns:
         The bundle; use it as a context manager, or call its close().
 
     Raises:
-        BundleError: There is no bundle, it is unfinished, damaged, too new, or unvalidated.
+        BundleError: There is no bundle, it is unfinished, damaged, too new, unvalidated, or another one than
+            ``identity`` says.
     """
-    return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated))
+    return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated, identity=identity))
 
 
 def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:

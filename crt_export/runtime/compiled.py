@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,20 @@ def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, mac
     engines = {
         graph: EngineFile(
             graph=graph,
-            path=files.file(name),
-            sidecar=files.file(str(PurePosixPath(name).with_suffix(".json"))),
+            path=files.path / name,
+            sidecar=files.path / _sidecar(name),
+            read_plan=partial(files.content, name),
+            read_sidecar=partial(files.content, _sidecar(name)),
             contract=_contract(graph, target, config),
             unroll=(target.unroll or 1) if graph == "prefill" else 1,
         )
         for graph, name in entries.items()
     }
     return TensorRTEngine(place, engines, target.profile)
+
+
+def _sidecar(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(".json"))
 
 
 def _contract(graph: str, target: Target, config: ModelConfig) -> GraphSpec:

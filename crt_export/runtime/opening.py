@@ -155,9 +155,9 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
     one_graph = target.one_graph(config)
     loaded = SESSION_GRAPHS if one_graph is None else (one_graph,)
-    paths = {graph: files.graph(target.graphs[graph]) for graph in loaded}
+    graphs = {graph: files.held_graph(target.graphs[graph]) for graph in loaded}
     on_demand = {
-        graph: partial(files.graph, target.graphs[graph])
+        graph: partial(files.held_graph, target.graphs[graph])
         for graph in DEMANDED_GRAPHS
         if graph in target.graphs and graph not in loaded
     }
@@ -171,9 +171,10 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         disabled_optimizers=options.disabled_optimizers,
         spinning=options.spinning,
         huge_pages=options.huge_pages,
+        mmap=options.mmap,
     )
     engine = OrtEngine(
-        paths,
+        graphs,
         settings,
         max_tokens=target.profile.seq.max,
         one_graph=one_graph,

@@ -9,16 +9,20 @@ content gives equal files, in Python and in C++.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from crt_export.bundle.paths import open_regular
 from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.runtime.stored_tensors import StoredTensors
 
 _DTYPES = {"I64": "int64", "F32": "float32", "F16": "float16", "U8": "uint8"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -80,8 +84,18 @@ def tensor_file_bytes(kind: TensorFileKind, metadata: Mapping[str, str], tensors
     return b"".join([struct.pack("<Q", len(text)), text, *(arrays[name].tobytes() for name in order)])
 
 
-def read_tensor_file(kind: TensorFileKind, file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def read_tensor_file(
+    kind: TensorFileKind, file: Path, content: bytes | None = None
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Read a file and compare its checksum; what the tensors are worth, the caller finds out.
+
+    The checksum is compared before there is memory for any tensor, so a file that claims much and holds nothing costs
+    nothing; then the tensors take as much memory as the file has bytes.
+
+    Args:
+        kind: What it must be.
+        file: The file.
+        content: Its content, where that was read and checked before; None opens the file.
 
     Returns:
         Metadata, and tensors by name.
@@ -90,23 +104,29 @@ def read_tensor_file(kind: TensorFileKind, file: Path) -> tuple[dict[str, str], 
         BundleError: The file is missing, damaged, something else, or of a newer format version.
     """
     try:
-        # safetensors itself refuses headers beyond 100 MB and tensors that overlap, leave gaps or pass the end.
-        with safe_open(str(file), framework="np") as opened:
-            metadata = _checked_metadata(kind, file, opened.metadata() or {})
-            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-            unknown = sorted(f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES)
+        with io.BytesIO(content) if content is not None else _opened(file) as stream:
+            stored = StoredTensors(stream)
+            metadata = _checked_metadata(kind, file, stored.metadata)
+            unknown = sorted(f"{name} is {dtype}" for name, dtype in stored.dtypes.items() if dtype not in _DTYPES)
             if unknown:
                 known = ", ".join(_DTYPES)
                 raise BundleError(f"{file} is not {kind.title}: {'; '.join(unknown)}; {kind.title} has {known} only")
-            tensors = {name: opened.get_tensor(name) for name in sorted(dtypes)}
-    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+            _refuse_other_digest(file, stored.digest(), metadata["sha256"])
+            tensors = {name: stored.tensor(name, _DTYPES[dtype]) for name, dtype in sorted(stored.dtypes.items())}
+    except (OSError, MemoryError, ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not {kind.title} or damaged: {error}") from error
-    digest = _digest(tensors)
-    if digest != metadata["sha256"]:
-        raise BundleError(
-            f"{file} is damaged: its tensors have SHA-256 {digest}, its metadata say {metadata['sha256']!r:.80}"
-        )
+    _refuse_other_digest(file, _digest(tensors), metadata["sha256"])  # the file may have been written to meanwhile
     return metadata, tensors
+
+
+def _opened(file: Path) -> BinaryIO:
+    """A regular file; opening a pipe would wait for its writer."""
+    return os.fdopen(open_regular(Path(os.path.realpath(file))), "rb")
+
+
+def _refuse_other_digest(file: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise BundleError(f"{file} is damaged: its tensors have SHA-256 {digest}, its metadata say {expected!r:.80}")
 
 
 def _checked_metadata(kind: TensorFileKind, file: Path, found: dict[str, str]) -> dict[str, str]:
@@ -132,5 +152,5 @@ def _little_endian(values: np.ndarray) -> np.ndarray:
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(_little_endian(tensors[name]).tobytes())
+        digest.update(_little_endian(tensors[name]).data.cast("B") if tensors[name].size else b"")
     return digest.hexdigest()

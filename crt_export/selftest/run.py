@@ -77,8 +77,8 @@ def vectors_of_bundle(bundle: Bundle) -> Vectors:
             f"{files.path} has no {VECTORS_FILE}: it was built by a version without self-test; build it again with "
             "'crt-export build' to get one"
         )
-    file: Path = files.file(VECTORS_FILE)
-    return load_vectors(file, bundle.config, files.manifest["checkpoint"]["sha256"])
+    content = files.content(VECTORS_FILE)
+    return load_vectors(files.path / VECTORS_FILE, bundle.config, files.manifest["checkpoint"]["sha256"], content)
 
 
 def _target_result(bundle: Bundle, target: Target, vectors: Vectors) -> TargetResult:

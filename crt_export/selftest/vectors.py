@@ -123,20 +123,21 @@ class Vectors:
         return tensor_file_bytes(VECTORS, self.metadata, self.tensors)
 
 
-def load_vectors(file: Path, config: ModelConfig, checkpoint: str) -> Vectors:
+def load_vectors(file: Path, config: ModelConfig, checkpoint: str, content: bytes | None = None) -> Vectors:
     """Read and check a file.
 
     Args:
         file: The file.
         config: The model it must be for.
         checkpoint: Content hash of the checkpoint it must be made of.
+        content: Its content, where that was read and checked before; None opens the file.
 
     Raises:
         BundleError: It is missing, damaged, something else or of a newer format version; it was made of another
             checkpoint; tensors are missing, unknown, of another dtype or shape, or not finite. Lists every problem of a
             kind.
     """
-    metadata, tensors = read_tensor_file(VECTORS, file)
+    metadata, tensors = read_tensor_file(VECTORS, file, content)
     vectors = Vectors(metadata=metadata, tensors=tensors)
     problems = [*_metadata_problems(metadata, checkpoint)]
     problems = problems or [*_shape_problems(vectors, config)] or [*_value_problems(vectors, config)]

@@ -88,4 +88,13 @@ def _compile(onnx: Path, graph: str, folder: Path, target: Target, config: Model
     path = folder / f"{graph}.engine"
     path.write_bytes(plan)
     path.with_suffix(".json").write_text(json.dumps(sidecar))
-    return EngineFile(graph=graph, path=path, sidecar=path.with_suffix(".json"), contract=contract, unroll=1)
+    beside = path.with_suffix(".json")
+    return EngineFile(
+        graph=graph,
+        path=path,
+        sidecar=beside,
+        read_plan=path.read_bytes,
+        read_sidecar=beside.read_bytes,
+        contract=contract,
+        unroll=1,
+    )

@@ -71,7 +71,7 @@ class HeldFolder:
         if self.descriptor is None:
             return False
         try:
-            now = os.stat(self.path)
+            now = self.path.stat()
         except OSError:
             return True
         return not os.path.samestat(now, os.fstat(self.descriptor))

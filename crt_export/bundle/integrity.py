@@ -8,7 +8,7 @@ serialised like this (``engines/cpp/src/bundle/integrity.cpp`` does the same)::
     text <bytes>:<UTF-8>   list l<values>e   object o<text><value>...e, sorted by the UTF-8 of the keys
 
 A tool that copies or repairs a bundle may write a new table of files without knowing these digests: such a table is
-believed when every file, hashed at once, proves it. Nothing else in a manifest can change unnoticed by accident. Whoever
+believed when every file, hashed at once, proves it. Nothing else in a manifest can change unnoticed by accident. Who
 means to forge one can of course compute the digests as well: compare the bundle's identity with one you trust.
 """
 

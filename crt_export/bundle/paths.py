@@ -79,7 +79,7 @@ def collision_problems(names: Iterable[str]) -> list[str]:
             first = spelled.setdefault(path.lower(), path)
             if first != path:
                 problems.append(
-                    f"{first!r} and {path!r} differ in upper and lower case only: one name on other systems"
+                    f"{first!r} and {path!r} differ in upper and lower case only: other systems take them for one"
                 )
                 break
     return problems

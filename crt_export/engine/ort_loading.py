@@ -2,9 +2,9 @@
 
 The graph is given as bytes. Its weights ONNX Runtime maps from their file, below the folder that is held open, packs
 most of them into memory of its own, and what stays mapped becomes a private copy. That takes no more memory and time
-than loading by path does; given as bytes as well, the weights would take 2.6 times their size while they are loaded, and
-twice the time (629 MB, D=5: 1,588 MiB against 653). So this is done only where mappings cannot be replaced, or where
-the file was touched while it was mapped: then it is read, hashed and loaded from memory.
+than loading by path does; given as bytes as well, the weights would take 2.6 times their size while they are loaded,
+and twice the time (629 MB, D=5: 1,588 MiB against 653). So this is done only where mappings cannot be replaced, or
+where the file or the folder was touched meanwhile: then it is read, hashed and loaded from memory.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def _from_mapped(graph: HeldGraph, load: Load, keep_mapped: bool) -> Any:
             return None
         try:
             session = load(graph.model, {_FOLDER_ENTRY: str(graph.folder)}, {})
-        except Exception:
-            if graph.unchanged:
-                raise
+        except Exception:  # what is wrong with the graph shows again; that the folder was renamed meanwhile does not
             return None
         try:
             for file, mappings in before.items():

@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, stage_bundle
+from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import Checkpoint, load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.model import Model, model_from_checkpoint
@@ -240,7 +241,7 @@ def sign_again() -> Callable[[Path], None]:
             for name, content in sorted(contents.items())
             if name != MANIFEST_NAME
         }
-        path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
 
     return sign
 

@@ -74,6 +74,7 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
 
 def external_tensors_of(stream: BinaryIO, path: Path) -> tuple[ExternalTensor, ...]:
     """As :func:`external_tensors`, of a file that is open; ``path`` is what messages call it."""
+    size = 0
     try:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)

@@ -13,7 +13,7 @@ import io
 import os
 import weakref
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from crt_export.bundle.paths import FileState, Tree, file_problem, file_state, list_tree, open_regular
 
@@ -34,9 +34,9 @@ class HeldFile:
         """What ``fstat`` says now."""
         return file_state(os.fstat(self.descriptor))
 
-    def reader(self) -> BinaryIO:
+    def reader(self) -> io.BufferedReader:
         """The content from its beginning; readers of one file do not disturb each other."""
-        return cast(BinaryIO, io.BufferedReader(_Positions(self.descriptor), 1 << 16))
+        return io.BufferedReader(_Positions(self.descriptor), 1 << 16)
 
     def digest(self) -> tuple[str, FileState]:
         """SHA-256 of the content, lower-case hex, and the state that it had all the while.

@@ -49,7 +49,7 @@ class HeldWeights:
             with self.file.reader() as stream, memoryview(content) as view:
                 for begin in range(0, self.state.size, _PIECE):
                     piece = view[begin : min(begin + _PIECE, self.state.size)]
-                    if stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    if stream.readinto(piece) != len(piece):
                         raise OSError(errno.ESTALE, "became shorter")
                     digest.update(piece)
                     piece.release()

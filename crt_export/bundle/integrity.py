@@ -27,9 +27,9 @@ _SINGLE = {None: b"n", False: b"f", True: b"t"}
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with the digests of what it holds; they stand before the table of files."""
     rest = {key: value for key, value in manifest.items() if key not in (INTEGRITY, FILES)}
-    files = manifest[FILES]
-    digests = {"manifest": _manifest_digest(rest, _digest(files)), "files": _digest(files)}
-    return {**rest, INTEGRITY: digests, FILES: files}
+    files = _digest(manifest.get(FILES))
+    digests = {INTEGRITY: {"manifest": _manifest_digest(rest, files), "files": files}}
+    return {**rest, **digests, **({FILES: manifest[FILES]} if FILES in manifest else {})}
 
 
 def integrity_problem(manifest: Mapping[str, Any]) -> str | None:

@@ -77,7 +77,7 @@ class StoredTensors:
         place = self._places[name]
         values = np.empty(prod(place.shape), np.dtype(dtype).newbyteorder("<"))
         self._stream.seek(self._begin + place.begin)
-        view = memoryview(values).cast("B") if values.size else memoryview(b"")
+        view = values.data.cast("B") if values.size else memoryview(b"")
         for begin in range(0, len(view), _PIECE):
             piece = view[begin : begin + _PIECE]
             if self._stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]

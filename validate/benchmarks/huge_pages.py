@@ -14,6 +14,7 @@ from pathlib import Path
 
 from crt_export.bench.options import BenchOptions
 from crt_export.bench.run import run_bench
+from crt_export.bundle.integrity import sealed
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +26,7 @@ def copy_without(bundle: Path, copy: Path) -> None:
     for entry in manifest["targets"].values():
         if entry["profile"]["runtime"] == "onnxruntime":
             entry["profile"]["options"]["huge_pages"] = False
-    (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (copy / MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError
 from crt_export.runtime import load_bundle
 
@@ -49,7 +50,7 @@ def manifest(edit: Callable[[Manifest], object]) -> Change:
         path = bundle / "manifest.json"
         content = json.loads(path.read_text("utf-8"))
         edit(content)
-        path.write_text(json.dumps(content), "utf-8")
+        path.write_text(json.dumps(sealed(content)), "utf-8")
 
     return change
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError, UnsupportedError
 from crt_export.runtime import GenerationOptions, load_bundle
 
@@ -38,7 +39,7 @@ def planned(tiny: Path, folder: Path, plan: dict[str, Any] | None) -> Path:
     manifest["targets"][TARGET].pop("prefill", None)
     if plan is not None:
         manifest["targets"][TARGET]["prefill"] = plan
-    path.write_text(json.dumps(manifest), "utf-8")
+    path.write_text(json.dumps(sealed(manifest)), "utf-8")
     return bundle
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from fault_edits import Edit, set_tensor, stored_tensor
 
+from crt_export.bundle.integrity import sealed
 from crt_export.config import ModelConfig
 
 
@@ -87,4 +88,4 @@ class SpoiledBundle:
         self._write(manifest)
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        (self.path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (self.path / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import load_checkpoint
 from crt_export.ladder import CORPUS
 from crt_export.model import model_from_checkpoint
@@ -164,7 +165,7 @@ def test_random_bytes_instead_of_the_recorded_text_fail(
     manifest = json.loads((bundle / "manifest.json").read_text())
     for row in manifest["parity"]["rows"]:
         row["reference_nll"] = 1.2  # as if the model had learnt its text
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "manifest.json").write_text(json.dumps(sealed(manifest)))
     report = validate_bundle(bundle, tokens=noise, options=dataclasses.replace(OPTIONS, levels=(level,)))
     assert not report.passed
     assert len(report.failures) == 1

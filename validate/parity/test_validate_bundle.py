@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
+from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
@@ -28,7 +29,7 @@ def _without_reference(bundle: Path) -> None:
     shutil.rmtree(bundle / "reference")
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("reference/")}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def test_validating_again_gives_the_figures_of_the_build(parity_bundle: Path, heldout_text: Path) -> None:
@@ -87,7 +88,7 @@ def test_without_reference_the_very_checkpoint_is_needed(
 def test_an_unvalidated_bundle_can_be_validated(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest |= {"validated": False, "parity": None}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert validate_bundle(copy, options=SHORT).passed
 
 

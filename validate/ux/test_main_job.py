@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from crt_export.bundle.integrity import sealed
+
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -42,7 +44,7 @@ def edit_weights(bundle: Path, keep_hash: bool) -> None:
     if not keep_hash:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         manifest["files"]["graphs/fp32.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
-        (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (bundle / "manifest.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
 
 
 def test_build_json_is_one_document_and_progress_goes_to_stderr(

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from crt_export.bundle import stage_bundle
+from crt_export.bundle.integrity import sealed
 
 Manifest = dict[str, Any]
 
@@ -107,7 +108,7 @@ def edit_manifest() -> Callable[[Path, Callable[[Manifest], object]], None]:
         path = bundle / "manifest.json"
         content = json.loads(path.read_text("utf-8"))
         change(content)
-        path.write_text(json.dumps(content), "utf-8")
+        path.write_text(json.dumps(sealed(content)), "utf-8")
 
     return edit
 

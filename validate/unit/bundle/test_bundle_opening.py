@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 
 from crt_export.bundle import open_bundle
+from crt_export.bundle.held import HeldFile
 from crt_export.errors import BundleError
 
 Manifest = dict[str, Any]
@@ -113,20 +114,19 @@ def test_damage_after_the_first_check_is_noticed(damage: str, bundle: Path) -> N
 
 
 def test_a_file_is_hashed_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import crt_export.bundle.opening as opening
-
     hashed: list[str] = []
-    original = opening.hash_file
+    original = HeldFile.digest
 
-    def counting(path: Path) -> Any:
-        hashed.append(path.name)
-        return original(path)
+    def counting(file: HeldFile) -> Any:
+        hashed.append(Path(f"/proc/self/fd/{file.descriptor}").readlink().name)
+        return original(file)
 
-    monkeypatch.setattr(opening, "hash_file", counting)
+    monkeypatch.setattr(HeldFile, "digest", counting)
     opened = open_bundle(bundle)
     for _ in range(3):
         opened.file("graphs/fp32.weights")
         opened.graph("graphs/step.fp32.onnx")
+        opened.held_graph("graphs/step.fp32.onnx")
     assert hashed == ["fp32.weights", "step.fp32.onnx"]
 
 
@@ -254,8 +254,9 @@ def test_bundle_replaced_while_open_is_noticed(tmp_path: Path, bundle: Path, bui
     opened = open_bundle(bundle)
     opened.file("report.md")
     build(bundle, content="other")
-    with pytest.raises(BundleError, match="SHA-256"):
+    with pytest.raises(BundleError, match="was replaced since it was opened"):
         opened.file("report.md")
+    assert opened.content("report.md") == b"first"
 
 
 def test_manifest_is_readable_json_text(bundle: Path) -> None:

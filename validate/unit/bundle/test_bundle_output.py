@@ -221,7 +221,7 @@ def drop_weights(folder: Path) -> None:
         (add_link, "'link' is a link"),
         (add_pipe, "'pipe' is not a regular file"),
         (add_backslash, "use '/' between folders"),
-        (add_bytes, "not valid Unicode"),
+        (add_bytes, "only those of ASCII"),
         (add_manifest, "written by commit and by nobody else"),
         (drop_weights, "'graphs/fp32.weights', which is not listed in 'files'"),
     ],

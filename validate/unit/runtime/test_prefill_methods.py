@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
+from crt_export.bundle.integrity import sealed
 from crt_export.engine.base import Engine, Launch, Rows
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.runtime import Bundle, GenerationOptions
@@ -43,7 +44,7 @@ def planned(crt_path: Path, tmp_path: Path) -> Iterator[Planned]:
         manifest = json.loads(path.read_text())
         manifest["targets"][TARGET]["prefill"] = {**PLAN, **changes}
         path.unlink()
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(sealed(manifest)))
         opened.append(Bundle(open_bundle(folder, allow_unvalidated=True), engine))
         return opened[-1]
 

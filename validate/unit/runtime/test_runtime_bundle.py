@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError, ContractError, InputError, MissingDependencyError, UnsupportedError
 from crt_export.runtime import load_bundle
 
@@ -72,7 +73,7 @@ def test_a_config_that_this_version_cannot_read_is_a_bundle_error(copied: Path) 
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["config"]["hidden_size"] = "wide"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(BundleError, match="hidden_size"):
         load_bundle(copied, allow_unvalidated=True)
 
@@ -148,7 +149,7 @@ def edit_targets(folder: Path, edit: Any) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     edit(manifest["targets"])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def test_a_bundle_of_compiled_targets_only_says_what_to_build(copied: Path) -> None:

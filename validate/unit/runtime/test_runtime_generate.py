@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import InputError, MissingDependencyError
 from crt_export.runtime import (
     GenerationOptions,
@@ -186,7 +187,7 @@ def copy_with_tokenizer(crt: Any, folder: Path, name: str) -> Path:
         library.save(str(copy / name))
         content = (copy / name).read_bytes()
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return copy
 
 

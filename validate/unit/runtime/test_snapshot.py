@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError, ContractError, InputError
 from crt_export.runtime import Bundle, Session, load_bundle
 from crt_export.runtime.snapshot import Snapshot
@@ -218,7 +219,7 @@ def test_another_bundle_is_refused_even_with_the_same_graphs(crt: Any, tmp_path:
         taken = copy.session("ort-cpu-fp32").snapshot()
     crt.session().restore(taken)  # a copy is the same bundle
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "options": {"rebuilt": True}}))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "options": {"rebuilt": True}})))
     with load_bundle(folder, allow_unvalidated=True) as rebuilt:
         assert rebuilt.files.identity != crt.bundle.files.identity
         with pytest.raises(BundleError, match=rf"taken with the bundle {crt.bundle.files.identity[:16]}, this one is"):

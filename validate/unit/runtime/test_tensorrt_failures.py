@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import MANIFEST_NAME
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError, ContractError, InputError, MissingDependencyError
 from crt_export.gpu import Gpu
 from crt_export.runtime import Bundle, load_bundle
@@ -34,7 +35,7 @@ def change(bundle: Path, name: str, content: bytes) -> None:
     (bundle / name).write_bytes(content)
     manifest = json.loads((bundle / MANIFEST_NAME).read_text())
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (bundle / MANIFEST_NAME).write_text(json.dumps(sealed(manifest)))
 
 
 def change_sidecar(bundle: Path, **changes: Any) -> None:
@@ -122,7 +123,7 @@ def test_an_engine_file_that_is_not_what_was_built(copied: Path, open_recorded: 
 def test_a_target_without_engines(copied: Path, open_recorded: Open, recording: Any) -> None:
     manifest = json.loads((copied / MANIFEST_NAME).read_text())
     del manifest["targets"]["recorded"]["engines"]["step"]
-    (copied / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (copied / MANIFEST_NAME).write_text(json.dumps(sealed(manifest)))
     assert "target recorded has no step engine" in refusal(BundleError, copied, open_recorded, recording)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.runtime.tensor_file import read_tensor_file, tensor_file_bytes
 from crt_export.selftest.vectors import VECTORS, VECTORS_FILE
 
@@ -49,7 +50,7 @@ def edit_manifest(copy: Path) -> Callable[[Callable[[dict[str, Any]], object]], 
         path = copy / "manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8"))
         edit(manifest)
-        path.write_text(json.dumps(manifest), encoding="utf-8")
+        path.write_text(json.dumps(sealed(manifest)), encoding="utf-8")
         return copy
 
     return change

@@ -72,11 +72,11 @@ def _append(parts: list[bytes], value: object) -> None:
     elif isinstance(value, float):
         parts.append(b"d" + struct.pack(">d", value).hex().encode())
     elif isinstance(value, str):
-        text = value.encode("utf-8")
+        text = value.encode("utf-8", "surrogatepass")
         parts.append(b"%d:" % len(text) + text)
     elif isinstance(value, Mapping):
         parts.append(b"o")
-        for key in sorted(value, key=lambda name: name.encode("utf-8")):
+        for key in sorted(value, key=lambda name: name.encode("utf-8", "surrogatepass")):
             _append(parts, key)
             _append(parts, value[key])
         parts.append(b"e")

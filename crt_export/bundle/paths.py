@@ -54,7 +54,7 @@ def name_problem(name: str) -> str | None:
     bad = _FORBIDDEN.search(name)
     if bad:
         return (
-            f"contains {bad.group()!a}; use '/' between folders, no drive letter or control character, and of other "
+            f"contains {bad.group()!r}; use '/' between folders, no drive letter or control character, and of other "
             "characters only those of ASCII"
         )
     for part in name.split("/"):

@@ -25,7 +25,7 @@ class CrtError(Exception):
 class BundleOptions(ctypes.Structure):
     """crt_bundle_options."""
 
-    _fields_ = [("struct_size", c_size_t), ("allow_unvalidated", c_int32)]
+    _fields_ = [("struct_size", c_size_t), ("allow_unvalidated", c_int32), ("identity", c_char_p)]
 
 
 class SessionOptions(ctypes.Structure):
@@ -112,10 +112,11 @@ class Library:
             setattr(options, field, value)
         return options
 
-    def bundle(self, path: Path, *, allow_unvalidated: bool = True) -> CBundle:
+    def bundle(self, path: Path, *, allow_unvalidated: bool = True, identity: bytes | None = None) -> CBundle:
         """Open a bundle."""
         handle = c_void_p()
         options = self.options(BundleOptions, "bundle_options", allow_unvalidated=allow_unvalidated)
+        options.identity = identity
         self.call("crt_bundle_open", str(path).encode(), byref(options), byref(handle))
         return CBundle(self, handle)
 

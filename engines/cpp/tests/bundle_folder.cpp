@@ -4,6 +4,8 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "bundle/integrity.hpp"
+#include "bundle/json.hpp"
 #include "bundle/sha256.hpp"
 
 namespace crt_test {
@@ -159,7 +161,14 @@ void BundleFolder::write(const std::string& name, const std::string& content) {
   manifest["files"][name] = {{"size", content.size()}, {"sha256", crt::sha256_hex(content.data(), content.size())}};
 }
 
-void BundleFolder::write_manifest() const { write_manifest(manifest.dump()); }
+std::string BundleFolder::manifest_text() const {
+  Json whole = manifest;
+  const crt::ManifestDigests digests = crt::manifest_digests(crt::parse_json(manifest.dump()));
+  whole["integrity"] = {{"manifest", digests.manifest}, {"files", digests.files}};
+  return whole.dump();
+}
+
+void BundleFolder::write_manifest() const { write_manifest(manifest_text()); }
 
 void BundleFolder::write_manifest(const std::string& content) const { store(path() / "manifest.json", content); }
 

@@ -43,6 +43,8 @@ class BundleFolder {
   /// Write a file of the bundle and list it in manifest, which write_manifest() then stores.
   void write(const std::string& name, const std::string& content);
   void write_manifest() const;
+  /// What write_manifest() stores: the manifest with its digests.
+  std::string manifest_text() const;
   /// Store these bytes as manifest.json.
   void write_manifest(const std::string& content) const;
 

@@ -30,6 +30,7 @@ struct Damage {
   const char* name;
   std::function<void(const fs::path&)> act;
   const char* message;
+  bool of_content = false;  // the file itself is changed, not what its name leads to
 };
 
 std::vector<Damage> damages() {
@@ -41,9 +42,9 @@ std::vector<Damage> damages() {
          const char last = static_cast<char>((stream.seekg(-1, std::ios::end), stream.get()) ^ 1);
          stream.seekp(-1, std::ios::end).put(last);
        },
-       "has SHA-256 "},
-      {"longer", [](const fs::path& path) { std::ofstream(path, std::ios::app) << '!'; }, " bytes, the manifest says "},
-      {"empty", [](const fs::path& path) { fs::resize_file(path, 0); }, "has 0 bytes, the manifest says "},
+       "has SHA-256 ", true},
+      {"longer", [](const fs::path& path) { std::ofstream(path, std::ios::app) << '!'; }, " bytes, the manifest says ", true},
+      {"empty", [](const fs::path& path) { fs::resize_file(path, 0); }, "has 0 bytes, the manifest says ", true},
       {"missing", [](const fs::path& path) { fs::remove(path); }, "is missing"},
       {"link",
        [moved](const fs::path& path) {
@@ -74,24 +75,33 @@ std::vector<Damage> damages() {
 
 }  // namespace
 
-TEST_CASE("bundle files: a listed file comes back with its path") {
+TEST_CASE("bundle files: a listed file comes back with its content, a graph with its weights") {
   const BundleFolder bundle;
   crt::BundleFiles files = open(bundle);
-  CHECK(files.file("report.md") == bundle.text() + "/report.md");
-  CHECK(files.graph(kGraph) == bundle.text() + "/" + kGraph);
-  CHECK(files.graph(kGraph) == bundle.text() + "/" + kGraph);
+  CHECK(files.content("report.md", 5) == "first");
+  CHECK(contains(refusal([&] { files.content("report.md", 4); }), "has more than 4 bytes"));
+  const crt::HeldGraph graph = files.graph(kGraph);
+  CHECK(graph.path == bundle.text() + "/" + kGraph);
+  CHECK(graph.model == files.content(kGraph, 1000));
+  REQUIRE(graph.weights.size() == 1);
+  CHECK(graph.weights.at("fp32.weights").path == bundle.text() + "/" + kWeights);
+  CHECK(graph.unchanged());
 }
 
-TEST_CASE("bundle files: damage is refused, before and after the first check") {
+TEST_CASE("bundle files: damage is refused; what happens to the name of a file that is held open is no damage") {
   for (const char* name : {kGraph, kWeights}) {
     for (const Damage& damage : damages()) {
       const BundleFolder bundle;
       crt::BundleFiles opened_before = open(bundle);
-      opened_before.graph(kGraph);
+      const std::string model = opened_before.graph(kGraph).model;
       damage.act(bundle.path() / name);
       crt::BundleFiles opened_after = open(bundle);
       for (crt::BundleFiles* files : {&opened_before, &opened_after}) {
-        const std::string of_file = refusal([&] { files->file(name); });
+        if (files == &opened_before && !damage.of_content) {
+          CHECK(files->graph(kGraph).model == model);
+          continue;
+        }
+        const std::string of_file = refusal([&] { files->held(name); });
         INFO(damage.name << ": " << of_file);
         CHECK(contains(of_file, "'" + std::string(name) + "' in " + bundle.text()));
         CHECK(contains(of_file, damage.message));
@@ -101,12 +111,59 @@ TEST_CASE("bundle files: damage is refused, before and after the first check") {
   }
 }
 
+TEST_CASE("bundle files: a bundle that was exchanged for another one stays what it was when it was opened") {
+  BundleFolder bundle;
+  BundleFolder other;
+  other.write("report.md", "other");
+  other.write(kWeights, std::string(64, 'x'));
+  other.write_manifest();
+  crt::BundleFiles files = open(bundle);
+  const std::string identity = files.identity();
+  const fs::path aside = bundle.path().parent_path() / "aside";
+  fs::rename(bundle.path(), aside);
+  fs::rename(other.path(), bundle.path());
+  CHECK(files.content("report.md", 5) == "first");
+  char first = 0;
+  files.graph(kGraph).weights.at("fp32.weights").file->read(&first, 1, 0);
+  CHECK(first == 'w');
+  CHECK(open(bundle).identity() != identity);
+  CHECK(open(bundle).content("report.md", 5) == "other");
+  fs::remove_all(aside);  // as a build does with the bundle that it replaced
+  CHECK(files.content("report.md", 5) == "first");
+}
+
+TEST_CASE("bundle files: another identity than the expected one is refused") {
+  const BundleFolder bundle;
+  const std::string identity = open(bundle).identity();
+  CHECK(crt::BundleFiles::open(bundle.text(), false, identity).identity() == identity);
+  const std::string found = refusal([&] { crt::BundleFiles::open(bundle.text(), false, std::string(64, '0')); });
+  CHECK(contains(found, "expected the identity '" + std::string(64, '0') + "'"));
+  CHECK(contains(found, "found " + identity));
+}
+
+TEST_CASE("bundle files: a table of files that was written anew is believed when every file proves it") {
+  BundleFolder bundle;
+  const std::string sealed = bundle.manifest_text();
+  bundle.write("report.md", "repaired");
+  Json repaired = Json::parse(sealed);
+  repaired["files"] = bundle.manifest["files"];
+  bundle.write_manifest(repaired.dump());
+  CHECK(open(bundle).content("report.md", 100) == "repaired");
+  std::ofstream(bundle.path() / "extra") << "x";
+  CHECK(contains(refusal([&] { open(bundle); }), "'extra' is not listed in manifest.json"));
+  fs::remove(bundle.path() / "extra");
+  fs::resize_file(bundle.path() / kWeights, 3);
+  CHECK(contains(refusal([&] { open(bundle); }), "'graphs/fp32.weights' has 3 bytes, the manifest says 64"));
+  bundle.write_manifest(sealed);
+  open(bundle);  // as written: files are checked when they are asked for
+}
+
 TEST_CASE("bundle files: a huge declared size is compared, not allocated") {
   BundleFolder bundle;
   bundle.manifest["files"]["report.md"]["size"] = 9223372036854775807LL;
   bundle.write_manifest();
   crt::BundleFiles files = open(bundle);
-  CHECK(contains(refusal([&] { files.file("report.md"); }), "has 5 bytes, the manifest says 9223372036854775807"));
+  CHECK(contains(refusal([&] { files.held("report.md"); }), "has 5 bytes, the manifest says 9223372036854775807"));
 }
 
 TEST_CASE("bundle files: what the manifest does not list stays closed") {
@@ -115,9 +172,9 @@ TEST_CASE("bundle files: what the manifest does not list stays closed") {
   crt::BundleFiles files = open(bundle);
   for (const std::string& name : {std::string("extra"), std::string("../demo/report.md"), bundle.text() + "/report.md",
                                   std::string("manifest.json"), std::string("")}) {
-    CHECK(contains(refusal([&] { files.file(name); }), "is not listed in the manifest"));
+    CHECK(contains(refusal([&] { files.held(name); }), "is not listed in the manifest"));
   }
-  CHECK(contains(refusal([&] { files.file("report.mdx"); }), "(did you mean 'report.md'?)"));
+  CHECK(contains(refusal([&] { files.held("report.mdx"); }), "(did you mean 'report.md'?)"));
   CHECK(contains(refusal([&] { files.graph("report.md"); }),
                  "'report.md' is not a graph of " + bundle.text() + "; its graphs are graphs/step.fp32.onnx"));
 }
@@ -152,7 +209,7 @@ TEST_CASE("bundle files: a graph that only a target names is checked through its
   crt::BundleFiles files = open(bundle);
   files.graph(kGraph);
   fs::resize_file(bundle.path() / kWeights, 3);
-  CHECK(contains(refusal([&] { files.file(kWeights); }), "has 3 bytes, the manifest says 64"));
+  CHECK(contains(refusal([&] { files.held(kWeights); }), "has 3 bytes, the manifest says 64"));
   const std::string found = refusal([&] { open(bundle).graph(kGraph); });
   CHECK(contains(found, "tensor 'w' points at 'fp32.weights', which has 3 bytes"));
 }

@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "bundle/bundle_files.hpp"
+#include "bundle/integrity.hpp"
+#include "bundle/json.hpp"
 #include "bundle/sha256.hpp"
 #include "bundle_folder.hpp"
 
@@ -262,4 +264,29 @@ TEST_CASE("manifest: leftovers are refused even if complete, and never moved") {
     CHECK(crt_test::refusal([&] { crt::BundleFiles::open(plain.string(), false); }).empty());
     fs::rename(plain, bundle.path());
   }
+}
+
+TEST_CASE("manifest: no bit of it can flip unnoticed") {
+  const BundleFolder bundle;
+  const std::string text = bundle.manifest_text();
+  const std::string values = crt::canonical(crt::parse_json(text));
+  std::size_t refused = 0, accepted = 0;
+  for (std::size_t bit = 0; bit < 8 * text.size(); bit += 7) {  // every byte, in turn another bit of it
+    std::string flipped = text;
+    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
+    bundle.write_manifest(flipped);
+    if (!refusal_of(bundle).empty()) {
+      ++refused;
+      continue;
+    }
+    ++accepted;
+    CHECK(crt::canonical(crt::parse_json(flipped)) == values);
+  }
+  CHECK(refused > 100 * (accepted + 1));
+}
+
+TEST_CASE("manifest: the canonical bytes of a value") {
+  const std::string text = R"({"b": [null, true, false, -12, 0.5, -0.0, 1e3], "a\u00e9": "\u00e9/", "a": {}})";
+  CHECK(crt::canonical(crt::parse_json(text)) ==
+        "o1:aoe3:a\xc3\xa9" "3:\xc3\xa9/" "1:blntfi-12ed3fe0000000000000d8000000000000000d408f400000000000ee");
 }

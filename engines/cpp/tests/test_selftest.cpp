@@ -74,7 +74,7 @@ TEST_CASE("self-test: a cache that lacks a token is off, however right the other
   const char* folder = crt_test::given_folder();
   if (folder == nullptr) return;
   crt::BundleFiles files = crt::BundleFiles::open(folder, true);
-  const auto vectors = crt::SelftestVectors::load(files.file(crt::kVectorsFile), files.config(), files.checkpoint());
+  const auto vectors = crt::SelftestVectors::load(files.held(crt::kVectorsFile), files.config(), files.checkpoint());
   crt::Comparison comparison(vectors, crt::kRecurrence, "fp32", 1e-3);
   crt::Observed observed;
   observed.caches.push_back({"past_key_values.0.key", false, {1, 0, 1}, {}});

@@ -17,7 +17,8 @@ namespace crt CRT_RUNTIME_API {
 class Bundle {
  public:
   /// Throws Error(bundle) if there is no bundle, or it is unfinished, damaged, hostile, too new, or unvalidated.
-  static Bundle load(const std::string& path, bool allow_unvalidated = false);
+  /// identity: the one that the bundle must have, "" for any; another bundle is refused, expected and found named.
+  static Bundle load(const std::string& path, bool allow_unvalidated = false, const std::string& identity = "");
   ~Bundle();
   Bundle(Bundle&&) noexcept;
   Bundle& operator=(Bundle&&) noexcept;

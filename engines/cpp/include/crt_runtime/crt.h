@@ -91,6 +91,7 @@ CRT_API const char* crt_status_name(crt_status status);
 typedef struct crt_bundle_options {
   size_t struct_size;
   int32_t allow_unvalidated; /* 0: refuse a bundle that was built without a parity check */
+  const char* identity;      /* the one that the bundle must have; NULL for any */
 } crt_bundle_options;
 CRT_API void crt_bundle_options_init(crt_bundle_options* options, size_t struct_size);
 

@@ -138,8 +138,8 @@ Bundle::~Bundle() = default;
 Bundle::Bundle(Bundle&&) noexcept = default;
 Bundle& Bundle::operator=(Bundle&&) noexcept = default;
 
-Bundle Bundle::load(const std::string& path, bool allow_unvalidated) {
-  return Bundle(std::make_shared<Impl>(BundleFiles::open(path, allow_unvalidated)));
+Bundle Bundle::load(const std::string& path, bool allow_unvalidated, const std::string& identity) {
+  return Bundle(std::make_shared<Impl>(BundleFiles::open(path, allow_unvalidated, identity)));
 }
 
 const std::string& Bundle::path() const noexcept { return impl_->files().path(); }

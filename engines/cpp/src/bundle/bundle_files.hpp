@@ -5,11 +5,13 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bundle/held_folder.hpp"
 #include "bundle/paths.hpp"
 #include "bundle/prefill_plan.hpp"
 #include "crt_runtime/config.hpp"
@@ -37,6 +39,7 @@ struct OrtProfile {
   std::vector<std::string> disabled_optimizers;
   bool spinning = true;
   bool huge_pages = true;
+  bool mmap = false;
 };
 
 /// One target of the manifest; the twin of runtime/opening.py's Target.
@@ -77,15 +80,16 @@ struct EngineSidecar {
 
 /// The files of an opened bundle.
 ///
-/// A file is hashed when it is first asked for, and again only if stat shows that it changed since. What happens to a
-/// file between this check and the moment a runtime opens it is outside this class: keep bundles in folders that only
-/// trusted users can write to. One thread at a time.
+/// The folder and every listed file are held open from the beginning, so a bundle stays what it was when it was opened,
+/// though a build may have put another one in its place. A file is hashed when it is first asked for, and again only if
+/// stat shows that it changed since; what is read is the descriptor that was hashed. Copies share the descriptors. One
+/// thread at a time.
 class BundleFiles {
  public:
-  /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle.
-  static BundleFiles open(const std::string& path, bool allow_unvalidated);
+  /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle; identity: the one it must have, "" for any.
+  static BundleFiles open(const std::string& path, bool allow_unvalidated, const std::string& identity = "");
 
-  const std::string& path() const noexcept { return path_; }
+  const std::string& path() const noexcept { return folder_->path(); }
   const std::string& identity() const noexcept { return identity_; }
   const ModelConfig& config() const noexcept { return config_; }
   /// Content hash of the checkpoint that the bundle was built from.
@@ -99,10 +103,12 @@ class BundleFiles {
   /// What this library binds, whatever the manifest says; throws Error(unsupported) if the model has no such graph.
   const GraphContract& contract(const std::string& graph) const;
 
-  /// Absolute path of a listed file after checking it (no link, size, SHA-256); throws Error(bundle).
-  std::string file(const std::string& name);
-  /// The same for an ONNX graph and every weight file it points at.
-  std::string graph(const std::string& name);
+  /// A listed file whose size and SHA-256 are those of the manifest; throws Error(bundle).
+  HeldFile held(const std::string& name);
+  /// Its content, the very bytes that were hashed; most: bytes that are taken.
+  std::string content(const std::string& name, std::size_t most);
+  /// An ONNX graph and every weight file it points at.
+  HeldGraph graph(const std::string& name);
   /// The sidecar of an engine file of a target; throws Error(bundle).
   EngineSidecar sidecar(const std::string& engine_file);
 
@@ -113,26 +119,33 @@ class BundleFiles {
     std::string problem;
   };
 
-  BundleFiles() = default;
+  explicit BundleFiles(std::shared_ptr<const HeldFolder> folder) : folder_(std::move(folder)) {}
+  /// Manifest and files of one and the same folder; incomplete: whether listed files were missing.
+  static BundleFiles read(const std::string& path, bool* incomplete);
+  /// Open every listed file; whether all are there.
+  bool hold();
+  /// Refuse a table of files that was written anew after the manifest, unless every file proves it.
+  void prove_files();
   /// Read files, graphs and targets from a manifest that passed the schema.
   void take_tables(const JsonValue& manifest);
   /// Check one file and remember it if it is sound; what is wrong with it.
   std::optional<std::string> problem_of(const std::string& name);
-  /// Check every file that the (already verified) graph points at.
-  std::vector<std::string> external_problems(const std::string& name);
+  /// Check every file that the (already verified) graph points at; gives the locations.
+  std::vector<std::string> external_problems(const std::string& name, std::vector<std::string>* locations);
 
-  std::string path_;
+  std::shared_ptr<const HeldFolder> folder_;
   std::string identity_;
   std::string checkpoint_;
   bool validated_ = false;
+  bool files_as_written_ = true;
   ModelConfig config_;
   std::vector<std::string> target_names_;  // in the order of the manifest
   std::map<std::string, TargetEntry> targets_;
   std::map<std::string, GraphContract> contracts_;
   std::map<std::string, FileEntry> files_;
   std::map<std::string, std::vector<std::string>> weights_of_graph_;  // every file of "graphs" and its weight files
+  std::map<std::string, std::shared_ptr<const RegularFile>> held_;
   std::map<std::string, FileState> verified_;
-  std::map<std::string, FileState> scanned_;
 };
 
 }  // namespace crt

@@ -218,15 +218,9 @@ void collect_file(const RegularFile& file, const std::string& path, std::vector<
 
 }  // namespace
 
-std::vector<ExternalTensor> external_tensors(const std::string& path) {
-  std::optional<RegularFile> file;
-  try {
-    file.emplace(path);
-  } catch (const SystemError& error) {
-    throw Error(ErrorKind::bundle, "cannot open the graph " + path + ": " + error.what());
-  }
+std::vector<ExternalTensor> external_tensors(const RegularFile& file, const std::string& path) {
   std::vector<ExternalTensor> found;
-  collect_file(*file, path, found);
+  collect_file(file, path, found);
   return found;
 }
 

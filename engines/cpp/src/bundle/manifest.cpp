@@ -1,9 +1,11 @@
 #include "bundle/manifest.hpp"
 
 #include <cerrno>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "bundle/integrity.hpp"
 #include "bundle/message_text.hpp"
 #include "bundle/paths.hpp"
 #include "bundle/problem_list.hpp"
@@ -19,17 +21,18 @@ constexpr char kAgain[] = "the bundle was changed or is incomplete; build it aga
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorKind::bundle, message); }
 
-std::string read(const std::string& folder, const std::string& path) {
+std::string read(const HeldFolder& folder, const std::string& path) {
   try {
-    std::optional<std::string> content = read_file(path, kMaxManifestBytes);
+    const std::shared_ptr<const RegularFile> file = folder.open_file(kManifestName);
+    std::optional<std::string> content = read_file(*file, kMaxManifestBytes);
     if (!content) {
-      refuse(path + " has " + std::to_string(file_state(path).size) + " bytes; a manifest has at most " +
+      refuse(path + " has " + std::to_string(file->state().size) + " bytes; a manifest has at most " +
              std::to_string(kMaxManifestBytes));
     }
     return *std::move(content);
   } catch (const SystemError& error) {
     if (error.number() == ENOENT) {
-      refuse(folder + " is not a bundle: it has no " + kManifestName + "; build one with 'crt-export build'");
+      refuse(folder.path() + " is not a bundle: it has no " + kManifestName + "; build one with 'crt-export build'");
     }
     refuse("cannot read " + path + ": " + error.what() + " (expected a regular file, not a link)");
   }
@@ -61,12 +64,15 @@ void check_version(const std::string& path, const JsonValue& manifest) {
 
 }  // namespace
 
-Manifest read_manifest(const std::string& folder) {
-  const std::string path = folder + "/" + kManifestName;
+Manifest read_manifest(const HeldFolder& folder) {
+  const std::string path = folder.path() + "/" + kManifestName;
   const std::string content = read(folder, path);
   Manifest manifest;
   manifest.content = parse(path, content);
   check_version(path, manifest.content);
+  if (const std::optional<std::string> damage = integrity_problem(manifest.content)) {
+    refuse(path + " was changed after it was written: " + *damage + "; restore the bundle or build it again");
+  }
   const std::vector<std::string> problems = manifest_problems(manifest.content);
   if (!problems.empty()) {
     refuse(problem_list(path + " breaks schema version " + std::to_string(kSchemaVersion), problems));

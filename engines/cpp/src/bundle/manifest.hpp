@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bundle/held_folder.hpp"
 #include "bundle/json.hpp"
 
 namespace crt {
@@ -13,6 +14,6 @@ struct Manifest {
 };
 
 /// Throws Error(bundle): missing, unreadable, not JSON, of a newer schema, or breaks the schema (all problems listed).
-Manifest read_manifest(const std::string& folder);
+Manifest read_manifest(const HeldFolder& folder);
 
 }  // namespace crt

@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <filesystem>
+#include <map>
 #include <vector>
 
 #include "bundle/message_text.hpp"
@@ -16,6 +18,7 @@ namespace crt {
 namespace {
 
 constexpr std::size_t kMaxNameLength = 1024;
+constexpr std::size_t kMaxPartLength = 255;
 constexpr std::size_t kChunkBytes = std::size_t{1} << 18U;
 
 std::int64_t nanoseconds(const timespec& time) {
@@ -54,9 +57,34 @@ std::vector<std::string> components(const std::string& name) {
   return parts;
 }
 
-bool is_forbidden(char character) {
+/// Printable ASCII, but for what Windows or a shell reads as something else.
+bool is_allowed(char character) {
   const auto byte = static_cast<unsigned char>(character);
-  return byte < 0x20 || byte == 0x7F || std::string_view("\\:*?\"<>|").find(character) != std::string_view::npos;
+  return byte >= 0x20 && byte < 0x7F && std::string_view("\\:*?\"<>|").find(character) == std::string_view::npos;
+}
+
+/// The character of UTF-8 text that begins at a byte.
+std::string character_at(const std::string& text, std::size_t begin) {
+  std::size_t end = begin + 1;
+  while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U) ++end;
+  return text.substr(begin, end - begin);
+}
+
+std::string lower(std::string text) {
+  for (char& character : text) {
+    if (character >= 'A' && character <= 'Z') character = static_cast<char>(character - 'A' + 'a');
+  }
+  return text;
+}
+
+/// CON, COM1 and their like, with or without an ending.
+bool is_windows_device(const std::string& part) {
+  std::string stem = lower(part.substr(0, part.find('.')));
+  stem.erase(stem.find_last_not_of(' ') + 1);
+  const std::array<std::string_view, 6> plain{"con", "prn", "aux", "nul", "conin$", "conout$"};
+  if (std::find(plain.begin(), plain.end(), stem) != plain.end()) return true;
+  return stem.size() == 4 && stem[3] >= '0' && stem[3] <= '9' &&
+         (stem.compare(0, 3, "com") == 0 || stem.compare(0, 3, "lpt") == 0);
 }
 
 }  // namespace
@@ -69,8 +97,10 @@ bool FileState::operator==(const FileState& other) const noexcept {
          changed_ns == other.changed_ns;
 }
 
-RegularFile::RegularFile(const std::string& path)
-    : descriptor_(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)) {
+RegularFile::RegularFile(const std::string& path) : RegularFile(AT_FDCWD, path) {}
+
+RegularFile::RegularFile(int folder, const std::string& name)
+    : descriptor_(::openat(folder, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)) {
   if (descriptor_ < 0) throw SystemError(errno);
   struct stat status {};
   const int problem = ::fstat(descriptor_, &status) != 0 ? errno : 0;
@@ -107,10 +137,11 @@ std::optional<std::string> name_problem(const std::string& name) {
     return "must have 1 to " + std::to_string(kMaxNameLength) + " characters, has " + std::to_string(length);
   }
   if (name.front() == '/') return "is an absolute path; only paths relative to the bundle are allowed";
-  const auto bad = std::find_if(name.begin(), name.end(), is_forbidden);
+  const auto bad = std::find_if_not(name.begin(), name.end(), is_allowed);
   if (bad != name.end()) {
-    return "contains " + in_quotes(std::string(1, *bad)) +
-           "; use '/' between folders and no drive letter or control character";
+    return "contains " + in_quotes(character_at(name, static_cast<std::size_t>(bad - name.begin()))) +
+           "; use '/' between folders, no drive letter or control character, and of other characters only those of "
+           "ASCII";
   }
   for (const std::string& part : components(name)) {
     if (part.empty() || part == "." || part == "..") {
@@ -119,18 +150,41 @@ std::optional<std::string> name_problem(const std::string& name) {
     if (part.back() == '.' || part.back() == ' ') {
       return "contains " + in_quotes(part) + ", which ends in a dot or a space (Windows drops those)";
     }
+    if (part.size() > kMaxPartLength) {
+      return "contains a component of " + std::to_string(part.size()) + " characters; file systems take " +
+             std::to_string(kMaxPartLength);
+    }
+    if (is_windows_device(part)) return "contains " + in_quotes(part) + ", which is a device on Windows";
   }
   return std::nullopt;
 }
 
-std::optional<std::string> file_problem(const std::string& folder, const std::string& name) {
+std::vector<std::string> collision_problems(const std::vector<std::string>& names) {
+  std::map<std::string, std::string> spelled;
+  std::vector<std::string> problems;
+  for (const std::string& name : names) {
+    for (std::size_t end = name.find('/'); ; end = name.find('/', end + 1)) {
+      const std::string path = name.substr(0, end);
+      const std::string& first = spelled.emplace(lower(path), path).first->second;
+      if (first != path) {
+        problems.push_back(in_quotes(first) + " and " + in_quotes(path) +
+                           " differ in upper and lower case only: other systems take them for one");
+        break;
+      }
+      if (end == std::string::npos) break;
+    }
+  }
+  return problems;
+}
+
+std::optional<std::string> file_problem(int folder, const std::string& name) {
   const std::vector<std::string> parts = components(name);
   std::string walked;
   for (const std::string& part : parts) {
     walked += (walked.empty() ? "" : "/") + part;
     const bool last = walked.size() == name.size();
     struct stat status {};
-    if (::lstat((folder + "/" + walked).c_str(), &status) != 0) {
+    if (::fstatat(folder, walked.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) {
       if (errno == ENOENT || errno == ENOTDIR) return "is missing";
       return "cannot be read (" + error_text(errno) + ")";
     }
@@ -143,14 +197,7 @@ std::optional<std::string> file_problem(const std::string& folder, const std::st
   return std::nullopt;
 }
 
-FileState file_state(const std::string& path) {
-  struct stat status {};
-  if (::lstat(path.c_str(), &status) != 0) throw SystemError(errno);
-  return state_of(status);
-}
-
-HashedFile hash_file(const std::string& path) {
-  const RegularFile file(path);
+HashedFile hash_file(const RegularFile& file) {
   const FileState before = file.state();
   Sha256 digest;
   std::vector<char> chunk(kChunkBytes);
@@ -163,8 +210,7 @@ HashedFile hash_file(const std::string& path) {
   return {digest.hex(), before};
 }
 
-std::optional<std::string> read_file(const std::string& path, std::size_t most) {
-  const RegularFile file(path);
+std::optional<std::string> read_file(const RegularFile& file, std::size_t most) {
   const std::uint64_t size = file.state().size;
   if (size > most) return std::nullopt;
   std::string content(static_cast<std::size_t>(size), '\0');

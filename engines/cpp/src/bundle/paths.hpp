@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace crt {
 
@@ -41,10 +42,13 @@ class RegularFile {
   /// Follows no link in the last component and does not block on a pipe. Throws SystemError: the file cannot be
   /// opened, is a link (ELOOP), or is not a regular file (EINVAL).
   explicit RegularFile(const std::string& path);
+  /// The same below a folder that is held open; name has one component.
+  RegularFile(int folder, const std::string& name);
   ~RegularFile();
   RegularFile(const RegularFile&) = delete;
   RegularFile& operator=(const RegularFile&) = delete;
 
+  int descriptor() const noexcept { return descriptor_; }
   FileState state() const;
   /// Up to count bytes at offset into buffer; fewer only at the end of the file.
   std::size_t read(void* buffer, std::size_t count, std::uint64_t offset) const;
@@ -60,14 +64,14 @@ struct HashedFile {
 
 /// Why name cannot be a file of a bundle; unset if it can.
 std::optional<std::string> name_problem(const std::string& name);
-/// Walk from folder to name without following links; what is wrong. name must have passed name_problem.
-std::optional<std::string> file_problem(const std::string& folder, const std::string& name);
-/// Throws SystemError.
-FileState file_state(const std::string& path);
+/// Which names, or folders of them, differ in upper and lower case only: one file on macOS and Windows.
+std::vector<std::string> collision_problems(const std::vector<std::string>& names);
+/// Walk from an open folder to name without following links; what is wrong. name must have passed name_problem.
+std::optional<std::string> file_problem(int folder, const std::string& name);
 /// Throws SystemError; ESTALE if the file changed while it was read.
-HashedFile hash_file(const std::string& path);
+HashedFile hash_file(const RegularFile& file);
 /// The whole file; unset if it has more than most bytes. Takes no more memory than the file has. Throws SystemError.
-std::optional<std::string> read_file(const std::string& path, std::size_t most);
+std::optional<std::string> read_file(const RegularFile& file, std::size_t most);
 /// Absolute, links resolved as far as the path exists; the twin of os.path.realpath.
 std::string real_path(const std::string& path);
 

@@ -27,6 +27,7 @@ OrtProfile ort_profile(const JsonValue* options) {
   if (const JsonValue* level = options->find("graph_optimization")) profile.graph_optimization = level->string();
   if (const JsonValue* spinning = options->find("spinning")) profile.spinning = spinning->boolean();
   if (const JsonValue* huge = options->find("huge_pages")) profile.huge_pages = huge->boolean();
+  if (const JsonValue* mapped = options->find("mmap")) profile.mmap = mapped->boolean();
   if (const JsonValue* names = options->find("disabled_optimizers")) {
     for (const JsonValue& name : names->array()) profile.disabled_optimizers.push_back(name.string());
   }

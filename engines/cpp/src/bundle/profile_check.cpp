@@ -214,7 +214,7 @@ class ProfileCheck {
     const bool compiled = runtime_ == "tensorrt" || runtime_ == "tensorrt-rtx";
     const Texts known = compiled
                             ? Texts{"optimization_level", "workspace_mib", "ampere_plus", "version_compatible"}
-                            : Texts{"graph_optimization", "disabled_optimizers", "spinning", "huge_pages"};
+                            : Texts{"graph_optimization", "disabled_optimizers", "spinning", "huge_pages", "mmap"};
     for (const auto& [key, value] : options->object().members()) {
       if (!holds(known, key)) add(unknown_key("'options." + key + "'", key, known));
     }
@@ -235,7 +235,7 @@ class ProfileCheck {
                               std::all_of(names->array().begin(), names->array().end(), is_optimizer_name))) {
       add("options.disabled_optimizers must be a list of names, not " + shown(*names, kShown));
     }
-    for (const char* key : {"spinning", "huge_pages"}) check_boolean_option(options, key);
+    for (const char* key : {"spinning", "huge_pages", "mmap"}) check_boolean_option(options, key);
   }
 
   void check_builder_options(const JsonValue& options) {

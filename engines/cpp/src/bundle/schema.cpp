@@ -130,6 +130,9 @@ bool is_sha256(const std::string& text) {
 }
 
 void check_files(Problems& problems, const JsonValue& files) {
+  std::vector<std::string> names;
+  for (const auto& listed : files.object().members()) names.push_back(listed.first);
+  for (const std::string& problem : collision_problems(names)) problems.push_back("files: " + problem);
   for (const auto& [name, entry] : files.object().members()) {
     const std::string where = "files[" + in_quotes(name, 200) + "]";
     std::optional<std::string> reason = name_problem(name);

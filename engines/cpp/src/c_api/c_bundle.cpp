@@ -10,7 +10,7 @@ using crt::c_api::require;
 
 namespace {
 
-crt_bundle_options default_bundle_options() noexcept { return {sizeof(crt_bundle_options), 0}; }
+crt_bundle_options default_bundle_options() noexcept { return {sizeof(crt_bundle_options), 0, nullptr}; }
 
 crt_model_config config_from_model(const crt::ModelConfig& model) noexcept {
   crt_model_config config{};
@@ -61,7 +61,7 @@ crt_status crt_bundle_open(const char* path, const crt_bundle_options* options, 
   return call([&] {
     require({{path, "path"}, {bundle, "bundle"}});
     const auto taken = crt::c_api::taken_options(options, "crt_bundle_options", default_bundle_options());
-    crt::Bundle opened = crt::Bundle::load(path, taken.allow_unvalidated != 0);
+    crt::Bundle opened = crt::Bundle::load(path, taken.allow_unvalidated != 0, taken.identity == nullptr ? "" : taken.identity);
     crt::c_api::give(std::make_unique<crt_bundle>(std::move(opened)), bundle);
   });
 }

@@ -2,6 +2,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,7 @@
 #include "engine/contract.hpp"
 #include "engine/host_buffer.hpp"
 #include "engine/huge_pages.hpp"
+#include "engine/onnxruntime_loading.hpp"
 #include "engine/tensor_names.hpp"
 
 namespace crt {
@@ -129,8 +131,10 @@ class OrtLaunch final : public Launch {
 
 class OrtProgram final : public Program {
  public:
-  OrtProgram(const Ort::Env& environment, const std::string& path, const Ort::SessionOptions& options)
-      : file_(path.substr(path.find_last_of('/') + 1)), session_(load(environment, path, options)) {
+  OrtProgram(const Ort::Env& environment, const HeldGraph& graph, const OrtProfile& profile, int threads,
+             bool stop_spinning)
+      : file_(graph.path.substr(graph.path.find_last_of('/') + 1)),
+        session_(load(environment, graph, profile, threads, stop_spinning)) {
     const Ort::AllocatorWithDefaultOptions allocator;
     for (std::size_t index = 0; index < session_.GetInputCount(); ++index) {
       const auto name = session_.GetInputNameAllocated(index, allocator);
@@ -154,11 +158,21 @@ class OrtProgram final : public Program {
   }
 
  private:
-  static Ort::Session load(const Ort::Env& environment, const std::string& path, const Ort::SessionOptions& options) {
+  static Ort::Session load(const Ort::Env& environment, const HeldGraph& graph, const OrtProfile& profile, int threads,
+                           bool stop_spinning) {
+    const LoadGraph load = [&](const std::string& model, const std::function<void(Ort::SessionOptions&)>& add) {
+      Ort::SessionOptions options = session_options(profile, threads, stop_spinning);
+      add(options);
+      Ort::Session session{nullptr};
+      allocated_in_huge_pages(profile.huge_pages, [&] {
+        session = Ort::Session(environment, model.data(), model.size(), options);
+      });
+      return session;
+    };
     try {
-      return Ort::Session(environment, path.c_str(), options);
+      return load_held_graph(graph, load, profile.mmap);
     } catch (const Ort::Exception& error) {
-      throw Error(ErrorKind::contract, path + ": ONNX Runtime cannot load it (" + error.what() + ")");
+      throw Error(ErrorKind::contract, graph.path + ": ONNX Runtime cannot load it (" + error.what() + ")");
     }
   }
 
@@ -224,13 +238,8 @@ class OrtEngine final : public Engine {
   Program& load(const std::string& graph) {
     // Only the step's threads spin on between calls: two spinning pools in one thread double its time.
     const bool stop_spinning = graph != step_graph();
-    const std::string path = files_.graph(target_.graphs.at(graph));
-    std::unique_ptr<OrtProgram> program;
-    allocated_in_huge_pages(target_.ort.huge_pages, [&] {
-      program = std::make_unique<OrtProgram>(*environment_, path,
-                                             session_options(target_.ort, threads_, stop_spinning));
-    });
-    return *(programs_[graph] = std::move(program));
+    return *(programs_[graph] = std::make_unique<OrtProgram>(*environment_, files_.graph(target_.graphs.at(graph)),
+                                                             target_.ort, threads_, stop_spinning));
   }
 
   std::shared_ptr<Ort::Env> environment_;

@@ -30,7 +30,7 @@ SelftestVectors vectors_of(BundleFiles& files) {
                                        ": it was built by a version without self-test; build it again with "
                                        "'crt-export build' to get one");
   }
-  return SelftestVectors::load(files.file(kVectorsFile), files.config(), files.checkpoint());
+  return SelftestVectors::load(files.held(kVectorsFile), files.config(), files.checkpoint());
 }
 
 /// The same sequence of bits in both; where they differ, the largest difference.

@@ -93,12 +93,15 @@ bool SelftestVectors::has_run(const std::string& run) const noexcept {
   return std::find(runs_.begin(), runs_.end(), run) != runs_.end();
 }
 
-SelftestVectors SelftestVectors::load(const std::string& path, const ModelConfig& config,
-                                      const std::string& checkpoint) {
+SelftestVectors SelftestVectors::load(const HeldFile& held, const ModelConfig& config, const std::string& checkpoint) {
+  const std::string& path = held.path;
   SelftestVectors vectors;
   std::vector<std::string> problems;
   try {
-    const TensorFile file = read_tensor_file(vectors_kind(), path);
+    const TensorFile file = read_tensor_file(vectors_kind(), path, held.file);
+    if (!held.unchanged()) {
+      problems.emplace_back("the file changed while it was read");
+    }
     vectors.take_metadata(file.metadata, checkpoint, &problems);
     if (problems.empty()) {
       vectors.check_shapes(file.tensors, config, &problems);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bundle/held_folder.hpp"
 #include "crt_runtime/config.hpp"
 #include "crt_runtime/snapshot.hpp"
 
@@ -25,7 +26,7 @@ class SelftestVectors {
  public:
   /// Read and check a file for a model and the content hash of its checkpoint. Throws Error(bundle), all problems of a
   /// kind at once.
-  static SelftestVectors load(const std::string& path, const ModelConfig& config, const std::string& checkpoint);
+  static SelftestVectors load(const HeldFile& file, const ModelConfig& config, const std::string& checkpoint);
 
   std::int64_t prompt() const noexcept { return prompt_; }
   std::int64_t steps() const noexcept { return steps_; }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bundle/message_text.hpp"
+#include "bundle/sha256.hpp"
 #include "session/safe_write.hpp"
 
 namespace crt {
@@ -15,7 +16,8 @@ namespace {
 
 constexpr char kMetadata[] = "__metadata__";
 constexpr std::size_t kLengthBytes = 8;
-constexpr std::uint64_t kMostHeaderBytes = 100'000'000;  // as the safetensors library
+constexpr std::uint64_t kMostHeaderBytes = std::uint64_t{8} << 20U;  // 80,000 tensors; parsing takes many times as much
+constexpr std::uint64_t kPieceBytes = std::uint64_t{1} << 20U;
 
 struct StoredTensor {
   SnapshotTensor tensor;
@@ -189,8 +191,8 @@ std::vector<StoredTensor> stored_tensors(const JsonValue& header, std::uint64_t 
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(const std::string& path)
-    : file_(real_path(path)), header_(read_header(file_, &data_begin_)) {}
+SafetensorsFile::SafetensorsFile(std::shared_ptr<const RegularFile> file)
+    : file_(std::move(file)), header_(read_header(*file_, &data_begin_)) {}
 
 const std::string* SafetensorsFile::metadata(const std::string& key) const noexcept {
   const JsonValue* metadata = header_.find(kMetadata);
@@ -198,12 +200,30 @@ const std::string* SafetensorsFile::metadata(const std::string& key) const noexc
   return value != nullptr && value->is_string() ? &value->string() : nullptr;
 }
 
+std::string SafetensorsFile::digest() const {
+  std::vector<StoredTensor> stored = stored_tensors(header_, file_->state().size - data_begin_);
+  std::sort(stored.begin(), stored.end(),
+            [](const StoredTensor& a, const StoredTensor& b) { return a.tensor.name < b.tensor.name; });
+  Sha256 digest;
+  std::vector<unsigned char> piece(static_cast<std::size_t>(kPieceBytes));
+  for (const StoredTensor& tensor : stored) {
+    for (std::uint64_t begin = tensor.begin; begin < tensor.end; begin += kPieceBytes) {
+      const auto count = static_cast<std::size_t>(std::min(kPieceBytes, tensor.end - begin));
+      if (file_->read(piece.data(), count, data_begin_ + begin) != count) {
+        throw SafetensorsError("it became shorter while it was read");
+      }
+      digest.update(piece.data(), count);
+    }
+  }
+  return digest.hex();
+}
+
 std::vector<SnapshotTensor> SafetensorsFile::tensors() const {
   std::vector<SnapshotTensor> tensors;
-  for (StoredTensor& stored : stored_tensors(header_, file_.state().size - data_begin_)) {
+  for (StoredTensor& stored : stored_tensors(header_, file_->state().size - data_begin_)) {
     std::vector<unsigned char>& data = stored.tensor.data;
     data.resize(static_cast<std::size_t>(stored.end - stored.begin));
-    if (file_.read(data.data(), data.size(), data_begin_ + stored.begin) != data.size()) {
+    if (file_->read(data.data(), data.size(), data_begin_ + stored.begin) != data.size()) {
       throw SafetensorsError("it became shorter while it was read");
     }
     tensors.push_back(std::move(stored.tensor));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,16 +22,19 @@ class SafetensorsError : public std::runtime_error {
 /// A file that is open for reading; throws SystemError, JsonError or SafetensorsError.
 class SafetensorsFile {
  public:
-  /// Reads the header; a link is followed.
-  explicit SafetensorsFile(const std::string& path);
+  /// Reads the header.
+  explicit SafetensorsFile(std::shared_ptr<const RegularFile> file);
 
   /// A string of the metadata; nullptr if it has none of this name.
   const std::string* metadata(const std::string& key) const noexcept;
+  /// SHA-256 over the bytes of all tensors in order of their sorted names, in little memory: a file that claims much and
+  /// holds nothing costs nothing. Refuses what tensors() does.
+  std::string digest() const;
   /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have one of the four dtypes of this package.
   std::vector<SnapshotTensor> tensors() const;
 
  private:
-  RegularFile file_;
+  std::shared_ptr<const RegularFile> file_;
   std::uint64_t data_begin_ = 0;
   JsonValue header_;
 };

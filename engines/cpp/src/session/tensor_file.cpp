@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -57,17 +58,21 @@ void check_metadata(const TensorFileKind& kind, const std::string& path, const S
   }
 }
 
-TensorFile read_checked(const TensorFileKind& kind, const std::string& path) {
-  const SafetensorsFile file(path);
+TensorFile read_checked(const TensorFileKind& kind, const std::string& path,
+                        std::shared_ptr<const RegularFile> opened) {
+  const SafetensorsFile file(std::move(opened));
   check_metadata(kind, path, file);
+  const auto check = [&](const std::string& digest) {
+    if (digest != *file.metadata("sha256")) {
+      throw Error(ErrorKind::bundle, path + " is damaged: its tensors have SHA-256 " + digest + ", its metadata say " +
+                                         in_quotes(*file.metadata("sha256"), 80));
+    }
+  };
+  check(file.digest());  // before there is memory for any tensor
   TensorFile found{{}, file.tensors()};
+  check(digest_of(found.tensors));  // the file may have been written to meanwhile
   for (const std::string& key : kind.required) {
     found.metadata[key] = *file.metadata(key);
-  }
-  const std::string digest = digest_of(found.tensors);
-  if (digest != *file.metadata("sha256")) {
-    throw Error(ErrorKind::bundle, path + " is damaged: its tensors have SHA-256 " + digest + ", its metadata say " +
-                                       in_quotes(*file.metadata("sha256"), 80));
   }
   return found;
 }
@@ -75,11 +80,16 @@ TensorFile read_checked(const TensorFileKind& kind, const std::string& path) {
 }  // namespace
 
 TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path) {
+  return read_tensor_file(kind, path, std::make_shared<RegularFile>(real_path(path)));
+}
+
+TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path,
+                            std::shared_ptr<const RegularFile> file) {
   const auto damaged = [&](const std::string& reason) {
     return Error(ErrorKind::bundle, path + " is not " + kind.title + " or damaged: " + reason);
   };
   try {
-    return read_checked(kind, path);
+    return read_checked(kind, path, std::move(file));
   } catch (const JsonError& error) {
     throw damaged(std::string("its header ") + error.what());
   } catch (const SafetensorsError& error) {

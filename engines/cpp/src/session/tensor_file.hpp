@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "bundle/paths.hpp"
 #include "crt_runtime/snapshot.hpp"
 
 namespace crt {
@@ -25,9 +27,12 @@ struct TensorFile {
   std::vector<SnapshotTensor> tensors;
 };
 
-/// Read a file and compare its checksum; what the tensors are worth, the caller finds out. Throws SystemError where it
+/// Read a file, a link is followed, and compare its checksum before its tensors take memory; what the tensors are worth, the caller finds out. Throws SystemError where it
 /// cannot be read, Error(bundle) where it is damaged, something else, or of a newer format version.
 TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path);
+/// The same of a file that is open; path is what messages call it.
+TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path,
+                            std::shared_ptr<const RegularFile> file);
 
 /// Write a file that appears complete or not at all; metadata are the required ones. Throws SystemError.
 void write_tensor_file(const TensorFileKind& kind, const std::string& path,

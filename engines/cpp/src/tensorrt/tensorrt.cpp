@@ -103,9 +103,9 @@ class TensorRtEngine final : public Engine {
   Program& load(const std::string& graph) {
     gpu_.device->make_current();
     const EngineSidecar& sidecar = sidecars_.at(graph);
-    const std::string path = files_.file(target_.engines.at(graph));
+    const HeldFile file = files_.held(target_.engines.at(graph));
     const std::shared_ptr<LoadedEngine> engine =
-        load_plan(api_, {target_.name + " " + graph, path, read_plan(path), sidecar.ampere_plus});
+        load_plan(api_, {target_.name + " " + graph, file.path, files_.content(target_.engines.at(graph), kMostPlanBytes), sidecar.ampere_plus});
     auto program = std::make_unique<TensorRtProgram>(gpu_.device, engine);
     std::vector<std::string> problems = contract_problems(files_, target_, graph, *program);
     for (const std::string& problem : engine_problems(engine->tensors(), sidecar, files_.contract(graph))) {
@@ -113,18 +113,6 @@ class TensorRtEngine final : public Engine {
     }
     refuse_broken_contract(target_, problems);
     return *(programs_[graph] = std::move(program));
-  }
-
-  static std::string read_plan(const std::string& path) {
-    try {
-      std::optional<std::string> plan = read_file(path, kMostPlanBytes);
-      if (plan) {
-        return std::move(*plan);
-      }
-    } catch (const SystemError& error) {
-      throw Error(ErrorKind::bundle, path + " cannot be read (" + error.what() + ")");
-    }
-    throw Error(ErrorKind::bundle, path + " is larger than an engine can be; build the bundle again");
   }
 
   BundleFiles files_;  // a copy, because the engine may outlive the bundle

@@ -48,7 +48,7 @@ RuntimeCacheFile::RuntimeCacheFile(const std::string& name) : path_(runtime_cach
 
 std::string RuntimeCacheFile::load() noexcept {
   try {
-    const std::string content = path_ ? read_file(*path_, kMostBytes).value_or("") : "";
+    const std::string content = path_ ? read_file(RegularFile(*path_), kMostBytes).value_or("") : "";
     const std::string magic = kMagic;
     constexpr std::size_t kHashBytes = 32;
     if (content.size() <= magic.size() + kHashBytes) {

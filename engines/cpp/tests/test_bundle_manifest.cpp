@@ -38,7 +38,7 @@ TEST_CASE("manifest: a sound bundle opens, and its identity is the manifest's SH
   const BundleFolder bundle;
   const crt::BundleFiles files = crt::BundleFiles::open(bundle.text() + "/", false);
   CHECK(files.path() == bundle.text());
-  const std::string text = bundle.manifest.dump();
+  const std::string text = bundle.manifest_text();
   CHECK(files.identity() == crt::sha256_hex(text.data(), text.size()));
   CHECK(files.target_names() == std::vector<std::string>{"ort", "rtx"});
   CHECK(crt::sha256_hex("abc", 3) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
@@ -169,13 +169,37 @@ TEST_CASE("manifest: each rule of the schema") {
   }
 }
 
-TEST_CASE("manifest: a name may have 1024 characters of several bytes") {
+TEST_CASE("manifest: names that do not mean the same everywhere are refused") {
+  const std::string device = "which is a device on Windows", ascii = "only those of ASCII";
+  const std::vector<std::pair<std::vector<std::string>, std::string>> cases{
+      {{"graphs/NUL"}, device},
+      {{"con.txt"}, device},
+      {{"a/Com1.tar.gz"}, device},
+      {{"lpt9 .x"}, device},
+      {{"CONIN$"}, device},
+      {{"aux/file"}, device},
+      {{"COM\xC2\xB9"}, "contains '\xC2\xB9'; "},
+      {{"graphs/\xC3\xA9"}, ascii},
+      {{"graphs/e\xCC\x81"}, ascii},
+      {{"graphs/\xC2\x9B" "31m"}, "contains '\\x9b'"},
+      {{"graphs/A.bin", "graphs/a.bin"}, "'graphs/A.bin' and 'graphs/a.bin' differ in upper and lower case only"},
+      {{"Other/x", "other/y"}, "'Other' and 'other' differ in upper and lower case only"},
+      {{std::string(256, 'x')}, "contains a component of 256 characters"},
+      {{"a<b"}, "contains '<'"},
+  };
+  const BundleFolder sound;
   BundleFolder bundle;
-  std::string name;
-  for (int i = 0; i < 1024; ++i) name += "\xC3\xA4";
-  bundle.manifest["files"][name] = file_entry();
-  bundle.write_manifest();
-  CHECK(refusal_of(bundle).empty());
+  for (const auto& [names, message] : cases) {
+    bundle.manifest = sound.manifest;
+    for (const std::string& name : names) bundle.manifest["files"][name] = file_entry();
+    bundle.write_manifest();
+    const std::string found = refusal_of(bundle);
+    INFO(found);
+    CHECK(contains(found, message));
+  }
+  for (const char* name : {"console/com.txt", "com10", "nul-1", "a b", "lpt", "~x!$&'()+,;=@[]^`{}"}) {
+    CHECK_FALSE(crt::name_problem(name));
+  }
 }
 
 TEST_CASE("manifest: a NUL in a name is refused") {

@@ -39,7 +39,7 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow:
     """
     try:
         if follow:
-            _refuse_other_kinds(path, os.stat(path))  # opening a device or a pipe may do something already
+            _refuse_other_kinds(path, Path(path).stat())  # opening a device or a pipe may do something already
         flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
         for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
             flags |= getattr(os, flag, 0)

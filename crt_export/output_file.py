@@ -60,7 +60,7 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o66
 def _status(path: str | os.PathLike[str]) -> os.stat_result | None:
     """What is there, links followed; None for a free name and for a link to one."""
     try:
-        return os.stat(path)
+        return Path(path).stat()
     except FileNotFoundError:
         return None
     except ValueError as error:  # a NUL byte, or characters that no file name can have

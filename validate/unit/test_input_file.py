@@ -1,4 +1,4 @@
-"""What a user names as a file to read: links are followed, and nothing hangs, fills the memory or is taken for a file."""
+"""What a user names as a file to read: links are followed; nothing hangs or fills the memory."""
 
 from __future__ import annotations
 

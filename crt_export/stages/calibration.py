@@ -125,10 +125,12 @@ def quantization_plan(
     }
     key = stage_key(_STAGE, inputs)
     with temporary_folder() as folder:
-        answer = store.restore(_STAGE, key, folder)
-        if answer is not None:
+        stored = store.restore_as(
+            _STAGE, key, folder, lambda answer: (read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"])
+        )
+        if stored is not None:
             progress("calibrate w8a8: as stored by an earlier build", 0, 0)
-            return read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"]
+            return stored
         plan, record = _calibrated(checkpoint, text, max(unrolls), progress)
         if store.folder is not None:
             rest = write_plan(plan, folder / _PLAN_FILE)

@@ -74,6 +74,7 @@ def test_the_command_line_says_so_and_exits_with_the_code_of_the_signal(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cleaned = []
+    before = signal.signal(number, signal.SIG_DFL)
 
     @click.group()
     def app() -> None: ...
@@ -86,10 +87,13 @@ def test_the_command_line_says_so_and_exits_with_the_code_of_the_signal(
         finally:
             cleaned.append(True)
 
-    assert run_app(app, ["wait"]) == code
+    try:
+        assert run_app(app, ["wait"]) == code
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert cleaned == [True]
     assert capsys.readouterr() == ("", "terminated\n")
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_cleaning_up_is_not_cut_off_by_a_second_signal() -> None:

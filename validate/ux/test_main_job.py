@@ -214,5 +214,5 @@ def test_interrupted_build_leaves_nothing_behind(
     assert rest.splitlines()[-1] == word
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
-    assert list(temporary.iterdir()) == []
+    assert not list(temporary.glob("crt-export*"))  # torch leaves a folder of its own
     assert not [path for path in cache.rglob("*") if path.name.startswith(".unfinished")]

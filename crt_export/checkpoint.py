@@ -1,4 +1,4 @@
-"""``config.json`` + ``model.safetensors`` -> :class:`Checkpoint`, validated as a whole."""
+"""``config.json`` + ``model.safetensors``, or its shards -> :class:`Checkpoint`, validated as a whole."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from safetensors.torch import save_file
 
 from crt_export.config import ModelConfig, load_config
 from crt_export.errors import CheckpointError, problem_list
+from crt_export.input_file import is_input, open_input
+from crt_export.weight_files import WEIGHTS_FILE, find_weight_files
 
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-#: What makes up a checkpoint, in the order of its content hash.
-CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, TOKENIZER_FILE)
 _DTYPES = {"F32", "F16", "BF16"}
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Checkpoint:
         path: Folder it was read from.
         config: The validated architecture.
         tensors: Every weight by checkpoint name, float32, linears as [out, in].
-        stored_dtypes: Safetensors dtype names the file used, sorted.
+        stored_dtypes: Safetensors dtype names that its weights are stored in, sorted.
         sha256: Content hash over the bytes of the checkpoint's files.
     """
 
@@ -82,42 +80,77 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     """
     path = Path(folder)
     config = load_config(path)
-    file = path / WEIGHTS_FILE
-    _require_weights_file(file)
-    try:
-        with safe_open(file, framework="pt") as reader:
-            dtypes = {name: reader.get_slice(name).get_dtype() for name in reader.keys()}
-            shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}
-            # Values are checked whatever the layout, so that one error names everything there is to mend.
-            tensors = {
-                name: reader.get_tensor(name).to(torch.float32) for name in sorted(shapes) if dtypes[name] in _DTYPES
-            }
-        problems = [*_layout_problems(config, shapes, dtypes), *_value_problems(tensors)]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: expected a complete safetensors file, found something unreadable ({error}); copy or save it again"
-        ) from None
+    files = find_weight_files(path)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    misplaced: list[str] = []
+    for name in files.names:
+        found = _read_tensors(path / name)
+        misplaced += files.place_problems(name, set(found.shapes))
+        shapes |= found.shapes
+        dtypes |= found.dtypes
+        tensors |= found.tensors
+    # Values are checked whatever the layout, so that one error names everything there is to mend.
+    problems = [*misplaced, *_layout_problems(config, shapes, dtypes), *_value_problems(tensors)]
     if problems:
-        raise CheckpointError(problem_list(f"{file}", problems))
-    if config.tokenizer == "tokenizer.json" and not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path}: config.json says tokenizer 'tokenizer.json', and that file is missing")
+        raise CheckpointError(problem_list(f"{files.title}", problems))
+    if config.tokenizer == TOKENIZER_FILE and not is_input(path / TOKENIZER_FILE):
+        other = (path / TOKENIZER_FILE).exists()
+        found_there = "that is no regular file" if other else "that file is missing"
+        raise CheckpointError(f"{path}: config.json says tokenizer {TOKENIZER_FILE!r}, and {found_there}")
     return Checkpoint(
         path=path,
         config=config,
-        tensors=tensors,
+        tensors={name: tensors[name] for name in sorted(tensors)},
         stored_dtypes=tuple(sorted(set(dtypes.values()))),
         sha256=checkpoint_hash(path),
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _StoredTensors:
+    """What one file holds; ``tensors`` only those that could be a weight, float32."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+
+
+def _read_tensors(file: Path) -> _StoredTensors:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in sorted(reader.keys())}
+            dtypes = {name: str(found.get_dtype()) for name, found in slices.items()}
+            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+            # PyTorch itself fails on what no weight looks like: sizes whose product overflows, dozens of dimensions.
+            readable = [
+                name for name in slices if dtypes[name] in _DTYPES and len(shapes[name]) <= 2 and 0 not in shapes[name]
+            ]
+            tensors = {name: reader.get_tensor(name).to(torch.float32) for name in readable}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: expected a complete safetensors file, found something unreadable ({error}); copy or save it again"
+        ) from None
+    return _StoredTensors(shapes=shapes, dtypes=dtypes, tensors=tensors)
+
+
+def checkpoint_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files that make up a checkpoint, in the order of its content hash.
+
+    Raises:
+        CheckpointError: Its weights cannot be told, see :func:`crt_export.weight_files.find_weight_files`.
+    """
+    names = ("config.json", *find_weight_files(folder).all_names, TOKENIZER_FILE)
+    return tuple(name for name in names if is_input(folder / name))
+
+
 def checkpoint_hash(folder: Path) -> str:
     """SHA-256 over name and content of the checkpoint's files, so a byte-equal copy has the same hash."""
     total = hashlib.sha256()
-    for name in CHECKPOINT_FILES:
-        file = folder / name
-        if file.is_file():
-            with file.open("rb") as stream:
-                total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    for name in checkpoint_files(folder):
+        with open_input(folder / name) as stream:
+            total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 
@@ -148,34 +181,14 @@ def write_checkpoint(folder: str | Path, config: ModelConfig, tensors: Mapping[s
 def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the checkpoint's files byte for byte, so that :func:`checkpoint_hash` is preserved."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CHECKPOINT_FILES:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, folder / name)
+    for name in checkpoint_files(checkpoint.path):
+        shutil.copyfile(checkpoint.path / name, folder / name)
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy ``tokenizer.json``, if the model has one."""
     if checkpoint.config.tokenizer == TOKENIZER_FILE:
         shutil.copyfile(checkpoint.path / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-
-
-def _require_weights_file(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-    except (FileNotFoundError, IsADirectoryError):
-        pickles = [entry.name for entry in sorted(file.parent.iterdir()) if entry.suffix in _PICKLE_SUFFIXES]
-        found = f"only {', '.join(pickles)}, which may run code when loaded" if pickles else "no weights"
-        raise CheckpointError(
-            f"{file}: missing, found {found}; save the weights with safetensors.torch.save_file(state_dict, ...)"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); change its permissions or copy it") from None
-    if start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        raise CheckpointError(
-            f"{file}: expected safetensors, found a pickle; pickles may run code and are never loaded: "
-            "load it where you trust it and save it with safetensors.torch.save_file"
-        )
 
 
 def _layout_problems(

@@ -1,7 +1,8 @@
 """Run a module of this package in a process of its own: a job on its stdin, an answer on its stdout.
 
 For native code that may crash, and for work that shall go on beside the caller's. Leaving the ``with`` block ends the
-process, whatever it was doing: an error or Ctrl-C in the caller leaves no child behind.
+process, whatever it was doing: an error or Ctrl-C in the caller leaves no child behind, nor does the caller's death
+(:mod:`crt_export.lifeline`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
+
+from crt_export.lifeline import Lifeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +113,17 @@ class ChildModule:
             paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
             # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
-            command = [sys.executable, "-P", "-m", self._module]  # not what lies in the folder it is run in
+            lifeline = files.enter_context(Lifeline())
+            # -P: not what lies in the folder it is run in
+            command = [sys.executable, "-P", *lifeline.command(self._module)]
             self._process = self._group.start(
                 lambda: subprocess.Popen(
-                    command, stdin=given, stdout=self._answer, stderr=self._printed, env=environment
+                    command,
+                    stdin=given,
+                    stdout=self._answer,
+                    stderr=self._printed,
+                    env=environment,
+                    pass_fds=lifeline.descriptors,
                 )
             )
             self._files = files.pop_all()

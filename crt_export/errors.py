@@ -14,7 +14,7 @@
     ├── ParityError                1   the result was produced and does not agree with PyTorch
     └── MissingDependencyError     3   a package, library or device that this operation needs is absent
 
-Exit codes besides these: 0 success, 70 a bug in crt-export, 130 interrupted.
+Exit codes besides these: 0 success, 70 a bug in crt-export, 130 interrupted, 143 terminated (129 by SIGHUP).
 A message says what was expected, what was found, where, and how to fix it.
 """
 

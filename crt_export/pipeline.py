@@ -31,6 +31,7 @@ from crt_export.stages.prefill import prefill_plans
 from crt_export.stages.store import StageStore
 from crt_export.stages.targets import BuiltTarget, build_targets
 from crt_export.stages.vectors import write_vectors
+from crt_export.temporary_folder import sweep_abandoned
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 
@@ -57,6 +58,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         ParityError: A target does not agree with PyTorch; nothing is written.
         BundleError: The output cannot be written.
     """
+    sweep_abandoned()
     store = StageStore(folder=options.cache, note=lambda sentence: progress(sentence, 0, 0))
     progress("read the checkpoint", 0, 0)
     checkpoint = load_checkpoint(options.checkpoint)

@@ -6,8 +6,6 @@ the head not tied. Speed and memory do not depend on what the weights are; quali
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +16,7 @@ import torch
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
 from crt_export.config import PLAIN, RECURRENT, ModelConfig
 from crt_export.errors import InputError
+from crt_export.temporary_folder import temporary_folder
 
 #: Bytes are the vocabulary's first 256 ids, so any text can be fed and no tokenizer file is needed.
 _COMMON: dict[str, Any] = {
@@ -94,12 +93,9 @@ def write_preset(name: str, output: Path, *, seed: int = 0) -> ModelConfig:
         raise InputError(f"{output}: exists already; name a new folder, or remove this one yourself")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
+        with temporary_folder(output.parent, f".{output.name}.init") as staging:
             written = write_checkpoint(staging / "checkpoint", config, random_tensors(config, seed))
             written.replace(output)  # takes the place of an empty folder, of nothing else
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); name another folder") from error
     return config

@@ -16,8 +16,12 @@ from typing import Any, NamedTuple
 
 from crt_export import catalog
 from crt_export.errors import InputError, problem_list
+from crt_export.input_file import read_input
 from crt_export.profile_check import profile_problems
 from crt_export.profile_options import OPTIONS_OF_RUNTIME, OrtOptions, TensorRTOptions
+
+#: A profile has a few kilobytes.
+_MOST_BYTES = 2**20
 
 
 class DimRange(NamedTuple):
@@ -161,9 +165,11 @@ def list_profiles() -> list[EngineProfile]:
 def _profile_from_file(path: Path) -> EngineProfile:
     """Parse one TOML file; a missing ``name`` is the file's stem."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_input(path, most=_MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"engine profile {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise InputError(f"engine profile {path} cannot be read: {error.strerror}") from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from crt_export import catalog
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
+from crt_export.input_file import open_input, read_input
 from crt_export.tokenizer import Tokenizer
 
 #: Calibration takes a quarter of the text, but never less or more tokens than these.
 CALIBRATION_TOKENS = (4096, 32768)
 #: Validation needs at least this many tokens to be called one, see crt_export.parity.
 VALIDATION_TOKENS = 4096
+#: No build needs more: the text is held in memory, with all of its ids.
+MOST_TEXT_BYTES, MOST_TOKENS = 2**28, 2**28
+#: numpy itself refuses headers of more than 10,000 characters.
+_MOST_HEADER_BYTES = 2**14
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,9 +119,8 @@ def _part(text: TokenText, start: int, stop: int) -> TokenText:
 
 def _text_from_file(path: Path) -> str:
     try:
-        # newline="" keeps every byte of the file: a byte-level model must see them all.
-        with path.open(encoding="utf-8", newline="") as stream:
-            return stream.read()
+        # Every byte as it is, ends of lines too: a byte-level model must see them all.
+        return read_input(path, most=MOST_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found an invalid byte at offset {error.start}") from None
     except OSError as error:
@@ -120,18 +128,49 @@ def _text_from_file(path: Path) -> str:
 
 
 def _ids_from_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, int64 [tokens] in the machine's own order of bytes.
+
+    The header is read first and compared with the size of the file: numpy would make room for whatever it claims.
+    """
     try:
-        ids = np.load(path, allow_pickle=False)
+        with open_input(path) as stream:
+            (shape, dtype), start = _npy_header(stream, path)
+            if len(shape) != 1 or dtype.kind not in "iu":
+                raise InputError(f"{path}: expected a one-dimensional array of integers, found {dtype} {list(shape)}")
+            count, size = shape[0], os.fstat(stream.fileno()).st_size - start
+            if size != count * dtype.itemsize:
+                raise InputError(
+                    f"{path}: its header speaks of {count:,} ids in {count * dtype.itemsize:,} bytes, the file has "
+                    f"{size:,} bytes after it: it is damaged or cut off, save it again with numpy.save"
+                )
+            if count > MOST_TOKENS:
+                raise InputError(f"{path}: holds {count:,} ids, expected at most {MOST_TOKENS:,}: give a part of them")
+            stream.seek(start)
+            ids = np.frombuffer(stream.read(size), dtype)
     except OSError as error:
-        raise InputError(f"{path}: expected a .npy file of token ids, found something unreadable ({error})") from None
-    except (ValueError, EOFError):  # numpy's own words recommend pickle
+        reason = error.strerror or error
+        raise InputError(f"{path}: expected a .npy file of token ids, it cannot be read ({reason})") from None
+    if len(ids) != count:
+        raise InputError(f"{path}: was cut off while it was read")
+    return ids.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _npy_header(stream: BinaryIO, path: Path) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], int]:
+    """Shape and dtype, as a file claims them, and where its data begin."""
+    head = BytesIO(stream.read(_MOST_HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(head)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote, and of damaged ones
+            shape, _, dtype = read(head)
+        if dtype.hasobject or any(not 0 <= size < 2**63 for size in shape):
+            raise ValueError
+    except Exception:  # numpy evaluates the header as Python, and lets through whatever that raises
         raise InputError(
             f"{path}: expected a .npy file of token ids, found something unreadable; text goes to --text"
         ) from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive of arrays"
-        raise InputError(f"{path}: expected a one-dimensional array of integers, found {found}")
-    return ids
+    return (shape, dtype), head.tell()
 
 
 def _checked_ids(ids: np.ndarray, config: ModelConfig, source: str) -> np.ndarray:

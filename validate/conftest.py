@@ -11,8 +11,12 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
+import signal
+import site
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
 
 Tensors = dict[str, torch.Tensor]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 TINY: dict[str, Any] = {
     "model_type": "context_ready_transformer",
     "vocab_size": 256,
@@ -112,6 +117,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test first, so that no worker is left with one at the end; needs --no-loadscope-reorder."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_surroundings(shared_folder: Path) -> Iterator[Path]:
+    """Home, caches, temporary files and signals of the tests and of every process that they start.
+
+    The caches are shared by the workers of a run and by nobody else: a test that counts on a stage being run needs a
+    cache of its own. The folder has a short name, for the sockets that a browser makes in it.
+    """
+    own = Path(tempfile.mkdtemp(prefix="crt-tests-"))
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    surroundings = {"HOME": own / "home", "XDG_CACHE_HOME": shared_folder / "cache", "TMPDIR": own / "tmp"}
+    # What is installed there, or makes compiling quicker, is no state of this package.
+    tools = {"PYTHONUSERBASE": site.getuserbase(), "CCACHE_DIR": caches / "ccache"}
+    tools["PLAYWRIGHT_BROWSERS_PATH"] = caches / "ms-playwright"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, path in surroundings.items():
+            path.mkdir(exist_ok=True)
+            patch.setenv(name, str(path))
+        for name, path in tools.items():
+            if name not in os.environ and Path(path).is_dir():
+                patch.setenv(name, str(path))
+        patch.setattr(tempfile, "tempdir", None)
+        # A background job and nohup ignore them, and so would every process that a test interrupts. What has a handler
+        # here is at its default there.
+        ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+        for number in ignored:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
+        yield own
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+    shutil.rmtree(own, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

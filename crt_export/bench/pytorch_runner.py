@@ -15,9 +15,10 @@ from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
 from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
-from crt_export.checkpoint import WEIGHTS_FILE, load_checkpoint, tensor_shapes
+from crt_export.checkpoint import load_checkpoint, tensor_shapes
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
+from crt_export.weight_files import find_weight_files
 
 _SEED = 1
 #: torch.compile compiles one graph for every so many tokens; attention reads them all, masked beyond the position.
@@ -59,7 +60,12 @@ class PyTorchRunner:
         self._compiled: set[int] = set()
 
     def weight_path(self) -> Path | None:
-        return None if self._reference is None else self._reference / WEIGHTS_FILE
+        """The file with the weights, of several shards the largest, which stands for all."""
+        return max(self._weight_files(), key=lambda path: path.stat().st_size, default=None)
+
+    def _weight_files(self) -> list[Path]:
+        folder = self._reference
+        return [] if folder is None else [folder / name for name in find_weight_files(folder).names]
 
     @torch.inference_mode()
     def open(self) -> None:
@@ -77,12 +83,12 @@ class PyTorchRunner:
         self._step(self._token, self._state, 0)
 
     def facts(self) -> Facts:
-        path = self.weight_path()
+        sizes = [path.stat().st_size for path in self._weight_files()]
         random = "PyTorch ran with random weights, as the bundle holds no checkpoint: a step costs the same with any"
         return Facts(
-            weight_file=None if path is None else path.stat().st_size,
+            weight_file=sum(sizes) or None,
             weights=_weights_read(self._model, self._batch),
-            notes=() if path else (random,),
+            notes=() if sizes else (random,),
         )
 
     @torch.inference_mode()

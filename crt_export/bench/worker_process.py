@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from crt_export import errors
 from crt_export.errors import BenchError, CrtExportError
+from crt_export.lifeline import Lifeline
 
 _LAST_WORDS = 2000
 
@@ -34,8 +35,11 @@ class WorkerProcess:
             environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
         else:
             environment.pop("OMP_NUM_THREADS", None)  # the number of threads is an option of the benchmark
+        self._lifeline = Lifeline()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "crt_export.bench.worker"],  # -P: nothing of the current folder is imported
+            # -P: nothing of the current folder is imported
+            [sys.executable, "-P", *self._lifeline.command("crt_export.bench.worker")],
+            pass_fds=self._lifeline.descriptors,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -80,6 +84,7 @@ class WorkerProcess:
             else:
                 self._process.kill()
         self._process.wait()
+        self._lifeline.close()
         for stream in (self._process.stdin, self._process.stdout, self._words):
             with contextlib.suppress(OSError, ValueError):  # what was not sent cannot be
                 if stream is not None:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from crt_export.bundle.exchange import remove_folder, sync_folder
-from crt_export.bundle.ownership import folder_lock, is_running, lock_folder, start_time, unlock_folder
+from crt_export.bundle.ownership import can_be_owner, folder_lock, is_abandoned
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
 
 _PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|previous)-(?P<pid>[0-9]{1,10})", re.DOTALL)
-_CLOCK_SLACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,9 @@ def restore_previous(output: Path) -> bool:
         return False
     with folder_lock(output.parent) as locked:
         # Look once more: whoever held the lock may have finished; without locks a running owner still may.
-        candidates = [one for one in _set_aside(output) if locked or one.pid == os.getpid() or not _can_be_owner(one)]
+        candidates = [
+            one for one in _set_aside(output) if locked or one.pid == os.getpid() or not can_be_owner(one.path, one.pid)
+        ]
         if not candidates or not _is_absent(output):
             return False
         newest = max(candidates, key=lambda leftover: os.lstat(leftover.path).st_mtime_ns).path
@@ -100,7 +101,7 @@ def sweep_leftovers(output: Path) -> None:
     """
     for leftover in find_leftovers(output):
         superseded = leftover.kind == "partial" or (output / MANIFEST_NAME).is_file()
-        if superseded and is_abandoned(leftover):
+        if superseded and is_abandoned(leftover.path, leftover.pid):
             remove_or_warn(leftover.path)
 
 
@@ -110,18 +111,6 @@ def remove_or_warn(folder: Path) -> None:
         remove_folder(folder)
     except OSError as error:
         warnings.warn(f"could not remove {folder}: {error.strerror}; remove it by hand", RuntimeWarning, stacklevel=2)
-
-
-def is_abandoned(leftover: Leftover) -> bool:
-    """True if no running build can own this folder."""
-    try:
-        descriptor = lock_folder(leftover.path)
-    except BlockingIOError:
-        return False
-    except OSError:  # no locks here: the PID must decide, and our own PID may be another thread's build
-        return not _can_be_owner(leftover)
-    unlock_folder(descriptor)
-    return leftover.pid == os.getpid() or not _can_be_owner(leftover)
 
 
 def _is_plain_folder(path: Path) -> bool:
@@ -147,18 +136,3 @@ def _set_aside(output: Path) -> list[Leftover]:
         for leftover in find_leftovers(output)
         if leftover.kind == "previous" and (leftover.path / MANIFEST_NAME).is_file()
     ]
-
-
-def _can_be_owner(leftover: Leftover) -> bool:
-    """True if a process with the leftover's PID runs and is old enough to have made the folder."""
-    if not is_running(leftover.pid):
-        return False
-    started = start_time(leftover.pid)
-    if started is None:
-        return True
-    try:
-        status = os.lstat(leftover.path)
-    except FileNotFoundError:
-        return False
-    # A bundle set aside by a rename keeps its old modification time; only its change time is recent.
-    return started <= max(status.st_mtime, status.st_ctime) + _CLOCK_SLACK_SECONDS

@@ -19,6 +19,7 @@ else:
     import fcntl
 
 _LOCK_SECONDS = 60.0
+_CLOCK_SLACK_SECONDS = 5.0
 _STILL_ACTIVE = 259
 _QUERY_LIMITED_INFORMATION = 0x1000
 
@@ -79,6 +80,33 @@ def folder_lock(folder: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             unlock_folder(descriptor)
+
+
+def is_abandoned(folder: Path, pid: int) -> bool:
+    """True if no running process can own a folder whose owner locks it and writes its PID into the name."""
+    try:
+        descriptor = lock_folder(folder)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here: the PID must decide, and our own PID may be another thread's
+        return not can_be_owner(folder, pid)
+    unlock_folder(descriptor)
+    return pid == os.getpid() or not can_be_owner(folder, pid)
+
+
+def can_be_owner(folder: Path, pid: int) -> bool:
+    """True if a process with this PID runs and is old enough to have made the folder."""
+    if not is_running(pid):
+        return False
+    started = start_time(pid)
+    if started is None:
+        return True
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    # A bundle set aside by a rename keeps its old modification time; only its change time is recent.
+    return started <= max(status.st_mtime, status.st_ctime) + _CLOCK_SLACK_SECONDS
 
 
 def is_running(pid: int) -> bool:

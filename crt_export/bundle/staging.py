@@ -22,6 +22,7 @@ from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
 from crt_export.bundle.paths import collision_problems, hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
+from crt_export.termination import not_interrupted, orderly_termination
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -77,8 +78,9 @@ def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
     """Prepare a new bundle for ``output``; use as a context manager.
 
     Missing parent folders are made. The files are written to ``.NAME.partial-PID`` beside the output; leaving
-    the block without :meth:`Staging.commit`, by an error or by Ctrl-C removes it. What earlier builds left
-    when they were killed is put right first. Builds of the same output by several processes do not disturb
+    the block without :meth:`Staging.commit`, by an error or by Ctrl-C removes it; so does SIGTERM or SIGHUP in the main
+    thread, unless the application handles that itself. What earlier builds left when they were killed is put right
+    first. Builds of the same output by several processes do not disturb
     each other; the last commit wins.
 
     Args:
@@ -91,7 +93,11 @@ def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
         BundleError: The output is something else, cannot be written, or the disk is full; nothing was changed
             then.
     """
-    target = check_output(output)
+    with orderly_termination():
+        yield from _staged(check_output(output))
+
+
+def _staged(target: Path) -> Iterator[Staging]:
     made = _make_parents(target.parent)
     partial = leftover_path(target, "partial")
     lock: int | None = None
@@ -111,9 +117,10 @@ def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
             raise _error_of_write(error, target) from error
         raise
     finally:
-        _clean_up(partial if owned else None, target, made)
-        if lock is not None:
-            unlock_folder(lock)
+        with not_interrupted():
+            _clean_up(partial if owned else None, target, made)
+            if lock is not None:
+                unlock_folder(lock)
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -62,7 +62,7 @@ def build(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Build a bundle from CHECKPOINT, a folder with config.json and model.safetensors.
+    """Build a bundle from CHECKPOINT, a folder with config.json and model.safetensors or its shards.
 
     The text calibrates INT8 targets and is what the built graphs are compared with PyTorch on.
     """

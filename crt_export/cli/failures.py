@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 from crt_export.errors import CrtExportError, MissingDependencyError
+from crt_export.termination import Terminated, termination_raises
 
 EXIT_USAGE = 2
 EXIT_ENVIRONMENT = 3
@@ -26,6 +28,16 @@ def run_app(app: click.Group, arguments: Sequence[str] | None) -> int:
     """Parse and run; turn whatever goes wrong into one message on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
+    try:
+        with termination_raises():
+            return _run(app, arguments, debug)
+    except Terminated as ended:
+        with contextlib.suppress(OSError):  # the terminal has gone, if that is what ended it
+            _say("terminated")
+        return ended.exit_code
+
+
+def _run(app: click.Group, arguments: list[str], debug: bool) -> int:
     try:
         with app.make_context("crt-export", arguments, obj=tuple(arguments)) as context:
             app.invoke(context)

@@ -43,7 +43,7 @@ def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:
-    from crt_export.checkpoint import CHECKPOINT_FILES, load_checkpoint
+    from crt_export.checkpoint import checkpoint_files, load_checkpoint
     from crt_export.errors import MissingDependencyError
     from crt_export.tokenizer import load_tokenizer
 
@@ -53,7 +53,7 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
         load_tokenizer(path, checkpoint.config)
     except MissingDependencyError as error:  # the weights can be shown without it
         unchecked = str(error)
-    size = sum((path / name).stat().st_size for name in CHECKPOINT_FILES if (path / name).is_file())
+    size = sum((path / name).stat().st_size for name in checkpoint_files(path))
     document = {
         "kind": "checkpoint",
         "path": str(path),

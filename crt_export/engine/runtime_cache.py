@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
+from crt_export.input_file import read_input
+from crt_export.output_file import write_file
+
 _MAGIC = b"crt-export tensorrt-rtx cache 1\n"
+#: As in the C++ library.
+_MOST_BYTES = 2**30
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -32,7 +35,7 @@ def read_cache(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        content = path.read_bytes()
+        content = read_input(path, most=_MOST_BYTES)
     except OSError:
         return None
     head, body = content[: len(_MAGIC) + _HASH_BYTES], content[len(_MAGIC) + _HASH_BYTES :]
@@ -43,15 +46,9 @@ def write_cache(path: Path | None, body: bytes) -> bool:
     """Replace the file in one step, readable by its owner only; False if that was not possible or not needed."""
     if path is None or not body or read_cache(path) == body:
         return False
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-        Path(temporary).replace(path)
+        write_file(path, _MAGIC + hashlib.sha256(body).digest() + body, mode=0o600)
     except OSError:
-        with suppress(OSError):
-            Path(temporary).unlink(missing_ok=True)
         return False
     return True

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from crt_export.errors import BuildError, CrtExportError
 from crt_export.graph.export import GraphExporter
 from crt_export.model import Model
 from crt_export.rotary import rope_tables
+from crt_export.temporary_folder import temporary_folder
 
 _MODULE = "crt_export.graph.traces"
 _DELIBERATE = {cls.__name__: cls for cls in (errors.BuildError, errors.ContractError, errors.UnsupportedError)}
@@ -100,10 +100,10 @@ def start_traces(config: ModelConfig, jobs: Sequence[TraceJob]) -> Iterator[Trac
     if not jobs:
         yield Traces(None, (), Path())
         return
-    with tempfile.TemporaryDirectory(prefix="crt-export-traces-") as name:
-        text = {"config": config.to_dict(), "jobs": [dataclasses.asdict(job) for job in jobs], "folder": name}
+    with temporary_folder() as folder:
+        text = {"config": config.to_dict(), "jobs": [dataclasses.asdict(job) for job in jobs], "folder": str(folder)}
         with ChildModule(_MODULE, json.dumps(text)) as child:
-            yield Traces(child, jobs, Path(name))
+            yield Traces(child, jobs, folder)
 
 
 def _dtypes(model: Model) -> tuple[str, str]:

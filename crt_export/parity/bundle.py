@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.bundle import BundleFiles, open_bundle
-from crt_export.checkpoint import CHECKPOINT_FILES, Checkpoint, load_checkpoint
+from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity.case import ParityCase
 from crt_export.parity.check import check_parity
@@ -158,8 +158,7 @@ def _reference(files: BundleFiles, folder: Path | None) -> Checkpoint:
     """The bundle's own checkpoint, or one given that must be the same."""
     expected = files.manifest["checkpoint"]["sha256"]
     if folder is None:
-        names = [f"{REFERENCE_FOLDER}/{name}" for name in CHECKPOINT_FILES]
-        present = [name for name in names if name in files]
+        present = [name for name in files.names if name.startswith(f"{REFERENCE_FOLDER}/")]
         if not present:
             raise BundleError(
                 f"{files.path} was built without its reference (--no-reference): give the checkpoint it was built from "

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from crt_export.quantize.ranges import LARGEST_SCALE, LEVELS, SMALLEST_SCALE
+from crt_export.quantize.ranges import LARGEST_SCALE, LEVELS, SMALLEST_SCALE, SMALLEST_STEP
 
 Floats = NDArray[np.float32]
 #: ``log2`` of the factors that smoothing may fold, see :mod:`crt_export.quantize.smooth`.
@@ -69,7 +69,8 @@ class BlockWeight:
     def due_steps(self, weight: Floats) -> Floats:
         starts = np.arange(0, self.into, self.blocks.shape[2])
         largest: Floats = np.maximum.reduceat(np.abs(weight), starts, axis=1)
-        return (largest / _ZERO).astype(np.float32)
+        due: Floats = (largest / np.float32(_ZERO)).astype(np.float32)
+        return np.where(due < SMALLEST_STEP, np.float32(0), due)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,8 +125,9 @@ def deviation(
         values, step, excess = stored.part(outs, slice(None))
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = np.abs(values - due) / step - excess
-        # A block of zeros has step 0: nothing apart is no distance, anything else is infinitely far.
-        distance = np.where(values == due, np.float32(0), np.nan_to_num(distance, nan=np.inf, posinf=np.inf))
+        # A block of zeros, or of what is none (SMALLEST_STEP), has step 0: anything else is infinitely far from it.
+        nothing = (values == due) | ((values == 0) & (step == 0) & (np.abs(due) < _ZERO * SMALLEST_STEP))
+        distance = np.where(nothing, np.float32(0), np.nan_to_num(distance, nan=np.inf, posinf=np.inf))
         largest = float(distance.max())
         if largest > max(worst, limit):
             row, column = np.unravel_index(int(distance.argmax()), distance.shape)

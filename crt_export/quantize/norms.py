@@ -45,14 +45,15 @@ def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
 def _balance(values: list[ir.Value], memo: Memo) -> None:
     """Gain, bias and the weights that read them."""
     arrays = [_array(value) for value in values]
-    for value, array in zip(values, memo.made("balanced", arrays, lambda: _balanced(*arrays)), strict=True):
+    for value, array in zip(values, memo.made("balanced", arrays, lambda: balanced(*arrays)), strict=True):
         value.const_value = ir.tensor(array, name=value.name)
 
 
-def _balanced(
+def balanced(
     gain: NDArray[np.float32], bias: NDArray[np.float32], *weights: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], ...]:
-    activation = _DEVIATIONS * np.abs(gain) + np.abs(bias)
+    """Gain, bias and weights float32 [in, out] of the same function, with channels of similar magnitude."""
+    activation = _DEVIATIONS * np.abs(gain.astype(np.float64)) + np.abs(bias)
     largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     factor = np.exp2(balancing_exponents(activation, largest, _ALPHA)).astype(np.float32)
     return (gain / factor, bias / factor, *(weight * factor[:, None] for weight in weights))

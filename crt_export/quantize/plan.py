@@ -174,7 +174,13 @@ def _check_half_range(groups: tuple[LinearInput, ...], folded: Folded, statistic
         problems += [
             f"{what}: largest magnitude {float(np.abs(values).max()):.6g}"
             for what, values in found.items()
-            if np.abs(values).max() > FP16_LIMIT
+            if not np.abs(values).max() <= FP16_LIMIT  # NaN is none either
+        ]
+        weights = {f"{name}.weight": folded.tensors[f"{name}.weight"] for name in group.linears}
+        problems += [
+            f"{name}: its values leave the range of FP32 where its input is scaled down to fit"
+            for name, values in weights.items()
+            if not np.isfinite(values).all()
         ]
     if problems:
         raise UnsupportedError(

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 LEVELS = 127
 #: Scales stay within the normal numbers of FP16, so that a runtime that narrows them loses nothing.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
+#: Steps of weights below the normal numbers of FP32 are none: their reciprocal may be infinite, and processors that
+#: flush subnormal numbers see zero anyway. What is lost is below 1.6e-36.
+SMALLEST_STEP = 2.0**-126
 RANGE_METHODS = ("percentile", "mse", "max")
 _MSE_STEPS = 40
 _MSE_VALUES = 262_144

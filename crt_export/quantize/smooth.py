@@ -24,6 +24,8 @@ Arrays = Mapping[str, NDArray[np.float32]]
 FP16_LIMIT = 65504 / 4
 #: No channel is rescaled by more than this, so that FP16 gains do not become subnormal.
 LARGEST_FACTOR = 2.0**12
+#: Of magnitudes after folding; FP32 ends below 2**128.
+_LARGEST_EXPONENT = 127
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +95,13 @@ def balancing_exponents(
         log = alpha * np.log2(wide[0]) - (1 - alpha) * np.log2(wide[1])
         exponent[usable] = log - np.median(log)
     largest = np.log2(LARGEST_FACTOR)
-    return np.clip(exponent.round(), -largest, largest)
+    # Neither the weights that are multiplied nor what is divided by a factor below one leaves the range of FP32.
+    room = [np.maximum(0, np.floor(_LARGEST_EXPONENT - _log2(values))) for values in (activation, weight)]
+    return np.clip(exponent.round(), -np.minimum(largest, room[0]), np.minimum(largest, room[1]))
+
+
+def _log2(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.log2(np.maximum(values.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def _producing_tensors(group: LinearInput) -> tuple[str, ...]:

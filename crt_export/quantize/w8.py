@@ -16,6 +16,7 @@ from crt_export.errors import BuildError, InputError, problem_list
 from crt_export.memo import Memo
 from crt_export.quantize.norms import smooth_norms
 from crt_export.quantize.projections import fuse_projections
+from crt_export.quantize.ranges import SMALLEST_STEP
 from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
 
 DOMAIN = "com.microsoft"
@@ -68,7 +69,8 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
         block_size: Inputs per block; the last block of a column is padded with zeros.
 
     Returns:
-        uint8 [out, blocks, block_size] with zero at 128, and scales float32 [out, blocks], 0 for a block of zeros.
+        uint8 [out, blocks, block_size] with zero at 128, and scales float32 [out, blocks], 0 for a block of zeros and
+        for one whose scale would be below :data:`SMALLEST_STEP`.
     """
     into, out = weight.shape
     blocks = -(-into // block_size)
@@ -77,6 +79,7 @@ def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArr
     padded = padded.reshape(out, blocks, block_size)
     low, high = padded.min(axis=2), padded.max(axis=2)
     scale = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-_ZERO)
+    scale[np.abs(scale) < SMALLEST_STEP] = 0
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
     levels = padded * inverse[:, :, None] + np.float32(_ZERO)
     return np.clip(np.floor(levels + np.float32(0.5)), 0, 255).astype(np.uint8), scale

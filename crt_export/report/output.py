@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crt_export.errors import InputError, problem_list
+from crt_export.input_file import kind_of
+from crt_export.output_file import write_file
 
 if TYPE_CHECKING:  # an old report can be read where torch is not installed
     from crt_export.parity.report import ParityReport
@@ -75,7 +76,7 @@ def check_outputs(
             twice; all of them listed.
     """
     wanted = [path for path in files if path is not None]
-    problems = [f"{path} is a folder, expected a file" for path in wanted if path.is_dir()]
+    problems = [problem for path in wanted if (problem := _kind_problem(path))]
     if folder is not None and folder.exists() and not folder.is_dir():
         problems.append(f"{folder} is a file, expected a folder")
     every = [*wanted, *([folder] if folder is not None else [])]
@@ -90,33 +91,27 @@ def check_outputs(
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it: what was there stays until the new content is complete.
-
-    A link is followed; a device or a pipe is written to as it is.
+    """Write a file in one step, see :mod:`crt_export.output_file`; to a pipe or a terminal it is written as it is.
 
     Raises:
         InputError: The path cannot be written to.
     """
     check_outputs([path])
-    data = content.encode() if isinstance(content, str) else content
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-        else:
-            _replace(path.resolve(), data)
+        write_file(path, content.encode() if isinstance(content, str) else content, streams=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _replace(place: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+def _kind_problem(path: Path) -> str | None:
+    """Why nothing can be written to what is there: neither a file, nor something that takes bytes one after another."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            os.fchmod(stream.fileno(), 0o666 & ~_umask())
-        Path(temporary).replace(place)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # nothing there; whatever else is wrong shows on writing
+        return None
+    if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return None
+    return f"{path} is {kind_of(mode)}, expected a file"
 
 
 def _holds(source: Path, path: Path) -> bool:
@@ -127,10 +122,3 @@ def _holds(source: Path, path: Path) -> bool:
 def _overwriting(path: Path, source: Path) -> str:
     what = "lies in" if source.is_dir() else "is"
     return f"{path} {what} {source}, which is read: write it somewhere else"
-
-
-def _umask() -> int:
-    """The process's umask; mkstemp ignores it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

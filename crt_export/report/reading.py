@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.input_file import read_input
 from crt_export.report.schema import bench_schema, report_schema, schema_problems
 
 _MAX_BYTES = 256 << 20
@@ -140,13 +141,9 @@ def _report_of_bundle(folder: Path) -> dict[str, Any]:
 
 def _json_of_file(path: Path, kind: str = _KIND) -> object:
     try:
-        with path.open("rb") as stream:
-            content = stream.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({reason}): expected {kind}") from None
-    if len(content) > _MAX_BYTES:
-        raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: expected {kind}")
+        content = read_input(path, most=_MAX_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): expected {kind}") from None
     try:
         return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
     except RecursionError:

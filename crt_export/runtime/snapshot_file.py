@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from crt_export.errors import BundleError, CrtExportError, InputError
+from crt_export.input_file import is_input, kind_of
+from crt_export.output_file import write_file
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 
 SNAPSHOT = TensorFileKind(format="crt-export snapshot", version=1, title="a snapshot", required=("bundle", "target"))
 
 
 def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a file beside ``path``, sync it, and rename it.
+    """Write a file in one step, as :func:`crt_export.output_file.write_file` does: a link stays, its target is new.
 
     Raises:
         InputError: It cannot be written; what was at ``path`` is unchanged.
@@ -28,19 +28,10 @@ def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensor
     if not final.name:  # "", "." or "/"
         raise InputError(f"expected a file name to write the snapshot to, such as 'chat.snapshot', found {path!r}")
     content = tensor_file_bytes(SNAPSHOT, {"bundle": bundle, "target": target}, tensors)
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(final)
-        _sync_folder(final.parent)
+        write_file(final, content)
     except OSError as error:
         raise InputError(f"cannot write the snapshot {final}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def load_snapshot(path: str | os.PathLike[str]) -> tuple[str, str, dict[str, np.ndarray]]:
@@ -55,8 +46,9 @@ def load_snapshot(path: str | os.PathLike[str]) -> tuple[str, str, dict[str, np.
     file = _checked_path(path, BundleError)
     if "\0" in str(file):
         raise BundleError(f"expected a snapshot file, found a path with a NUL byte: {str(file)!r}")
-    if not file.is_file():
-        raise BundleError(f"expected a snapshot file, found {'a folder' if file.is_dir() else 'nothing'}: {file}")
+    if not is_input(file):
+        found = kind_of(file.stat().st_mode) if file.exists() else "nothing"
+        raise BundleError(f"expected a snapshot file, found {found}: {file}")
     metadata, tensors = read_tensor_file(SNAPSHOT, file)
     return metadata["bundle"], metadata["target"], tensors
 
@@ -68,13 +60,3 @@ def _checked_path(path: str | os.PathLike[str], kind: type[CrtExportError]) -> P
     except (TypeError, UnicodeError) as error:
         raise kind(f"expected the path of a snapshot file, found {path!r} ({error})") from error
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last; not every file system can sync a folder."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from crt_export.checkpoint import Checkpoint
@@ -20,6 +18,7 @@ from crt_export.stages.keys import stage_key
 from crt_export.stages.options import BuildOptions
 from crt_export.stages.plan_file import read_plan, write_plan
 from crt_export.stages.store import NO_STORE, StageStore
+from crt_export.temporary_folder import temporary_folder
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import Tokenizer
 
@@ -125,12 +124,13 @@ def quantization_plan(
         "unroll": max(unrolls),
     }
     key = stage_key(_STAGE, inputs)
-    with tempfile.TemporaryDirectory(prefix="crt-export-plan-") as temporary:
-        folder = Path(temporary)
-        answer = store.restore(_STAGE, key, folder)
-        if answer is not None:
+    with temporary_folder() as folder:
+        stored = store.restore_as(
+            _STAGE, key, folder, lambda answer: (read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"])
+        )
+        if stored is not None:
             progress("calibrate w8a8: as stored by an earlier build", 0, 0)
-            return read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"]
+            return stored
         plan, record = _calibrated(checkpoint, text, max(unrolls), progress)
         if store.folder is not None:
             rest = write_plan(plan, folder / _PLAN_FILE)

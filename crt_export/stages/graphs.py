@@ -163,11 +163,13 @@ class _Writer:
 
     def stored(self, forms: Sequence[GraphForm]) -> dict[GraphForm, GraphFile]:
         """The graphs of one precision, if the same ones were made before; else nothing."""
-        answer = self._store.restore(_STAGE, self._key(forms), self._folder)
-        if answer is None:
+        files = self._store.restore_as(
+            _STAGE, self._key(forms), self._folder, lambda answer: [*map(GraphFile.from_dict, answer["graphs"])]
+        )
+        if files is None:
             return {}
         self.progress(f"graphs {forms[0].precision}: as stored by an earlier build", 0, 0)
-        return {file.form: file for file in map(GraphFile.from_dict, answer["graphs"])}
+        return {file.form: file for file in files}
 
     def write(self, graphs: dict[GraphForm, ir.Model]) -> dict[GraphForm, GraphFile]:
         """Quantise where the precision is made by a pass, in place, write all, and store them."""

@@ -18,24 +18,32 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-from crt_export.bundle.paths import FileState, file_problem, file_state, hash_file, name_problem, open_regular
+from safetensors import SafetensorError
+
+from crt_export.bundle.paths import FileState, file_problem, file_state, hash_file, name_problem
+from crt_export.errors import CrtExportError
+from crt_export.input_file import open_input
 
 #: All entries together, in bytes: some four checkpoints of 160 million parameters with four targets each.
 DEFAULT_LIMIT = 10 * 2**30
 _ENTRY, _FILES, _UNFINISHED = "entry.json", "files", ".unfinished-"
 _BLOCK = 2**22
+#: Of entry.json; those of real builds have some kilobytes.
+_MOST_ENTRY_BYTES = 2**24
 #: An unfinished entry this old is one that a killed build left.
 _ABANDONED_SECONDS = 24 * 3600.0
 
 Note = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def default_folder() -> Path | None:
@@ -71,12 +79,18 @@ class StageStore:
     _digests: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
 
     def restore(self, stage: str, key: str, target: Path) -> dict[str, Any] | None:
-        """Copy the files of an entry into ``target`` and return what the stage answered; None if there is none.
+        """:meth:`restore_as` with the answer as it was given."""
+        return self.restore_as(stage, key, target, dict)
+
+    def restore_as(self, stage: str, key: str, target: Path, read: Callable[[dict[str, Any]], Result]) -> Result | None:
+        """Copy the files of an entry into ``target`` and read what the stage answered; None if there is none.
 
         Args:
             stage: What made it.
             key: Of :func:`crt_export.stages.keys.stage_key`.
             target: Folder of the bundle; after None it holds none of the entry's files.
+            read: Makes of the answer what the stage gives; called with the files in their places. An answer that it
+                cannot read is as damaged as any other part of an entry.
 
         Raises:
             OSError: ``target`` cannot be written.
@@ -88,7 +102,10 @@ class StageStore:
             document = _read_entry(entry)
             if document is None:
                 return None
-            _copy_verified(entry, document["files"], target)
+            with ExitStack() as undo:
+                _copy_verified(entry, document["files"], target, undo)
+                result = _read_answer(read, document["answer"])
+                undo.pop_all()
         except _DamagedError as error:
             self.note(f"stored {stage} is damaged ({error}): it is made again")
             _discard(entry)
@@ -96,7 +113,7 @@ class StageStore:
         with suppress(OSError):
             os.utime(entry)  # used last
         self.found.append(entry.name)
-        return document["answer"]
+        return result
 
     def keep(self, stage: str, key: str, source: Path, files: Iterable[str], answer: Mapping[str, Any]) -> None:
         """Store a copy of files of the bundle under ``source``, and what the stage answered (JSON values).
@@ -136,11 +153,11 @@ class StageStore:
         entries: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
             with suppress(OSError):  # another build removed it
-                used = path.stat().st_mtime
+                used = path.lstat().st_mtime
                 if not path.name.startswith("."):
                     entries.append((used, _size(path), path))
                 elif time.time() - used > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.limit:
@@ -155,19 +172,23 @@ NO_STORE = StageStore(folder=None, note=lambda sentence: None)
 
 
 def _read_entry(entry: Path) -> dict[str, Any] | None:
-    try:
-        document = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if entry.is_dir():  # it would be in the way of a new one for ever
-            raise _DamagedError(f"it has no {_ENTRY}") from None
+    if not os.path.lexists(entry):
         return None
-    except (OSError, ValueError) as error:
+    try:
+        if not stat.S_ISDIR(entry.lstat().st_mode):
+            raise _DamagedError("it is no folder")
+        with open_input(entry / _ENTRY, most=_MOST_ENTRY_BYTES, follow=False) as stream:
+            content = stream.read(_MOST_ENTRY_BYTES)
+        document = json.loads(content)
+        known = isinstance(document, dict) and isinstance(document.get("files"), dict) and "answer" in document
+        if not known or f"{document.get('stage')}-{document.get('key')}" != entry.name:
+            raise _DamagedError(f"{_ENTRY} is not this entry's")
+        if document.pop("sha256", None) != _document_digest(document):
+            raise _DamagedError(f"{_ENTRY} has other values than were stored")
+    except OSError as error:
+        raise _DamagedError(f"{_ENTRY} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, nested too deeply
         raise _DamagedError(f"{_ENTRY} cannot be read: {error}") from None
-    known = isinstance(document, dict) and isinstance(document.get("files"), dict) and "answer" in document
-    if not known or f"{document.get('stage')}-{document.get('key')}" != entry.name:
-        raise _DamagedError(f"{_ENTRY} is not this entry's")
-    if document.pop("sha256", None) != _document_digest(document):
-        raise _DamagedError(f"{_ENTRY} has other values than were stored")
     for name in document["files"]:
         problem = name_problem(name) or file_problem(entry / _FILES, name)
         if problem:
@@ -179,19 +200,50 @@ def _document_digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _copy_verified(entry: Path, files: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Copy every file, or none."""
-    with ExitStack() as undo:
-        for name, expected in files.items():
-            try:
-                source = os.fdopen(open_regular(entry / _FILES / name), "rb")
-            except OSError as error:
-                raise _DamagedError(f"{name} cannot be read: {error.strerror}") from None
-            with source:
-                undo.callback((target / name).unlink, missing_ok=True)
-                if _copy(source, target / name) != expected:
-                    raise _DamagedError(f"{name} has other bytes than were stored")
-        undo.pop_all()
+def _copy_verified(entry: Path, files: Mapping[str, Any], target: Path, undo: ExitStack) -> None:
+    """Copy every file; ``undo`` removes them."""
+    for name, expected in files.items():
+        try:
+            source = open_input(entry / _FILES / name, follow=False)
+        except OSError as error:
+            raise _DamagedError(f"{name} cannot be read: {error.strerror}") from None
+        with source:
+            # The size first: a file that grew to terabytes would be copied before its hash could tell.
+            size = os.fstat(source.fileno()).st_size
+            if not isinstance(expected, dict) or expected.get("size") != size:
+                raise _DamagedError(f"{name} has other bytes than were stored")
+            undo.callback((target / name).unlink, missing_ok=True)
+            if _copy(_Readable(source, name), target / name) != expected:
+                raise _DamagedError(f"{name} has other bytes than were stored")
+
+
+@dataclass(frozen=True)
+class _Readable:
+    """A stored file: where the disk cannot read it, the entry is damaged and not the build."""
+
+    stream: BinaryIO
+    name: str
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self.stream.read(size)
+        except OSError as error:
+            raise _DamagedError(f"{self.name} cannot be read: {error.strerror}") from None
+
+
+def _read_answer(read: Callable[[dict[str, Any]], Result], answer: Any) -> Result:
+    try:
+        return read(answer)
+    except (
+        CrtExportError,
+        SafetensorError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise _DamagedError(f"{_ENTRY} holds another kind of answer: {error}") from None
 
 
 def _copy_hashed(source: Path, target: Path) -> dict[str, Any]:
@@ -199,7 +251,7 @@ def _copy_hashed(source: Path, target: Path) -> dict[str, Any]:
         return _copy(stream, target)
 
 
-def _copy(source: Any, target: Path) -> dict[str, Any]:
+def _copy(source: BinaryIO | _Readable, target: Path) -> dict[str, Any]:
     """Copy an open file to a new one; size and SHA-256 of what was copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
@@ -225,7 +277,16 @@ def _discard(entry: Path) -> None:
     removed = entry.with_name(f"{_UNFINISHED}{os.getpid()}-{entry.name}")
     with suppress(OSError):
         entry.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder and what is in it, or whatever else is called so; nobody needs it."""
+    with suppress(OSError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _size(entry: Path) -> int:

@@ -172,11 +172,14 @@ class _TargetStage:
                 profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={}
             )
         key = self._key(profile)
-        answer = self._store.restore(_STAGE, key, self._folder) if key else None
-        if answer is None:
+        if not key:
             return None
-        progress(f"compile {profile.name}: as stored by an earlier build", 0, 0)
-        return BuiltTarget.from_stored(profile, answer)
+        stored = self._store.restore_as(
+            _STAGE, key, self._folder, lambda answer: BuiltTarget.from_stored(profile, answer)
+        )
+        if stored is not None:
+            progress(f"compile {profile.name}: as stored by an earlier build", 0, 0)
+        return stored
 
     def compile(self, profile: EngineProfile, progress: Progress, children: ChildGroup) -> BuiltTarget:
         """Compile it, with attention in the form that its runtime has."""

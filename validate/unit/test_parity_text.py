@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,64 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path, tiny_config: Conf
             _read(tiny_config(), tmp_path, **source)
     with pytest.raises(InputError, match="invalid byte at offset 3"):
         _read(tiny_config(), tmp_path, text=latin)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", "<u2", ">i4", "|i1"])
+def test_ids_of_any_order_of_bytes(dtype: str, tmp_path: Path, tiny_config: Config) -> None:
+    np.save(tmp_path / "tokens.npy", np.asfortranarray(np.array([0, 100, 7], dtype)))
+    assert _read(tiny_config(), tmp_path, tokens=tmp_path / "tokens.npy").ids.tolist() == [0, 100, 7]
+
+
+def test_every_damage_of_a_header_is_bad_input(tmp_path: Path, tiny_config: Config) -> None:
+    """One byte of the header changed, each in turn, and the file cut off at every place: ids or an InputError."""
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(64))
+    content = path.read_bytes()
+    assert len(content) == 128 + 512
+    damaged = [content[:at] + bytes([value]) + content[at + 1 :] for at in range(80) for value in b"\0(,'L\xff"]
+    for case in [*damaged, *(content[:end] for end in range(0, len(content), 7)), content + b"more"]:
+        path.write_bytes(case)
+        if case[:128] == content[:128] and len(case) == len(content):
+            continue
+        try:
+            ids = _read(tiny_config(), tmp_path, tokens=path).ids
+        except InputError:
+            continue
+        assert len(ids) == 64  # a damage that leaves a header of 64 integers, such as another order of bytes
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (8192, , }", "unreadable"),
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (8192000000000,), }", "speaks of 8,192,000,000,000 ids"),
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (%s,), }" % ("9" * 4000), "unreadable"),
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (-8,), }", "unreadable"),
+        ("(" * 9000, "unreadable"),
+        ("{'descr': '<i8', 'fortran_order': False, 'shape': (), }", "one-dimensional"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (8,), }", "unreadable"),
+        ("{'descr': [('a', '<i8')], 'fortran_order': False, 'shape': (8,), }", "one-dimensional array of integers"),
+    ],
+)
+def test_a_header_that_claims_what_is_not_there(header: str, problem: str, tmp_path: Path, tiny_config: Config) -> None:
+    path = tmp_path / "tokens.npy"
+    text = header.encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(64))
+    with pytest.raises(InputError, match=problem):
+        _read(tiny_config(), tmp_path, tokens=path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
+@pytest.mark.parametrize("source", ["text", "tokens"])
+def test_what_is_no_file_is_refused_and_never_waited_for(source: str, tmp_path: Path, tiny_config: Config) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (2**33,)})
+        stream.truncate(stream.tell() + 2**33)  # sparse: reading it would take minutes and gigabytes
+    words = {"pipe": "a pipe", "/dev/zero": "a device", "": "a folder", "large": "at most 268,435,456|256 MiB"}
+    for name, found in words.items():
+        with pytest.raises(InputError, match=found):
+            _read(tiny_config(), tmp_path, **{source: tmp_path / name})
 
 
 def test_a_model_without_tokenizer_asks_for_tokens(tmp_path: Path, tiny_config: Config) -> None:

@@ -183,9 +183,20 @@ def test_build_for_an_unknown_target_writes_nothing(crt_export: Run, tiny_checkp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_interrupted_build_leaves_nothing_behind(
-    environment: dict[str, str], tiny_checkpoint: Path, heldout_text: Path, tmp_path: Path
+    number: str,
+    code: int,
+    word: str,
+    environment: dict[str, str],
+    tiny_checkpoint: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    cache, temporary = (tmp_path_factory.mktemp(name) for name in ("cache", "temporary"))
+    # A finished build of the same checkpoint would have nothing left to export.
+    environment = environment | {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "crt_export", "build", str(tiny_checkpoint), "--output", "out"]
     process = subprocess.Popen(
         [*command, "--target", "ort-cpu-fp32", "--text", str(heldout_text)],
@@ -198,10 +209,12 @@ def test_interrupted_build_leaves_nothing_behind(
     with process.stderr as stream:
         for line in stream:
             if line.startswith("export"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(getattr(signal, number))
                 break
         rest = stream.read()
-    assert process.wait(timeout=120) == 130, rest
-    assert "interrupted" in rest
+    assert process.wait(timeout=120) == code, rest
+    assert rest.splitlines()[-1] == word
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
+    assert not list(temporary.glob("crt-export*"))  # torch leaves a folder of its own
+    assert not [path for path in cache.rglob("*") if path.name.startswith(".unfinished")]

@@ -1,5 +1,6 @@
 // Snapshot files: what is written comes back, and nothing of a damaged or hostile file is believed.
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <functional>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/snapshot.hpp"
@@ -75,6 +77,45 @@ std::string refusal(const std::string& path) {
 }
 
 }  // namespace
+
+TEST_CASE("snapshot file: a link stays and its target is new; what is no file is refused and stays") {
+  const Folder folder;
+  fs::create_directory(folder.file("disk"));
+  write(folder.file("disk/real"), "old");
+  ::chmod(folder.file("disk/real").c_str(), 0600);
+  fs::create_symlink("disk/real", folder.file("link"));
+  fs::create_symlink("link", folder.file("again"));
+  fs::create_symlink("disk/new", folder.file("dangling"));
+  for (const char* link : {"again", "dangling"}) {
+    small_snapshot().save(folder.file(link));
+    CHECK(fs::is_symlink(folder.file(link)));
+    CHECK(crt::Snapshot::load(folder.file(link)).target == "ort-cpu-fp32");
+  }
+  CHECK(fs::is_symlink(folder.file("link")));
+  CHECK(content_of(folder.file("disk/real")) == content_of(folder.file("disk/new")));
+  CHECK(fs::status(folder.file("disk/real")).permissions() == fs::perms(0600));  // what was private stays so
+  CHECK(std::distance(fs::directory_iterator(folder.file("disk")), fs::directory_iterator()) == 2);
+
+  REQUIRE(::mkfifo(folder.file("pipe").c_str(), 0600) == 0);
+  fs::create_symlink("pipe", folder.file("to_pipe"));
+  fs::create_symlink("loop", folder.file("loop"));
+  const std::size_t before = folder.count();
+  const std::pair<std::string, const char*> refused[] = {{folder.file("pipe"), "it is a pipe"},
+                                                         {folder.file("to_pipe"), "it is a pipe"},
+                                                         {folder.file("disk"), "it is a folder"},
+                                                         {"/dev/null", "it is a device"},
+                                                         {folder.file("loop"), "Too many"}};
+  for (const auto& [path, words] : refused) {
+    CAPTURE(path);
+    CHECK_THROWS_WITH_AS(small_snapshot().save(path), doctest::Contains(words), crt::Error);
+  }
+  CHECK(folder.count() == before);
+  CHECK(fs::is_fifo(folder.file("pipe")));
+  CHECK(fs::is_character_file("/dev/null"));
+  CHECK(refusal(folder.file("pipe")) != "");  // and reading it does not wait for a writer
+  small_snapshot().save(folder.file(std::string(255, 'n')));  // as long as a name can be
+  CHECK(folder.count() == before + 1);
+}
 
 TEST_CASE("snapshot file: what is saved comes back, sorted by name, and nothing else is left in the folder") {
   const Folder folder;

@@ -88,10 +88,10 @@ def test_a_pid_that_is_used_again_does_not_protect_an_old_partial(
         partial = make_partial(tmp_path, process.pid)
         found = leftovers.parse_leftover(partial)
         assert found is not None
-        assert not leftovers.is_abandoned(found)
+        assert not ownership.is_abandoned(found.path, found.pid)
         # ctime cannot be set; a process that started an hour later is the same thing seen from the other side
-        monkeypatch.setattr(leftovers, "start_time", lambda pid: time.time() + 3600)
-        assert leftovers.is_abandoned(found)
+        monkeypatch.setattr(ownership, "start_time", lambda pid: time.time() + 3600)
+        assert ownership.is_abandoned(found.path, found.pid)
     finally:
         process.kill()
         process.wait()
@@ -179,7 +179,7 @@ def test_without_folder_locks_the_pid_decides(tmp_path: Path, build: Build, monk
     def no_locks(folder: Path) -> int:
         raise OSError(95, "Operation not supported", str(folder))
 
-    for module in (leftovers, ownership, staging_module):
+    for module in (ownership, staging_module):
         monkeypatch.setattr(module, "lock_folder", no_locks)
     make_partial(tmp_path, DEAD_PID)
     alive = make_partial(tmp_path, os.getppid())

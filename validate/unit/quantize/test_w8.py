@@ -12,9 +12,11 @@ from crt_export.errors import BuildError, InputError
 from crt_export.graph import GraphExporter
 from crt_export.memo import Memo
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8, w8
+from crt_export.parity.quantized_weights import BlockWeight, deviation
+from crt_export.quantize import expected_matmuls, linear_names, norms, quantize_blocks, quantize_w8, w8
 from crt_export.quantize.norms import smooth_norms
 from crt_export.quantize.projections import fuse_projections
+from crt_export.quantize.ranges import SMALLEST_STEP
 from crt_export.quantize.weights import weight_matmuls
 
 Exported = Callable[[str, torch.dtype], ir.Model]
@@ -49,6 +51,44 @@ def test_blocks_are_bit_equal_to_onnx_runtimes_quantiser(into: int, out: int, bl
     # The native quantiser leaves the padding of the last block unset; the kernel never reads it.
     real = np.arange(blocks * block).reshape(blocks, block) < into
     assert np.array_equal(found[:, real], packed[:, real])
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-42, 3e-39, 1e-37, 1.5e-36, 1.6e-36, 1e-20, 1e30, 3.4e38])
+def test_blocks_of_any_magnitude_are_right_to_half_a_step(magnitude: float) -> None:
+    """Weight decay brings dead rows down to subnormal numbers; pytest makes errors of numpy's warnings."""
+    weight = np.zeros((32, 3), np.float32)
+    weight[:, 0] = magnitude * np.linspace(-0.9, 1, 32)
+    weight[3, 0] = 0
+    weight[::2, 1] = -magnitude
+    weight[:, 2] = 0.5
+    levels, scales = quantize_blocks(weight, 32)
+    back = (levels.astype(np.float64) - 128) * scales[:, :, None]
+    step = np.maximum(np.abs(scales.astype(np.float64)), 0 if scales[0, 0] else 2 * 128 * SMALLEST_STEP)
+    # 128 steps up do not exist: what would round there is half a step further away.
+    assert np.all(np.abs(back[:, 0] - weight.T) <= step * np.where(levels[:, 0] == 255, 1.001, 0.501))
+    assert np.isfinite(scales).all()
+    assert (scales[:2] == 0).all() == (magnitude < 128 * SMALLEST_STEP)
+    stored = BlockWeight(blocks=levels, scales=scales, into=32)
+    worst, problem = deviation(stored, np.ascontiguousarray(weight.T), np.ones(32, np.float32), limit=0.51)
+    assert problem is None
+    assert worst <= 0.51
+
+
+def test_a_block_that_was_lost_is_still_found() -> None:
+    weight = np.full((1, 32), 1e-30, np.float32)
+    lost = BlockWeight(blocks=np.full((1, 1, 32), 128, np.uint8), scales=np.zeros((1, 1), np.float32), into=32)
+    assert deviation(lost, weight, np.ones(32, np.float32), limit=0.51)[1] is not None
+
+
+@pytest.mark.parametrize(("gain", "weight"), [(1e38, 1e-38), (1e-40, 3e38), (3e38, 3e38), (1e-44, 1e-44)])
+def test_smoothing_stays_inside_the_range_of_fp32(gain: float, weight: float) -> None:
+    gains = np.full(8, gain, np.float32)
+    gains[0] = 1
+    weights = np.full((8, 4), weight, np.float32)
+    weights[1] = 1
+    balanced = norms.balanced(gains, np.zeros(8, np.float32), weights)
+    assert all(np.isfinite(values).all() for values in balanced)
+    assert np.count_nonzero(balanced[1]) == 0
 
 
 @pytest.mark.parametrize("into", [64, 70, 300])

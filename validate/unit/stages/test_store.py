@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -54,6 +55,14 @@ class Place:
         return self.folder / "graphs-k"
 
 
+def sealed(entry: Path, **changes: object) -> None:
+    """Change an entry.json and give it the digest that fits."""
+    document = {**json.loads((entry / "entry.json").read_text()), **changes}
+    document.pop("sha256")
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    (entry / "entry.json").write_text(json.dumps({**document, "sha256": digest}))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
@@ -86,6 +95,20 @@ def test_what_was_kept_comes_back(place: Place) -> None:
             (entry / "files/graphs/a.onnx").unlink(),
             (entry / "files/graphs/a.onnx").symlink_to("/dev/null"),
         ),
+        lambda entry: (entry / "entry.json").write_bytes(b"[" * 100_000),
+        lambda entry: ((entry / "entry.json").unlink(), os.mkfifo(entry / "entry.json")),
+        lambda entry: ((entry / "entry.json").unlink(), (entry / "entry.json").mkdir()),
+        lambda entry: ((entry / "entry.json").rename(entry / "x"), (entry / "entry.json").symlink_to("x")),
+        lambda entry: ((entry / "entry.json").unlink(), (entry / "entry.json").symlink_to("/dev/zero")),
+        lambda entry: os.truncate(entry / "entry.json", 2**40),
+        lambda entry: (entry / "entry.json").write_text("9" * 10_000),
+        lambda entry: os.truncate(entry / "files/graphs/a.weights", 2**40),
+        lambda entry: ((entry / "files/graphs/a.onnx").unlink(), os.mkfifo(entry / "files/graphs/a.onnx")),
+        lambda entry: (shutil.rmtree(entry), entry.write_bytes(b"")),
+        lambda entry: (shutil.rmtree(entry), os.mkfifo(entry)),
+        lambda entry: (entry.rename(entry.with_name("x")), entry.symlink_to("x")),
+        lambda entry: sealed(entry, files={"graphs/a.onnx": 7}),
+        lambda entry: sealed(entry, files=[]),
     ],
     ids=[
         "bit",
@@ -100,6 +123,20 @@ def test_what_was_kept_comes_back(place: Place) -> None:
         "answer",
         "no entry",
         "link",
+        "deep",
+        "pipe",
+        "folder",
+        "linked entry",
+        "device",
+        "huge",
+        "digits",
+        "huge file",
+        "pipe for a file",
+        "file for the entry",
+        "pipe for the entry",
+        "link for the entry",
+        "type of a file",
+        "type of the files",
     ],
 )
 def test_a_damaged_entry_is_noted_removed_and_made_again(place: Place, damage: Callable[[Path], object]) -> None:
@@ -108,9 +145,20 @@ def test_a_damaged_entry_is_noted_removed_and_made_again(place: Place, damage: C
     assert place.restore() == (None, {})
     assert len(place.notes) == 1
     assert "damaged" in place.notes[0]
-    assert not place.entry.exists()
+    assert not os.path.lexists(place.entry)
     place.keep()
     assert place.restore() == (ANSWER, FILES)
+    assert not [path for path in place.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_answer_of_another_kind_is_damage_too(place: Place) -> None:
+    place.keep()
+    sealed(place.entry, answer={"other": 1})
+    target = place.source.with_name("target")
+    assert place.store.restore_as("graphs", "k", target, lambda answer: answer["graphs"]) is None
+    assert [path for path in target.rglob("*") if path.is_file()] == []
+    assert "holds another kind of answer" in place.notes[0]
+    assert not place.entry.exists()
 
 
 def test_a_full_disk_leaves_no_entry_and_ends_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 #include "session/safe_write.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
 #include <random>
+#include <string>
 
 #include "bundle/paths.hpp"
 
@@ -13,9 +15,50 @@ namespace crt {
 
 namespace {
 
+constexpr std::size_t kShownBytes = 16;  // of the name: all of it might make a name that is too long
+constexpr int kMostLinks = 40;           // as Linux itself follows
+
 std::string folder_of(const std::string& path) {
   const std::size_t slash = path.find_last_of('/');
   return slash == std::string::npos ? "." : path.substr(0, slash + 1);
+}
+
+const char* kind_problem(mode_t mode) {
+  if (S_ISDIR(mode)) return "it is a folder, expected a file or a free name";
+  if (S_ISFIFO(mode)) return "it is a pipe, expected a file or a free name";
+  if (S_ISSOCK(mode)) return "it is a socket, expected a file or a free name";
+  return "it is a device, expected a file or a free name";
+}
+
+std::string target_of_link(const std::string& path) {
+  std::string target(4096, '\0');
+  const ssize_t length = ::readlink(path.c_str(), target.data(), target.size());
+  if (length < 0) throw SystemError(errno);
+  target.resize(static_cast<std::size_t>(length));
+  return !target.empty() && target.front() == '/' ? target : folder_of(path) + "/" + target;
+}
+
+/// The file that a path names in the end, links followed, and its permissions; mode where there is none yet.
+/// A folder, a pipe, a socket or a device is refused: it would be replaced by a file.
+std::string followed(std::string path, unsigned int* mode, bool* exists) {
+  for (int links = 0; links <= kMostLinks; ++links) {
+    struct stat status {};
+    if (::lstat(path.c_str(), &status) != 0) {
+      if (errno != ENOENT) throw SystemError(errno);
+      *exists = false;
+      return path;
+    }
+    if (S_ISREG(status.st_mode)) {
+      *exists = true;
+      *mode = status.st_mode & 0777U;
+      return path;
+    }
+    if (!S_ISLNK(status.st_mode)) {
+      throw SystemError(S_ISDIR(status.st_mode) ? EISDIR : EINVAL, kind_problem(status.st_mode));
+    }
+    path = target_of_link(path);
+  }
+  throw SystemError(ELOOP);
 }
 
 /// A name beside the path that nobody else takes.
@@ -25,7 +68,7 @@ std::string partial_name(const std::string& path) {
   std::snprintf(suffix, sizeof suffix, "%08x%08x", random(), random());
   const std::size_t slash = path.find_last_of('/');
   const std::string name = slash == std::string::npos ? path : path.substr(slash + 1);
-  return folder_of(path) + "/." + name + "." + suffix + ".partial";
+  return folder_of(path) + "/." + name.substr(0, kShownBytes) + "." + suffix + ".partial";
 }
 
 /// Make a rename last; not every file system can sync a folder.
@@ -40,9 +83,10 @@ void sync_folder(const std::string& folder) noexcept {
 }  // namespace
 
 SafeWrite::SafeWrite(const std::string& path, unsigned int mode)
-    : path_(path),
-      partial_(partial_name(path)),
-      descriptor_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode)) {
+    : mode_(mode),
+      path_(followed(path, &mode_, &exists_)),
+      partial_(partial_name(path_)),
+      descriptor_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode_)) {
   if (descriptor_ < 0) {
     throw SystemError(errno);
   }
@@ -68,7 +112,7 @@ void SafeWrite::write(std::string_view bytes) {
 }
 
 void SafeWrite::commit() {
-  if (::fsync(descriptor_) != 0) {
+  if ((exists_ && ::fchmod(descriptor_, static_cast<mode_t>(mode_)) != 0) || ::fsync(descriptor_) != 0) {
     throw SystemError(errno);
   }
   const int descriptor = descriptor_;

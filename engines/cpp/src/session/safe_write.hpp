@@ -7,9 +7,10 @@
 namespace crt {
 
 /// Writes beside the path; commit() syncs and renames. Without it nothing remains. Every call may throw SystemError.
+/// A link is followed: its target gets the new content. Whatever is no file is refused, never replaced by one.
 class SafeWrite {
  public:
-  /// mode: who may read and write the file, as for open(2).
+  /// mode: who may read and write a new file, as for open(2); one that is there hands on its own permissions.
   explicit SafeWrite(const std::string& path, unsigned int mode = 0666);
   ~SafeWrite();
   SafeWrite(const SafeWrite&) = delete;
@@ -20,6 +21,8 @@ class SafeWrite {
   void commit();
 
  private:
+  unsigned int mode_;
+  bool exists_ = false;
   std::string path_;
   std::string partial_;
   int descriptor_;

@@ -1,0 +1,100 @@
+"""A file that a user names, opened for reading: links are followed, and nothing but a regular file is read.
+
+A pipe would wait for ever for a writer, a device need not end, and a file that is far too large would fill the memory
+before anybody could say what is wrong with it. What is decided, is decided on the descriptor that is then read. Whoever
+calls turns the OSError into a sentence about the file; its ``strerror`` says what was found.
+
+Nothing of the package is imported here, so that everything may import it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow: bool = True) -> BinaryIO:
+    """Open a regular file for reading, unbuffered bytes aside as :func:`open` does.
+
+    Args:
+        path: The file.
+        most: Bytes it may have; None for any number.
+        follow: Whether a link is followed; if not, it is refused (ELOOP).
+
+    Raises:
+        OSError: It cannot be opened, is no regular file (EINVAL, EISDIR), or has more bytes (EFBIG); ``strerror`` says
+            which, ready for a message.
+    """
+    try:
+        if follow:
+            _refuse_other_kinds(path, Path(path).stat())  # opening a device or a pipe may do something already
+        flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+        for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+            flags |= getattr(os, flag, 0)
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL byte, or characters that no file name can have
+        raise OSError(errno.EINVAL, f"that is no name of a file ({error})", os.fspath(path)) from None
+    try:
+        status = os.fstat(descriptor)
+        _refuse_other_kinds(path, status)
+        if most is not None and status.st_size > most:
+            raise _too_large(path, status.st_size, most)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_input(path: str | os.PathLike[str], *, most: int) -> bytes:
+    """Read a regular file that must not have more than so many bytes.
+
+    Raises:
+        OSError: As :func:`open_input`; also where it grows beyond the limit while it is read.
+    """
+    with open_input(path, most=most) as stream:
+        content = stream.read(most + 1)  # the size that a file claims is not what every file system delivers
+    if len(content) > most:
+        raise _too_large(path, len(content), most)
+    return content
+
+
+def is_input(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a regular file, links followed; a pipe, a device or a folder of that name is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def kind_of(mode: int) -> str:
+    """What a file is by its mode, in words: "a regular file", "a folder", "a pipe", ..."""
+    return _KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def readable_limit(count: int) -> str:
+    """A number of bytes in the largest unit that divides it."""
+    unit, name = next(((size, name) for size, name in _UNITS if count and count % size == 0), (1, "bytes"))
+    return f"{count // unit:,} {name}"
+
+
+def _refuse_other_kinds(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(code, f"it is {kind_of(status.st_mode)}, expected a regular file", os.fspath(path))
+
+
+def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
+    words = f"it has {size:,} bytes or more, expected at most {readable_limit(most)}"
+    return OSError(errno.EFBIG, words, os.fspath(path))

@@ -250,20 +250,20 @@ def _stops(
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """The tokens that end a row, and the strings to look for in its text: special tokens give none."""
     special = {text: None if tokenizer is None else tokenizer.special_token_id(text) for text in _texts(options)}
-    stops = {token if isinstance(token, int) else special[token] for token in options.stop_tokens}
-    unknown = [text for text in options.stop_tokens if isinstance(text, str) and special[text] is None]
+    named = [token for token in options.stop_tokens if isinstance(token, str)]
+    wanted = [token for token in options.stop_tokens if isinstance(token, int)]
     vocab = session.history.seen.shape[1]
-    problems = [f"{text!r} is no special token of the model's tokenizer; stop_strings finds text" for text in unknown]
+    problems = [f"token id {token} is outside the vocabulary (0 to {vocab - 1})" for token in wanted if token >= vocab]
     problems += [
-        f"token id {token} is outside the vocabulary (0 to {vocab - 1})"
-        for token in sorted(token for token in stops if token is not None and token >= vocab)
+        f"{text!r} is no special token of the model's tokenizer; stop_strings finds text"
+        for text in named
+        if special[text] is None
     ]
     if problems:
         raise InputError(problem_list("stop tokens", problems))
-    if not options.ignore_eos:
-        stops |= {*session.eos_token_ids}
-    stops |= {special[text] for text in options.stop_strings}
-    return frozenset(stops - {None}), tuple(text for text in options.stop_strings if special[text] is None)
+    found = {token for token in special.values() if token is not None}
+    ends = () if options.ignore_eos else session.eos_token_ids
+    return frozenset({*wanted, *found, *ends}), tuple(text for text in options.stop_strings if special[text] is None)
 
 
 def _texts(options: GenerationOptions) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def test_generation_stops_at_the_same_token_for_the_same_reason(in_python: Bundl
     tokens = [token for (token,) in free]
     stops: list[tuple[dict[str, Any], str]] = [
         ({"stop_strings": (free.texts[0][3:5],)}, "stop_string"),
-        ({"stop_token_ids": (tokens[-1],)}, "stop_token"),
+        ({"stop_tokens": (tokens[-1],)}, "stop_token"),
     ]
     for stop, reason in stops:
         options = GenerationOptions(max_new_tokens=20, **stop)

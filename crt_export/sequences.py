@@ -13,10 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+#: A target that no model predicts: the begin of the next sequence, where the ids hold several.
+UNSCORED = -1
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences:
-    """Consecutive windows, one behind the other: ``inputs`` are fed, ``targets`` come next; int64 [tokens] both."""
+    """Consecutive windows, one behind the other, int64 [tokens] each.
+
+    Attributes:
+        inputs: What is fed.
+        targets: What comes next; ``UNSCORED`` where that is the begin-of-sequence token.
+    """
 
     inputs: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -41,10 +49,25 @@ def cut_sequences(
     predicted = (starts[:, None] + np.arange(window)).ravel()[:tokens]
     if predicted[-1] >= len(ids):
         return int(predicted[-1]) + 1
-    inputs = ids[predicted - 1].astype(np.int64)
+    inputs, targets = ids[predicted - 1].astype(np.int64), ids[predicted].astype(np.int64)
     if bos is not None:
         inputs[::window] = bos
-    return Sequences(inputs=inputs, targets=ids[predicted].astype(np.int64))
+        targets[targets == bos] = UNSCORED
+    return Sequences(inputs=inputs, targets=targets)
+
+
+def fill_unscored(nll: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Likelihoods in which an unscored target has the mean of its window's others, so that no mean over it changes.
+
+    Args:
+        nll: Negative log-likelihoods, nats [..., windows, positions]; anything where the target is unscored.
+        targets: int64 [windows, positions].
+    """
+    scored = targets != UNSCORED
+    if scored.all():
+        return nll
+    count = np.maximum(scored.sum(axis=-1, keepdims=True), 1)
+    return np.where(scored, nll, np.where(scored, nll, 0.0).sum(axis=-1, keepdims=True) / count)
 
 
 def begin_rows(rows: NDArray[np.int64], bos: int | None) -> NDArray[np.int64]:

@@ -97,7 +97,8 @@ class Windows:
     Attributes:
         inputs: What is fed, int64 [windows, length]; a window begins with the model's begin-of-sequence token, if it
             has one, else with the last target of the window before.
-        targets: The text's token after each one that is fed, int64 [windows, length].
+        targets: The text's token after each one that is fed, int64 [windows, length]; ``UNSCORED`` where a sequence
+            begins.
         text: The text they are from.
         notes: Sentences on what was shortened and why.
     """

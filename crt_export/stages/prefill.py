@@ -33,7 +33,7 @@ from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.runtime.prefill_plan import ADAPTIVE, PASSES, STEPS, PrefillPlan
-from crt_export.sequences import Sequences, cut_sequences
+from crt_export.sequences import Sequences, cut_sequences, fill_unscored
 from crt_export.text import TokenText
 
 CHUNK = 256
@@ -156,9 +156,9 @@ def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
     """Negative log-likelihood of the next tokens, nats, float64 [windows, positions]; by window, to save memory."""
     found = [
         -torch.log_softmax(model.head(states).double(), dim=-1).gather(-1, wanted[:, None])[:, 0]
-        for states, wanted in zip(hidden, targets, strict=True)
+        for states, wanted in zip(hidden, targets.clamp(min=0), strict=True)
     ]
-    return torch.stack(found).numpy()
+    return fill_unscored(torch.stack(found).numpy(), targets.numpy())
 
 
 def _has_bound(profile: EngineProfile, config: ModelConfig) -> bool:

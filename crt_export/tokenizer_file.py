@@ -45,7 +45,7 @@ class TokenizerFile:
         self.path = path
         content = _checked_content(path)
         with library_errors(CheckpointError, f"{path}: not a readable tokenizer.json"):
-            self._library = _without_training_settings(_tokenizer_class(path).from_buffer(content))
+            self._library = without_training_settings(_tokenizer_class(path).from_buffer(content))
             added = self._library.get_added_tokens_decoder()
             vocabulary = self._library.get_vocab(with_added_tokens=True)
             self.special_tokens = {token.content: number for number, token in added.items() if token.special}
@@ -91,7 +91,7 @@ class TokenizerFile:
             if self._plain is None:
                 with library_errors(CheckpointError, f"{self.path}: special tokens cannot be told from text"):
                     document = _without_special_tokens(json.loads(self._library.to_str()), self.special_tokens)
-                    plain = _without_training_settings(_tokenizer_class(self.path).from_str(json.dumps(document)))
+                    plain = without_training_settings(_tokenizer_class(self.path).from_str(json.dumps(document)))
                     plain.encode_special_tokens = True
                 self._plain = plain
             return self._plain
@@ -182,7 +182,7 @@ def _check_normalizers(path: Path, normalizer: object) -> None:
             )
 
 
-def _without_training_settings(library: Any) -> Any:
+def without_training_settings(library: Any) -> Any:
     """Switch off what changes or draws ids: a prompt is neither padded nor cut, and has one encoding."""
     library.no_padding()
     library.no_truncation()

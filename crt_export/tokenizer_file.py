@@ -156,10 +156,7 @@ def _checked_content(path: Path) -> bytes:
 
 
 def _check_normalizers(path: Path, normalizer: object) -> None:
-    """Refuse a table of SentencePiece ("Precompiled") on which the library would panic.
-
-    It is base64 of: the size of a trie in bytes, uint32 little endian; the trie; the normalised texts.
-    """
+    """Refuse a table of SentencePiece ("Precompiled") on which the library would panic."""
     pending = [normalizer]
     while pending:
         part = pending.pop()
@@ -168,18 +165,20 @@ def _check_normalizers(path: Path, normalizer: object) -> None:
         if not isinstance(part, dict):
             continue
         pending.append(part.get("normalizers"))
-        table = part.get("precompiled_charsmap")
-        if part.get("type") != "Precompiled" or not isinstance(table, str):
-            continue
-        try:
-            content = base64.b64decode(table, validate=True)
-        except (binascii.Error, ValueError):
-            content = b""
-        size = int.from_bytes(content[:4], "little")
-        if len(content) < 4 or size % 4 or len(content) < 4 + size:
+        if part.get("type") == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
             raise CheckpointError(
                 f"{path}: not a readable tokenizer.json: the table of its normalizer (precompiled_charsmap) is damaged"
             )
+
+
+def _is_charsmap(table: object) -> bool:
+    """Whether it is base64 of: the size of a trie in bytes, uint32 little endian; the trie; the normalised texts."""
+    try:
+        content = base64.b64decode(table, validate=True) if isinstance(table, str) else b""
+    except (binascii.Error, ValueError):
+        return False
+    size = int.from_bytes(content[:4], "little")
+    return len(content) >= 4 + size and size % 4 == 0
 
 
 def without_training_settings(library: Any) -> Any:

@@ -180,7 +180,7 @@ def _damaged(edit: Callable[[dict[str, Any]], object]) -> str:
     return json.dumps(document)
 
 
-def _charsmap(table: str) -> Callable[[dict[str, Any]], object]:
+def _charsmap(table: object) -> Callable[[dict[str, Any]], object]:
     precompiled = {"type": "Precompiled", "precompiled_charsmap": table}
     return lambda document: document.update(normalizer={"type": "Sequence", "normalizers": [precompiled]})
 
@@ -207,8 +207,10 @@ def _charsmap(table: str) -> Callable[[dict[str, Any]], object]:
         _damaged(_charsmap("")),
         _damaged(_charsmap("!!")),
         _damaged(_charsmap("/////wAA")),
+        _damaged(_charsmap([])),
+        _damaged(lambda document: document.update(normalizer={"type": "Precompiled"})),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_damaged_file_is_one_clear_error_without_a_panic(text: str, load: Loader, capfd: Any) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer\.json"):

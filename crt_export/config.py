@@ -5,7 +5,6 @@ Imports neither torch nor onnx: the runtime reads the same class from a bundle's
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
+from crt_export.input_file import read_input
+from crt_export.strict_json import json_problem, parse_json
 
 FORMAT_VERSION = 1
 RECURRENT = "context_ready_transformer"
@@ -24,6 +25,7 @@ BYTE_VOCABULARY = 256
 MOST_POSITIONS = 2**20
 #: Every layer is written once per pass into the unrolled prefill.
 MOST_LAYERS = MOST_PASSES = 4096
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class ModelConfig:
     ``training_sequence_length`` is the context length the model was trained at (None: not known);
     ``unroll_steps`` is the K the model was trained for and the default K of its prefill;
     ``sliding_window`` is the number of latest tokens that attention sees, the token itself included (None: all).
+    Every sequence begins with ``bos_token_id``, once (None: the model was trained without); ``eos_token_id`` ends one,
+    any of them where there are several.
 
     Raises:
         CheckpointError: A value has the wrong type, is out of range or contradicts another.
@@ -58,7 +62,7 @@ class ModelConfig:
     num_key_value_heads: int = 0
     sliding_window: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     training_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +70,8 @@ class ModelConfig:
         problems = _value_problems(asdict(self))
         if problems:
             raise CheckpointError(problem_list("config.json", problems))
+        if isinstance(self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         self._derive_head_sizes()
         unsupported = [*_unsupported(self)]
         if unsupported:
@@ -81,6 +87,18 @@ class ModelConfig:
     def recurrent(self) -> bool:
         """True for a CRT (correction FFN and recurrent state), False for a plain transformer."""
         return self.model_type == RECURRENT
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a sequence, as a tuple, empty where there is none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """What begins or ends a sequence."""
+        return frozenset(self.eos_token_ids) | ({self.bos_token_id} if self.bos_token_id is not None else set())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -141,13 +159,15 @@ def load_config(folder: str | Path) -> ModelConfig:
                 f"{path}: expected a checkpoint folder with config.json and model.safetensors, "
                 f"found {'a file' if path.exists() else 'nothing'}"
             )
-        values = json.loads(file.read_bytes())
+        values = parse_json(read_input(file, most=_MOST_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors"
         ) from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or an integer of thousands of digits
-        raise CheckpointError(f"{file}: expected a JSON object, found something unreadable ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: expected a JSON object, found something unreadable: it {json_problem(error)}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
@@ -174,7 +194,6 @@ _OPTIONAL_INTEGERS = (
     "correction_intermediate_size",
     "sliding_window",
     "bos_token_id",
-    "eos_token_id",
     "training_sequence_length",
 )
 
@@ -194,6 +213,10 @@ _MAXIMA = {"max_position_embeddings": MOST_POSITIONS, "num_hidden_layers": MOST_
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_integers(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_integer, value))
 
 
 def _is_integer_zero(value: object) -> bool:
@@ -229,6 +252,9 @@ def _type_problems(values: Mapping[str, Any]) -> dict[str, str]:
         if name in _INTEGERS or name in _OPTIONAL_INTEGERS:
             if not _is_integer(value) and not (value is None and name in _OPTIONAL_INTEGERS):
                 problems[name] = f"{name} must be an integer, found {shown}"
+        elif name == "eos_token_id":
+            if value is not None and not _is_integer(value) and not _is_integers(value):
+                problems[name] = f"{name} must be an integer or a list of at least one, found {shown}"
         elif name in ("layer_norm_eps", "rope_theta"):
             if not _is_finite_number(value):
                 problems[name] = f"{name} must be a finite number, found {shown}"
@@ -266,9 +292,10 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"head_dim must be even for rotary embedding, found {_shown(head_dim or hidden // heads)}"
     vocabulary = values.get("vocab_size")
     for name in ("bos_token_id", "eos_token_id"):
-        token = values.get(name)
-        if token is not None and vocabulary is not None and not 0 <= token < vocabulary:
-            yield f"{name} must be in [0, vocab_size = {_shown(vocabulary)}), found {_shown(token)}"
+        given = values.get(name)
+        for token in given if isinstance(given, list | tuple) else (given,):
+            if token is not None and vocabulary is not None and not 0 <= token < vocabulary:
+                yield f"{name} must be in [0, vocab_size = {_shown(vocabulary)}), found {_shown(token)}"
     if values.get("tokenizer") == "byte" and vocabulary is not None and vocabulary < BYTE_VOCABULARY:
         yield f"the byte tokenizer needs vocab_size >= {BYTE_VOCABULARY}, found {vocabulary}"
     trained, positions = values.get("training_sequence_length"), values.get("max_position_embeddings")

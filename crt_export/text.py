@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,11 +36,13 @@ class TokenText:
         ids: int64 [tokens], every id inside the vocabulary.
         source: Where they came from, for the report.
         offset: Index of the first id in the text they were taken from.
+        bos_token_id: What every sequence cut out of it begins with, see :mod:`crt_export.sequences`; None: nothing.
     """
 
     ids: np.ndarray
     source: str
     offset: int = 0
+    bos_token_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,7 +71,8 @@ def read_text(
     if text is not None and tokens is not None:
         raise InputError("give either a text file (--text) or token ids (--tokens), not both")
     if tokens is not None:
-        return TokenText(ids=_checked_ids(_ids_from_npy(tokens), config, str(tokens)), source=str(tokens))
+        ids = _checked_ids(_ids_from_npy(tokens), config, str(tokens))
+        return TokenText(ids=ids, source=str(tokens), bos_token_id=config.bos_token_id)
     if config.tokenizer == "none":
         raise InputError(
             "this model has no tokenizer (config.json: tokenizer = none), so text cannot be used: "
@@ -78,7 +81,7 @@ def read_text(
     path = catalog.default_text() if text is None else text
     source = f"default text {path.name}" if text is None else str(path)
     ids = np.asarray(tokenizer.encode(_text_from_file(path)), np.int64)
-    return TokenText(ids=_checked_ids(ids, config, source), source=source)
+    return TokenText(ids=_checked_ids(ids, config, source), source=source, bos_token_id=config.bos_token_id)
 
 
 def split_text(
@@ -114,7 +117,7 @@ def split_text(
 
 
 def _part(text: TokenText, start: int, stop: int) -> TokenText:
-    return TokenText(ids=text.ids[start:stop], source=text.source, offset=text.offset + start)
+    return replace(text, ids=text.ids[start:stop], offset=text.offset + start)
 
 
 def _text_from_file(path: Path) -> str:

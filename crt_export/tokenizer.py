@@ -6,12 +6,14 @@ Imports neither torch nor a runtime; the ``tokenizers`` library is imported only
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from crt_export.config import BYTE_VOCABULARY, ModelConfig
-from crt_export.errors import CheckpointError, InputError, MissingDependencyError
+from crt_export.errors import CheckpointError, InputError
+from crt_export.tokenizer_file import TokenizerFile
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -44,12 +46,21 @@ class Tokenizer(Protocol):
         """Number of ids the tokenizer can produce."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without begin-of-sequence token."""
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Ids of the text alone, without begin-of-sequence token.
+
+        Args:
+            text: Any text with a UTF-8 form.
+            parse_special: Whether text that spells a special token becomes that token; else it is text like any other.
+        """
         ...
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: ``bos_token_id`` (if the model has one), then the text."""
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Ids of a prompt: ``bos_token_id`` (if the model has one) once, then the text; arguments as for encode()."""
+        ...
+
+    def special_token_id(self, text: str) -> int | None:
+        """Id of the special token that this text spells; None if it spells none."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -69,23 +80,26 @@ class ByteTokenizer:
 
     def __init__(self, config: ModelConfig) -> None:
         """Take the special tokens from the configuration."""
-        self._prefix = _prompt_prefix(config)
+        self._bos = config.bos_token_id
         # Only ids outside the byte range are silent: a model may use byte 0 to end a sequence and print it
         # too.
-        special = {config.bos_token_id, config.eos_token_id} - {None}
-        self._silent = frozenset(token for token in special if token is not None and token >= BYTE_VOCABULARY)
+        self._silent = frozenset(token for token in config.special_token_ids if token >= BYTE_VOCABULARY)
 
-    def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes of the text.
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """UTF-8 bytes of the text; no text spells a special token.
 
         Raises:
             InputError: The text holds lone surrogates, which have no UTF-8 form.
         """
         return list(_utf8_from_text(text))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Begin-of-sequence id, if the model has one, then the bytes."""
-        return [*self._prefix, *self.encode(text)]
+        return begun(self.encode(text, parse_special=parse_special), self._bos)
+
+    def special_token_id(self, text: str) -> int | None:
+        """None: special tokens have no text."""
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the bytes; what is not valid UTF-8 becomes U+FFFD."""
@@ -125,29 +139,33 @@ class FileTokenizer:
             MissingDependencyError: The ``tokenizers`` library is not installed.
             CheckpointError: The file is missing or damaged, or has ids the model has no embedding for.
         """
-        self._library: Any = _load_tokenizer_file(path, content)
-        self._prefix = _prompt_prefix(config)
-        self._silent = frozenset({config.bos_token_id, config.eos_token_id} - {None})
-        vocabulary = self._library.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._library = TokenizerFile(path, content)
+        self._bos = config.bos_token_id
+        # What else ends a sequence, a line break say, is text all the same.
+        self._silent = config.special_token_ids & frozenset(self._library.special_tokens.values())
+        self.vocab_size = self._library.vocab_size
         if self.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{path}: has {self.vocab_size} tokens, more than the model's vocab_size "
                 f"{config.vocab_size}; use the tokenizer the model was trained with"
             )
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens.
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Ids of the text; nothing is put before or behind it, whatever the file says.
 
         Raises:
-            InputError: The text holds lone surrogates, which have no UTF-8 form.
+            InputError: The text holds lone surrogates, which have no UTF-8 form, or the library cannot encode it.
         """
         _utf8_from_text(text)
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        return self._library.encode_ids(text, parse_special=parse_special)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Begin-of-sequence id, if the model has one, then the text's ids."""
-        return [*self._prefix, *self.encode(text)]
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Begin-of-sequence id, if the model has one, then the text's ids; once, where the text begins with it too."""
+        return begun(self.encode(text, parse_special=parse_special), self._bos)
+
+    def special_token_id(self, text: str) -> int | None:
+        """Id of the special token that this text spells; None if it spells none."""
+        return self._library.special_tokens.get(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without special tokens."""
@@ -194,7 +212,7 @@ class NoTokenizer:
     name = "none"
     vocab_size = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Refuse.
 
         Raises:
@@ -204,9 +222,13 @@ class NoTokenizer:
             "this model has no tokenizer (config.json: tokenizer = none); give token ids, for example --tokens FILE.npy"
         )
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Refuse, as encode() does."""
         return self.encode(text)
+
+    def special_token_id(self, text: str) -> int | None:
+        """None: there is no text."""
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Refuse.
@@ -247,8 +269,11 @@ def load_tokenizer(folder: str | Path, config: ModelConfig, content: bytes | Non
     return ByteTokenizer(config)
 
 
-def _prompt_prefix(config: ModelConfig) -> Sequence[int]:
-    return () if config.bos_token_id is None else (config.bos_token_id,)
+def begun(ids: Sequence[int], bos: int | None) -> list[int]:
+    """A sequence that begins with the begin-of-sequence token, once; as it is for a model without one."""
+    if bos is None:
+        return list(ids)
+    return [bos, *itertools.dropwhile(lambda token: token == bos, ids)]
 
 
 def _utf8_from_text(text: str) -> bytes:
@@ -259,20 +284,3 @@ def _utf8_from_text(text: str) -> bytes:
             f"the text is not valid Unicode: a lone surrogate {text[error.start]!r} at character "
             f"{error.start}; read it as UTF-8"
         ) from None
-
-
-def _load_tokenizer_file(path: Path, content: bytes | None) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise MissingDependencyError(
-            f"{path}: reading a tokenizer.json needs the tokenizers library: pip install 'crt-export[text]'"
-        ) from None
-    if content is None and not path.is_file():
-        raise CheckpointError(f"{path}: missing, although config.json says tokenizer = {TOKENIZER_FILE}")
-    try:
-        if content is not None:
-            return tokenizers.Tokenizer.from_buffer(content)
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise CheckpointError(f"{path}: not a readable tokenizer.json ({error})") from error

@@ -11,7 +11,6 @@ kinds of weights are named in the message, never loaded.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from crt_export.errors import CheckpointError, problem_list
 from crt_export.input_file import is_input, open_input, read_input
+from crt_export.strict_json import json_problem, parse_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -120,11 +120,11 @@ def find_weight_files(folder: Path) -> WeightFiles:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        document = json.loads(read_input(file, most=_MOST_INDEX_BYTES), object_pairs_hook=_without_duplicates)
+        document = parse_json(read_input(file, most=_MOST_INDEX_BYTES))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected the index of shards as JSON, found {error}") from None
+        raise CheckpointError(f"{file}: expected the index of shards as JSON, but it {json_problem(error)}") from None
     found = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f'{file}: expected {{"weight_map": {{"<tensor>": "<file>", ...}}}}; save the model again')
@@ -135,15 +135,6 @@ def _read_index(file: Path) -> dict[str, str]:
             for name in bad
         ]
         raise CheckpointError(problem_list(f"{file}", problems[:20]))
-    return found
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:80]!r} twice")
     return found
 
 

@@ -117,7 +117,8 @@ class BundleRunner:
 
     def _prompt(self, tokens: int) -> list[np.ndarray]:
         assert self._bundle is not None
-        return list(prompt_rows(self._text, self._bundle.config.vocab_size, batch=self._batch, tokens=tokens))
+        model, batch = self._bundle.config, self._batch
+        return list(prompt_rows(self._text, model.vocab_size, batch=batch, tokens=tokens, bos=model.bos_token_id))
 
     def _go_to(self, position: int) -> None:
         """Hold this many tokens, the same ones every time."""

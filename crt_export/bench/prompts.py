@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
+from crt_export.sequences import begin_rows
 from crt_export.text import read_text
 from crt_export.tokenizer import TOKENIZER_FILE, NoTokenizer, Tokenizer, load_tokenizer
 
@@ -58,8 +59,15 @@ def prompt_text(
     return PromptText(ids=tuple(read.ids[:length].tolist()), source=read.source)
 
 
-def prompt_rows(text: Sequence[int], vocab_size: int, *, batch: int, tokens: int) -> NDArray[np.int64]:
-    """Prompts of one length, int64 [batch, tokens]: successive pieces of the text, or random ids, always the same."""
-    if not text:
-        return np.random.default_rng(_SEED).integers(vocab_size, size=(batch, tokens))
-    return np.take(np.array(text, np.int64), np.arange(batch * tokens), mode="wrap").reshape(batch, tokens)
+def prompt_rows(
+    text: Sequence[int], vocab_size: int, *, batch: int, tokens: int, bos: int | None = None
+) -> NDArray[np.int64]:
+    """Prompts of one length, int64 [batch, tokens]: successive pieces of the text, or random ids, always the same.
+
+    Each begins with the model's begin-of-sequence token ``bos``, if it has one.
+    """
+    if text:
+        rows = np.take(np.array(text, np.int64), np.arange(batch * tokens), mode="wrap").reshape(batch, tokens)
+    else:
+        rows = np.random.default_rng(_SEED).integers(vocab_size, size=(batch, tokens))
+    return begin_rows(rows, bos)

@@ -138,7 +138,9 @@ class PyTorchRunner:
         return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
     def _prompt(self, tokens: int) -> Tensor:
-        return torch.from_numpy(prompt_rows(self._text, self._config.vocab_size, batch=self._batch, tokens=tokens))
+        model, batch = self._config, self._batch
+        rows = prompt_rows(self._text, model.vocab_size, batch=batch, tokens=tokens, bos=model.bos_token_id)
+        return torch.from_numpy(rows)
 
     def _feed(self, prompt: Tensor) -> None:
         state = self._model.start(self._batch)

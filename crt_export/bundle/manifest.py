@@ -8,15 +8,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from crt_export.bundle.held import HeldFolder
 from crt_export.bundle.integrity import integrity_problem, sealed
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION, TOOL_NAME, manifest_problems
 from crt_export.errors import BundleError, problem_list
+from crt_export.strict_json import json_problem, parse_json
 
 _MAX_MANIFEST_BYTES = 64 << 20
-_MOST_LEVELS = 200
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -117,52 +117,9 @@ def _read(folder: HeldFolder) -> bytes:
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     again = "the bundle was changed or is incomplete; build it again"
     try:
-        manifest = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        _check_values(manifest)
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{path} is not UTF-8 (byte {error.start}): {again}") from None
-    except RecursionError:
-        raise BundleError(f"{path} is nested too deeply (more than {_MOST_LEVELS} levels): {again}") from None
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON ({error}): {again}") from None
+        manifest = parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} {json_problem(error)}: {again}") from None
     if not isinstance(manifest, dict):
         raise BundleError(f"{path} must hold a JSON object, found {manifest!r:.60}: {again}")
     return manifest
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
-        )
-    return result
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _check_values(manifest: object) -> None:
-    """Refuse what JSON parsers of different languages disagree about, so that all readers agree on a bundle.
-
-    Raises:
-        RecursionError: Lists and objects are nested too deeply.
-        ValueError: A whole number needs more than 64 bits, another number is infinite, or a text is no Unicode.
-    """
-    pending = [(manifest, 0)]
-    while pending:
-        value, level = pending.pop()
-        if isinstance(value, dict | list):
-            if level == _MOST_LEVELS:
-                raise RecursionError
-            items = [*value, *value.values()] if isinstance(value, dict) else value
-            pending.extend((item, level + 1) for item in items)
-        elif isinstance(value, str):
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"{value!r:.60} is not valid Unicode")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a number is beyond the range of floats")
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError("a whole number is beyond 64 bits")

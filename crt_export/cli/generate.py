@@ -38,7 +38,20 @@ from crt_export.cli.passes import PassesType
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="S")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
+@click.option(
+    "--stop-token",
+    "stop_tokens",
+    multiple=True,
+    metavar="ID|TEXT",
+    help="End at this token, given by its id or by the text of a special token; may be given several times.",
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence tokens.")
+@click.option(
+    "--parse-special/--no-parse-special",
+    default=True,
+    show_default=True,
+    help="Whether prompt text that spells a special token becomes that token, or is text like any other.",
+)
 @click.option(
     "--passes",
     type=PassesType(),
@@ -52,6 +65,8 @@ def generate(
     target: str,
     max_new_tokens: int,
     stop: tuple[str, ...],
+    stop_tokens: tuple[str, ...],
+    parse_special: bool,
     ignore_eos: bool,
     passes: int | Literal["adaptive", "exact"] | None,
     **sampling: Any,
@@ -65,13 +80,14 @@ def generate(
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         sampling=SamplingOptions(**sampling),
+        stop_tokens=[int(token) if token.isdecimal() else token for token in stop_tokens],
         stop_strings=stop,
         ignore_eos=ignore_eos,
         passes=passes,
     )
     _require_validated(bundle)
     with load_bundle(bundle) as opened:
-        generation = generate_text(opened, prompt, options, target=target)
+        generation = generate_text(opened, prompt, options, target=target, parse_special=parse_special)
         click.echo(prompt, nl=False, err=True)
         for piece in generation:
             write_text(piece, newline=False)

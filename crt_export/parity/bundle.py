@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -192,7 +193,7 @@ def held_out_text(whole: TokenText, manifest: Mapping[str, Any]) -> TokenText:
         return whole
     # Build calibrates on the start of its text.
     end = calibrated.offset + len(calibrated)
-    return TokenText(ids=np.ascontiguousarray(whole.ids[end:]), source=whole.source, offset=end)
+    return dataclasses.replace(whole, ids=np.ascontiguousarray(whole.ids[end:]), offset=end)
 
 
 def recorded_nll(manifest: Mapping[str, Any]) -> float | None:
@@ -208,5 +209,5 @@ def _recognised(record: Mapping[str, Any] | None, whole: TokenText) -> TokenText
     if not record:
         return None
     offset, count = int(record.get("offset", 0)), int(record.get("tokens", 0))
-    part = TokenText(ids=np.ascontiguousarray(whole.ids[offset : offset + count]), source=whole.source, offset=offset)
+    part = dataclasses.replace(whole, ids=np.ascontiguousarray(whole.ids[offset : offset + count]), offset=offset)
     return part if len(part) and part.sha256 == record.get("sha256") else None

@@ -32,6 +32,7 @@ from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase, load_checked_graph
 from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.trace import Continuation, continue_greedily
+from crt_export.sequences import begin_rows
 
 #: Longest prompt.
 _PROMPT_TOKENS = 32
@@ -110,7 +111,7 @@ def _prompts(case: ParityCase, setup: ParitySetup) -> _Prompts:
     starts = np.unique(np.linspace(0, len(setup.text) - length, count).round().astype(int))
     if len(starts) < count:
         notes.append(f"free-running: {len(starts)} prompts instead of {count}: the text has no more")
-    ids = np.ascontiguousarray(setup.text.ids[starts[:, None] + np.arange(length)])
+    ids = np.ascontiguousarray(begin_rows(setup.text.ids[starts[:, None] + np.arange(length)], setup.text.bos_token_id))
     return _Prompts(ids=ids, new_tokens=min(room, wanted), notes=tuple(notes))
 
 

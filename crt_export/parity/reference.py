@@ -6,7 +6,6 @@ the whole window, ``handover`` is K passes over its first half and the recurrenc
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -46,9 +45,7 @@ class Reference:
 
     def first_windows(self, count: int) -> Reference:
         """The reference on the first windows alone; what was computed for all of them is not computed again."""
-        part = Reference(
-            self.model, dataclasses.replace(self.windows, tokens=self.windows.tokens[:count]), batch=self._batch
-        )
+        part = Reference(self.model, self.windows.part(windows=count), batch=self._batch)
         part._hidden = {key: hidden[:count] for key, hidden in self._hidden.items()}
         return part
 

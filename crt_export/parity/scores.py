@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crt_export.parity.reference import Reference, first_position
+from crt_export.sequences import fill_unscored
 
 #: Tokens that the overlap looks at.
 TOP = 10
@@ -85,7 +86,7 @@ class Scorer:
         self.start = first_position(regime, reference.windows.length)
         shape = (reference.windows.count, reference.windows.length - self.start)
         self._arrays = {name: np.full(shape, np.nan) for name in _PER_TOKEN}
-        self._targets = torch.from_numpy(reference.windows.targets)
+        self._targets = torch.from_numpy(reference.windows.targets).clamp(min=0)
         self.problems: list[str] = []
 
     def add(self, windows: slice, position: int, logits: np.ndarray | Tensor) -> None:
@@ -107,7 +108,9 @@ class Scorer:
 
     def scores(self) -> Scores:
         """Everything compared so far."""
-        config = self.reference.model.config
+        config, targets = self.reference.model.config, self.reference.windows.targets[:, self.start :]
+        for name in ("nll", "reference_nll"):
+            self._arrays[name] = fill_unscored(self._arrays[name], targets)
         return Scores(
             start=self.start, vocab=config.vocab_size, trained=config.training_sequence_length, **self._arrays
         )
@@ -124,7 +127,7 @@ class Scorer:
 def reference_nll(reference: Reference, regime: str, passes: int) -> np.ndarray:
     """The reference's own negative log-likelihood of every next token, nats, float64 [windows, positions]."""
     windows, start = reference.windows, first_position(regime, reference.windows.length)
-    targets = torch.from_numpy(windows.targets)
+    targets = torch.from_numpy(windows.targets).clamp(min=0)
     everything = slice(0, windows.count)
     block = max(1, BLOCK_ELEMENTS // (windows.count * reference.model.config.vocab_size))
     parts = []
@@ -132,7 +135,7 @@ def reference_nll(reference: Reference, regime: str, passes: int) -> np.ndarray:
         positions = slice(first, min(first + block, windows.length))
         logits = reference.logits(regime, passes, everything, positions).double()
         parts.append(-torch.log_softmax(logits, dim=-1).gather(-1, targets[:, positions, None]).squeeze(-1))
-    return torch.cat(parts, dim=1).numpy()
+    return fill_unscored(torch.cat(parts, dim=1).numpy(), windows.targets[:, start:])
 
 
 def token_scores(found: Tensor, expected: Tensor, targets: Tensor, near_tie: float) -> dict[str, Tensor]:

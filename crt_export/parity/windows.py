@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
 from crt_export.ladder import LEVELS
+from crt_export.sequences import cut_sequences
 from crt_export.text import VALIDATION_TOKENS, TokenText
 
 DEFAULT_WINDOW = 256
@@ -93,34 +95,37 @@ class Windows:
     """Consecutive windows.
 
     Attributes:
-        tokens: int64 [windows, length + 1]; the last token of a window is the first of the next, a target only.
+        inputs: What is fed, int64 [windows, length]; a window begins with the model's begin-of-sequence token, if it
+            has one, else with the last target of the window before.
+        targets: The text's token after each one that is fed, int64 [windows, length]; ``UNSCORED`` where a sequence
+            begins.
         text: The text they are from.
         notes: Sentences on what was shortened and why.
     """
 
-    tokens: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
     text: TokenText
     notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
         """Number of windows."""
-        return self.tokens.shape[0]
+        return self.inputs.shape[0]
 
     @property
     def length(self) -> int:
         """Tokens fed, and predictions scored, per window."""
-        return self.tokens.shape[1] - 1
+        return self.inputs.shape[1]
 
-    @property
-    def inputs(self) -> np.ndarray:
-        """What is fed, int64 [windows, length]."""
-        return np.ascontiguousarray(self.tokens[:, :-1])
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The token after each one that is fed, int64 [windows, length]."""
-        return np.ascontiguousarray(self.tokens[:, 1:])
+    def part(self, *, windows: int | None = None, length: int | None = None) -> Windows:
+        """The first windows, or the first tokens of each."""
+        rows = slice(windows), slice(length)
+        return dataclasses.replace(
+            self,
+            inputs=np.ascontiguousarray(self.inputs[rows]),
+            targets=np.ascontiguousarray(self.targets[rows]),
+        )
 
 
 def windows_from_text(text: TokenText, options: ParityOptions, *, longest: int, longest_reason: str) -> Windows:
@@ -141,14 +146,16 @@ def windows_from_text(text: TokenText, options: ParityOptions, *, longest: int, 
             f"{longest_reason}: parity needs windows of at least 2 tokens, one for prefill and one to step"
         )
     count = max(2, -(-options.validation_tokens // length))
-    needed = count * length + 1
-    if len(text) < needed:
+    cut = cut_sequences(text.ids, tokens=count * length, window=length, bos=text.bos_token_id)
+    if isinstance(cut, int):
         raise InputError(
             f"{text.source}: {len(text)} tokens are too few to validate on: {count} windows of {length} tokens and one "
-            f"more to predict need {needed} (--text FILE or --tokens FILE.npy)"
+            f"more to predict need {cut} (--text FILE or --tokens FILE.npy)"
         )
     notes = [f"windows of {length} tokens instead of {options.window}: {longest_reason}"] * (length < options.window)
     if options.short_reason.strip():
         notes.append(f"{count} windows of {length} tokens: {options.short_reason.strip()}")
-    starts = np.arange(count)[:, None] * length
-    return Windows(tokens=text.ids[starts + np.arange(length + 1)], text=text, notes=tuple(notes))
+    if text.bos_token_id is not None:
+        notes.append(f"every window and prompt begins with the model's bos_token_id {text.bos_token_id}")
+    inputs, targets = (part.reshape(count, length) for part in (cut.inputs, cut.targets))
+    return Windows(inputs=inputs, targets=targets, text=text, notes=tuple(notes))

@@ -20,6 +20,7 @@ from crt_export.model import Carry, Model
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.text import TextEvidence, check_is_text
+from crt_export.sequences import begin_rows
 
 _STAGE = "calibrate w8a8"
 
@@ -95,7 +96,7 @@ class ActivationStatistics:
 
 
 def calibration_windows(
-    tokens: NDArray[np.int64], *, seq: int, options: CalibrationOptions | None = None
+    tokens: NDArray[np.int64], *, seq: int, options: CalibrationOptions | None = None, bos: int | None = None
 ) -> NDArray[np.int64]:
     """Cut windows out of a text, evenly spread over all of it.
 
@@ -103,6 +104,7 @@ def calibration_windows(
         tokens: The text, int64 [tokens].
         seq: Window length in tokens, at most the model's ``max_position_embeddings``.
         options: Number of windows and the minimum of text.
+        bos: The model's begin-of-sequence token, which every window begins with; None if it has none.
 
     Returns:
         int64 [windows, seq], non-overlapping; fewer windows than asked if the text has no more.
@@ -122,7 +124,7 @@ def calibration_windows(
     enough = -(-options.minimum_tokens // seq)
     if chosen.size < enough:
         chosen = np.linspace(0, available - 1, enough).round().astype(np.int64)
-    return tokens[: available * seq].reshape(available, seq)[chosen].astype(np.int64)
+    return begin_rows(tokens[: available * seq].reshape(available, seq)[chosen].astype(np.int64), bos)
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ class Bundle:
             origin = SessionOrigin(
                 bundle=self._files.identity,
                 target=target,
-                eos_token_id=self._config.eos_token_id,
+                eos_token_ids=self._config.eos_token_ids,
                 tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
                 reopen=lambda: self.session(target, rows, count, size, on_full),
             )

@@ -2,7 +2,8 @@
 
 A row ends for one of four reasons, looked at in this order for every token it draws:
 
-* ``stop_token``: the token is a stop token. It is not given out and not part of the row.
+* ``stop_token``: the token is a stop token, or the special token that a stop string spells. It is not given out and
+  not part of the row.
 * ``stop_string``: the row's new text contains a stop string. The token counts and is given out; the text ends
   before the stop string.
 * ``max_new_tokens``: it was the last token allowed.
@@ -21,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from crt_export.errors import InputError, MissingDependencyError
+from crt_export.errors import InputError, MissingDependencyError, problem_list
 from crt_export.runtime.counts import shown
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.history import NO_TOKEN, History
@@ -42,8 +43,8 @@ class GeneratingSession(Protocol):
     """What a generation needs of a session."""
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a sequence."""
+    def eos_token_ids(self) -> Sequence[int]:
+        """The tokens that end a sequence."""
         ...
 
     @property
@@ -130,8 +131,8 @@ class Generation(Iterator[list[int | None]]):
         self._session = session
         self._options = options
         self._on_token = on_token
-        self._texts = [RowText(tokenizer, options.stop_strings) for _ in prompts]
-        self._stops = _stop_tokens(session, options)
+        self._stops, strings = _stops(session, options, tokenizer)
+        self._texts = [RowText(tokenizer, strings) for _ in prompts]
         self._prompts: Sequence[np.ndarray] | None = prompts
         # The engine's argmax is the same choice, and saves the way of the logits to the host.
         self._argmax = options.sampling.greedy and not options.sampling.penalises
@@ -244,11 +245,30 @@ def _no_token(row: int) -> InputError:
     )
 
 
-def _stop_tokens(session: GeneratingSession, options: GenerationOptions) -> frozenset[int]:
-    stops = set(options.stop_token_ids)
-    if session.eos_token_id is not None and not options.ignore_eos:
-        stops.add(session.eos_token_id)
-    return frozenset(stops)
+def _stops(
+    session: GeneratingSession, options: GenerationOptions, tokenizer: Tokenizer | None
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """The tokens that end a row, and the strings to look for in its text: special tokens give none."""
+    special = {text: None if tokenizer is None else tokenizer.special_token_id(text) for text in _texts(options)}
+    named = [token for token in options.stop_tokens if isinstance(token, str)]
+    wanted = [token for token in options.stop_tokens if isinstance(token, int)]
+    vocab = session.history.seen.shape[1]
+    problems = [f"token id {token} is outside the vocabulary (0 to {vocab - 1})" for token in wanted if token >= vocab]
+    problems += [
+        f"{text!r} is no special token of the model's tokenizer; stop_strings finds text"
+        for text in named
+        if special[text] is None
+    ]
+    if problems:
+        raise InputError(problem_list("stop tokens", problems))
+    found = {token for token in special.values() if token is not None}
+    ends = () if options.ignore_eos else session.eos_token_ids
+    return frozenset({*wanted, *found, *ends}), tuple(text for text in options.stop_strings if special[text] is None)
+
+
+def _texts(options: GenerationOptions) -> tuple[str, ...]:
+    """What only a tokenizer can tell: stop strings, and stop tokens given by their text."""
+    return (*options.stop_strings, *(token for token in options.stop_tokens if isinstance(token, str)))
 
 
 def _tokenizer(session: GeneratingSession, options: GenerationOptions) -> Tokenizer | None:
@@ -256,12 +276,12 @@ def _tokenizer(session: GeneratingSession, options: GenerationOptions) -> Tokeni
     try:
         tokenizer = session.tokenizer
     except MissingDependencyError:
-        if options.stop_strings:
+        if _texts(options):
             raise
         return None
-    if tokenizer is None and options.stop_strings:
+    if tokenizer is None and _texts(options):
         raise InputError(
             "stop strings need text, and this model has no tokenizer (config.json: tokenizer = none); "
-            "give stop_token_ids instead"
+            "give the ids of stop_tokens instead"
         )
     return tokenizer

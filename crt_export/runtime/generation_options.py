@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from crt_export.errors import InputError, problem_list
 from crt_export.runtime.counts import plain_int, shown
@@ -18,14 +18,20 @@ class GenerationOptions:
 
     Any iterable of stop tokens or stop strings is taken, and kept as a tuple.
 
+    A special token of the model's tokenizer gives no text, so a stop string that is exactly one of them stops where the
+    token comes, as a stop token does.
+
     Attributes:
         max_new_tokens: Most tokens per row.
         sampling: How a token is chosen; greedy by default.
-        stop_token_ids: Tokens that end a row, besides the model's end-of-sequence token.
+        stop_tokens: Tokens that end a row, besides the model's end-of-sequence tokens: ids, or the text of a special
+            token of the model's tokenizer.
         stop_strings: Texts that end a row as soon as its new text contains one; need a model with tokenizer.
-        ignore_eos: Go on after the model's end-of-sequence token.
+        ignore_eos: Go on after the model's end-of-sequence tokens.
         passes: How prompts are taken, see ``Session.prefill``: a number of passes, ``"adaptive"``, ``"exact"``, or None
             for the target's own choice.
+        stop_token_ids: Alias of ``stop_tokens`` for ids: what is given here is added there, and it holds the ids of
+            ``stop_tokens``.
 
     Raises:
         InputError: A value is out of its range; lists every problem.
@@ -33,10 +39,11 @@ class GenerationOptions:
 
     max_new_tokens: int = 64
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop_token_ids: Sequence[int] = ()
+    stop_tokens: Sequence[int | str] = ()
     stop_strings: Sequence[str] = ()
     ignore_eos: bool = False
     passes: int | Literal["adaptive", "exact"] | None = None
+    stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges; make numbers plain and lists tuples."""
@@ -47,7 +54,11 @@ class GenerationOptions:
             problems.append(f"ignore_eos must be True or False, found {shown(self.ignore_eos)}")
         problems += self._make_plain("max_new_tokens", *_counted(self.max_new_tokens, "max_new_tokens"))
         problems += self._make_plain("passes", *passes_problems(self.passes))
-        problems += self._make_plain("stop_token_ids", *_stop_tokens(self.stop_token_ids))
+        tokens, wrong = _stop_tokens("stop_tokens", self.stop_tokens)
+        more, wrong_ids = _stop_tokens("stop_token_ids", self.stop_token_ids, texts=False)
+        tokens = tuple(dict.fromkeys((*tokens, *more)))
+        problems += self._make_plain("stop_tokens", tokens, wrong)
+        problems += self._make_plain("stop_token_ids", tuple(t for t in tokens if isinstance(t, int)), wrong_ids)
         problems += self._make_plain("stop_strings", *_stop_strings(self.stop_strings))
         if problems:
             raise InputError(problem_list("generation options", problems))
@@ -76,20 +87,38 @@ def _counted(value: object, name: str) -> tuple[int | None, list[str]]:
     return number, [] if sound else [f"{name} must be at least 1, found {shown(value)}"]
 
 
-def _stop_tokens(tokens: object) -> tuple[tuple[int | None, ...], list[str]]:
-    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-        return (), [f"stop_token_ids must be a list of token ids such as (10,), found {shown(tokens)}"]
-    given = tuple(tokens)  # once: an iterator would be empty the second time
-    plain = tuple(map(plain_int, given))
-    wrong = [token for token, number in zip(given, plain, strict=True) if number is None or number < 0]
-    return plain, [f"stop token id {shown(token)} must be at least 0" for token in wrong]
+def _stop_tokens(name: str, tokens: object, *, texts: bool = True) -> tuple[tuple[int | str | None, ...], list[str]]:
+    given = _listed(tokens)
+    if given is None:
+        return (), [f"{name} must be a list of token ids such as (10,), found {shown(tokens)}"]
+    plain = tuple(token if texts and isinstance(token, str) else plain_int(token) for token in given)
+    wrong = [
+        f"stop token {token!r} must be {wanted}"
+        for token in plain
+        if isinstance(token, str) and (wanted := _wanted_of_a_string(token))
+    ]
+    wrong += [
+        f"stop token id {shown(token)} must be at least 0"
+        for token, number in zip(given, plain, strict=True)
+        if number is None or (isinstance(number, int) and number < 0)
+    ]
+    return plain, wrong
+
+
+def _listed(values: object) -> tuple[Any, ...] | None:
+    """What an iterable gives, read once; None for what is none, or is a text: each of its characters would stop."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        return None
+    try:
+        return tuple(values)
+    except TypeError:  # an array without dimensions says that it is iterable
+        return None
 
 
 def _stop_strings(strings: object) -> tuple[tuple[str, ...], list[str]]:
-    # A string is a sequence of strings too: each of its characters would stop the text.
-    if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
+    given = _listed(strings)
+    if given is None:
         return (), [f"stop_strings must be a list of strings such as ('###',), found {shown(strings)}"]
-    given = tuple(strings)
     return given, [f"stop string {stop!r} must be {wanted}" for stop in given if (wanted := _wanted_of_a_string(stop))]
 
 

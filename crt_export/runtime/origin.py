@@ -19,13 +19,13 @@ class SessionOrigin:
     Attributes:
         bundle: Identity of the bundle.
         target: Name of the target.
-        eos_token_id: The token that ends a sequence; None if the model has none.
+        eos_token_ids: The tokens that end a sequence; empty if the model has none.
         tokenizer: Gives the bundle's tokenizer, or None if the model has none.
         reopen: Opens another session of the same kind.
     """
 
     bundle: str
     target: str
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
     tokenizer: Callable[[], Tokenizer | None]
     reopen: Callable[[], Session]

@@ -36,7 +36,7 @@ class Session:
         batch: Number of rows.
         capacity: Most tokens a row can hold.
         vocab_size: Number of logits per row.
-        eos_token_id: The token that ends a sequence; None if the model has none.
+        eos_token_ids: The tokens that end a sequence; empty if the model has none.
         history: Draws, pending and seen tokens of the rows. What is fed by prefill(), step() or advance() is
             seen, and takes the place of a pending token.
     """
@@ -48,7 +48,7 @@ class Session:
         self.batch = sizes.batch
         self.capacity = sizes.capacity
         self.vocab_size = sizes.vocab
-        self.eos_token_id = origin.eos_token_id
+        self.eos_token_ids = origin.eos_token_ids
         self.history = History(sizes.batch, sizes.vocab)
         self._origin = origin
         self._guard = Guard(decoder)

@@ -7,7 +7,6 @@ memory only when it is asked for; ``engines/cpp/src/session/safetensors.cpp`` is
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from math import prod
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from crt_export.strict_json import parse_json
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 8 << 20  # 80,000 tensors; parsing takes many times the text's memory
@@ -95,17 +96,10 @@ def _header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise ValueError(
             f"its header claims {length} bytes, the file has {size}, and a header at most {_MOST_HEADER_BYTES}"
         )
-    header = json.loads(_exactly(stream, length).decode("utf-8"), object_pairs_hook=_unique_keys)
+    header = parse_json(_exactly(stream, length))
     if not isinstance(header, dict):
         raise ValueError(f"its header must be a JSON object, found {header!r:.60}")
     return header, _LENGTH_BYTES + length
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return result
 
 
 def _place(name: str, entry: Any) -> _Place:

@@ -104,6 +104,7 @@ def generate_text(
     *,
     target: str = "",
     on_token: TokenCallback | None = None,
+    parse_special: bool = True,
 ) -> TextGeneration:
     """Continue a prompt.
 
@@ -113,6 +114,8 @@ def generate_text(
         options: How many tokens, how they are chosen and where to stop; greedy by default.
         target: Where to run; empty takes ``bundle.default_target()``.
         on_token: Called with row 0, every new token and the text that it completes; ``False`` ends the text.
+        parse_special: Whether prompt text that spells a special token becomes that token; False for what strangers
+            write, who could otherwise end a turn or begin a sequence.
 
     Returns:
         An iterator over text; the model runs as it is read.
@@ -125,7 +128,7 @@ def generate_text(
     chosen = checked_options(options)
     if not prompt:
         raise InputError("empty prompt: give at least one character to continue")
-    ids = bundle.tokenizer.encode_prompt(prompt)
+    ids = bundle.tokenizer.encode_prompt(prompt, parse_special=parse_special)
     name = target or bundle.default_target()
     built = bundle.target(name)
     limit = built.capacity

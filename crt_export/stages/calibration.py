@@ -146,7 +146,7 @@ def _calibrated(
     options = CalibrationOptions()
     if config.parameter_count > _LARGE_MODEL:
         options = CalibrationOptions(windows=max(1, _TOKENS_OF_LARGE_MODEL // seq))
-    windows = calibration_windows(text.ids, seq=seq, options=options)
+    windows = calibration_windows(text.ids, seq=seq, options=options, bos=text.bos_token_id)
     model = model_from_checkpoint(checkpoint)
     statistics = calibrate(model, windows, unroll=unroll, options=options, progress=progress)
     plan = plan_w8a8(model, statistics)

@@ -33,6 +33,7 @@ from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.runtime.prefill_plan import ADAPTIVE, PASSES, STEPS, PrefillPlan
+from crt_export.sequences import Sequences, cut_sequences, fill_unscored
 from crt_export.text import TokenText
 
 CHUNK = 256
@@ -102,12 +103,23 @@ def pass_limits(
     count = min(max(tokens // chunk, _FEWEST_WINDOWS), (len(text) - 1) // chunk)
     if count < _FEWEST_WINDOWS or chunk < 2:
         return None
-    ids = text.ids[-count * chunk - 1 :]
-    inputs, targets = (torch.from_numpy(part.reshape(count, chunk).copy()) for part in (ids[:-1], ids[1:]))
+    cut = _last_windows(text, count, chunk)
+    if cut is None:
+        return None
+    inputs, targets = (torch.from_numpy(part.reshape(count, chunk)) for part in (cut.inputs, cut.targets))
     model, tolerances = model_from_checkpoint(checkpoint), load_tolerances()
     if not _predicts(model, inputs, targets, tolerances.learnt_share):
         return None
     return _measured(model, inputs, targets, tolerances.perplexity_gap, progress)
+
+
+def _last_windows(text: TokenText, count: int, chunk: int) -> Sequences | None:
+    """Windows that the text ends with, each from nothing; None where it is too short."""
+    start, bos = len(text) - count * chunk - 1, text.bos_token_id
+    if bos is not None:  # a window may pass over one that the ids have at its start
+        start = max(0, start - min(count, int((text.ids[start:] == bos).sum())))
+    cut = cut_sequences(text.ids, tokens=count * chunk, window=chunk, bos=bos, start=start)
+    return None if isinstance(cut, int) else cut
 
 
 @torch.no_grad()
@@ -144,9 +156,9 @@ def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
     """Negative log-likelihood of the next tokens, nats, float64 [windows, positions]; by window, to save memory."""
     found = [
         -torch.log_softmax(model.head(states).double(), dim=-1).gather(-1, wanted[:, None])[:, 0]
-        for states, wanted in zip(hidden, targets, strict=True)
+        for states, wanted in zip(hidden, targets.clamp(min=0), strict=True)
     ]
-    return torch.stack(found).numpy()
+    return fill_unscored(torch.stack(found).numpy(), targets.numpy())
 
 
 def _has_bound(profile: EngineProfile, config: ModelConfig) -> bool:

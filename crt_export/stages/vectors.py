@@ -21,6 +21,7 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan
 from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, prefill_run
+from crt_export.sequences import begin_rows
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import Tokenizer
 
@@ -117,15 +118,22 @@ def selftest_limits() -> Mapping[str, float]:
 def _tokens(
     config: ModelConfig, tokenizer: Tokenizer | None, text: TokenText | None, count: int
 ) -> tuple[np.ndarray, str, str]:
-    """Ids int64 [count], where they are from, and the seed of random ones."""
+    """Ids int64 [count] of one sequence, where they are from, and the seed of random ones."""
+    ids, source, seed = _ids(config, tokenizer, text, count)
+    return begin_rows(ids[None], config.bos_token_id)[0].copy(), source, seed
+
+
+def _ids(
+    config: ModelConfig, tokenizer: Tokenizer | None, text: TokenText | None, count: int
+) -> tuple[np.ndarray, str, str]:
     if text is not None and len(text) >= count:
-        return text.ids[:count].copy(), "validation text", ""
+        return text.ids[:count], "validation text", ""
     try:
         packaged = None if tokenizer is None else read_text(config, tokenizer)
     except InputError:  # no tokenizer, or one that gives this text ids without embeddings
         packaged = None
     if packaged is not None and len(packaged) >= count:
-        return packaged.ids[:count].copy(), "packaged text", ""
+        return packaged.ids[:count], "packaged text", ""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(config.vocab_size, (count,), generator=generator).numpy(), "random", str(_SEED)
 

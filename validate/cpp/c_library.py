@@ -68,7 +68,7 @@ class GenerationOptions(ctypes.Structure):
         ("max_new_tokens", c_int64),
         ("passes", c_int64),
         ("sampling", POINTER(SamplingOptions)),
-        ("stop_token_ids", POINTER(c_int64)),
+        ("stop_tokens", POINTER(c_int64)),
         ("stop_token_count", c_size_t),
         ("stop_strings", POINTER(c_char_p)),
         ("stop_string_count", c_size_t),
@@ -251,7 +251,7 @@ class CSession:
         *,
         sampling: dict[str, Any] | None = None,
         stop_strings: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
+        stop_tokens: Sequence[int] = (),
         **options: Any,
     ) -> CGeneration:
         """Continue every row; options as in crt_generation_options."""
@@ -261,8 +261,8 @@ class CSession:
             GenerationOptions,
             "generation_options",
             sampling=ctypes.pointer(drawn),
-            stop_token_ids=_ids(stop_token_ids),
-            stop_token_count=len(stop_token_ids),
+            stop_tokens=_ids(stop_tokens),
+            stop_token_count=len(stop_tokens),
             stop_strings=texts,
             stop_string_count=len(stop_strings),
             **options,

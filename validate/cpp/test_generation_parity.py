@@ -41,7 +41,7 @@ def random_stops(generator: random.Random, texts: list[str], tokens: list[list[i
         strings.append(text[begin : begin + generator.randint(1, 4)])
     ids = [generator.choice(tokens[0])] if generator.random() < 0.3 else []
     # A C string ends at a NUL.
-    return {"stop_strings": [text for text in strings if text and "\0" not in text], "stop_token_ids": ids}
+    return {"stop_strings": [text for text in strings if text and "\0" not in text], "stop_tokens": ids}
 
 
 def in_both(in_python: Any, in_c: Any, prompts: list[list[int]] | None, options: dict[str, Any]) -> Counter[str]:

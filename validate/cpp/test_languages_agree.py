@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def test_generation_stops_at_the_same_token_for_the_same_reason(in_python: Bundl
     tokens = [token for (token,) in free]
     stops: list[tuple[dict[str, Any], str]] = [
         ({"stop_strings": (free.texts[0][3:5],)}, "stop_string"),
-        ({"stop_token_ids": (tokens[-1],)}, "stop_token"),
+        ({"stop_tokens": (tokens[-1],)}, "stop_token"),
     ]
     for stop, reason in stops:
         options = GenerationOptions(max_new_tokens=20, **stop)
@@ -129,6 +131,30 @@ def test_generation_stops_at_the_same_token_for_the_same_reason(in_python: Bundl
         assert found.run() == [wanted]
         assert (found.text(0), found.stop_reason(0)) == (expected.texts[0], reason)
         assert expected.stop_reasons[0] == reason
+
+
+def test_every_end_token_ends_a_row_in_both_languages(
+    library: Any, tiny: Path, tmp_path: Path, sign_again: Callable[[Path], None]
+) -> None:
+    with load_bundle(tiny, allow_unvalidated=True) as bundle:
+        free = bundle.session(TARGET).generate([PROMPTS[0]], GenerationOptions(max_new_tokens=12))
+        tokens = [token for (token,) in free]
+    ends = [next(token for token in range(256) if token not in tokens), tokens[4]]
+    folder = Path(shutil.copytree(tiny, tmp_path / "several"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["eos_token_id"] = ends
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sign_again(folder)
+    expected = tokens[: tokens.index(ends[1])]
+    in_c = library.bundle(folder)
+    with load_bundle(folder, allow_unvalidated=True) as bundle:
+        assert bundle.config.eos_token_ids == tuple(ends)
+        for ignore, wanted in ((False, (expected, "stop_token")), (True, (tokens, "max_new_tokens"))):
+            options = GenerationOptions(max_new_tokens=12, ignore_eos=ignore)
+            found = bundle.session(TARGET).generate([PROMPTS[0]], options)
+            assert ([token for (token,) in found if token is not None], found.stop_reasons[0]) == wanted
+            other = in_c.session(TARGET).generate([PROMPTS[0]], max_new_tokens=12, ignore_eos=ignore)
+            assert (other.run()[0], other.stop_reason(0)) == wanted
 
 
 # --- refusals

@@ -91,7 +91,7 @@ def _moved(where: dict[str, str]) -> dict[str, str]:
         (lambda folder, where: write_index(folder, {}), "expected .*weight_map"),
         (lambda folder, where: (folder / INDEX_FILE).write_text("[]"), "expected .*weight_map"),
         (lambda folder, where: (folder / INDEX_FILE).write_text("[" * 100_000), "index of shards as JSON"),
-        (lambda folder, where: (folder / INDEX_FILE).write_text('{"a": 1, "a": 2}'), "the name 'a' twice"),
+        (lambda folder, where: (folder / INDEX_FILE).write_text('{"a": 1, "a": 2}'), "the key 'a' stands twice"),
         (lambda folder, where: os.truncate(folder / INDEX_FILE, 2**40), "at most 128 MiB"),
         (lambda folder, where: (folder / INDEX_FILE).unlink(), "found shards only"),
         (lambda folder, where: shutil.copy(folder / FIRST, folder / WEIGHTS_FILE), "holds both"),

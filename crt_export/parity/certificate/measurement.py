@@ -18,6 +18,7 @@ from crt_export.parity.certificate.coverage import Coverage, Handover
 from crt_export.parity.certificate.forms import Chain, Form
 from crt_export.parity.certificate.target_form import BLOCK_ELEMENTS
 from crt_export.parity.scores import divergence
+from crt_export.sequences import fill_unscored
 
 #: Told, per batch of windows, what the chain gave and [passes, windows, ...] of the iterates and residuals.
 Observer = Callable[[slice, Chain, np.ndarray, np.ndarray], None]
@@ -123,7 +124,7 @@ def compare_states(
     """
     nll = np.empty((1 + len(found), *targets.shape))
     kl = np.empty((len(found), *targets.shape))
-    wanted = torch.from_numpy(targets).unsqueeze(-1)
+    wanted = torch.from_numpy(targets).clamp(min=0).unsqueeze(-1)
     size = max(1, BLOCK_ELEMENTS // (len(targets) * form.vocab))
     for first in range(0, targets.shape[1], size):
         piece = slice(first, first + size)
@@ -135,6 +136,7 @@ def compare_states(
             after = torch.log_softmax(logits, dim=-1)
             nll[1 + index, :, piece] = -after.gather(-1, wanted[:, piece]).squeeze(-1).numpy()
             kl[index, :, piece] = divergence(expected, after, logits.sub_(own)).numpy()
+    nll = fill_unscored(nll, targets)
     return nll[0], nll[1:], kl
 
 

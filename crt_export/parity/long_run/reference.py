@@ -12,11 +12,12 @@ from torch import Tensor
 
 from crt_export.model import Carry, Model
 from crt_export.parity.level import ParitySetup
-from crt_export.parity.long_run.schedule import BLOCK, Schedule
+from crt_export.parity.long_run.schedule import BLOCK, Schedule, too_short
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.windows import Windows
 from crt_export.progress import Progress
 from crt_export.rotary import rope_tables
+from crt_export.sequences import cut_sequences
 
 #: Finished runs by what they ran (kind, window, text and model of a setup); a longer run serves shorter ones too.
 _FINISHED: WeakKeyDictionary[ParitySetup, dict[tuple[str, int | None], LongReference]] = WeakKeyDictionary()
@@ -44,8 +45,7 @@ class LongReference(Reference):
 
     def shortened(self, tokens: int) -> LongReference:
         """The same run, ended earlier; nothing is computed again."""
-        cut = dataclasses.replace(self.windows, tokens=self.windows.tokens[:, : tokens + 1])
-        other = LongReference(self.model, cut, self._window, self._progress)
+        other = LongReference(self.model, self.windows.part(length=tokens), self._window, self._progress)
         other._hidden[STEP, 0] = self.hidden(STEP, 0)[:, :tokens]
         return other
 
@@ -72,17 +72,28 @@ def long_reference(setup: ParitySetup, schedule: Schedule) -> LongReference:
 
     Args:
         setup: Model and text.
-        schedule: What to run; the text has been found long enough.
+        schedule: What to run.
+
+    Raises:
+        InputError: The text is too short.
     """
     finished = _FINISHED.setdefault(setup, {})
     key = (schedule.kind, schedule.window)
     if key not in finished or finished[key].windows.length < schedule.tokens:
-        tokens = setup.text.ids[None, : schedule.tokens + 1]
         model = _with_positions(setup.model, schedule.window or schedule.tokens)
-        windows = Windows(tokens=tokens, text=setup.text)
+        windows = _one_window(setup, schedule)
         finished[key] = LongReference(model, windows, schedule.window, setup.progress)
     run = finished[key]
     return run if run.windows.length == schedule.tokens else run.shortened(schedule.tokens)
+
+
+def _one_window(setup: ParitySetup, schedule: Schedule) -> Windows:
+    """All tokens as one window, in which every start from an empty cache is the begin of a sequence."""
+    text, tokens = setup.text, schedule.tokens
+    cut = cut_sequences(text.ids, tokens=tokens, window=schedule.window or tokens, bos=text.bos_token_id)
+    if isinstance(cut, int):
+        raise too_short(text, tokens, cut)
+    return Windows(inputs=cut.inputs[None], targets=cut.targets[None], text=text)
 
 
 def _with_positions(model: Model, positions: int) -> Model:

@@ -102,11 +102,16 @@ def check_length(text: TokenText, tokens: int) -> None:
         InputError: It has fewer; the message says what is needed.
     """
     if len(text) < tokens + 1:
-        raise InputError(
-            f"{text.source}: {len(text):,} held-out tokens are too few for the long run, which feeds {tokens:,} and "
-            f"needs one more to predict: give a text of at least {tokens + 1:,} tokens (--text FILE or --tokens "
-            "FILE.npy), leave the level long-run out, or ask for a shorter run (long_run_tokens)"
-        )
+        raise too_short(text, tokens, tokens + 1)
+
+
+def too_short(text: TokenText, tokens: int, needed: int) -> InputError:
+    """The error for a text of fewer tokens than the long run needs."""
+    return InputError(
+        f"{text.source}: {len(text):,} held-out tokens are too few for the long run, which feeds {tokens:,} and "
+        f"needs one more to predict: give a text of at least {needed:,} tokens (--text FILE or --tokens "
+        "FILE.npy), leave the level long-run out, or ask for a shorter run (long_run_tokens)"
+    )
 
 
 def _unit(window: int, tokens: int) -> int:

@@ -42,9 +42,15 @@ TEST_CASE("config: values arrive, derived sizes are filled") {
   CHECK(config.rope_theta == 500000.0);
   CHECK_FALSE(config.rope_interleaved);
   CHECK(config.sliding_window == std::optional<std::int64_t>(5));
-  CHECK(config.eos_token_id == std::optional<std::int64_t>(3));
+  CHECK(config.eos_token_ids == std::vector<std::int64_t>{3});
   CHECK_FALSE(config.bos_token_id.has_value());
   CHECK(config.tokenizer == "byte");
+  bundle.manifest["config"]["eos_token_id"] = {7, 255, 7};
+  bundle.write_manifest();
+  CHECK(open(bundle).config().eos_token_ids == std::vector<std::int64_t>{7, 255, 7});
+  bundle.manifest["config"]["eos_token_id"] = nullptr;
+  bundle.write_manifest();
+  CHECK(open(bundle).config().eos_token_ids.empty());
 }
 
 TEST_CASE("config: each rule") {
@@ -71,6 +77,9 @@ TEST_CASE("config: each rule") {
       {"/correction_intermediate_size", nullptr, "correction_intermediate_size must be greater than 0, found None"},
       {"/sliding_window", 0, "sliding_window must be greater than 0, found 0"},
       {"/eos_token_id", 256, "eos_token_id must be in [0, vocab_size = 256), found 256"},
+      {"/eos_token_id", {3, 256}, "eos_token_id must be in [0, vocab_size = 256), found 256"},
+      {"/eos_token_id", Json::array(), "eos_token_id must be an integer or a list of at least one, found []"},
+      {"/eos_token_id", {3, true}, "eos_token_id must be an integer or a list of at least one, found [3, True]"},
       {"/bos_token_id", -1, "bos_token_id must be in [0, vocab_size = 256), found -1"},
       {"/rope_theta", "1", "rope_theta must be a finite number, found '1'"},
       {"/layer_norm_eps", 0, "layer_norm_eps must be greater than 0, found 0"},

@@ -92,7 +92,8 @@ TEST_CASE("C API: what the bundle and the session say about themselves") {
   auto config = initialised(crt_model_config_init);
   CHECK(crt_bundle_config(opened.bundle, &config) == CRT_OK);
   CHECK(config.vocab == expected.config().vocab);
-  CHECK(config.eos_token_id == expected.config().eos_token_id.value_or(CRT_NO_TOKEN));
+  CHECK(std::vector<std::int64_t>(config.eos_token_ids, config.eos_token_ids + config.eos_token_count) ==
+        expected.config().eos_token_ids);
   CHECK(config.tokenizer == expected.config().tokenizer);
   CHECK(config.recurrent == (expected.config().recurrent ? 1 : 0));
   config.struct_size = 4;
@@ -289,7 +290,7 @@ TEST_CASE("C API: wrong options of a session and of a generation") {
     return crt_session_generate(opened.session, kPrompt.data(), &length, 1, &options, &generation);
   };
   CHECK(attempt() == CRT_ERROR_INPUT);
-  CHECK(error_names("stop_token_ids must not be NULL"));
+  CHECK(error_names("stop_tokens must not be NULL"));
   options = generation_options(4, nullptr);
   const char* strings[] = {nullptr};
   options.stop_strings = strings;

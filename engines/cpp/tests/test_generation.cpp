@@ -169,7 +169,7 @@ TEST_CASE("generation: a stop token ends its row and is not given out; the other
   crt::Generation unbroken = session.generate({{10, 20, 30}, {99}}, sampled());
   const Rows all = read(unbroken, 2);
   crt::GenerationOptions options = sampled();
-  options.stop_token_ids = {all[0][4]};
+  options.stop_tokens = {all[0][4]};
   std::size_t end = 0;
   while (all[0][end] != all[0][4]) ++end;
   crt::Session again = opened(folder, 2);
@@ -288,10 +288,13 @@ TEST_CASE("generation: what cannot be done is refused before the model runs") {
   CHECK(refusal(session, {{1}, {1}}, going_on(INT64_MAX)).find("exceed the capacity") != std::string::npos);
   crt::GenerationOptions wrong;
   wrong.max_new_tokens = 0;
-  wrong.stop_token_ids = {-1};
+  wrong.stop_tokens = {-1};
   wrong.stop_strings = {"", "\xFF"};
   wrong.passes = -3;
   CHECK(refusal(session, {{1}, {1}}, wrong).find("5 problems") != std::string::npos);
+  crt::GenerationOptions never;
+  never.stop_tokens = {vocab, 0, vocab + 1};
+  CHECK(refusal(session, {{1}, {1}}, never).find("2 problems") != std::string::npos);
   crt::GenerationOptions cold;
   cold.sampling.temperature = -1.0;
   CHECK(refusal(session, {{1}, {1}}, cold).find("temperature") != std::string::npos);

@@ -15,7 +15,7 @@ crt::ModelConfig byte_model() {
   crt::ModelConfig config;
   config.vocab = 259;
   config.bos_token_id = 256;
-  config.eos_token_id = 257;
+  config.eos_token_ids = {257};
   config.tokenizer = "byte";
   return config;
 }
@@ -98,8 +98,8 @@ TEST_CASE("stream: special tokens are silent and do not break a character, unkno
   CHECK(stream.push(258) == kReplaced + kReplaced);
   CHECK(stream.push(-1) == kReplaced);
   crt::ModelConfig zero = byte_model();
-  zero.eos_token_id = 0;
-  CHECK(crt::ByteTokenizer(zero).decode({0}) == std::string(1, '\0'));
+  zero.eos_token_ids = {0, 258};
+  CHECK(crt::ByteTokenizer(zero).decode({258, 0}) == std::string(1, '\0'));
 }
 
 TEST_CASE("encode: the bytes of the text, bos before a prompt, invalid UTF-8 refused with its place") {
@@ -107,6 +107,11 @@ TEST_CASE("encode: the bytes of the text, bos before a prompt, invalid UTF-8 ref
   CHECK(tokenizer.encode("") == std::vector<std::int64_t>{});
   CHECK(tokenizer.encode("a\xC3\xA9") == std::vector<std::int64_t>{97, 0xC3, 0xA9});
   CHECK(tokenizer.encode_prompt("a") == std::vector<std::int64_t>{256, 97});
+  crt::ModelConfig line = byte_model();
+  line.bos_token_id = '\n';
+  CHECK(crt::ByteTokenizer(line).encode_prompt("a\n") == std::vector<std::int64_t>{'\n', 'a', '\n'});
+  CHECK(crt::ByteTokenizer(line).encode_prompt("\n\na") == std::vector<std::int64_t>{'\n', 'a'});
+  CHECK(crt::ByteTokenizer(line).encode_prompt("") == std::vector<std::int64_t>{'\n'});
   crt::ModelConfig without = byte_model();
   without.bos_token_id.reset();
   CHECK(crt::ByteTokenizer(without).encode_prompt("a") == std::vector<std::int64_t>{97});

@@ -91,7 +91,7 @@ def test_the_end_of_sequence_token_stops_unless_ignored(plain: Any) -> None:
         run(ignoring)
     stop = ignoring.tokens[0][5]
     with plain.bundle.session(TARGET) as session:
-        session.eos_token_id = stop
+        session.eos_token_ids = (stop,)
         stopping = session.generate([PROMPT], GenerationOptions(max_new_tokens=10, sampling=sampling))
         run(stopping)
     assert eos == 3

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace crt {
 
@@ -19,8 +20,8 @@ struct ModelConfig {
   double rope_theta = 10000.0;
   bool rope_interleaved = true;                ///< pairs (2j, 2j+1); false: (j, j + head_dim / 2)
   std::optional<std::int64_t> sliding_window;  ///< keys a query sees, itself included
-  std::optional<std::int64_t> bos_token_id;
-  std::optional<std::int64_t> eos_token_id;
+  std::optional<std::int64_t> bos_token_id;    ///< every sequence begins with it, once
+  std::vector<std::int64_t> eos_token_ids;     ///< each of them ends a sequence
   std::string tokenizer;  ///< "byte", "tokenizer.json" or "none"
 };
 

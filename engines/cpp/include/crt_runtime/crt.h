@@ -105,8 +105,9 @@ typedef struct crt_model_config {
   int64_t head_dim;
   int64_t max_position_embeddings;
   int64_t sliding_window; /* keys a query sees, itself included; 0: all of them */
-  int64_t bos_token_id;   /* CRT_NO_TOKEN if the model has none */
-  int64_t eos_token_id;   /* CRT_NO_TOKEN if the model has none */
+  int64_t bos_token_id;   /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
+  const int64_t* eos_token_ids; /* each of them ends a sequence; belongs to the bundle */
+  size_t eos_token_count;       /* 0 if the model has none */
   double rope_theta;
   int32_t rope_interleaved; /* 1: pairs (2j, 2j+1); 0: (j, j + head_dim / 2) */
   int32_t recurrent;        /* 0: a plain transformer, without state */
@@ -130,7 +131,7 @@ CRT_API crt_status crt_bundle_config(const crt_bundle* bundle, crt_model_config*
 /* ---- Text of models that read bytes (others give CRT_ERROR_UNSUPPORTED: use token ids) --------------------------- */
 
 /* Token ids of a text of text_bytes bytes, which must be valid UTF-8. prompt: 1 puts the model's bos_token_id, if it
- * has one, in front. *count is set to the number of ids. ids may be NULL to ask for that number; if capacity is too
+ * has one, in front, unless the text begins with it. *count is set to the number of ids. ids may be NULL to ask for that number; if capacity is too
  * small, nothing but *count is written and the call gives CRT_ERROR_INPUT. */
 CRT_API crt_status crt_encode(const crt_bundle* bundle, const char* text, size_t text_bytes, int32_t prompt,
                               int64_t* ids, size_t capacity, size_t* count);
@@ -241,11 +242,11 @@ typedef struct crt_generation_options {
   int64_t max_new_tokens;               /* most tokens per row; 64 */
   int64_t passes;                       /* how prompts are taken, as in crt_prefill_options */
   const crt_sampling_options* sampling; /* NULL: greedy */
-  const int64_t* stop_token_ids;        /* end a row, besides the model's end-of-sequence token */
+  const int64_t* stop_tokens;           /* ids that end a row, besides the model's end-of-sequence tokens */
   size_t stop_token_count;
   const char* const* stop_strings; /* UTF-8 up to a NUL; end a row whose new text holds one; byte models only */
   size_t stop_string_count;
-  int32_t ignore_eos;          /* 1: go on after the model's end-of-sequence token */
+  int32_t ignore_eos;          /* 1: go on after the model's end-of-sequence tokens */
   crt_token_callback callback; /* NULL: none */
   void* user;                  /* given to the callback */
 } crt_generation_options;

@@ -24,10 +24,10 @@ const char* stop_reason_name(StopReason reason) noexcept;
 struct GenerationOptions {
   std::int64_t max_new_tokens = 64;  ///< most tokens per row
   SamplingOptions sampling;
-  std::vector<std::int64_t> stop_token_ids;  ///< end a row, besides the model's end-of-sequence token
-  std::vector<std::string> stop_strings;     ///< UTF-8; end a row where its new text holds one (byte models only)
-  bool ignore_eos = false;                   ///< go on after the model's end-of-sequence token
-  std::int64_t passes = kTargetsChoice;      ///< how prompts are taken, as in PrefillOptions
+  std::vector<std::int64_t> stop_tokens;  ///< ids that end a row, besides the model's end-of-sequence tokens
+  std::vector<std::string> stop_strings;  ///< UTF-8; end a row where its new text holds one (byte models only)
+  bool ignore_eos = false;                ///< go on after the model's end-of-sequence tokens
+  std::int64_t passes = kTargetsChoice;   ///< how prompts are taken, as in PrefillOptions
 
   /// Throws Error(input) listing every value that is out of its range.
   void check() const;

@@ -53,7 +53,8 @@ class Session {
   std::int64_t batch() const noexcept;
   std::int64_t capacity() const noexcept;
   std::int64_t vocab_size() const noexcept;
-  std::optional<std::int64_t> eos_token_id() const noexcept;
+  /// Each of them ends a sequence; empty if the model has none.
+  const std::vector<std::int64_t>& eos_token_ids() const noexcept;
   /// Tokens in the cache of each row, int64 [batch]; for the thread that runs the session only.
   const std::int64_t* position() const noexcept;
   /// Logits after each row's last token, float32 [batch, vocab], NaN for a row without tokens; valid until the next

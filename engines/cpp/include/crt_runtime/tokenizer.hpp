@@ -22,7 +22,7 @@ class TextStream {
 
  private:
   std::string pending_;
-  std::int64_t silent_[2];
+  std::vector<std::int64_t> silent_;
 };
 
 /// One id per UTF-8 byte (0..255); ids from 256 on belong to the model's special tokens.
@@ -32,7 +32,7 @@ class ByteTokenizer {
   explicit ByteTokenizer(const ModelConfig& config);
   /// Bytes of the text; throws Error(input) if it is not valid UTF-8.
   std::vector<std::int64_t> encode(const std::string& text) const;
-  /// bos_token_id, if the model has one, then the bytes.
+  /// bos_token_id, if the model has one, then the bytes; once, where the bytes begin with it too.
   std::vector<std::int64_t> encode_prompt(const std::string& text) const;
   std::string decode(const std::vector<std::int64_t>& ids) const;
   TextStream stream() const;

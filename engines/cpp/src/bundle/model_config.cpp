@@ -21,7 +21,7 @@ constexpr std::string_view kRecurrent = "context_ready_transformer";
 constexpr std::int64_t kFormatVersion = 1;
 constexpr std::int64_t kByteVocabulary = 256;
 
-enum class Kind { integer, optional_integer, number, boolean, choice };
+enum class Kind { integer, optional_integer, optional_integers, number, boolean, choice };
 
 /// One key of config.json and the range of its values.
 struct Key {
@@ -37,7 +37,7 @@ constexpr std::int64_t kMostLayers = 4096;
 constexpr std::array<Key, 21> kKeys{{
     {"bos_token_id", Kind::optional_integer},
     {"correction_intermediate_size", Kind::optional_integer},
-    {"eos_token_id", Kind::optional_integer},
+    {"eos_token_id", Kind::optional_integers},
     {"format_version", Kind::integer},
     {"head_dim", Kind::integer, false, true},
     {"hidden_size", Kind::integer, true, true},
@@ -80,6 +80,12 @@ bool is_one_of(const JsonValue& value, const Choices& choices) {
   return value.is_string() && std::find(choices.begin(), choices.end(), value.string()) != choices.end();
 }
 
+bool is_integers(const JsonValue& value) {
+  const auto is_integer = [](const JsonValue& item) { return item.is_integer(); };
+  return value.is_array() && !value.array().empty() &&
+         std::all_of(value.array().begin(), value.array().end(), is_integer);
+}
+
 std::string type_problem(const Key& key, const JsonValue& value) {
   const std::string must = std::string(key.name) + " must be ", found = ", found " + brief(value);
   switch (key.kind) {
@@ -87,6 +93,10 @@ std::string type_problem(const Key& key, const JsonValue& value) {
       return value.is_integer() ? "" : must + "an integer" + found;
     case Kind::optional_integer:
       return value.is_integer() || value.is_null() ? "" : must + "an integer" + found;
+    case Kind::optional_integers:
+      return value.is_integer() || value.is_null() || is_integers(value)
+                 ? ""
+                 : must + "an integer or a list of at least one" + found;
     case Kind::number:
       return value.is_number() ? "" : must + "a finite number" + found;
     case Kind::boolean:
@@ -112,6 +122,15 @@ class SoundValues {
   std::optional<std::int64_t> integer(std::string_view name) const {
     const JsonValue* value = find(name);
     return value == nullptr ? std::nullopt : std::optional(value->integer());
+  }
+  /// One integer or a list of them; empty where there is none.
+  std::vector<std::int64_t> integers(std::string_view name) const {
+    const JsonValue* value = find(name);
+    if (value == nullptr) return {};
+    if (value->is_integer()) return {value->integer()};
+    std::vector<std::int64_t> found;
+    for (const JsonValue& item : value->array()) found.push_back(item.integer());
+    return found;
   }
   bool is(std::string_view name, std::string_view text) const {
     const JsonValue* value = find(name);
@@ -200,10 +219,10 @@ void append_relation_problems(Problems& problems, const SoundValues& values) {
   append_head_problems(problems, values);
   const std::optional<std::int64_t> vocabulary = values.integer("vocab_size");
   for (const char* name : {"bos_token_id", "eos_token_id"}) {
-    const std::optional<std::int64_t> token = values.integer(name);
-    if (token && vocabulary && (*token < 0 || *token >= *vocabulary)) {
+    for (const std::int64_t token : values.integers(name)) {
+      if (!vocabulary || (token >= 0 && token < *vocabulary)) continue;
       problems.push_back(std::string(name) + " must be in [0, vocab_size = " + std::to_string(*vocabulary) +
-                         "), found " + std::to_string(*token));
+                         "), found " + std::to_string(token));
     }
   }
   if (values.is("tokenizer", "byte") && vocabulary && *vocabulary < kByteVocabulary) {
@@ -260,7 +279,7 @@ ModelConfig model_config_from_json(const JsonValue& config) {
   result.rope_interleaved = values.is("rope_layout", "interleaved");
   result.sliding_window = values.integer("sliding_window");
   result.bos_token_id = values.integer("bos_token_id");
-  result.eos_token_id = values.integer("eos_token_id");
+  result.eos_token_ids = values.integers("eos_token_id");
   result.tokenizer = values.find("tokenizer")->string();
   problems = unsupported_problems(values, result.hidden, result.heads, result.head_dim);
   if (!problems.empty()) {

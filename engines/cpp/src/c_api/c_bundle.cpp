@@ -23,7 +23,8 @@ crt_model_config config_from_model(const crt::ModelConfig& model) noexcept {
   config.max_position_embeddings = model.max_position_embeddings;
   config.sliding_window = model.sliding_window.value_or(0);
   config.bos_token_id = model.bos_token_id.value_or(CRT_NO_TOKEN);
-  config.eos_token_id = model.eos_token_id.value_or(CRT_NO_TOKEN);
+  config.eos_token_ids = model.eos_token_ids.data();
+  config.eos_token_count = model.eos_token_ids.size();
   config.rope_theta = model.rope_theta;
   config.rope_interleaved = model.rope_interleaved ? 1 : 0;
   config.recurrent = model.recurrent ? 1 : 0;

@@ -51,8 +51,8 @@ crt::GenerationOptions generation_options(const crt_generation_options& taken) {
   result.ignore_eos = taken.ignore_eos != 0;
   result.sampling = sampling_options(taken.sampling);
   if (taken.stop_token_count > 0) {
-    require({{taken.stop_token_ids, "stop_token_ids"}});
-    result.stop_token_ids.assign(taken.stop_token_ids, taken.stop_token_ids + taken.stop_token_count);
+    require({{taken.stop_tokens, "stop_tokens"}});
+    result.stop_tokens.assign(taken.stop_tokens, taken.stop_tokens + taken.stop_token_count);
   }
   if (taken.stop_string_count > 0) require({{taken.stop_strings, "stop_strings"}});
   for (size_t index = 0; index < taken.stop_string_count; ++index) {

@@ -29,11 +29,11 @@ std::optional<TextStream> decoder_for(const ModelConfig& config, bool needed) {
   if (!needed) return std::nullopt;
   if (config.tokenizer == "none") {
     throw Error(ErrorKind::input,
-                "stop strings need text, and this model has no tokenizer (config.json: tokenizer = none); give "
-                "stop_token_ids instead");
+                "stop strings need text, and this model has no tokenizer (config.json: tokenizer = none); give the "
+                "ids of stop_tokens instead");
   }
   throw Error(ErrorKind::unsupported, "stop strings need text, and this library does not read the model's " +
-                                          config.tokenizer + "; give stop_token_ids instead");
+                                          config.tokenizer + "; give the ids of stop_tokens instead");
 }
 
 }  // namespace
@@ -58,6 +58,7 @@ struct Generation::State {
 
  private:
   void check_prompts();
+  void check_stop_tokens() const;
   /// Feed what is pending, and the prompts at first.
   void run();
   void run_prompts();
@@ -89,7 +90,7 @@ Generation::State::State(Session& session, TokenRows prompts, GenerationOptions 
       history_(session.history()),
       options_(std::move(options)),
       callback_(std::move(callback)),
-      stops_(options_.stop_token_ids),
+      stops_(options_.stop_tokens),
       prompts_(std::move(prompts)),
       argmax_(options_.sampling.greedy() && options_.sampling.repetition_penalty == 1.0),
       fed_(static_cast<std::size_t>(session.batch()), kNoToken),
@@ -98,7 +99,9 @@ Generation::State::State(Session& session, TokenRows prompts, GenerationOptions 
   session.require_usable(options_.passes);
   if (prompts_.empty()) prompts_.resize(fed_.size());
   check_prompts();
-  if (session.eos_token_id().has_value() && !options_.ignore_eos) stops_.push_back(*session.eos_token_id());
+  check_stop_tokens();
+  const auto& ends = session.eos_token_ids();
+  if (!options_.ignore_eos) stops_.insert(stops_.end(), ends.begin(), ends.end());
   if (!argmax_) sampler_.emplace(static_cast<std::size_t>(session.vocab_size()));
   const auto decoder = decoder_for(session.config(), !options_.stop_strings.empty());
   const auto reserved = static_cast<std::size_t>(std::min(options_.max_new_tokens, kMostReserved));
@@ -134,6 +137,17 @@ void Generation::State::check_prompts() {
   if (!full.empty()) {
     throw Error(ErrorKind::input, problem_list("prompt and new tokens exceed the capacity", full));
   }
+}
+
+/// One that the model cannot choose would stop nothing, and nobody would hear of it.
+void Generation::State::check_stop_tokens() const {
+  std::vector<std::string> problems;
+  for (const std::int64_t token : options_.stop_tokens) {
+    if (token < session_.vocab_size()) continue;
+    problems.push_back("token id " + std::to_string(token) + " is outside the vocabulary (0 to " +
+                       std::to_string(session_.vocab_size() - 1) + ")");
+  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("stop tokens", problems));
 }
 
 const GenerationRow& Generation::State::row(std::size_t index) const {

@@ -24,7 +24,7 @@ void GenerationOptions::check() const {
   if (max_new_tokens < 1) {
     problems.push_back("max_new_tokens must be at least 1, found " + std::to_string(max_new_tokens));
   }
-  for (const std::int64_t token : stop_token_ids) {
+  for (const std::int64_t token : stop_tokens) {
     if (token < 0) problems.push_back("stop token id " + std::to_string(token) + " must be at least 0");
   }
   for (const std::string& stop : stop_strings) {

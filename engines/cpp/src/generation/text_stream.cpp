@@ -1,4 +1,7 @@
 #include "crt_runtime/tokenizer.hpp"
+
+#include <algorithm>
+
 #include "generation/utf8.hpp"
 
 namespace crt {
@@ -7,8 +10,11 @@ namespace {
 constexpr std::int64_t kBytes = 256;
 
 /// Only ids outside the byte range are silent: a model may use byte 0 to end a sequence and print it too.
-std::int64_t silent_id(const std::optional<std::int64_t>& id) noexcept {
-  return id.has_value() && *id >= kBytes ? *id : -1;
+std::vector<std::int64_t> silent_ids(const ModelConfig& config) {
+  std::vector<std::int64_t> ids = config.eos_token_ids;
+  if (config.bos_token_id.has_value()) ids.push_back(*config.bos_token_id);
+  ids.erase(std::remove_if(ids.begin(), ids.end(), [](std::int64_t id) { return id < kBytes; }), ids.end());
+  return ids;
 }
 
 /// Python holds two bytes of an encoded surrogate back, though they can become no character (its decoders can be asked
@@ -36,12 +42,11 @@ std::string take_characters(std::string& bytes, bool end) {
 
 }  // namespace
 
-TextStream::TextStream(const ModelConfig& config)
-    : silent_{silent_id(config.bos_token_id), silent_id(config.eos_token_id)} {}
+TextStream::TextStream(const ModelConfig& config) : silent_(silent_ids(config)) {}
 
 std::string TextStream::push(std::int64_t token_id) {
   if (token_id < 0 || token_id >= kBytes) {
-    const bool silent = token_id >= 0 && (token_id == silent_[0] || token_id == silent_[1]);
+    const bool silent = std::find(silent_.begin(), silent_.end(), token_id) != silent_.end();
     return silent ? std::string() : finish() + kReplacementCharacter;
   }
   pending_ += static_cast<char>(static_cast<unsigned char>(token_id));

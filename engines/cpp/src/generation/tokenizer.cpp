@@ -1,5 +1,7 @@
 #include "crt_runtime/tokenizer.hpp"
 
+#include <algorithm>
+
 #include "crt_runtime/error.hpp"
 #include "generation/utf8.hpp"
 
@@ -38,10 +40,12 @@ std::vector<std::int64_t> ByteTokenizer::encode(const std::string& text) const {
 }
 
 std::vector<std::int64_t> ByteTokenizer::encode_prompt(const std::string& text) const {
-  std::vector<std::int64_t> ids;
-  ids.reserve(text.size() + 1);
-  if (config_.bos_token_id.has_value()) ids.push_back(*config_.bos_token_id);
-  append_bytes(text, ids);
+  std::vector<std::int64_t> ids = encode(text);
+  if (!config_.bos_token_id.has_value()) return ids;
+  const std::int64_t bos = *config_.bos_token_id;
+  const auto first = std::find_if(ids.begin(), ids.end(), [bos](std::int64_t id) { return id != bos; });
+  ids.erase(ids.begin(), first);
+  ids.insert(ids.begin(), bos);
   return ids;
 }
 

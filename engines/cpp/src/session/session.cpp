@@ -130,7 +130,7 @@ const std::string& Session::target() const noexcept { return impl_->setup.target
 std::int64_t Session::batch() const noexcept { return impl_->setup.sizes.batch; }
 std::int64_t Session::capacity() const noexcept { return impl_->setup.sizes.capacity; }
 std::int64_t Session::vocab_size() const noexcept { return impl_->setup.sizes.vocab; }
-std::optional<std::int64_t> Session::eos_token_id() const noexcept { return impl_->setup.config.eos_token_id; }
+const std::vector<std::int64_t>& Session::eos_token_ids() const noexcept { return impl_->setup.config.eos_token_ids; }
 const std::int64_t* Session::position() const noexcept { return impl_->decoder.position().data(); }
 
 const float* Session::logits() {

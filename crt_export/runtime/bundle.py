@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -13,6 +12,7 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.errors import InputError, UnsupportedError
+from crt_export.exclusive import Exclusive
 from crt_export.profile_check import MOST_THREADS
 from crt_export.runtime.counts import whole_number
 from crt_export.runtime.decoder import Decoder
@@ -47,7 +47,7 @@ class Bundle:
         self._tokenizer: Tokenizer | None = None
         self._engines: dict[tuple[str, int], Engine] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive("this bundle")
         self._closed = False
 
     @property
@@ -136,40 +136,22 @@ class Bundle:
             BundleError: A file is missing or differs from what was built.
             ContractError: A graph cannot be loaded or breaks the contract.
         """
-        with self._lock:
-            if self._closed:
-                raise InputError("this bundle is closed; open it again with load_bundle()")
-            chosen = self.target(target)
-            rows = whole_number("batch", batch)
-            count = chosen.profile.threads
-            if threads is not None:
-                count = whole_number("threads", threads, least=0, most=MOST_THREADS)
-            size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
-            window = _checked_window(on_full, self._config, size)
-            engine = self._engine(chosen, count)
-            _check_limits(chosen, engine, rows, size)
-            sizes = chosen.sizes(self._config, rows, size)
-            origin = SessionOrigin(
-                bundle=self._files.identity,
-                target=target,
-                eos_token_id=self._config.eos_token_id,
-                tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
-                reopen=lambda: self.session(target, rows, count, size, on_full),
-            )
-            session = Session(_decoder(engine, sizes, chosen, window), origin)
-            self._sessions.add(session)
-            return session
+        return self._exclusive.wait(self._open_session, target, batch, threads, capacity, on_full)
 
     def close(self) -> None:
-        """Close every session, waiting for calls that run, and release the engines; closing twice is harmless."""
-        with self._lock:
-            self._closed = True
-            sessions, engines = list(self._sessions), list(self._engines.values())
-            self._engines.clear()
-        for session in sessions:
+        """Close every session, waiting for calls that run, and release the engines; closing twice is harmless.
+
+        A close that was interrupted is taken up by the next one.
+
+        Raises:
+            InputError: A call of this bundle or of one of its sessions runs in this very thread.
+        """
+        self._exclusive.wait(self._refuse_sessions)
+        for session in list(self._sessions):
             session.close()
-        for engine in engines:
+        for key, engine in list(self._engines.items()):
             engine.close()
+            self._engines.pop(key, None)
 
     def __enter__(self) -> Bundle:
         return self
@@ -178,6 +160,35 @@ class Bundle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open_session(
+        self, target: str, batch: int, threads: int | None, capacity: int | None, on_full: str
+    ) -> Session:
+        if self._closed:
+            raise InputError("this bundle is closed; open it again with load_bundle()")
+        chosen = self.target(target)
+        rows = whole_number("batch", batch)
+        count = chosen.profile.threads
+        if threads is not None:
+            count = whole_number("threads", threads, least=0, most=MOST_THREADS)
+        size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
+        window = _checked_window(on_full, self._config, size)
+        engine = self._engine(chosen, count)
+        _check_limits(chosen, engine, rows, size)
+        sizes = chosen.sizes(self._config, rows, size)
+        origin = SessionOrigin(
+            bundle=self._files.identity,
+            target=target,
+            eos_token_id=self._config.eos_token_id,
+            tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
+            reopen=lambda: self.session(target, rows, count, size, on_full),
+        )
+        session = Session(_decoder(engine, sizes, chosen, window), origin)
+        self._sessions.add(session)
+        return session
+
+    def _refuse_sessions(self) -> None:
+        self._closed = True
 
     def _engine(self, target: Target, threads: int) -> Engine:
         key = (target.name, 0 if target.profile.compiled else threads)  # compiled engines have no CPU threads

@@ -11,10 +11,10 @@ from typing import Any
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.errors import InputError, UnsupportedError
+from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.exclusive import Exclusive
 from crt_export.profile_check import MOST_THREADS
-from crt_export.runtime.counts import whole_number
+from crt_export.runtime.counts import shown, whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 from crt_export.runtime.origin import SessionOrigin
@@ -126,11 +126,12 @@ class Bundle:
                 for what is needed; on a CPU it costs by the longest row.
             on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
                 for models with an attention window, forgets what the window no longer sees, see
-                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache.
+                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache. Needs a capacity of
+                the window, of 9/8 of it on a target with float16 caches.
 
         Raises:
             InputError: The bundle is closed, the target unknown, a number out of its range, more rows than memory
-                holds, or ``slide`` for a model without attention window or with a capacity below it.
+                holds, or ``slide`` for a model without attention window or with too small a capacity.
             UnsupportedError: The target's runtime has no Python session in this version.
             MissingDependencyError: The runtime or its device is absent.
             BundleError: A file is missing or differs from what was built.
@@ -172,7 +173,7 @@ class Bundle:
         if threads is not None:
             count = whole_number("threads", threads, least=0, most=MOST_THREADS)
         size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
-        window = _checked_window(on_full, self._config, size)
+        window = _checked_window(on_full, self._config, size, chosen.cache_dtype)
         engine = self._engine(chosen, count)
         _check_limits(chosen, engine, rows, size)
         sizes = chosen.sizes(self._config, rows, size)
@@ -213,7 +214,12 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False) -
 
     Raises:
         BundleError: There is no bundle, it is unfinished, damaged, too new, or unvalidated.
+        InputError: ``allow_unvalidated`` is neither True nor False.
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise BundleError(f"expected the path of a bundle folder, found {shown(path)}")
+    if not isinstance(allow_unvalidated, bool):
+        raise InputError(f"allow_unvalidated must be True or False, found {shown(allow_unvalidated)}")
     return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated))
 
 
@@ -236,20 +242,23 @@ def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> 
         raise InputError(f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}")
 
 
-def _checked_window(on_full: str, config: ModelConfig, capacity: int) -> Window | None:
+def _checked_window(on_full: str, config: ModelConfig, capacity: int, cache_dtype: str) -> Window | None:
     """How rows slide; None where they do not."""
+    if not isinstance(on_full, str) or on_full not in ("error", "slide"):
+        raise InputError(f"on_full must be 'error' or 'slide', found {shown(on_full)}")
     if on_full == "error":
         return None
-    if on_full != "slide":
-        raise InputError(f"on_full must be 'error' or 'slide', found {on_full!r}")
     window = window_from_config(config)
     if window is None:
         raise InputError(
             "on_full='slide' needs a model with an attention window; this one's tokens see all earlier ones "
             "(its config has no sliding_window): use on_full='error'"
         )
-    if capacity < window.size:
+    least = window.least_capacity(cache_dtype)
+    if capacity < least:
+        more = " and an eighth more, since keys are rounded to float16 at every slide" if least > window.size else ""
         raise InputError(
-            f"on_full='slide' needs a capacity of at least the attention window of {window.size}, found {capacity}"
+            f"on_full='slide' needs a capacity of at least {least}, the attention window of {window.size}{more}; "
+            f"found {capacity}"
         )
     return window

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from crt_export.errors import InputError, problem_list
-from crt_export.runtime.counts import plain_int, shown
+from crt_export.runtime.counts import plain_int, read_once, shown
 from crt_export.runtime.prefill_plan import passes_problems
 from crt_export.runtime.sampling import SamplingOptions
 
@@ -77,9 +77,9 @@ def _counted(value: object, name: str) -> tuple[int | None, list[str]]:
 
 
 def _stop_tokens(tokens: object) -> tuple[tuple[int | None, ...], list[str]]:
-    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+    given = read_once(tokens)  # an iterator would be empty the second time
+    if given is None:
         return (), [f"stop_token_ids must be a list of token ids such as (10,), found {shown(tokens)}"]
-    given = tuple(tokens)  # once: an iterator would be empty the second time
     plain = tuple(map(plain_int, given))
     wrong = [token for token, number in zip(given, plain, strict=True) if number is None or number < 0]
     return plain, [f"stop token id {shown(token)} must be at least 0" for token in wrong]
@@ -87,10 +87,12 @@ def _stop_tokens(tokens: object) -> tuple[tuple[int | None, ...], list[str]]:
 
 def _stop_strings(strings: object) -> tuple[tuple[str, ...], list[str]]:
     # A string is a sequence of strings too: each of its characters would stop the text.
-    if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
+    given = read_once(strings)
+    if given is None:
         return (), [f"stop_strings must be a list of strings such as ('###',), found {shown(strings)}"]
-    given = tuple(strings)
-    return given, [f"stop string {stop!r} must be {wanted}" for stop in given if (wanted := _wanted_of_a_string(stop))]
+    wrong = [(stop, wanted) for stop in given if (wanted := _wanted_of_a_string(stop))]
+    plain = tuple(stop for stop in given if isinstance(stop, str))
+    return plain, [f"stop string {shown(stop)} must be {wanted}" for stop, wanted in wrong]
 
 
 def _wanted_of_a_string(stop: object) -> str:

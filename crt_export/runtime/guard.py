@@ -46,7 +46,8 @@ class Guard:
         """Make a call that has the session to itself.
 
         Args:
-            work: Gets the call, and the arguments that follow.
+            work: Gets the call, and the arguments.
+            *arguments: For it.
 
         Raises:
             InputError: The session is closed, poisoned, or busy.
@@ -93,9 +94,7 @@ class Guard:
             raise _closed()
         raise InputError("this session is busy with a call of another thread; use one session per thread, or a lock")
 
-    def _alone(
-        self, call: Call, poisoned: bool, work: Callable[..., _Result], arguments: tuple[Any, ...]
-    ) -> _Result:
+    def _alone(self, call: Call, poisoned: bool, work: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
         if self._closing or self._decoder is None:
             raise _closed()
         if self._failure and not poisoned:

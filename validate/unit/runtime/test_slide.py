@@ -32,7 +32,7 @@ def test_keys_turned_back_are_the_keys_of_the_smaller_position(
     keys = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     cached = rotated(keys, range(shift, shift + 5), layout).astype(dtype)
     turned = window(layout).turn_back(cached, shift)
-    assert turned.dtype == np.dtype(dtype)
+    assert turned.dtype == np.float64  # slide() rounds once, when it stores them
     np.testing.assert_allclose(turned, rotated(keys, range(5), layout), rtol=0, atol=atol)
 
 

@@ -148,16 +148,6 @@ def crt_cpu(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
 
 
 @pytest.fixture(scope="session")
-def plain_cpu(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
-    """The bundle of ``plain`` on ONNX Runtime alone."""
-    runnable = make_runnable(
-        "plain", engine_from_target, model_type="transformer", num_hidden_layers=2, eos_token_id=3
-    )
-    with runnable.bundle:
-        yield runnable
-
-
-@pytest.fixture(scope="session")
 def crt_path(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Path:
     """The bundle of ``crt``, for what does not depend on the engine. Read-only."""
     return tiny_bundle("crt", num_hidden_layers=1, unroll_steps=UNROLL)[0]

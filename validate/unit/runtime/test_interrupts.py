@@ -119,7 +119,8 @@ def content(session: Session) -> Snapshot | None:
     try:
         return session.snapshot()
     except InputError as error:
-        assert "an earlier call of this session failed" in str(error), error
+        if "an earlier call of this session failed" not in str(error):
+            raise
         return None
 
 
@@ -204,8 +205,9 @@ def test_an_interrupted_generation_goes_on_rightly_or_refuses(
             try:
                 list(made[0])
             except InputError as error:
+                if "interrupted in the middle of a token" not in str(error):
+                    raise
                 kinds.add("refused")
-                assert "interrupted in the middle of a token" in str(error)
                 continue
             kinds.add("went on")
             assert made[0].tokens == whole.tokens, tracer.where
@@ -221,7 +223,9 @@ def test_an_interrupted_generation_goes_on_rightly_or_refuses(
 def test_an_interrupted_close_closes_at_the_second_try(crt_cpu: Any, stride: int) -> None:
     sessions: list[Session] = []
     for _ in interrupts(
-        lambda: sessions[0].close(), max(1, stride // 10), lambda: sessions.__setitem__(slice(None), [crt_cpu.session()])
+        lambda: sessions[0].close(),
+        max(1, stride // 10),
+        lambda: sessions.__setitem__(slice(None), [crt_cpu.session()]),
     ):
         closes(sessions[0].close)
         with pytest.raises(InputError, match="this session is closed"):

@@ -69,3 +69,41 @@ def test_a_slide_keeps_what_a_further_token_sees(position: int, kept: int) -> No
 
 def test_a_window_of_one_keeps_nothing() -> None:
     assert not window("half", size=1).slide(np.ones((1, 4, 8), np.float32), 4, keys=True).any()
+
+
+def endured(size: int, capacity: int, schedule: list[int], theta: float = THETA) -> float:
+    """Relative error of float16 keys as they leave the window, after slides by these shifts in turn."""
+    keys = np.random.default_rng(0).normal(size=(8, 1, 64)).astype(np.float16)
+    attention = Window(size=size, head_dim=64, rope_theta=theta, rope_layout="half")
+    cache, index, moved = np.zeros((8, capacity, 64), np.float16), size - 2 + schedule[0], 0
+    cache[:, index : index + 1] = keys
+    for turn in range(size):
+        shift = schedule[turn % len(schedule)]
+        if index < shift:
+            break
+        cache = attention.slide(cache, size - 1 + shift, keys=True)
+        index, moved = index - shift, moved + shift
+    exact = attention.turn_back(keys, moved)
+    return float(np.linalg.norm(cache[:, index : index + 1] - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("size", [16, 64, 512, 1024])
+@pytest.mark.parametrize("theta", [500.0, 10000.0, 1e6])
+def test_a_float16_key_stays_within_a_thousandth_at_the_least_capacity(size: int, theta: float) -> None:
+    attention = Window(size=size, head_dim=64, rope_theta=theta, rope_layout="half")
+    capacity = attention.least_capacity("float16")
+    assert capacity >= size * 9 / 8
+    assert endured(size, capacity, [capacity - (size - 1)], theta) < 1e-3
+    assert attention.least_capacity("float32") == size
+
+
+def test_at_a_capacity_of_the_window_it_would_not() -> None:
+    assert endured(256, 256, [1]) > 5e-3
+
+
+def test_turning_again_and_again_loses_nothing() -> None:
+    keys = np.random.default_rng(0).normal(size=(2, 1, 8)).astype(np.float16)
+    turned = keys
+    for _ in range(511):
+        turned = window("half").turn_back(turned, 1)
+    np.testing.assert_allclose(turned, window("half").turn_back(keys, 511), rtol=0, atol=1e-12)

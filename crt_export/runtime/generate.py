@@ -69,6 +69,9 @@ class Generation(Iterator[list[int | None]]):
     row, where a stop token lets out text that was held back. Leave the session alone while its generation is
     being read: a token fed by hand takes the place of the one that was drawn last.
 
+    Where next() is interrupted in the middle of a token, its session is poisoned and the generation refuses to go on;
+    interrupted before or after that it goes on as if nothing had been.
+
     Attributes:
         tokens: The new tokens of every row so far.
         stop_reasons: Per row ``stop_token``, ``stop_string``, ``max_new_tokens`` or ``callback``; None while it

@@ -26,7 +26,8 @@ class Session:
     Rows never influence each other: each has its own position, and the chunks its tokens go through depend on
     its own tokens only. A call that is refused (InputError, BundleError, UnsupportedError) changes nothing. A
     call that fails, or gives a value that is not finite, poisons the session: every further call is refused
-    until reset() or restore().
+    until reset() or restore(). So does one that an exception ends from outside (Ctrl-C, a signal handler's, another
+    thread's), unless it came before the first change.
 
     A session serves one thread at a time: a call while another one runs is refused. Sessions of one bundle
     may run in different threads; they share weights and threads, and nothing else.
@@ -141,7 +142,7 @@ class Session:
         Raises:
             InputError, ContractError: As step().
         """
-        self._guard.run(Call.advance, tokens)
+        return self._guard.run(Call.advance, tokens)
 
     def generate(
         self,
@@ -193,7 +194,7 @@ class Session:
             BundleError: The snapshot is of another bundle, target or batch, holds more tokens than the
                 capacity, or is damaged. Nothing has changed.
         """
-        self._guard.recover(self._restore, snapshot)
+        return self._guard.recover(self._restore, snapshot)
 
     def fork(self) -> Session:
         """A second session of the bundle with the same content; the two go on independently."""
@@ -204,10 +205,14 @@ class Session:
 
     def reset(self) -> None:
         """Forget every token and draw, zero caches and state, and lift a poisoning."""
-        self._guard.recover(Call.reset)
+        return self._guard.recover(Call.reset)
 
     def close(self) -> None:
-        """Release the tensors, after a call in another thread has ended; closing twice is harmless."""
+        """Release the tensors, after a call in another thread has ended; closing twice is harmless.
+
+        Raises:
+            InputError: This is a signal handler, say, which has interrupted a call of the session in this very thread.
+        """
         self._guard.close()
 
     def __enter__(self) -> Session:

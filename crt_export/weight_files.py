@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from crt_export.errors import CheckpointError, problem_list
 from crt_export.input_file import is_input, open_input, read_input

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from crt_export.engine.base import Buffer
 from crt_export.engine.ort import OrtGraph, OrtSettings, import_onnxruntime, load_with_settings
 from crt_export.engine.ort_memory import DeviceBuffer, HostBuffer
 from crt_export.errors import UnsupportedError
+from crt_export.exclusive import Exclusive
 
 
 class OrtEngine:
@@ -62,7 +62,7 @@ class OrtEngine:
         self._library = import_onnxruntime(settings.device)
         self._on_demand = dict(on_demand or {})
         self._check = check
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive("this engine")
         self._graphs = {
             # Two spinning pools in one thread double the time of a step.
             name: load_with_settings(self._library, graph, settings, stop_spinning=name != self._step)
@@ -80,10 +80,7 @@ class OrtEngine:
         loaded = self._graphs.get(graph)
         if loaded is not None:
             return loaded
-        with self._lock:
-            if graph not in self._graphs:
-                self._graphs[graph] = self._load_on_demand(graph)
-            return self._graphs[graph]
+        return self._exclusive.wait(self._demanded, graph)
 
     @property
     def host_memory(self) -> bool:
@@ -100,6 +97,11 @@ class OrtEngine:
         """Release the graphs."""
         self._graphs = {}
         self._on_demand = {}
+
+    def _demanded(self, graph: str) -> OrtGraph:
+        if graph not in self._graphs:  # another thread may have asked for it too
+            self._graphs[graph] = self._load_on_demand(graph)
+        return self._graphs[graph]
 
     def _load_on_demand(self, graph: str) -> OrtGraph:
         if graph not in self._on_demand:

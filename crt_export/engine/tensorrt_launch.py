@@ -57,8 +57,7 @@ class PlainLaunch:
         lane = self._tools.lanes.borrow()
         # A lane whose run failed is not given back: what its context holds is unknown.
         _set_tensors(self._tools, lane, self._plan)
-        _enqueue(self._tools, lane, self._plan)
-        self._tools.memory.device.synchronize(lane.stream)
+        _run_to_end(self._tools, lane, lambda: _enqueue(self._tools, lane, self._plan))
         self._tools.lanes.give_back(lane)
 
 
@@ -94,9 +93,8 @@ class CapturedLaunch:
         captured, self._captured = self._captured, None  # a graph that fails is captured anew
         if captured is None:
             captured = capture(tools, self._plan)
-        device = tools.memory.device
-        device.launch_graph(captured.graph, captured.lane.stream)
-        device.synchronize(captured.lane.stream)
+        graph, lane = captured.graph, captured.lane
+        _run_to_end(tools, lane, lambda: tools.memory.device.launch_graph(graph, lane.stream))
         self._captured = captured
 
     def _current_place(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -152,6 +150,14 @@ def _warm_up(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
         for scratch, address, size in saved:
             device.copy(address, scratch.address, size, lane.stream)
         device.synchronize(lane.stream)
+
+
+def _run_to_end(tools: LaunchTools, lane: Lane, run: Callable[[], None]) -> None:
+    """Enqueue and wait, also where an interrupt comes between: what is cleared or freed next must not be in use."""
+    try:
+        run()
+    finally:
+        tools.memory.device.synchronize(lane.stream)
 
 
 def _set_tensors(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:

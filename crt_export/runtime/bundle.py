@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -12,9 +11,10 @@ from typing import Any
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.errors import InputError, UnsupportedError
+from crt_export.errors import BundleError, InputError, UnsupportedError
+from crt_export.exclusive import Exclusive
 from crt_export.profile_check import MOST_THREADS
-from crt_export.runtime.counts import whole_number
+from crt_export.runtime.counts import shown, whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 from crt_export.runtime.origin import SessionOrigin
@@ -47,7 +47,7 @@ class Bundle:
         self._tokenizer: Tokenizer | None = None
         self._engines: dict[tuple[str, int], Engine] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive("this bundle")
         self._closed = False
 
     @property
@@ -130,50 +130,33 @@ class Bundle:
                 for what is needed; on a CPU it costs by the longest row.
             on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
                 for models with an attention window, forgets what the window no longer sees, see
-                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache.
+                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache. Needs a capacity of
+                the window, of 9/8 of it on a target with float16 caches.
 
         Raises:
             InputError: The bundle is closed, the target unknown, a number out of its range, more rows than memory
-                holds, or ``slide`` for a model without attention window or with a capacity below it.
+                holds, or ``slide`` for a model without attention window or with too small a capacity.
             UnsupportedError: The target's runtime has no Python session in this version.
             MissingDependencyError: The runtime or its device is absent.
             BundleError: A file is missing or differs from what was built.
             ContractError: A graph cannot be loaded or breaks the contract.
         """
-        with self._lock:
-            if self._closed:
-                raise InputError("this bundle is closed; open it again with load_bundle()")
-            chosen = self.target(target)
-            rows = whole_number("batch", batch)
-            count = chosen.profile.threads
-            if threads is not None:
-                count = whole_number("threads", threads, least=0, most=MOST_THREADS)
-            size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
-            window = _checked_window(on_full, self._config, size)
-            engine = self._engine(chosen, count)
-            _check_limits(chosen, engine, rows, size)
-            sizes = chosen.sizes(self._config, rows, size)
-            origin = SessionOrigin(
-                bundle=self._files.identity,
-                target=target,
-                eos_token_ids=self._config.eos_token_ids,
-                tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
-                reopen=lambda: self.session(target, rows, count, size, on_full),
-            )
-            session = Session(_decoder(engine, sizes, chosen, window), origin)
-            self._sessions.add(session)
-            return session
+        return self._exclusive.wait(self._open_session, target, batch, threads, capacity, on_full)
 
     def close(self) -> None:
-        """Close every session, waiting for calls that run, and release the engines; closing twice is harmless."""
-        with self._lock:
-            self._closed = True
-            sessions, engines = list(self._sessions), list(self._engines.values())
-            self._engines.clear()
-        for session in sessions:
+        """Close every session, waiting for calls that run, and release the engines; closing twice is harmless.
+
+        A close that was interrupted is taken up by the next one.
+
+        Raises:
+            InputError: A call of this bundle or of one of its sessions runs in this very thread.
+        """
+        self._exclusive.wait(self._refuse_sessions)
+        for session in list(self._sessions):
             session.close()
-        for engine in engines:
+        for key, engine in list(self._engines.items()):
             engine.close()
+            self._engines.pop(key, None)
         self._files.close()
 
     def __enter__(self) -> Bundle:
@@ -183,6 +166,35 @@ class Bundle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open_session(
+        self, target: str, batch: int, threads: int | None, capacity: int | None, on_full: str
+    ) -> Session:
+        if self._closed:
+            raise InputError("this bundle is closed; open it again with load_bundle()")
+        chosen = self.target(target)
+        rows = whole_number("batch", batch)
+        count = chosen.profile.threads
+        if threads is not None:
+            count = whole_number("threads", threads, least=0, most=MOST_THREADS)
+        size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
+        window = _checked_window(on_full, self._config, size, chosen.cache_dtype)
+        engine = self._engine(chosen, count)
+        _check_limits(chosen, engine, rows, size)
+        sizes = chosen.sizes(self._config, rows, size)
+        origin = SessionOrigin(
+            bundle=self._files.identity,
+            target=target,
+            eos_token_ids=self._config.eos_token_ids,
+            tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
+            reopen=lambda: self.session(target, rows, count, size, on_full),
+        )
+        session = Session(_decoder(engine, sizes, chosen, window), origin)
+        self._sessions.add(session)
+        return session
+
+    def _refuse_sessions(self) -> None:
+        self._closed = True
 
     def _engine(self, target: Target, threads: int) -> Engine:
         key = (target.name, 0 if target.profile.compiled else threads)  # compiled engines have no CPU threads
@@ -209,7 +221,12 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, i
     Raises:
         BundleError: There is no bundle, it is unfinished, damaged, too new, unvalidated, or another one than
             ``identity`` says.
+        InputError: ``allow_unvalidated`` is neither True nor False.
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise BundleError(f"expected the path of a bundle folder, found {shown(path)}")
+    if not isinstance(allow_unvalidated, bool):
+        raise InputError(f"allow_unvalidated must be True or False, found {shown(allow_unvalidated)}")
     return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated, identity=identity))
 
 
@@ -232,20 +249,23 @@ def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> 
         raise InputError(f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}")
 
 
-def _checked_window(on_full: str, config: ModelConfig, capacity: int) -> Window | None:
+def _checked_window(on_full: str, config: ModelConfig, capacity: int, cache_dtype: str) -> Window | None:
     """How rows slide; None where they do not."""
+    if not isinstance(on_full, str) or on_full not in ("error", "slide"):
+        raise InputError(f"on_full must be 'error' or 'slide', found {shown(on_full)}")
     if on_full == "error":
         return None
-    if on_full != "slide":
-        raise InputError(f"on_full must be 'error' or 'slide', found {on_full!r}")
     window = window_from_config(config)
     if window is None:
         raise InputError(
             "on_full='slide' needs a model with an attention window; this one's tokens see all earlier ones "
             "(its config has no sliding_window): use on_full='error'"
         )
-    if capacity < window.size:
+    least = window.least_capacity(cache_dtype)
+    if capacity < least:
+        more = " and an eighth more, since keys are rounded to float16 at every slide" if least > window.size else ""
         raise InputError(
-            f"on_full='slide' needs a capacity of at least the attention window of {window.size}, found {capacity}"
+            f"on_full='slide' needs a capacity of at least {least}, the attention window of {window.size}{more}; "
+            f"found {capacity}"
         )
     return window

@@ -1,10 +1,14 @@
-"""Numbers that applications pass, made plain: a number of numpy's keeps its width, and wraps or overflows later."""
+"""What applications pass, made plain: numbers of numpy's keep their width, and overflow later; lists may be none."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
+
+import numpy as np
 
 from crt_export.errors import InputError
 
@@ -25,8 +29,8 @@ def whole_number(name: str, value: int, *, least: int = 1, most: int | None = No
         InputError: It is not a whole number, or out of range.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:  # arrays have __index__ too
+        number = None if isinstance(value, bool | np.ndarray) else operator.index(value)  # arrays have __index__ too
+    except Exception:  # an object of the caller's may raise anything
         number = None
     if number is None:
         raise InputError(f"{name} must be a whole number, found {shown(value)}")
@@ -52,10 +56,45 @@ def plain_float(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def items(values: object) -> list[object] | None:
+    """The items of a list, tuple, array or other sequence, in its order; None if it is none.
+
+    Text is none, though it has items, nor is a dict or a set, which have no order that means anything, nor what may be
+    read only once.
+    """
+    if isinstance(values, AbstractSet) or not hasattr(values, "__len__"):
+        return None
+    return read_once(values)
+
+
+def read_once(values: object) -> list[object] | None:
+    """The items of anything that can be iterated but text and dicts; None if it cannot be."""
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping):
+        return None
+    if isinstance(values, np.ndarray):
+        # numpy's integers are slow to look at one by one, and a greedy loop feeds what next_tokens gave it.
+        if values.ndim == 0 or values.dtype.kind == "V":
+            return None
+        return values.tolist() if values.ndim == 1 else list(values)
+    try:
+        return list(values) if isinstance(values, Iterable) else None
+    except Exception:  # an object of the caller's that says it can, and cannot
+        return None
+
+
+def kind_of(value: object) -> str:
+    """The type of a value for a message, of an array with its shape."""
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {list(value.shape)}"
+    return type(value).__name__
+
+
 def shown(value: object) -> str:
     """A value for a message: cut where it is long, and any number, which repr() refuses beyond 4,300 digits."""
     try:
         text = repr(value)
     except ValueError:
-        return "a number of more than 4300 digits"
+        return "a number of more than 4300 digits" if isinstance(value, int) else f"an object of {type(value)}"
+    except Exception:  # an object of the caller's
+        return f"an object of {type(value)}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

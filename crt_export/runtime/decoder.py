@@ -201,7 +201,8 @@ class Decoder:
                 self.tensors.slide(full, self._window)
                 for row, position in full.items():
                     self.position[row] = self._window.kept(position)
-        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=joins_rows)
+        pads = not self._host_memory  # on a device a call per row costs more than padding
+        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=joins_rows, pads=pads)
 
     def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""

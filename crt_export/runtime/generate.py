@@ -18,17 +18,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from crt_export.errors import InputError, MissingDependencyError, problem_list
+from crt_export.runtime.call import Call
 from crt_export.runtime.counts import shown
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.history import NO_TOKEN, History
 from crt_export.runtime.row_text import RowText
 from crt_export.runtime.sampling import sample_token
 from crt_export.tokenizer import Tokenizer
+
+#: Makes a call that has the session to itself, see Guard.run().
+RunAlone = Callable[..., list[int | None]]
 
 MAX_NEW_TOKENS = "max_new_tokens"
 STOP_TOKEN = "stop_token"
@@ -57,30 +61,6 @@ class GeneratingSession(Protocol):
         """Draws, pending and seen tokens; the session feeds it, the generation draws from it."""
         ...
 
-    @property
-    def logits(self) -> np.ndarray:
-        """After each row's last token, float32 [batch, vocab]; NaN where there is none."""
-        ...
-
-    @property
-    def next_tokens(self) -> np.ndarray:
-        """The engine's argmax after each row's last token, int64 [batch]; -1 where there is none."""
-        ...
-
-    def prefill(
-        self, rows: Sequence[np.ndarray], *, passes: int | Literal["adaptive", "exact"] | None = None
-    ) -> np.ndarray:
-        """Append tokens to every row; logits [batch, vocab]."""
-        ...
-
-    def step(self, tokens: Sequence[int | None]) -> np.ndarray:
-        """Append one token per row, None for none; logits [batch, vocab]."""
-        ...
-
-    def advance(self, tokens: Sequence[int | None]) -> None:
-        """As step(), without reading the logits."""
-        ...
-
 
 class Generation(Iterator[list[int | None]]):
     """Each ``next()`` runs the model once and gives one new token per row, None for a row that has stopped.
@@ -89,6 +69,9 @@ class Generation(Iterator[list[int | None]]):
     model; the session remembers it and feeds it first when it goes on. The last list may hold None for every
     row, where a stop token lets out text that was held back. Leave the session alone while its generation is
     being read: a token fed by hand takes the place of the one that was drawn last.
+
+    Where next() is interrupted in the middle of a token, its session is poisoned and the generation refuses to go on;
+    interrupted before or after that it goes on as if nothing had been.
 
     Attributes:
         tokens: The new tokens of every row so far.
@@ -102,6 +85,7 @@ class Generation(Iterator[list[int | None]]):
     def __init__(
         self,
         session: GeneratingSession,
+        run_alone: RunAlone,
         prompts: Sequence[np.ndarray],
         options: GenerationOptions,
         on_token: TokenCallback | None = None,
@@ -110,6 +94,7 @@ class Generation(Iterator[list[int | None]]):
 
         Args:
             session: The session, whose rows have room for what is to come.
+            run_alone: Makes a call of that session.
             prompts: Checked tokens of every row, int64 [length]; a row without any goes on from what the session
                 holds.
             options: How many tokens, how they are chosen and where to stop.
@@ -129,6 +114,9 @@ class Generation(Iterator[list[int | None]]):
         self.prompt_tokens = [len(prompt) for prompt in prompts]
         self.pieces = ["" for _ in prompts]
         self._session = session
+        self._run_alone = run_alone
+        # Set while tokens, texts and reasons are changed, hence after an interrupt in the middle of that.
+        self._torn = False
         self._options = options
         self._on_token = on_token
         self._stops, strings = _stops(session, options, tokenizer)
@@ -143,45 +131,60 @@ class Generation(Iterator[list[int | None]]):
         return [text.text for text in self._texts]
 
     def __next__(self) -> list[int | None]:
-        """Run the model once and choose a token per row."""
+        """Run the model once and choose a token per row.
+
+        Raises:
+            InputError: Closed, poisoned or busy session; or the last next() was interrupted in the middle of a token.
+            ContractError: The engine failed or gave values that are not finite. Poisons the session.
+        """
+        if self._torn:
+            raise InputError(
+                "this generation was interrupted in the middle of a token and cannot go on; call reset() or restore() "
+                "of its session and start another"
+            )
         if all(self.stop_reasons):
             raise StopIteration
-        drawn = self._draw(self._run())
-        self.pieces = ["" for _ in drawn]
-        given = [None if token is None else self._take(row, token) for row, token in enumerate(drawn)]
+        given = self._run_alone(self._next_tokens)
+        self._torn = False
         self._report(given)
         if all(token is None for token in given) and not any(self.pieces):
             raise StopIteration
         return given
 
-    def _run(self) -> np.ndarray:
+    def _next_tokens(self, call: Call) -> list[int | None]:
+        """Feed, draw and take: all of it, or the session is poisoned."""
+        drawn = self._draw(self._run(call))
+        call.begin()
+        self._torn = True
+        self._prompts = None
+        self.pieces = ["" for _ in drawn]
+        return [None if token is None else self._take(row, token) for row, token in enumerate(drawn)]
+
+    def _run(self, call: Call) -> np.ndarray:
         """Feed what is pending, and the prompts at first; next tokens [batch] or logits [batch, vocab]."""
         pending = [
             None if reason or token == NO_TOKEN else token
             for reason, token in zip(self.stop_reasons, self._session.history.pending.tolist(), strict=True)
         ]
         if self._prompts is None:
-            return self._step(pending)
+            return self._step(call, pending)
         rows = [
             prompt if token is None else np.concatenate(([token], prompt))
             for token, prompt in zip(pending, self._prompts, strict=True)
         ]
         if max(len(row) for row in rows) > 1:
-            logits = self._session.prefill(rows, passes=self._options.passes)
-            found = self._session.next_tokens if self._argmax else logits
-        else:
-            # A step, so that going on gives what an unbroken generation gives, to the last bit.
-            found = self._step([int(row[0]) if len(row) else None for row in rows])
-        self._prompts = None
-        return found
+            logits = call.prefill(rows, self._options.passes)
+            return call.next_tokens() if self._argmax else logits
+        # A step, so that going on gives what an unbroken generation gives, to the last bit.
+        return self._step(call, [int(row[0]) if len(row) else None for row in rows])
 
-    def _step(self, tokens: list[int | None]) -> np.ndarray:
+    def _step(self, call: Call, tokens: list[int | None]) -> np.ndarray:
         feeds = any(token is not None for token in tokens)
         if self._argmax:
             if feeds:
-                self._session.advance(tokens)
-            return self._session.next_tokens
-        return self._session.step(tokens) if feeds else self._session.logits
+                call.advance(tokens)
+            return call.next_tokens()
+        return call.step(tokens) if feeds else call.logits()
 
     def _draw(self, found: np.ndarray) -> list[int | None]:
         """Choose for every running row before anything is changed: a choice may fail."""
@@ -224,8 +227,8 @@ class Generation(Iterator[list[int | None]]):
 
     def _stop(self, row: int, reason: str, what: int | str | None) -> None:
         found = self._texts[row].stop_string
-        self.stop_reasons[row] = reason if found is None else STOP_STRING
         self.stopped_by[row] = what if found is None else found
+        self.stop_reasons[row] = reason if found is None else STOP_STRING  # last: who reads it believes the rest
 
     def _report(self, given: Sequence[int | None]) -> None:
         if self._on_token is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from crt_export.errors import InputError, problem_list
-from crt_export.runtime.counts import plain_int, shown
+from crt_export.runtime.counts import plain_int, read_once, shown
 from crt_export.runtime.prefill_plan import passes_problems
 from crt_export.runtime.sampling import SamplingOptions
 
@@ -88,7 +88,7 @@ def _counted(value: object, name: str) -> tuple[int | None, list[str]]:
 
 
 def _stop_tokens(name: str, tokens: object, *, texts: bool = True) -> tuple[tuple[int | str | None, ...], list[str]]:
-    given = _listed(tokens)
+    given = read_once(tokens)  # an iterator would be empty the second time
     if given is None:
         return (), [f"{name} must be a list of token ids such as (10,), found {shown(tokens)}"]
     plain = tuple(token if texts and isinstance(token, str) else plain_int(token) for token in given)
@@ -105,21 +105,14 @@ def _stop_tokens(name: str, tokens: object, *, texts: bool = True) -> tuple[tupl
     return plain, wrong
 
 
-def _listed(values: object) -> tuple[Any, ...] | None:
-    """What an iterable gives, read once; None for what is none, or is a text: each of its characters would stop."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        return None
-    try:
-        return tuple(values)
-    except TypeError:  # an array without dimensions says that it is iterable
-        return None
-
-
 def _stop_strings(strings: object) -> tuple[tuple[str, ...], list[str]]:
-    given = _listed(strings)
+    # A string is a sequence of strings too: each of its characters would stop the text.
+    given = read_once(strings)
     if given is None:
         return (), [f"stop_strings must be a list of strings such as ('###',), found {shown(strings)}"]
-    return given, [f"stop string {stop!r} must be {wanted}" for stop in given if (wanted := _wanted_of_a_string(stop))]
+    wrong = [(stop, wanted) for stop in given if (wanted := _wanted_of_a_string(stop))]
+    plain = tuple(stop for stop in given if isinstance(stop, str))
+    return plain, [f"stop string {shown(stop)} must be {wanted}" for stop, wanted in wrong]
 
 
 def _wanted_of_a_string(stop: object) -> str:

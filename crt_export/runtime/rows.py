@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
+from crt_export.runtime.counts import items, kind_of, shown
 from crt_export.runtime.history import NO_TOKEN
 
 
@@ -26,13 +27,14 @@ def token_rows(rows: Sequence[Sequence[int] | np.ndarray], *, batch: int, vocab:
     Raises:
         InputError: Not ``batch`` rows, not integers, or ids outside the vocabulary; lists every problem.
     """
-    if isinstance(rows, str | bytes) or not hasattr(rows, "__len__"):
-        raise InputError(f"expected {batch} rows of token ids such as [[1, 2, 3]], found {type(rows).__name__}")
-    if len(rows) != batch:
-        raise InputError(f"expected one row of token ids per sequence: batch is {batch}, found {len(rows)} rows")
+    given = items(rows)
+    if given is None:
+        raise InputError(f"expected {batch} rows of token ids such as [[1, 2, 3]], found {kind_of(rows)}")
+    if len(given) != batch:
+        raise InputError(f"expected one row of token ids per sequence: batch is {batch}, found {len(given)} rows")
     arrays: list[np.ndarray] = []
     problems: list[str] = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(given):
         array, problem = _token_row(row, vocab)
         arrays.append(array)
         if problem:
@@ -68,19 +70,19 @@ def step_tokens(tokens: Sequence[int | None] | np.ndarray, *, batch: int, vocab:
         InputError: Not ``batch`` values, none at all, not integers, or ids outside the vocabulary; lists every
             problem.
     """
-    if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
-        raise InputError(f"expected one token id per row such as [4], found {type(tokens).__name__}")
-    if len(tokens) != batch:
-        raise InputError(f"expected one token id per row: batch is {batch}, found {len(tokens)}")
+    given = tokens if type(tokens) is list else items(tokens)
+    if given is None:
+        raise InputError(f"expected one token id per row such as [4], found {kind_of(tokens)}")
+    if len(given) != batch:
+        raise InputError(f"expected one token id per row: batch is {batch}, found {len(given)}")
     ids, problems = [NO_TOKEN] * batch, []
-    # numpy's integers are slow to look at one by one, and a greedy loop feeds what next_tokens gave it.
-    for row, token in enumerate(tokens.tolist() if isinstance(tokens, np.ndarray) else tokens):
+    for row, token in enumerate(given):
         if token is None:
             continue
         if not isinstance(token, _INTEGERS) or isinstance(token, bool):
-            problems.append(f"row {row}: expected an integer, found {token!r}")
+            problems.append(f"row {row}: expected an integer, found {shown(token)}")
         elif not 0 <= token < vocab:
-            problems.append(f"row {row}: token id {token} is outside the vocabulary (0 to {vocab - 1})")
+            problems.append(f"row {row}: token id {shown(token)} is outside the vocabulary (0 to {vocab - 1})")
         else:
             ids[row] = int(token)
     if problems:
@@ -100,20 +102,26 @@ def capacity_problems(positions: Sequence[int], lengths: Sequence[int], capacity
 
 
 def groups_from_lengths(
-    positions: Sequence[int], lengths: Sequence[int], capacity: int, *, joins_rows: bool = True
+    positions: Sequence[int], lengths: Sequence[int], capacity: int, *, joins_rows: bool = True, pads: bool = True
 ) -> list[Group]:
-    """Join neighbouring rows with tokens, as long as the padding fits behind every one of them.
+    """Join neighbouring rows with tokens; rows without tokens take no part, nothing of them is read or written.
 
-    Padding is written to the cache as well, so a row joins only if no row of the group would pass the
-    capacity. Rows without tokens take no part: nothing of them is read or written. Without ``joins_rows`` each row
-    runs alone.
+    Args:
+        positions: Tokens in the cache of each row.
+        lengths: Tokens that each row brings.
+        capacity: Most tokens of a row. Padding is written to the cache as well, so a row joins only if no row of the
+            group would pass it.
+        joins_rows: False runs each row alone.
+        pads: Whether rows that bring different numbers of tokens join too, padded to the longest. Padding changes the
+            shape of every product, and with it the order of sums: on ONNX Runtime's CPU a row then has other bits than
+            alone. Rows of equal numbers have the same, in any batch (validate/unit/runtime/test_rows_alone.py).
     """
     groups: list[Group] = []
     for row, length in enumerate(lengths):
         if length == 0:
             continue
         last = groups[-1] if groups else None
-        if joins_rows and last is not None and last.stop == row:
+        if joins_rows and last is not None and last.stop == row and (pads or last.seq == length):
             seq = max(last.seq, length)
             if max(positions[last.start : row + 1]) + seq <= capacity:
                 groups[-1] = Group(last.start, row + 1, seq)
@@ -135,22 +143,26 @@ _INTEGERS = (int, np.integer)
 _BOOLS = frozenset({bool, np.bool_})
 
 
-def _token_row(row: Sequence[int] | np.ndarray, vocab: int) -> tuple[np.ndarray, str]:
-    if isinstance(row, str | bytes):
+def _token_row(row: object, vocab: int) -> tuple[np.ndarray, str]:
+    if isinstance(row, str | bytes | bytearray):
         return _NONE, "expected token ids, found text; encode it with bundle.tokenizer"
+    given = row if type(row) is np.ndarray else items(row)  # a masked array hides some of its items
+    if given is None:
+        found = "a single value" if isinstance(row, int | float | np.number) else kind_of(row)
+        return _NONE, f"expected a flat list of token ids, found {found}"
     try:
-        array = np.asarray(row)
-    except (ValueError, OverflowError):
+        array = np.asarray(given)
+    except Exception:  # ragged, too large a number, or an object of the caller's
         return _NONE, "expected a flat list of token ids"
     if array.ndim != 1:
         found = "a single value" if array.ndim == 0 else f"shape {list(array.shape)}"
         return _NONE, f"expected a flat list of token ids, found {found}"
     if array.size == 0:
         return _NONE, ""
-    if not hasattr(row, "dtype") and not _BOOLS.isdisjoint(map(type, row)):  # among numbers numpy makes them 0 and 1
+    if given is not row and not _BOOLS.isdisjoint(map(type, given)):  # among numbers numpy makes them 0 and 1
         return _NONE, "expected integers, found True or False among them"
     if array.dtype.kind not in "iu":
-        return _NONE, f"expected integers, found {array.dtype} values such as {array[0]!r}"
+        return _NONE, f"expected integers, found {array.dtype} values such as {shown(array[0])}"
     outside = np.flatnonzero((array < 0) | (array >= vocab))
     if outside.size:
         first = int(outside[0])

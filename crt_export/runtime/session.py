@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from crt_export.errors import InputError
+from crt_export.runtime.call import Call
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.guard import Guard
 from crt_export.runtime.history import NO_TOKEN, History
 from crt_export.runtime.origin import SessionOrigin
-from crt_export.runtime.rows import continuing_rows, step_tokens, token_rows
+from crt_export.runtime.rows import continuing_rows
 from crt_export.runtime.snapshot import Snapshot, check_snapshot
 from crt_export.tokenizer import Tokenizer
 
@@ -26,7 +26,8 @@ class Session:
     Rows never influence each other: each has its own position, and the chunks its tokens go through depend on
     its own tokens only. A call that is refused (InputError, BundleError, UnsupportedError) changes nothing. A
     call that fails, or gives a value that is not finite, poisons the session: every further call is refused
-    until reset() or restore().
+    until reset() or restore(). So does one that an exception ends from outside (Ctrl-C, a signal handler's, another
+    thread's), unless it came before the first change.
 
     A session serves one thread at a time: a call while another one runs is refused. Sessions of one bundle
     may run in different threads; they share weights and threads, and nothing else.
@@ -51,7 +52,7 @@ class Session:
         self.eos_token_ids = origin.eos_token_ids
         self.history = History(sizes.batch, sizes.vocab)
         self._origin = origin
-        self._guard = Guard(decoder)
+        self._guard = Guard(decoder, self.history)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -75,14 +76,12 @@ class Session:
         Raises:
             ContractError: They are not finite, which advance() could not see. Poisons the session.
         """
-        with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
-            return decoder.logits()
+        return self._guard.run(Call.logits)
 
     @property
     def next_tokens(self) -> np.ndarray:
         """The engine's likeliest token after each row's last one, int64 [batch]; -1 for a row without tokens."""
-        with self._guard.exclusive() as decoder:
-            return np.array(decoder.next_tokens, np.int64)
+        return self._guard.run(Call.next_tokens)
 
     def prefill(
         self,
@@ -114,18 +113,7 @@ class Session:
                 ``"adaptive"`` for a target without a bound.
             ContractError: The engine failed or gave values that are not finite. Poisons the session.
         """
-        with self._guard.exclusive() as decoder:
-            tokens = token_rows(rows, batch=self.batch, vocab=self.vocab_size)
-            if not any(row.size for row in tokens):
-                raise InputError("empty prompt: prefill needs at least one token in at least one row")
-            rule = decoder.prefill_rule(passes, chunk)
-            decoder.check_room([row.size for row in tokens])
-            with self._guard.poisoning(decoder):
-                decoder.prefill(tokens, rule)
-                logits = decoder.logits()
-            for row, fed in enumerate(tokens):
-                self.history.feed(row, fed)
-            return logits
+        return self._guard.run(Call.prefill, rows, passes, chunk)
 
     def step(self, tokens: Sequence[int | None] | np.ndarray) -> np.ndarray:
         """Append one token to every row.
@@ -140,9 +128,7 @@ class Session:
             InputError: Closed, poisoned or busy session, wrong batch, ids outside the vocabulary, or a full row.
             ContractError: The engine failed or gave values that are not finite. Poisons the session.
         """
-        with self._guard.exclusive() as decoder:
-            self._step(decoder, tokens, read_logits=True)
-            return decoder.logits()
+        return self._guard.run(Call.step, tokens)
 
     def advance(self, tokens: Sequence[int | None] | np.ndarray) -> None:
         """As step(), but the logits stay where the engine computes until they are asked for.
@@ -156,8 +142,7 @@ class Session:
         Raises:
             InputError, ContractError: As step().
         """
-        with self._guard.exclusive() as decoder:
-            self._step(decoder, tokens, read_logits=False)
+        return self._guard.run(Call.advance, tokens)
 
     def generate(
         self,
@@ -186,14 +171,8 @@ class Session:
             UnsupportedError: ``passes`` for a model or target without a graph of one pass.
         """
         chosen = checked_options(options)
-        with self._guard.exclusive() as decoder:
-            given = [()] * self.batch if prompts is None else prompts
-            tokens = continuing_rows(given, decoder.position, vocab=self.vocab_size)
-            decoder.prefill_rule(chosen.passes)
-            waiting = (self.history.pending != NO_TOKEN).tolist()
-            wanted = [wait + fed.size + chosen.max_new_tokens for wait, fed in zip(waiting, tokens, strict=True)]
-            decoder.check_room(wanted, "prompt and new tokens exceed the capacity")
-        return Generation(self, tokens, chosen, on_token)
+        tokens = self._guard.run(self._checked_prompts, prompts, chosen)
+        return Generation(self, self._guard.run, tokens, chosen, on_token)
 
     def snapshot(self) -> Snapshot:
         """Copy everything the session holds, for restore() here, in another session or another process.
@@ -201,10 +180,8 @@ class Session:
         Raises:
             InputError: Closed, poisoned or busy session.
         """
-        with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
-            history = {"drawn": self.history.drawn, "pending": self.history.pending, "seen": self.history.seen}
-            tensors = {**decoder.contents(), **{name: values.copy() for name, values in history.items()}}
-            return Snapshot(bundle=self._origin.bundle, target=self.target, tensors=tensors)
+        tensors = self._guard.run(Call.contents)
+        return Snapshot(bundle=self._origin.bundle, target=self.target, tensors=tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take everything from a snapshot and lift a poisoning; the session's own content is lost.
@@ -217,14 +194,7 @@ class Session:
             BundleError: The snapshot is of another bundle, target or batch, holds more tokens than the
                 capacity, or is damaged. Nothing has changed.
         """
-        with self._guard.exclusive(poisoned=True) as decoder:
-            check_snapshot(snapshot, bundle=self._origin.bundle, target=self.target, sizes=decoder.sizes)
-            tensors = dict(snapshot.tensors)
-            with self._guard.poisoning(decoder):
-                for name in ("drawn", "pending", "seen"):
-                    getattr(self.history, name)[:] = tensors.pop(name)
-                decoder.restore(tensors)
-            self._guard.lift()
+        return self._guard.recover(self._restore, snapshot)
 
     def fork(self) -> Session:
         """A second session of the bundle with the same content; the two go on independently."""
@@ -235,13 +205,14 @@ class Session:
 
     def reset(self) -> None:
         """Forget every token and draw, zero caches and state, and lift a poisoning."""
-        with self._guard.exclusive(poisoned=True) as decoder:
-            decoder.reset()
-            self.history.clear()
-            self._guard.lift()
+        return self._guard.recover(Call.reset)
 
     def close(self) -> None:
-        """Release the tensors, after a call in another thread has ended; closing twice is harmless."""
+        """Release the tensors, after a call in another thread has ended; closing twice is harmless.
+
+        Raises:
+            InputError: This is a signal handler, say, which has interrupted a call of the session in this very thread.
+        """
         self._guard.close()
 
     def __enter__(self) -> Session:
@@ -252,11 +223,18 @@ class Session:
     ) -> None:
         self.close()
 
-    def _step(self, decoder: Decoder, tokens: Sequence[int | None] | np.ndarray, *, read_logits: bool) -> None:
-        ids = step_tokens(tokens, batch=self.batch, vocab=self.vocab_size)
-        decoder.check_room([int(token != NO_TOKEN) for token in ids])
-        with self._guard.poisoning(decoder):
-            decoder.step(ids, read_logits=read_logits)
-        for row, token in enumerate(ids):
-            if token != NO_TOKEN:
-                self.history.feed(row, [token])
+    def _checked_prompts(
+        self, call: Call, prompts: Sequence[Sequence[int] | np.ndarray] | None, options: GenerationOptions
+    ) -> list[np.ndarray]:
+        """The prompts of a generation, int64 [length] per row; refuses what a row cannot take."""
+        given = [()] * self.batch if prompts is None else prompts
+        tokens = continuing_rows(given, call.decoder.position, vocab=self.vocab_size)
+        call.decoder.prefill_rule(options.passes)
+        waiting = (self.history.pending != NO_TOKEN).tolist()
+        wanted = [wait + fed.size + options.max_new_tokens for wait, fed in zip(waiting, tokens, strict=True)]
+        call.decoder.check_room(wanted, "prompt and new tokens exceed the capacity")
+        return tokens
+
+    def _restore(self, call: Call, snapshot: Snapshot) -> None:
+        check_snapshot(snapshot, bundle=self._origin.bundle, target=self.target, sizes=call.decoder.sizes)
+        call.restore(snapshot.tensors)

@@ -11,6 +11,7 @@ import numpy as np
 from crt_export.errors import BundleError, CrtExportError, InputError
 from crt_export.input_file import is_input, kind_of
 from crt_export.output_file import write_file
+from crt_export.runtime.counts import shown
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 
 SNAPSHOT = TensorFileKind(format="crt-export snapshot", version=1, title="a snapshot", required=("bundle", "target"))
@@ -26,7 +27,7 @@ def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensor
     if "\0" in str(final):
         raise InputError(f"cannot write the snapshot {str(final)!r}: a path must not hold a NUL byte")
     if not final.name:  # "", "." or "/"
-        raise InputError(f"expected a file name to write the snapshot to, such as 'chat.snapshot', found {path!r}")
+        raise InputError(f"expected a file name to write the snapshot to, such as 'chat.snapshot', found {shown(path)}")
     content = tensor_file_bytes(SNAPSHOT, {"bundle": bundle, "target": target}, tensors)
     try:
         write_file(final, content)
@@ -58,5 +59,5 @@ def _checked_path(path: str | os.PathLike[str], kind: type[CrtExportError]) -> P
         found = Path(path)
         os.fsencode(found)
     except (TypeError, UnicodeError) as error:
-        raise kind(f"expected the path of a snapshot file, found {path!r} ({error})") from error
+        raise kind(f"expected the path of a snapshot file, found {shown(path)} ({error})") from error
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from crt_export.errors import InputError
 from crt_export.runtime.bundle import Bundle
+from crt_export.runtime.counts import shown
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.session import Session
@@ -126,6 +127,9 @@ def generate_text(
         CrtExportError: What ``bundle.session()`` raises.
     """
     chosen = checked_options(options)
+    for name, text in (("prompt", prompt), ("target", target)):
+        if not isinstance(text, str):
+            raise InputError(f"{name} must be text, found {shown(text)}")
     if not prompt:
         raise InputError("empty prompt: give at least one character to continue")
     ids = bundle.tokenizer.encode_prompt(prompt, parse_special=parse_special)

@@ -113,7 +113,7 @@ TEST_CASE("decoder: chunks are cut at multiples of a row's own tokens, and passe
   ToyRow alone;
   alone.feed({1, 2, 3, 4, 5, 6, 7});
   toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {1, 2}}, by_passes(0, 3));
-  CHECK(toy.control->runs == 3);
+  CHECK(toy.control->runs == 4);  // in host memory rows of unequal length are not padded, and do not share a call
   CHECK(toy.decoder.next_tokens()[0] == alone.next_token());
   toy.decoder.reset();
   toy.decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {}}, by_passes(4, 3));

@@ -144,9 +144,26 @@ TEST_CASE("prefill: every row takes as many passes as it needs, and short chunks
   toy.check(2, {7, 8, 9});
 }
 
-TEST_CASE("prefill: rows of unequal length drop what is exact in all of them, by any number of passes") {
+TEST_CASE("prefill: rows of unequal length run one by one in host memory, by any number of passes") {
   for (std::int64_t passes = 1; passes < 8; ++passes) {
     Toy toy(2);
+    toy.prefill({{1, 2, 3, 4, 5, 6}, {7, 8, 9}}, passes);
+    toy.check(0, {1, 2, 3, 4, 5, 6});
+    toy.check(1, {7, 8, 9});
+    CHECK(toy.control->passes == std::min<std::int64_t>(passes, 6) + std::min<std::int64_t>(passes, 3));
+  }
+}
+
+TEST_CASE("prefill: rows of equal length share every pass") {
+  Toy toy(2);
+  toy.prefill({{1, 2, 3, 4, 5, 6}, {7, 8, 9, 10, 11, 12}}, 4);
+  CHECK(toy.control->passes == 4);
+}
+
+TEST_CASE("prefill: away from host memory rows of unequal length are padded, and drop what is exact in all of them") {
+  for (std::int64_t passes = 1; passes < 8; ++passes) {
+    Toy toy(2);
+    toy.control->host_memory = false;
     toy.prefill({{1, 2, 3, 4, 5, 6}, {7, 8, 9}}, passes);
     toy.check(0, {1, 2, 3, 4, 5, 6});
     toy.check(1, {7, 8, 9});

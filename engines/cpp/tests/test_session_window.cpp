@@ -56,5 +56,5 @@ TEST_CASE("window: a capacity below the window is refused") {
   const std::int64_t window = *bundle.config().sliding_window;
   CHECK(crt_test::contains(
       crt_test::error_text(crt::ErrorKind::input, [&] { open(bundle, window - 1, crt::OnFull::slide); }),
-      "needs a capacity of at least the attention window of " + std::to_string(window)));
+      "needs a capacity of at least " + std::to_string(window) + ", the attention window of "));
 }

@@ -106,3 +106,9 @@ TEST_CASE("half precision: every half survives the way through double, and round
   CHECK(crt::float16_from_double(std::ldexp(1.5, -25)) == 0x0001);
   CHECK(crt::float16_from_double(-0.0) == 0x8000);
 }
+
+TEST_CASE("slide: a float16 cache needs an eighth more than the window, so that a key is rounded eight times at most") {
+  CHECK(crt::Window::least_capacity(512, crt::DType::float32) == 512);
+  CHECK(crt::Window::least_capacity(512, crt::DType::float16) == 576);
+  CHECK(crt::Window::least_capacity(6, crt::DType::float16) == 7);
+}

@@ -140,6 +140,14 @@ def crt(make_runnable: Callable[..., Runnable], open_engine: OpenEngine) -> Iter
 
 
 @pytest.fixture(scope="session")
+def crt_cpu(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
+    """The bundle of ``crt`` on ONNX Runtime alone, for what does not depend on the engine."""
+    runnable = make_runnable("crt", engine_from_target, num_hidden_layers=1, unroll_steps=UNROLL)
+    with runnable.bundle:
+        yield runnable
+
+
+@pytest.fixture(scope="session")
 def crt_path(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Path:
     """The bundle of ``crt``, for what does not depend on the engine. Read-only."""
     return tiny_bundle("crt", num_hidden_layers=1, unroll_steps=UNROLL)[0]

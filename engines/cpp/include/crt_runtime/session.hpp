@@ -96,6 +96,7 @@ class Session {
   /// Throws Error(input) if an earlier call failed or another thread's call runs, Error(unsupported) if such
   /// passes need what the model or target lacks.
   void require_usable(std::int64_t passes);
+  void fail(const char* reason) noexcept;
   std::unique_ptr<Impl> impl_;
 };
 

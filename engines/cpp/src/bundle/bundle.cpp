@@ -15,6 +15,7 @@
 #include "engine/back_ends.hpp"
 #include "session/decoder.hpp"
 #include "session/session_impl.hpp"
+#include "session/slide.hpp"
 
 namespace crt {
 
@@ -40,7 +41,7 @@ std::int64_t chosen_capacity(const SessionOptions& options, const Target& target
 }
 
 /// Whether rows slide; throws Error(input) if they cannot.
-bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std::int64_t capacity) {
+bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std::int64_t capacity, DType cache_dtype) {
   if (options.on_full == OnFull::error) {
     return false;
   }
@@ -49,9 +50,14 @@ bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std:
                 "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its "
                 "config has no sliding_window): use on_full error");
   }
-  if (capacity < *config.sliding_window) {
-    throw Error(ErrorKind::input, "on_full slide needs a capacity of at least the attention window of " +
-                                      std::to_string(*config.sliding_window) + ", found " + std::to_string(capacity));
+  const std::int64_t window = *config.sliding_window;
+  const std::int64_t least = Window::least_capacity(window, cache_dtype);
+  if (capacity < least) {
+    throw Error(ErrorKind::input,
+                "on_full slide needs a capacity of at least " + std::to_string(least) + ", the attention window of " +
+                    std::to_string(window) +
+                    (least > window ? " and an eighth more, since keys are rounded to float16 at every slide" : "") +
+                    "; found " + std::to_string(capacity));
   }
   return true;
 }
@@ -108,7 +114,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   const int threads = options.threads.value_or(target.threads);
   check_number("threads", threads, 0, kMostThreads);
   const std::int64_t capacity = chosen_capacity(options, target, config);
-  const bool slides = chosen_slide(options, config, capacity);
+  const bool slides = chosen_slide(options, config, capacity, target.cache_dtype);
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
   SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides,

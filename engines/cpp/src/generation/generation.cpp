@@ -67,6 +67,8 @@ struct Generation::State {
   void draw();
   /// Make a drawn token part of its row, or end the row; the token if it is given out.
   std::int64_t take(std::size_t index, std::int64_t token);
+  /// take() for every row that has drawn; whether anything is given out. All of it, or the session is poisoned.
+  bool take_all();
   void report(const std::vector<std::int64_t>& given);
 
   Session& session_;
@@ -76,6 +78,7 @@ struct Generation::State {
   std::vector<std::int64_t> stops_;
   TokenRows prompts_;
   bool started_ = false;
+  bool torn_ = false;  // history, tokens and texts went on unlike
   // The engine's argmax is the same choice, and saves the way of the logits to the host.
   bool argmax_;
   std::vector<GenerationRow> rows_;
@@ -162,14 +165,14 @@ bool Generation::State::next(std::int64_t* tokens) {
     std::fill_n(tokens, rows_.size(), kNoToken);
     return false;
   }
+  if (torn_) {
+    throw Error(ErrorKind::input,
+                "this generation failed in the middle of a token and cannot go on; call reset() or restore() of its "
+                "session and start another");
+  }
   run();
   draw();
-  bool anything = false;
-  for (std::size_t index = 0; index < rows_.size(); ++index) {
-    rows_[index].text.begin_step();
-    if (drawn_[index] != kNoToken) drawn_[index] = take(index, drawn_[index]);
-    anything = anything || drawn_[index] != kNoToken || !rows_[index].text.piece().empty();
-  }
+  const bool anything = take_all();
   report(drawn_);
   std::copy(drawn_.begin(), drawn_.end(), tokens);  // at the end: a call that fails leaves its outputs alone
   return anything;
@@ -229,6 +232,23 @@ void Generation::State::draw() {
                                      options_.sampling, static_cast<std::uint32_t>(index),
                                      static_cast<std::uint64_t>(history_.drawn()[index]));
   }
+}
+
+bool Generation::State::take_all() {
+  bool anything = false;
+  torn_ = true;
+  try {
+    for (std::size_t index = 0; index < rows_.size(); ++index) {
+      rows_[index].text.begin_step();
+      if (drawn_[index] != kNoToken) drawn_[index] = take(index, drawn_[index]);
+      anything = anything || drawn_[index] != kNoToken || !rows_[index].text.piece().empty();
+    }
+  } catch (...) {
+    session_.fail("a generation failed in the middle of a token");
+    throw;
+  }
+  torn_ = false;
+  return anything;
 }
 
 std::int64_t Generation::State::take(std::size_t index, std::int64_t token) {

@@ -163,7 +163,8 @@ void Decoder::set_groups(const std::vector<std::int64_t>& lengths, bool joins_ro
   if (window_) {
     slide(lengths);
   }
-  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows, groups_);
+  const bool pads = !engine_->host_memory();  // on a device a call per row costs more than padding
+  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows, pads, groups_);
 }
 
 void Decoder::slide(const std::vector<std::int64_t>& lengths) {

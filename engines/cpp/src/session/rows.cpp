@@ -44,7 +44,7 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
 }
 
 void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
-                         std::int64_t capacity, bool joins_rows, std::vector<Group>& groups) {
+                         std::int64_t capacity, bool joins_rows, bool pads, std::vector<Group>& groups) {
   groups.clear();
   std::int64_t furthest = 0;  // largest position among the rows of the last group
   for (std::size_t index = 0; index < lengths.size(); ++index) {
@@ -52,7 +52,7 @@ void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::
       continue;
     }
     const auto row = static_cast<std::int64_t>(index);
-    if (joins_rows && !groups.empty() && groups.back().stop == row) {
+    if (joins_rows && !groups.empty() && groups.back().stop == row && (pads || groups.back().seq == lengths[index])) {
       // Padding is written to the cache as well, so no row of the group may pass the capacity.
       const std::int64_t seq = std::max(groups.back().seq, lengths[index]);
       const std::int64_t position = std::max(furthest, positions[index]);

@@ -29,8 +29,10 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
                     std::int64_t capacity);
 
 /// Join neighbouring rows with tokens, as long as the padding fits behind every one of them; rows without tokens take
-/// no part. Without joins_rows each row runs alone. Fills groups, and allocates nothing if its capacity is the batch.
+/// no part. Without joins_rows each row runs alone. Without pads only rows of equally many tokens join: padding changes
+/// the shape of every product and the order of sums, so a row would have other bits than alone. Fills groups, and
+/// allocates nothing if its capacity is the batch.
 void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
-                         std::int64_t capacity, bool joins_rows, std::vector<Group>& groups);
+                         std::int64_t capacity, bool joins_rows, bool pads, std::vector<Group>& groups);
 
 }  // namespace crt

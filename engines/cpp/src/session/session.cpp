@@ -107,8 +107,10 @@ void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
 }
 
 void Session::Impl::reset() {
-  decoder.reset();
-  history.clear();
+  poisoning([&] {
+    decoder.reset();
+    history.clear();
+  });
   failure_.lift();
 }
 
@@ -192,6 +194,7 @@ Session Session::fork() {
 History& Session::history() noexcept { return impl_->history; }
 const ModelConfig& Session::config() const noexcept { return impl_->setup.config; }
 bool Session::slides() const noexcept { return impl_->setup.slides; }
+void Session::fail(const char* reason) noexcept { impl_->fail(reason); }
 
 void Session::require_usable(std::int64_t passes) {
   const Exclusive held(impl_->busy);

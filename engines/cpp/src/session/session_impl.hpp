@@ -48,6 +48,8 @@ class Session::Impl {
 
   /// Throws Error(input) if an earlier call failed.
   void require_usable() const;
+  /// Poison the session: its history went on where what draws from it did not.
+  void fail(const char* reason) noexcept { failure_.keep(reason); }
   const float* logits();
   void prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options);
   void step(const std::int64_t* tokens, std::size_t count, bool check_logits);
@@ -81,6 +83,10 @@ void Session::Impl::poisoning(const Call& call) {
     call();
   } catch (const std::exception& error) {
     failure_.keep(error.what());
+    decoder.abandon(before_);
+    throw;
+  } catch (...) {  // a thread that is cancelled unwinds with an exception of no class
+    failure_.keep("it was interrupted");
     decoder.abandon(before_);
     throw;
   }

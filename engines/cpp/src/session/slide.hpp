@@ -18,6 +18,10 @@ class Window {
 
   /// Keys that a token sees, itself included.
   std::int64_t size() const noexcept { return size_; }
+  /// Smallest capacity to slide in: the window, and an eighth more where keys are rounded to float16 at every slide.
+  static std::int64_t least_capacity(std::int64_t window, DType cache_dtype) noexcept {
+    return cache_dtype == DType::float16 ? window + (window + 7) / 8 : window;
+  }
   /// How many of a row's tokens a slide keeps.
   std::int64_t kept(std::int64_t position) const noexcept { return position < size_ - 1 ? position : size_ - 1; }
   /// Slide some rows of a cache [batch, heads, capacity, cache_head_dim]; positions: int64 [batch], tokens in the rows

@@ -65,9 +65,11 @@ class ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         last: list[int] = []
         for token_id in reversed(context):
-            if not 0 <= token_id < BYTE_VOCABULARY and token_id not in silent or len(last) == _LONGEST_CHARACTER:
+            if token_id in silent:
+                continue
+            if not 0 <= token_id < BYTE_VOCABULARY or len(last) == _LONGEST_CHARACTER:
                 break
-            last += [] if token_id in silent else [token_id]
+            last.append(token_id)
         for token_id in reversed(last):
             self.push(token_id)
 
@@ -236,7 +238,7 @@ def _kinds(decoder: dict[str, Any]) -> list[str]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that a byte-level vocabulary writes bytes with: printable Latin-1 as itself, others from U+0100 on."""
+    """What a byte-level vocabulary writes bytes with: printable Latin-1 as itself, the others from U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(BYTE_VOCABULARY) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}

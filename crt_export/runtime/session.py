@@ -37,8 +37,8 @@ class Session:
         capacity: Most tokens a row can hold.
         vocab_size: Number of logits per row.
         eos_token_id: The token that ends a sequence; None if the model has none.
-        history: Draws, pending and seen tokens of the rows. What is fed by prefill(), step() or advance() is
-            seen, and takes the place of a pending token.
+        history: Draws, pending and seen tokens of the rows, and what their text goes on from. What is fed by prefill(),
+            step() or advance() is seen, and takes the place of a pending token.
     """
 
     def __init__(self, decoder: Decoder, origin: SessionOrigin) -> None:
@@ -202,8 +202,7 @@ class Session:
             InputError: Closed, poisoned or busy session.
         """
         with self._guard.exclusive() as decoder, self._guard.poisoning(decoder):
-            history = {"drawn": self.history.drawn, "pending": self.history.pending, "seen": self.history.seen}
-            tensors = {**decoder.contents(), **{name: values.copy() for name, values in history.items()}}
+            tensors = {**decoder.contents(), **self.history.tensors()}
             return Snapshot(bundle=self._origin.bundle, target=self.target, tensors=tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -219,10 +218,9 @@ class Session:
         """
         with self._guard.exclusive(poisoned=True) as decoder:
             check_snapshot(snapshot, bundle=self._origin.bundle, target=self.target, sizes=decoder.sizes)
-            tensors = dict(snapshot.tensors)
+            tensors = {name: values for name, values in snapshot.tensors.items() if name not in History.NAMES}
             with self._guard.poisoning(decoder):
-                for name in ("drawn", "pending", "seen"):
-                    getattr(self.history, name)[:] = tensors.pop(name)
+                self.history.restore(snapshot.tensors)
                 decoder.restore(tensors)
             self._guard.lift()
 

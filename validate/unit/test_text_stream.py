@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +88,12 @@ def ids_of(kind: Kind, data: st.DataObject, most: int = 24) -> list[int]:
     return [token for run in runs for token in run][:most]
 
 
+def common_prefix(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same)
+
+
 def every_kind(examples: int) -> Callable[[Any], Any]:
     return settings(deadline=None, derandomize=True, max_examples=examples, database=None)
 
@@ -112,7 +118,7 @@ def test_text_is_given_out_exactly_when_nothing_can_change_it(kind: Kind, data: 
     given_out = ""
     for end in range(1, len(ids) + 1):
         given_out += stream.push(ids[end - 1])
-        certain = os.path.commonprefix([kind.decode(ids[:end] + more) for more in [[], *kind.continuations()]])
+        certain = common_prefix([kind.decode(ids[:end] + more) for more in [[], *kind.continuations()]])
         assert certain.startswith(given_out), "no part of a character, nothing that may become another"
         assert not certain[len(given_out) :].strip(REPLACEMENT), "every character that is certain"
 

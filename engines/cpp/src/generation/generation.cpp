@@ -62,6 +62,8 @@ struct Generation::State {
   void run();
   void run_prompts();
   void step();
+  /// Once the prompts are fed: what the rows hold now is what their new text goes on from.
+  void begin_texts();
   /// Into drawn_; before anything is changed, for a choice may fail.
   void draw();
   /// Make a drawn token part of its row, or end the row; the token if it is given out.
@@ -75,6 +77,7 @@ struct Generation::State {
   std::vector<std::int64_t> stops_;
   TokenRows prompts_;
   bool started_ = false;
+  bool texts_begun_ = false;
   // The engine's argmax is the same choice, and saves the way of the logits to the host.
   bool argmax_;
   std::vector<GenerationRow> rows_;
@@ -150,6 +153,7 @@ bool Generation::State::next(std::int64_t* tokens) {
   }
   run();
   draw();
+  begin_texts();
   bool anything = false;
   for (std::size_t index = 0; index < rows_.size(); ++index) {
     rows_[index].text.begin_step();
@@ -190,6 +194,14 @@ void Generation::State::run_prompts() {
   step();
 }
 
+void Generation::State::begin_texts() {
+  if (texts_begun_) return;
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    rows_[index].text.go_on(history_.recent(static_cast<std::int64_t>(index)), kRecentTokens, history_.held()[index]);
+  }
+  texts_begun_ = true;
+}
+
 void Generation::State::step() {
   const bool feeds = std::any_of(fed_.begin(), fed_.end(), [](std::int64_t token) { return token != kNoToken; });
   if (argmax_) {
@@ -228,10 +240,10 @@ std::int64_t Generation::State::take(std::size_t index, std::int64_t token) {
   }
   row.tokens.push_back(token);
   row.text.push(token);
+  history_.hold(static_cast<std::int64_t>(index), row.text.held());
   if (row.text.stopped()) {
     row.stop(StopReason::stop_string);
   } else if (static_cast<std::int64_t>(row.tokens.size()) >= options_.max_new_tokens) {
-    row.text.finish();
     row.stop(StopReason::max_new_tokens);
   }
   return token;
@@ -243,9 +255,7 @@ void Generation::State::report(const std::vector<std::int64_t>& given) {
     GenerationRow& row = rows_[index];
     if (given[index] == kNoToken && row.text.piece().empty()) continue;
     const bool goes_on = callback_(static_cast<std::int64_t>(index), given[index], row.text.piece());
-    if (goes_on || !row.running()) continue;
-    row.reason = StopReason::callback;
-    row.text.finish();
+    if (!goes_on && row.running()) row.reason = StopReason::callback;
   }
 }
 
@@ -259,6 +269,7 @@ bool Generation::next(std::int64_t* tokens) { return state_->next(tokens); }
 const std::vector<std::int64_t>& Generation::tokens(std::size_t row) const { return state_->row(row).tokens; }
 const std::string& Generation::text(std::size_t row) const { return state_->row(row).text.text(); }
 const std::string& Generation::piece(std::size_t row) const { return state_->row(row).text.piece(); }
+std::string Generation::rest(std::size_t row) const { return state_->row(row).text.rest(); }
 std::size_t Generation::prompt_tokens(std::size_t row) const { return state_->row(row).prompt_tokens; }
 StopReason Generation::stop_reason(std::size_t row) const { return state_->row(row).reason; }
 

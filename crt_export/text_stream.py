@@ -94,16 +94,16 @@ class ByteStream:
 class LibraryText:
     """Ids to text by a tokenizer of the ``tokenizers`` library, all at once or as a stream."""
 
-    def __init__(self, library: Any, silent: Collection[int]) -> None:
+    def __init__(self, library: Any, silent: Collection[int | None]) -> None:
         """Take a tokenizer.
 
         Args:
             library: A ``tokenizers.Tokenizer``.
-            silent: Ids that give no text, besides the library's special tokens.
+            silent: Ids that give no text, besides the library's special tokens; None stands for no id.
         """
         self._library = library
         added = library.get_added_tokens_decoder()
-        self._hidden = {*silent, *(token_id for token_id, token in added.items() if token.special)}
+        self._hidden: set[int | None] = {*silent, *(token_id for token_id, token in added.items() if token.special)}
         kinds = set() if library.decoder is None else set(_kinds(json.loads(library.decoder.__getstate__())))
         self.byte_level = _BYTE_LEVEL in kinds
         self._byte_fallback = _BYTE_FALLBACK in kinds

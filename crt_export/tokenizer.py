@@ -96,7 +96,7 @@ class FileTokenizer:
         """
         self._library: Any = _load_tokenizer_file(path)
         self._prefix = _prompt_prefix(config)
-        self._text = LibraryText(self._library, {config.bos_token_id, config.eos_token_id} - {None})
+        self._text = LibraryText(self._library, (config.bos_token_id, config.eos_token_id))
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > config.vocab_size:

@@ -87,7 +87,7 @@ def test_text_goes_on_in_the_other_language(in_python: Bundle, in_c: Any, tmp_pa
         expected = unbroken(stops)
         found: list[str] = []
         tokens: list[int] = []
-        reason = None
+        rest, reason = "", None
         while len(tokens) < count and reason != "stop_string":
             given: list[list[int]] = [[]] if tokens else prompt
             by_python, by_c = in_python.session(TARGET), in_c.session(TARGET)

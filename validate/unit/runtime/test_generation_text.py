@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -163,6 +164,10 @@ def test_a_stop_token_ends_the_text(crt: Any) -> None:
         assert after.texts[0] == whole.push(after.tokens[0][0])
 
 
+def note(calls: list[Any], *call: Any) -> None:
+    calls.append(call)
+
+
 def test_a_streamed_text_is_given_to_its_end(crt: Any) -> None:
     """generate_text() ends for good: what is held back comes out, and the callback sees it."""
     seen_rest = 0
@@ -175,9 +180,8 @@ def test_a_streamed_text_is_given_to_its_end(crt: Any) -> None:
         assert generation.texts[0] + generation.rest[0] == expected
         last = expected[-1] + "never"
         calls: list[tuple[int, int | None, str]] = []
-        text = generate_text(
-            crt.bundle, "Hell", options(count, seed, stop_strings=(last,)), on_token=lambda *call: calls.append(call)
-        )
+        chosen = options(count, seed, stop_strings=(last,))
+        text = generate_text(crt.bundle, "Hell", chosen, on_token=partial(note, calls))
         pieces = list(text)
         assert "".join(pieces) == text.result.text == expected == "".join(piece for _, _, piece in calls)
         assert (text.result.stop_reason, list(text.result.token_ids)) == ("max_new_tokens", generation.tokens[0])

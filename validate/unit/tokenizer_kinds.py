@@ -76,9 +76,11 @@ def words_only() -> Tokenizer:
 
 
 def nothing() -> Tokenizer:
-    """A decoder that makes nothing of one of the tokens."""
-    tokenizer = Tokenizer(models.WordLevel(vocab={"a": 0, "#": 1}, unk_token="a"))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("#", ""), decoders.Fuse()])  # type: ignore[assignment]
+    """A decoder that makes nothing of one of the tokens, and drops the first space of a text."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={"a": 0, "#": 1, "▁b": 2}, unk_token="a"))
+    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+        [decoders.Replace("#", ""), decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return _with_special(tokenizer)
 
 

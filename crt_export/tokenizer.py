@@ -5,32 +5,17 @@ Imports neither torch nor a runtime; the ``tokenizers`` library is imported only
 
 from __future__ import annotations
 
-import codecs
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from crt_export.config import BYTE_VOCABULARY, ModelConfig
 from crt_export.errors import CheckpointError, InputError
+from crt_export.text_stream import ByteStream, LibraryText, TextStream
 from crt_export.tokenizer_file import TokenizerFile
 
 TOKENIZER_FILE = "tokenizer.json"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A run of ids that never completes a character (a broken model) is released after this many ids.
-_LONGEST_PENDING = 16
-
-
-class TextStream(Protocol):
-    """Turns ids into text as they arrive, never splitting a UTF-8 character."""
-
-    def push(self, token_id: int) -> str:
-        """Text that this id completes; empty while a character is incomplete."""
-        ...
-
-    def finish(self) -> str:
-        """What is still held back: U+FFFD for bytes that never became a character."""
-        ...
 
 
 class Tokenizer(Protocol):
@@ -67,8 +52,8 @@ class Tokenizer(Protocol):
         """Text of the ids; begin- and end-of-sequence tokens give none."""
         ...
 
-    def stream(self) -> TextStream:
-        """A fresh incremental decoder."""
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder of what follows other ids: decode(context + ids) less the text of the context."""
         ...
 
 
@@ -106,25 +91,9 @@ class ByteTokenizer:
         stream = self.stream()
         return "".join([*(stream.push(token_id) for token_id in ids), stream.finish()])
 
-    def stream(self) -> TextStream:
-        """A fresh incremental UTF-8 decoder."""
-        return _ByteStream(self._silent)
-
-
-class _ByteStream:
-    def __init__(self, silent: frozenset[int]) -> None:
-        self._silent = silent
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        if 0 <= token_id < BYTE_VOCABULARY:
-            return self._decoder.decode(bytes((token_id,)))
-        return "" if token_id in self._silent else self.finish() + REPLACEMENT
-
-    def finish(self) -> str:
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """An incremental UTF-8 decoder of what follows other ids."""
+        return ByteStream(self._silent, context)
 
 
 class FileTokenizer:
@@ -142,7 +111,8 @@ class FileTokenizer:
         self._library = TokenizerFile(path, content)
         self._bos = config.bos_token_id
         # What else ends a sequence, a line break say, is text all the same.
-        self._silent = config.special_token_ids & frozenset(self._library.special_tokens.values())
+        silent = config.special_token_ids & frozenset(self._library.special_tokens.values())
+        self._text = LibraryText(self._library, silent)
         self.vocab_size = self._library.vocab_size
         if self.vocab_size > config.vocab_size:
             raise CheckpointError(
@@ -169,41 +139,11 @@ class FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without special tokens."""
-        shown = [token_id for token_id in ids if token_id not in self._silent]
-        return self._library.decode(shown, skip_special_tokens=True)
+        return self._text.decode(ids)
 
-    def stream(self) -> TextStream:
-        """A fresh incremental decoder."""
-        return _FileStream(self.decode)
-
-
-class _FileStream:
-    """Decodes a short window again for each id: tokens of one word depend on their neighbours.
-
-    The window starts one emitted step back, so that a leading space is not lost at its edge.
-    """
-
-    def __init__(self, decode: Any) -> None:
-        self._decode = decode
-        self._window: list[int] = []
-        self._emitted = 0
-
-    def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        pending = len(self._window) - self._emitted
-        if text.endswith(REPLACEMENT) and pending < _LONGEST_PENDING:
-            return ""
-        return self._release(text)
-
-    def finish(self) -> str:
-        return self._release(self._decode(self._window))
-
-    def _release(self, text: str) -> str:
-        before = self._decode(self._window[: self._emitted])
-        self._window = self._window[self._emitted :]
-        self._emitted = len(self._window)
-        return text[len(before) :]
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder of what follows other ids."""
+        return self._text.stream(context)
 
 
 class NoTokenizer:
@@ -238,7 +178,7 @@ class NoTokenizer:
         """
         raise InputError("this model has no tokenizer (config.json: tokenizer = none); use the token ids themselves")
 
-    def stream(self) -> TextStream:
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
         """Refuse, as decode() does."""
         self.decode(())
         raise AssertionError("decode() of a model without tokenizer always raises")

@@ -99,19 +99,17 @@ class Call:
         Raises:
             ContractError: It cannot be read, or is not finite. Poisons the session.
         """
-        history = {"drawn": self.history.drawn, "pending": self.history.pending, "seen": self.history.seen}
         try:
-            return {**self.decoder.contents(), **{name: values.copy() for name, values in history.items()}}
+            return {**self.decoder.contents(), **self.history.tensors()}
         except ContractError:
             self.begin()
             raise
 
     def restore(self, contents: Mapping[str, np.ndarray]) -> None:
         """Take everything from checked contents, under the names of a snapshot."""
-        tensors = dict(contents)
+        tensors = {name: values for name, values in contents.items() if name not in History.NAMES}
         self.begin()
-        for name in ("drawn", "pending", "seen"):
-            getattr(self.history, name)[:] = tensors.pop(name)
+        self.history.restore(contents)
         self.decoder.restore(tensors)
 
     def reset(self) -> None:

@@ -9,9 +9,16 @@ A row ends for one of four reasons, looked at in this order for every token it d
 * ``max_new_tokens``: it was the last token allowed.
 * ``callback``: the application said so.
 
-The text of a row comes in whole characters, and what may still become a stop string is held back. When the row
-ends, what is left comes out; should a stop string turn up in it, the text ends before it and the reason is
-``stop_string`` (unless the callback had ended the row).
+The text of a row goes on from what the row was fed: a space that divides the first word from the prompt belongs to
+it, and a character of which the row already holds the first bytes. It comes in whole characters, and what may still
+become a stop string is held back.
+
+A stop token ends the text, so what is left comes out (U+FFFD for bytes that never became a character); should a stop
+string turn up in it, the text ends before it and the reason is ``stop_string``. Where ``max_new_tokens`` or the
+callback ends a row, the text may go on: what is held back then belongs to the session's history and its snapshots. A
+generation that goes on without a prompt gives it out as soon as it is certain, so the texts of the parts are the text
+of an unbroken generation, and a stop string is found across them. Where nothing follows, ``Generation.rest`` is what is
+missing; ``generate_text()`` adds it.
 """
 
 from __future__ import annotations
@@ -58,7 +65,7 @@ class GeneratingSession(Protocol):
 
     @property
     def history(self) -> History:
-        """Draws, pending and seen tokens; the session feeds it, the generation draws from it."""
+        """Draws, pending, seen and recent tokens; the session feeds it, the generation draws from it."""
         ...
 
 
@@ -121,6 +128,7 @@ class Generation(Iterator[list[int | None]]):
         self._on_token = on_token
         self._stops, strings = _stops(session, options, tokenizer)
         self._texts = [RowText(tokenizer, strings) for _ in prompts]
+        self._texts_begun = False
         self._prompts: Sequence[np.ndarray] | None = prompts
         # The engine's argmax is the same choice, and saves the way of the logits to the host.
         self._argmax = options.sampling.greedy and not options.sampling.penalises
@@ -129,6 +137,14 @@ class Generation(Iterator[list[int | None]]):
     def texts(self) -> list[str]:
         """The new text of every row so far; empty for a model without tokenizer."""
         return [text.text for text in self._texts]
+
+    @property
+    def rest(self) -> list[str]:
+        """Text of every row that is held back, as if nothing followed; what goes on gives it out itself.
+
+        U+FFFD for bytes that are no character yet; empty where a stop token or a stop string ended the row.
+        """
+        return [text.rest for text in self._texts]
 
     def __next__(self) -> list[int | None]:
         """Run the model once and choose a token per row.
@@ -157,6 +173,7 @@ class Generation(Iterator[list[int | None]]):
         call.begin()
         self._torn = True
         self._prompts = None
+        self._begin_texts()
         self.pieces = ["" for _ in drawn]
         return [None if token is None else self._take(row, token) for row, token in enumerate(drawn)]
 
@@ -177,6 +194,15 @@ class Generation(Iterator[list[int | None]]):
             return call.next_tokens() if self._argmax else logits
         # A step, so that going on gives what an unbroken generation gives, to the last bit.
         return self._step(call, [int(row[0]) if len(row) else None for row in rows])
+
+    def _begin_texts(self) -> None:
+        """Once the prompts are fed: what the rows hold now is what their new text goes on from."""
+        if self._texts_begun:
+            return
+        history = self._session.history
+        for text, recent, held in zip(self._texts, history.recent.tolist(), history.held.tolist(), strict=True):
+            text.go_on(recent, held)
+        self._texts_begun = True
 
     def _step(self, call: Call, tokens: list[int | None]) -> np.ndarray:
         feeds = any(token is not None for token in tokens)
@@ -218,10 +244,10 @@ class Generation(Iterator[list[int | None]]):
             return None
         self.tokens[row].append(token)
         self.pieces[row] = text.push(token)
+        self._session.history.held[row] = text.held
         if text.stop_string is not None:
             self._stop(row, STOP_STRING, text.stop_string)
         elif len(self.tokens[row]) >= self._options.max_new_tokens:
-            self.pieces[row] += text.finish()
             self._stop(row, MAX_NEW_TOKENS, None)
         return token
 
@@ -239,7 +265,6 @@ class Generation(Iterator[list[int | None]]):
             goes_on = self._on_token(row, token, self.pieces[row])
             if goes_on is False and self.stop_reasons[row] is None:
                 self.stop_reasons[row] = CALLBACK
-                self.pieces[row] += self._texts[row].finish()
 
 
 def _no_token(row: int) -> InputError:

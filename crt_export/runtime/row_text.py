@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crt_export.runtime.stops import StopMatcher
+from crt_export.text_stream import TEXT_END, TextStream
 from crt_export.tokenizer import Tokenizer
 
 
@@ -12,10 +13,23 @@ class RowText:
     """Grows with every token; without a tokenizer it stays empty."""
 
     def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
-        """Start with no text."""
+        """Start with no text, in front of which there is none."""
+        self._tokenizer = tokenizer
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._stops = StopMatcher(stop_strings)
         self._parts: list[str] = []
+        self._carried = ""
+
+    def go_on(self, context: Sequence[int], held: int) -> None:
+        """Start behind other tokens instead.
+
+        Args:
+            context: The tokens, the newest at the end; they leave an incomplete character to this text.
+            held: How many of the last characters of their text belong to this one.
+        """
+        if self._tokenizer is not None:
+            self._stream, before = _stream_after(self._tokenizer, context, held)
+            self._carried = before[max(len(before) - held, 0) :]
 
     @property
     def text(self) -> str:
@@ -27,20 +41,48 @@ class RowText:
         """The stop string that ended the text; None while there is none."""
         return self._stops.found
 
+    @property
+    def held(self) -> int:
+        """Characters that were not given out because they may become a stop string."""
+        return len(self._carried + self._stops.held)
+
+    @property
+    def rest(self) -> str:
+        """What finish() would give."""
+        if self._stream is None or self._stops.found is not None:
+            return ""
+        return self._stops.before_a_stop(self._carried + self._stops.held + self._stream.rest)
+
     def push(self, token: int) -> str:
         """Take a token; the text that it completes and that no stop string can claim any more."""
-        return "" if self._stream is None else self._give(self._stops.push(self._stream.push(token)))
+        if self._stream is None:
+            return ""
+        carried, self._carried = self._carried, ""
+        return self._give(self._stops.push(carried + self._stream.push(token)))
 
     def finish(self) -> str:
-        """The row has ended: the rest of its text, U+FFFD for bytes that never became a character.
+        """The text has ended: its rest, U+FFFD for bytes that never became a character.
 
         That rest is searched too; it ends before a stop string.
         """
         if self._stream is None or self._stops.found is not None:
             return ""
-        return self._give(self._stops.push(self._stream.finish()) + self._stops.finish())
+        carried, self._carried = self._carried, ""
+        return self._give(self._stops.push(carried + self._stream.finish()) + self._stops.finish())
 
     def _give(self, piece: str) -> str:
         if piece:
             self._parts.append(piece)
         return piece
+
+
+def _stream_after(tokenizer: Tokenizer, context: Sequence[int], held: int) -> tuple[TextStream, str]:
+    """A stream behind the context, and at least so many characters in front of it, if there are so many."""
+    count = 4 * held  # tokens to read again
+    while True:
+        begin = max(len(context) - count, 0)
+        stream = tokenizer.stream(context[:begin])
+        before = "".join(stream.finish() if token == TEXT_END else stream.push(token) for token in context[begin:])
+        if begin == 0 or len(before) >= held:
+            return stream, before
+        count *= 2

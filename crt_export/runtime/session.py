@@ -38,8 +38,8 @@ class Session:
         capacity: Most tokens a row can hold.
         vocab_size: Number of logits per row.
         eos_token_ids: The tokens that end a sequence; empty if the model has none.
-        history: Draws, pending and seen tokens of the rows. What is fed by prefill(), step() or advance() is
-            seen, and takes the place of a pending token.
+        history: Draws, pending and seen tokens of the rows, and what their text goes on from. What is fed by prefill(),
+            step() or advance() is seen, and takes the place of a pending token.
     """
 
     def __init__(self, decoder: Decoder, origin: SessionOrigin) -> None:

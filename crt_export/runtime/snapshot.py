@@ -11,6 +11,10 @@ little-endian bytes of all tensors in order of their sorted names. Its tensors, 
 ``drawn``                            int64 [batch]                  random draws so far: the counter of the next one
 ``pending``                          int64 [batch]                  token drawn and not yet fed, -1 none
 ``seen``                             uint8 [batch, vocab]           1 for tokens the repetition penalty is about
+``recent``                           int64 [batch, 1024]            last tokens fed, newest at the end, -1 where there
+                                                                    is none or a stop token ended the text
+``held``                             int64 [batch]                  characters of the text not given out, because they
+                                                                    may become a stop string
 ``state``                            float32 [batch, 1, hidden]     recurrent state; not for a plain transformer
 ``past_key_values.{i}.key|value``    float32 or float16             cache [batch, heads, length, cache_head_dim];
                                                                     length is the largest position, and entries at
@@ -28,7 +32,9 @@ import numpy as np
 
 from crt_export.errors import BundleError, InputError, problem_list
 from crt_export.runtime.counts import shown
+from crt_export.runtime.history import RECENT_TOKENS
 from crt_export.runtime.sizes import TensorSizes
+from crt_export.text_stream import TEXT_END
 
 #: A session that goes on counts further, and the count must never overflow an int64.
 MOST_DRAWS = 2**62
@@ -150,7 +156,8 @@ def _expected(sizes: TensorSizes, length: int) -> dict[str, tuple[str, tuple[int
     batch, vocab = sizes.batch, sizes.vocab
     cache = (batch, sizes.heads, length, sizes.cache_head_dim)
     return {
-        **dict.fromkeys(("position", "next_tokens", "drawn", "pending"), ("int64", (batch,))),
+        **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), ("int64", (batch,))),
+        "recent": ("int64", (batch, RECENT_TOKENS)),
         "logits": ("float32", (batch, vocab)),
         "seen": ("uint8", (batch, vocab)),
         **({"state": ("float32", (batch, 1, sizes.hidden))} if sizes.recurrent else {}),
@@ -178,3 +185,8 @@ def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
             yield f"row {row}: {drawn} random draws, must be 0 to {MOST_DRAWS}"
         if tensors["seen"][row].max() > 1:
             yield f"row {row}: seen must be 0 or 1"
+        recent, held = tensors["recent"][row], int(tensors["held"][row])
+        if recent.min() < TEXT_END or recent.max() >= vocab:
+            yield f"row {row}: a recent token is outside the vocabulary (0 to {vocab - 1}, -1 for none)"
+        if held < 0:
+            yield f"row {row}: {held} characters held back, must be at least 0"

@@ -14,6 +14,7 @@ class StopMatcher:
 
     Attributes:
         found: The stop string that ended the text; None while there is none.
+        held: Text that was taken and not passed on: it may become a stop string.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ class StopMatcher:
         self.found: str | None = None
         self._stops = tuple(stop_strings)
         self._longest = max((len(stop) for stop in self._stops), default=0)
-        self._held = ""
+        self.held = ""
 
     def push(self, text: str) -> str:
         """Take more text.
@@ -34,20 +35,25 @@ class StopMatcher:
         if self.found is not None:
             return ""
         # What is held back begins a stop string as early as one can begin, so none is missed.
-        text = self._held + text
+        text = self.held + text
         ends = [(begin + len(stop), begin, stop) for stop in self._stops if (begin := text.find(stop)) >= 0]
         if ends:
             _, begin, self.found = min(ends)
-            self._held = ""
+            self.held = ""
             return text[:begin]
         keep = self._beginning_of_a_stop(text)
-        self._held = text[len(text) - keep :]
+        self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:
         """No more text comes: what was held back is no stop string."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
+
+    def before_a_stop(self, text: str) -> str:
+        """A text that ends, up to the first stop string in it."""
+        matcher = StopMatcher(self._stops)
+        return matcher.push(text) + matcher.finish()
 
     def _beginning_of_a_stop(self, text: str) -> int:
         """Length of the longest end of the text that begins a stop string."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from crt_export.errors import InputError
 from crt_export.runtime.bundle import Bundle
 from crt_export.runtime.counts import shown
-from crt_export.runtime.generate import Generation, TokenCallback
+from crt_export.runtime.generate import CALLBACK, Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.session import Session
 
@@ -43,14 +43,16 @@ class TextResult:
 class TextGeneration(Iterator[str]):
     """Pieces of whole UTF-8 characters, as soon as they are certain; ``result`` follows the last one.
 
-    What may still become a stop string is held back. Memory is released at the end, by ``close()``, or with the
-    bundle.
+    What may still become a stop string is held back until the end. Prompt and pieces together are what
+    ``bundle.tokenizer.decode()`` makes of all tokens, up to a stop string. Memory is released at the end, by
+    ``close()``, or with the bundle.
     """
 
-    def __init__(self, session: Session, generation: Generation) -> None:
+    def __init__(self, session: Session, generation: Generation, on_token: TokenCallback | None = None) -> None:
         """Wrap a generation of one row and the session that it owns; applications call ``generate_text()``."""
         self._session = session
         self._generation = generation
+        self._on_token = on_token
         self._broken = ""
 
     def __next__(self) -> str:
@@ -58,7 +60,7 @@ class TextGeneration(Iterator[str]):
         try:
             while True:
                 next(self._generation)
-                if piece := self._generation.pieces[0]:
+                if piece := self._generation.pieces[0] + self._last_rest():
                     return piece
         except StopIteration:
             self.close()
@@ -84,7 +86,7 @@ class TextGeneration(Iterator[str]):
         if reason is None:
             raise InputError("the generation has not ended; read it to its end first")
         return TextResult(
-            text=self._generation.texts[0],
+            text=self._generation.texts[0] + self._generation.rest[0],
             token_ids=tuple(self._generation.tokens[0]),
             prompt_tokens=self._generation.prompt_tokens[0],
             stop_reason=reason,
@@ -96,6 +98,14 @@ class TextGeneration(Iterator[str]):
         """Release the session without reading on; closing twice is harmless."""
         self._broken = self._broken or "was closed"
         self._session.close()
+
+    def _last_rest(self) -> str:
+        """What is held back when the row has ended: nothing follows that could change it."""
+        reason = self._generation.stop_reasons[0]
+        rest = "" if reason is None else self._generation.rest[0]
+        if rest and self._on_token is not None and reason != CALLBACK:
+            self._on_token(0, None, rest)
+        return rest
 
 
 def generate_text(
@@ -114,7 +124,8 @@ def generate_text(
         prompt: The text to continue, not empty.
         options: How many tokens, how they are chosen and where to stop; greedy by default.
         target: Where to run; empty takes ``bundle.default_target()``.
-        on_token: Called with row 0, every new token and the text that it completes; ``False`` ends the text.
+        on_token: Called with row 0, every new token and the text that it completes; ``False`` ends the text. The token
+            is None where text comes out that was held back until the end.
         parse_special: Whether prompt text that spells a special token becomes that token; False for what strangers
             write, who could otherwise end a turn or begin a sequence.
 
@@ -148,6 +159,6 @@ def generate_text(
     session = bundle.session(name, capacity=None if built.profile.compiled else needed)
     with ExitStack() as undo:
         undo.callback(session.close)
-        generation = TextGeneration(session, session.generate([ids], chosen, on_token=on_token))
+        generation = TextGeneration(session, session.generate([ids], chosen, on_token=on_token), on_token)
         undo.pop_all()  # from here on the generation closes its session
     return generation

@@ -33,6 +33,7 @@ void stream(const std::string& path, const std::string& prompt) {
   std::int64_t token = crt::kNoToken;
   while (generation.next(&token)) {
   }
+  std::cout << generation.rest(0);  // held back in case more follows, which nothing does
   std::cout << "\n[" << generation.tokens(0).size() << " tokens, ended by "
             << crt::stop_reason_name(generation.stop_reason(0)) << "]\n";
 }

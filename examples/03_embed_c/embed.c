@@ -61,11 +61,16 @@ static crt_status run(program* p, const char* path, const char* prompt) {
   int64_t token = CRT_NO_TOKEN;
   int32_t more = 1;
   const int64_t* tokens = NULL;
+  const char* rest = NULL;
+  size_t rest_bytes = 0;
   crt_stop_reason reason = CRT_STOP_RUNNING;
   crt_status status = crt_bundle_open(path, NULL, &p->bundle);
   if (status == CRT_OK) status = encode(p, prompt, &count);
   if (status == CRT_OK) status = start(p, count);
   while (status == CRT_OK && more) status = crt_generation_next(p->generation, &token, 1, &more);
+  /* Held back in case more follows, which nothing does. */
+  if (status == CRT_OK) status = crt_generation_rest(p->generation, 0, &rest, &rest_bytes);
+  if (status == CRT_OK) fwrite(rest, 1, rest_bytes, stdout);
   if (status == CRT_OK) status = crt_generation_tokens(p->generation, 0, &tokens, &count);
   if (status == CRT_OK) status = crt_generation_stop_reason(p->generation, 0, &reason);
   if (status == CRT_OK) printf("\n[%lu tokens, ended by %s]\n", (unsigned long)count, crt_stop_reason_name(reason));

@@ -17,7 +17,7 @@ def answer(bundle: Bundle, target: str, prompt: str) -> str:
         generation = session.generate([ids], options)
         for _ in generation:
             pass
-        return generation.texts[0]
+        return generation.texts[0] + generation.rest[0]  # nothing follows
 
 
 def main() -> None:

@@ -313,8 +313,15 @@ class CGeneration:
 
     def text(self, row: int) -> str:
         """New text of a row."""
+        return self._text("crt_generation_text", row)
+
+    def rest(self, row: int) -> str:
+        """Text of a row that is held back."""
+        return self._text("crt_generation_rest", row)
+
+    def _text(self, name: str, row: int) -> str:
         text, size = c_void_p(), c_size_t()
-        self._library.call("crt_generation_text", self._handle, c_size_t(row), byref(text), byref(size))
+        self._library.call(name, self._handle, c_size_t(row), byref(text), byref(size))
         return ctypes.string_at(text.value or 0, size.value).decode() if size.value else ""
 
     def stop_reason(self, row: int) -> str:

@@ -54,6 +54,7 @@ def in_both(in_python: Any, in_c: Any, prompts: list[list[int]] | None, options:
     rows = range(len(expected.texts))
     assert [found.tokens(row) for row in rows] == expected.tokens
     assert [found.text(row) for row in rows] == expected.texts
+    assert [found.rest(row) for row in rows] == expected.rest
     assert [found.stop_reason(row) for row in rows] == expected.stop_reasons
     assert in_c.position == in_python.position.tolist()
     return Counter(reason for reason in expected.stop_reasons if reason)

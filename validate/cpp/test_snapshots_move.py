@@ -71,6 +71,48 @@ def test_both_write_the_same_bytes_of_every_tensor(in_python: Bundle, in_c: Any,
     assert in_c.identity == ours.bundle
 
 
+def test_text_goes_on_in_the_other_language(in_python: Bundle, in_c: Any, tmp_path: Path) -> None:
+    """Token by token, each in the language that did not make the one before; a stop string is cut as well."""
+    prompt, count = [[72, 101]], 24
+
+    def unbroken(stops: tuple[str, ...]) -> Any:
+        options = GenerationOptions(max_new_tokens=count, sampling=SamplingOptions(**SAMPLING), stop_strings=stops)
+        generation = in_python.session(TARGET).generate(prompt, options)
+        list(generation)
+        return generation
+
+    text = unbroken(()).texts[0]
+    middle = len(text) // 2
+    for stops in ((), (text[middle : middle + 3], text[middle - 2] + "never")):
+        expected = unbroken(stops)
+        found: list[str] = []
+        tokens: list[int] = []
+        rest, reason = "", None
+        while len(tokens) < count and reason != "stop_string":
+            given: list[list[int]] = [[]] if tokens else prompt
+            by_python, by_c = in_python.session(TARGET), in_c.session(TARGET)
+            if len(tokens) % 2:
+                by_c.load(tmp_path / "state")
+                part = by_c.generate(given, max_new_tokens=1, sampling=SAMPLING, stop_strings=stops)
+                part.run()
+                tokens += part.tokens(0)
+                found.append(part.text(0))
+                rest, reason = part.rest(0), part.stop_reason(0)
+                by_c.save(tmp_path / "state")
+            else:
+                if tokens:
+                    by_python.restore(Snapshot.load(tmp_path / "state"))
+                options = GenerationOptions(max_new_tokens=1, sampling=SamplingOptions(**SAMPLING), stop_strings=stops)
+                going = by_python.generate(given, options)
+                list(going)
+                tokens += going.tokens[0]
+                found.append(going.texts[0])
+                rest, reason = going.rest[0], going.stop_reasons[0]
+                by_python.snapshot().save(tmp_path / "state")
+        assert (tokens, "".join(found), rest) == (expected.tokens[0], expected.texts[0], expected.rest[0])
+        assert reason == expected.stop_reasons[0] == ("stop_string" if stops else "max_new_tokens")
+
+
 @pytest.mark.parametrize("cut", [1, 100, -1])
 def test_both_refuse_a_damaged_file(in_python: Bundle, in_c: Any, c_library: Any, tmp_path: Path, cut: int) -> None:
     session = in_python.session(TARGET)

@@ -117,6 +117,8 @@ def snapshot(folder: Path) -> None:
             "next_tokens": np.array([254, -1]),
             "drawn": np.array([1, 0]),
             "pending": np.array([65, -1]),
+            "held": np.array([2, 0]),
+            "recent": np.array([[-1] * 1021 + [72, -1, 195], [-1] * 1024]),
             "logits": logits,
             "seen": (np.arange(512).reshape(2, 256) % 7 == 0).astype(np.uint8),
             "state": numbers(2, 1, 16),

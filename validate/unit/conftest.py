@@ -1,4 +1,4 @@
-"""The recording TensorRT, for the tests of the engine and for those of the session over it."""
+"""What tests of several folders share: tokenizers of every kind, and the recording TensorRT."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,11 +21,19 @@ from crt_export.runtime import Bundle
 from crt_export.runtime.compiled import compiled_engine
 from crt_export.runtime.opening import Target, engine_from_target
 
-ENGINE_TESTS = Path(__file__).parent / "engine"
+UNIT_TESTS = Path(__file__).parent
+ENGINE_TESTS = UNIT_TESTS / "engine"
 A100 = Gpu(name="A100", compute_capability=80)
-# The tests are no package, so the folder of the recording machine goes on the path.
-if str(ENGINE_TESTS) not in sys.path:
-    sys.path.append(str(ENGINE_TESTS))
+# The tests are no package, so the folders of the modules that they share go on the path.
+for folder in (ENGINE_TESTS, UNIT_TESTS):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_kinds() -> ModuleType:
+    """The module tokenizer_kinds.py beside this file."""
+    return importlib.import_module("tokenizer_kinds")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from crt_export.bundle.integrity import sealed
+from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,14 @@ def test_generate_streams_the_same_text_for_the_same_seed(crt_export: Run, bundl
     assert first.stdout == again.stdout
     assert first.stdout != other.stdout
     assert "8 tokens" in first.stderr
+    options = GenerationOptions(max_new_tokens=8, sampling=SamplingOptions(temperature=1.0, seed=1))
+    with load_bundle(bundle) as opened:
+        generation = generate_text(opened, "ab", options)
+        text = "".join(generation)
+        ids = [*opened.tokenizer.encode_prompt("ab"), *generation.result.token_ids]
+        assert "ab" + text == opened.tokenizer.decode(ids)
+    assert first.stdout == text + "\n"
+    assert first.stderr.startswith("ab["), "the prompt, then the figures"
 
 
 def test_generate_ends_before_a_stop_string(crt_export: Run, bundle: Path) -> None:

@@ -95,6 +95,7 @@ TEST_CASE("C API: NULL is refused everywhere, all NULLs named, and harmless to c
   CHECK(crt_generation_tokens(nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
   CHECK(crt_generation_text(nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
   CHECK(crt_generation_piece(nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
+  CHECK(crt_generation_rest(nullptr, 0, nullptr, nullptr) == CRT_ERROR_INPUT);
   CHECK(crt_generation_stop_reason(nullptr, 0, nullptr) == CRT_ERROR_INPUT);
   CHECK(crt_sample_token(nullptr, nullptr, 0, nullptr, 0, 0, nullptr) == CRT_ERROR_INPUT);
   crt_bundle_close(nullptr);

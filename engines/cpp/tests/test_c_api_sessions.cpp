@@ -262,7 +262,10 @@ TEST_CASE("C API: callback, stop reason, text and piece of a generation") {
   CHECK(tokens.size() == 3);
   CHECK(crt_generation_text(generation, 0, &text, &bytes) == CRT_OK);
   CHECK(std::string(text, bytes) == pieces);
-  CHECK(pieces.compare(0, seen.text.size(), seen.text) == 0);
+  CHECK(pieces == seen.text);
+  CHECK(crt_generation_rest(generation, 0, &text, &bytes) == CRT_OK);
+  CHECK(std::string(text, bytes) == std::string(text));
+  CHECK(crt_generation_rest(generation, 1, &text, &bytes) == CRT_ERROR_INPUT);
   CHECK(crt_generation_stop_reason(generation, 0, &reason) == CRT_OK);
   CHECK(reason == CRT_STOP_CALLBACK);
   CHECK(std::string(crt_stop_reason_name(reason)) == "callback");

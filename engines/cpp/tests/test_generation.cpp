@@ -192,7 +192,8 @@ TEST_CASE("generation: a stop string ends the text before it, its tokens count")
   crt::TextStream stream(crt::Bundle::load(folder, true).config());
   std::string before;
   for (const std::int64_t token : unbroken.tokens(0)) before += stream.push(token);
-  CHECK(text == before + stream.finish());
+  CHECK(text == before);
+  CHECK(unbroken.rest(0) == stream.finish());
 
   // The stop string is the character in the middle, whatever it is.
   crt::GenerationOptions options = sampled(40);
@@ -214,6 +215,47 @@ TEST_CASE("generation: a stop string ends the text before it, its tokens count")
   CHECK(pieces == generation.text(0));
   CHECK(tokens.size() < unbroken.tokens(0).size());
   CHECK(std::equal(tokens.begin(), tokens.end(), unbroken.tokens(0).begin()));
+}
+
+TEST_CASE("generation: parts that go on have the text of the unbroken one, and find its stop strings") {
+  const char* folder = crt_test::given_folder();
+  if (folder == nullptr || crt::Bundle::load(folder, true).config().tokenizer != "byte") return;
+  crt::Session session = opened(folder, 1);
+  crt::Generation unbroken = session.generate({{10, 20, 30}}, sampled(40));
+  read(unbroken, 1);
+  const std::string text = unbroken.text(0);
+  std::size_t begin = text.size() / 2;
+  while ((static_cast<unsigned char>(text[begin]) & 0xC0U) == 0x80U) ++begin;
+  std::size_t end = begin + 6;
+  while ((static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U) ++end;
+  const std::string stop = text.substr(begin, end - begin);
+  for (const auto& stops : {std::vector<std::string>{}, std::vector<std::string>{stop, stop.substr(0, 1) + "never"}}) {
+    crt::Session whole = opened(folder, 1);
+    crt::GenerationOptions options = sampled(40);
+    options.stop_strings = stops;
+    crt::Generation expected = whole.generate({{10, 20, 30}}, options);
+    const auto tokens = read(expected, 1)[0];
+    crt::Session parts = opened(folder, 1);
+    std::string found;
+    std::string rest;
+    std::size_t count = 0;
+    StopReason reason = StopReason::running;
+    while (count < 40 && reason != StopReason::stop_string) {
+      options.max_new_tokens = 1;
+      crt::Generation part = parts.generate(count == 0 ? Rows{{10, 20, 30}} : Rows{}, options);
+      count += read(part, 1)[0].size();
+      found += part.text(0);
+      rest = part.rest(0);
+      reason = part.stop_reason(0);
+      crt::Session other = opened(folder, 1);
+      other.restore(parts.snapshot());
+      parts = count % 3 == 0 ? other.fork() : std::move(other);
+    }
+    CHECK(count == tokens.size());
+    CHECK(found == expected.text(0));
+    CHECK(rest == expected.rest(0));
+    CHECK(reason == (stops.empty() ? StopReason::max_new_tokens : StopReason::stop_string));
+  }
 }
 
 TEST_CASE("generation: the callback sees every token and its piece, and ends its row") {

@@ -80,6 +80,19 @@ TEST_CASE("stops: only what may become a stop string is held back") {
   CHECK(!matcher.found());
 }
 
+TEST_CASE("stops: a look at how the text would end changes nothing") {
+  crt::StopMatcher matcher({"END", "!"});
+  std::string text;
+  matcher.push("abEN", text);
+  CHECK(matcher.held() == "EN");
+  CHECK(matcher.before_a_stop("ENx!y") == "ENx");
+  CHECK(matcher.before_a_stop(matcher.held()) == "EN");
+  matcher.push("D", text);
+  CHECK(text == "ab");
+  CHECK(matcher.found());
+  CHECK(matcher.held().empty());
+}
+
 TEST_CASE("stops: nothing comes after a stop string, and without any everything passes at once") {
   CHECK(passed({"!"}, {"a!b", "c", "!"}) == Result{"a", true});
   crt::StopMatcher none({});

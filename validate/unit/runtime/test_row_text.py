@@ -70,15 +70,50 @@ def test_what_is_held_back_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
     assert text.finish() == ""
 
 
-def test_a_stop_string_in_the_rest_still_ends_the_text(file_tokenizer: Tokenizer) -> None:
-    # " Ã" is a space and the first byte of a character: the decoder holds the space back with it.
+def test_a_character_in_front_of_an_incomplete_one_is_searched_at_once(file_tokenizer: Tokenizer) -> None:
+    # " Ã" is a space and the first byte of a character.
     text = RowText(file_tokenizer, (" ",))
     ids = file_tokenizer.encode("x é")[:2]
     assert [text.push(token) for token in ids] == ["x", ""]
-    assert text.stop_string is None
-    assert (text.finish(), text.text, text.stop_string) == ("", "x", " ")
+    assert (text.text, text.stop_string, text.rest, text.finish()) == ("x", " ", "", "")
+
+
+def test_a_stop_string_in_the_rest_still_ends_the_text(tokenizer: Tokenizer) -> None:
+    text = RowText(tokenizer, ("\ufffd",))
+    assert [text.push(token) for token in [*tokenizer.encode("x"), tokenizer.encode("é")[0]]] == ["x", ""]
+    assert (text.stop_string, text.rest) == (None, "")
+    assert (text.finish(), text.text, text.stop_string) == ("", "x", "\ufffd")
+
+
+def test_the_rest_is_what_finish_gives_and_stays_until_then(tokenizer: Tokenizer) -> None:
+    text = RowText(tokenizer, ("\nUser:",))
+    for token in [*tokenizer.encode("ok\nUse"), tokenizer.encode("é")[0]]:
+        text.push(token)
+    assert (text.rest, text.held, text.text) == ("\nUse\ufffd", 4, "ok")
+    assert text.push(tokenizer.encode("é")[-1]) == "\nUseé"
+    assert (text.rest, text.held) == ("", 0)
+
+
+@pytest.mark.parametrize("stops", [(), ("END",), ("\N{GRINNING FACE}!", "é?"), ("lo \nwor", "d")])
+def test_a_text_that_goes_on_anywhere_is_the_unbroken_one(tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+    prompt, ids = tokenizer.encode("é"), tokenizer.encode("hello \nworEN é END\N{GRINNING FACE}!")
+    unbroken = RowText(tokenizer, stops)
+    unbroken.go_on(prompt, 0)
+    pieces = [unbroken.push(token) for token in ids]
+    for cut in range(len(ids) + 1):
+        first, second = RowText(tokenizer, stops), RowText(tokenizer, stops)
+        first.go_on(prompt, 0)
+        given = [first.push(token) for token in ids[:cut]]
+        if first.stop_string is None:
+            second.go_on([*prompt, *ids[:cut]], first.held)
+            assert first.rest == second.rest
+            given += [second.push(token) for token in ids[cut:]]
+            assert (second.stop_string, second.rest) == (unbroken.stop_string, unbroken.rest)
+            assert given == pieces
+        assert first.text + second.text == unbroken.text
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     text = RowText(None, ())
-    assert (text.push(65), text.finish(), text.text, text.stop_string) == ("", "", "", None)
+    text.go_on([1, 2], 0)
+    assert (text.push(65), text.rest, text.finish(), text.text, text.stop_string) == ("", "", "", "", None)

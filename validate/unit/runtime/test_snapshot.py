@@ -26,13 +26,14 @@ def started(runnable: Any, **options: Any) -> Session:
     session.prefill([runnable.ids(4), [], runnable.ids(2, seed=1)])
     session.step([50, None, 51])
     session.history.draw(0, 60, keep=True)
+    session.history.held[0] = 1
     return session
 
 
 def go_on(session: Session) -> list[np.ndarray]:
     """Everything a session says about its rows, before and after more tokens."""
     history = session.history
-    found = [history.drawn, history.pending, history.seen, session.position, session.next_tokens, session.logits]
+    found = [*history.tensors().values(), session.position, session.next_tokens, session.logits]
     found = [values.copy() for values in found]
     found += [session.step([None, 70, 71]), session.prefill([[72, 73], [74], []]), session.step([75, 76, 77])]
     return found
@@ -174,6 +175,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
         f"row 1: {2**62 + 1} random draws, must be 0 to {2**62}",
     ),
     "seen": (put("seen", (2, 3), 2), "row 2: seen must be 0 or 1"),
+    "recent": (put("recent", (1, 9), 256), "row 1: a recent token is outside the vocabulary"),
+    "recent below none": (put("recent", (1, 9), -2), "row 1: a recent token is outside the vocabulary"),
+    "few recent": (lambda t: t.update(recent=t["recent"][:, 1:]), r"recent must be int64 \[3, 1024\]"),
+    "held": (put("held", 2, -1), "row 2: -1 characters held back"),
 }
 
 

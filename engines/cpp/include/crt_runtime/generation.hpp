@@ -45,9 +45,12 @@ using TokenCallback = std::function<bool(std::int64_t row, std::int64_t token, c
 ///   stop_string     the row's new text contains a stop string: the token counts, the text ends before the string;
 ///   max_new_tokens  it was the last token allowed;
 ///   callback        the application said so.
-/// Text comes in whole characters, and what may still become a stop string is held back until the row ends; should a
-/// stop string turn up in that rest, the reason is stop_string. A stopped row is frozen. The last token given out has
-/// not been fed to the model: the session remembers it and feeds it first when it goes on.
+/// Text goes on from what the row was fed, comes in whole characters, and what may still become a stop string is held
+/// back. A stop token ends the text: the rest comes out (should a stop string turn up in it, the reason is stop_string).
+/// After max_new_tokens or callback the text may go on: what is held back then belongs to the session and its snapshots,
+/// and a generation that goes on without a prompt gives it out, so that the texts of the parts are the text of an unbroken
+/// generation. Where nothing follows, rest() is what is missing. A stopped row is frozen. The last token given out has not
+/// been fed to the model: the session remembers it and feeds it first when it goes on.
 class Generation {
  public:
   /// As Session::generate(). Throws Error(input) if the options or prompts are refused, the session does, a row neither
@@ -69,6 +72,9 @@ class Generation {
   const std::string& text(std::size_t row) const;
   /// The part of that text that the last next() added.
   const std::string& piece(std::size_t row) const;
+  /// Text of a row that is held back, as if nothing followed: U+FFFD for bytes that are no character yet; empty where a
+  /// stop token or a stop string ended the row.
+  std::string rest(std::size_t row) const;
   /// Tokens of a row's prompt.
   std::size_t prompt_tokens(std::size_t row) const;
   StopReason stop_reason(std::size_t row) const;

@@ -108,7 +108,7 @@ crt_status crt_session_generate(crt_session* session, const int64_t* ids, const 
     if (rows > 0) prompts = crt::c_api::token_rows(ids, lengths, rows, crt::c_api::row_limits(*session));
     auto made = session->session->generate(std::move(prompts), generation_options(taken),
                                            token_callback(taken.callback, taken.user));
-    crt::c_api::give(std::make_unique<crt_generation>(crt_generation{session->session, std::move(made)}), generation);
+    crt::c_api::give(std::make_unique<crt_generation>(crt_generation{session->session, std::move(made), {}}), generation);
   });
 }
 
@@ -144,6 +144,14 @@ crt_status crt_generation_piece(const crt_generation* generation, size_t row, co
   return call([&] {
     require({{generation, "generation"}, {text, "text"}, {text_bytes, "text_bytes"}});
     give_text(generation->generation.piece(row), text, text_bytes);
+  });
+}
+
+crt_status crt_generation_rest(crt_generation* generation, size_t row, const char** text, size_t* text_bytes) {
+  return call([&] {
+    require({{generation, "generation"}, {text, "text"}, {text_bytes, "text_bytes"}});
+    generation->rest = generation->generation.rest(row);
+    give_text(generation->rest, text, text_bytes);
   });
 }
 

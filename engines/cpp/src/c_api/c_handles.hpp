@@ -32,6 +32,7 @@ struct crt_snapshot {
 struct crt_generation {
   std::shared_ptr<crt::Session> session;  // before the generation, which refers to it
   crt::Generation generation;
+  std::string rest;  // of the last call that asked for it
 };
 
 struct crt_text_stream {

@@ -63,6 +63,8 @@ struct Generation::State {
   void run();
   void run_prompts();
   void step();
+  /// Once the prompts are fed: what the rows hold now is what their new text goes on from.
+  void begin_texts();
   /// Into drawn_; before anything is changed, for a choice may fail.
   void draw();
   /// Make a drawn token part of its row, or end the row; the token if it is given out.
@@ -79,6 +81,7 @@ struct Generation::State {
   TokenRows prompts_;
   bool started_ = false;
   bool torn_ = false;  // history, tokens and texts went on unlike
+  bool texts_begun_ = false;
   // The engine's argmax is the same choice, and saves the way of the logits to the host.
   bool argmax_;
   std::vector<GenerationRow> rows_;
@@ -172,6 +175,7 @@ bool Generation::State::next(std::int64_t* tokens) {
   }
   run();
   draw();
+  begin_texts();
   const bool anything = take_all();
   report(drawn_);
   std::copy(drawn_.begin(), drawn_.end(), tokens);  // at the end: a call that fails leaves its outputs alone
@@ -205,6 +209,14 @@ void Generation::State::run_prompts() {
   const auto only_token = [](const std::vector<std::int64_t>& row) { return row.empty() ? kNoToken : row.front(); };
   std::transform(rows.begin(), rows.end(), fed_.begin(), only_token);
   step();
+}
+
+void Generation::State::begin_texts() {
+  if (texts_begun_) return;
+  for (std::size_t index = 0; index < rows_.size(); ++index) {
+    rows_[index].text.go_on(history_.recent(static_cast<std::int64_t>(index)), kRecentTokens, history_.held()[index]);
+  }
+  texts_begun_ = true;
 }
 
 void Generation::State::step() {
@@ -262,10 +274,10 @@ std::int64_t Generation::State::take(std::size_t index, std::int64_t token) {
   }
   row.tokens.push_back(token);
   row.text.push(token);
+  history_.hold(static_cast<std::int64_t>(index), row.text.held());
   if (row.text.stopped()) {
     row.stop(StopReason::stop_string);
   } else if (static_cast<std::int64_t>(row.tokens.size()) >= options_.max_new_tokens) {
-    row.text.finish();
     row.stop(StopReason::max_new_tokens);
   }
   return token;
@@ -277,9 +289,7 @@ void Generation::State::report(const std::vector<std::int64_t>& given) {
     GenerationRow& row = rows_[index];
     if (given[index] == kNoToken && row.text.piece().empty()) continue;
     const bool goes_on = callback_(static_cast<std::int64_t>(index), given[index], row.text.piece());
-    if (goes_on || !row.running()) continue;
-    row.reason = StopReason::callback;
-    row.text.finish();
+    if (!goes_on && row.running()) row.reason = StopReason::callback;
   }
 }
 
@@ -293,6 +303,7 @@ bool Generation::next(std::int64_t* tokens) { return state_->next(tokens); }
 const std::vector<std::int64_t>& Generation::tokens(std::size_t row) const { return state_->row(row).tokens; }
 const std::string& Generation::text(std::size_t row) const { return state_->row(row).text.text(); }
 const std::string& Generation::piece(std::size_t row) const { return state_->row(row).text.piece(); }
+std::string Generation::rest(std::size_t row) const { return state_->row(row).text.rest(); }
 std::size_t Generation::prompt_tokens(std::size_t row) const { return state_->row(row).prompt_tokens; }
 StopReason Generation::stop_reason(std::size_t row) const { return state_->row(row).reason; }
 

@@ -19,24 +19,33 @@ class RowText {
   /// reserved: tokens to keep room for.
   RowText(std::optional<TextStream> decoder, const std::vector<std::string>& stop_strings, std::size_t reserved);
 
+  /// Start behind other tokens instead: they leave an incomplete character to this text. context: count tokens, the
+  /// newest at the end, kTextEnd among them; held: how many of the last characters of their text belong to this one.
+  void go_on(const std::int64_t* context, std::size_t count, std::int64_t held);
   /// The next step begins: its piece is empty.
   void begin_step() noexcept { piece_.clear(); }
   /// Take a token; its text, as far as no stop string can claim it any more, is added.
   void push(std::int64_t token);
-  /// The row has ended: add the rest, U+FFFD for bytes that never became a character. It too ends before a stop string.
+  /// The text has ended: add its rest, U+FFFD for bytes that never became a character. It too ends before a stop string.
   void finish();
 
   const std::string& text() const noexcept { return text_; }
   /// The text since begin_step().
   const std::string& piece() const noexcept { return piece_; }
+  /// What finish() would add.
+  std::string rest() const;
+  /// Characters that were not given out because they may become a stop string.
+  std::int64_t held() const noexcept;
   /// Whether a stop string ended the text.
   bool stopped() const noexcept { return stops_.found(); }
 
  private:
+  void give_carried();
   void keep_piece(std::size_t begin);
 
   std::optional<TextStream> decoder_;
   StopMatcher stops_;
+  std::string carried_;  // of the tokens in front, not given out yet
   std::string text_;
   std::string piece_;
 };

@@ -46,6 +46,14 @@ void StopMatcher::finish(std::string& out) {
   held_.clear();
 }
 
+std::string StopMatcher::before_a_stop(const std::string& text) const {
+  StopMatcher matcher(stops_);
+  std::string before;
+  matcher.push(text, before);
+  matcher.finish(before);
+  return before;
+}
+
 std::size_t StopMatcher::beginning_of_a_stop() const noexcept {
   for (std::size_t length = std::min(longest_ - 1, held_.size()); length > 0; --length) {
     const std::size_t begin = held_.size() - length;

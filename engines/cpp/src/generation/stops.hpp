@@ -21,6 +21,10 @@ class StopMatcher {
   void push(const std::string& text, std::string& out);
   /// No more text comes: what was held back is no stop string.
   void finish(std::string& out);
+  /// Text that was taken and not passed on: it may become a stop string.
+  const std::string& held() const noexcept { return held_; }
+  /// A text that ends, up to the first stop string in it.
+  std::string before_a_stop(const std::string& text) const;
   /// Whether a stop string ended the text.
   bool found() const noexcept { return found_; }
 

@@ -45,6 +45,9 @@ Snapshot Session::Impl::snapshot() {
   taken.tensors.push_back(row_numbers("next_tokens", decoder.next_tokens()));
   taken.tensors.push_back(row_numbers("drawn", history.drawn()));
   taken.tensors.push_back(row_numbers("pending", history.pending()));
+  taken.tensors.push_back(row_numbers("held", history.held()));
+  taken.tensors.push_back(tensor_from("recent", "I64", {sizes.batch, static_cast<std::int64_t>(kRecentTokens)},
+                                      history.recent().data(), history.recent().size()));
   const auto vocab_values = static_cast<std::size_t>(sizes.batch * sizes.vocab);
   taken.tensors.push_back(tensor_from(names::kLogits, "F32", {sizes.batch, sizes.vocab}, logits(), vocab_values));
   taken.tensors.push_back(tensor_from("seen", "U8", {sizes.batch, sizes.vocab}, history.seen().data(), vocab_values));
@@ -75,6 +78,8 @@ void Session::Impl::restore(const Snapshot& snapshot) {
   auto drawn = values_of<std::int64_t>(snapshot, "drawn");
   auto pending = values_of<std::int64_t>(snapshot, "pending");
   auto seen = values_of<std::uint8_t>(snapshot, "seen");
+  auto recent = values_of<std::int64_t>(snapshot, "recent");
+  auto held = values_of<std::int64_t>(snapshot, "held");
   std::vector<const unsigned char*> caches;
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
     caches.push_back(find_tensor(snapshot, names::past_key_values_key(layer))->data.data());
@@ -85,7 +90,7 @@ void Session::Impl::restore(const Snapshot& snapshot) {
     decoder.tensors().restore(caches, length, logits.data(), state.data());
     decoder.resume(position, next_tokens);
   });
-  history.assign(std::move(drawn), std::move(pending), std::move(seen));
+  history.assign(std::move(drawn), std::move(pending), std::move(seen), std::move(recent), std::move(held));
   failure_.lift();
 }
 

@@ -12,6 +12,7 @@
 #include "engine/tensor_names.hpp"
 #include "session/finite.hpp"
 #include "session/float16.hpp"
+#include "session/history.hpp"
 
 namespace crt {
 
@@ -66,9 +67,10 @@ std::vector<std::int64_t> integers(const SnapshotTensor& tensor) {
 
 std::vector<ExpectedTensor> expected_tensors(const TensorSizes& sizes, std::int64_t length) {
   std::vector<ExpectedTensor> expected;
-  for (const char* name : {names::kPosition, "next_tokens", "drawn", "pending"}) {
+  for (const char* name : {names::kPosition, "next_tokens", "drawn", "pending", "held"}) {
     expected.push_back({name, "I64", {sizes.batch}});
   }
+  expected.push_back({"recent", "I64", {sizes.batch, static_cast<std::int64_t>(kRecentTokens)}});
   expected.push_back({names::kLogits, "F32", {sizes.batch, sizes.vocab}});
   expected.push_back({"seen", "U8", {sizes.batch, sizes.vocab}});
   if (sizes.recurrent) {
@@ -186,10 +188,24 @@ bool finite_row(const SnapshotTensor& tensor, std::size_t row, std::int64_t posi
 // A session that goes on counts further, and the count must never overflow.
 constexpr std::int64_t kMostDraws = std::int64_t{1} << 62U;
 
+/// Of the tokens and the text that a row goes on from.
+void add_text_problems(std::size_t row, const std::int64_t* recent, std::int64_t held, std::int64_t vocab,
+                       Problems& problems) {
+  const auto outside = [vocab](std::int64_t token) { return token < kTextEnd || token >= vocab; };
+  if (std::any_of(recent, recent + kRecentTokens, outside)) {
+    problems.push_back(row_text(row) + "a recent token is outside the vocabulary (0 to " + std::to_string(vocab - 1) +
+                       ", -1 for none)");
+  }
+  if (held < 0) {
+    problems.push_back(row_text(row) + std::to_string(held) + " characters held back, must be at least 0");
+  }
+}
+
 Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
   const auto of = [&](const char* name) { return integers(*find_tensor(snapshot, name)); };
   const std::vector<std::int64_t> position = of(names::kPosition), pending = of("pending");
   const std::vector<std::int64_t> following = of("next_tokens"), drawn = of("drawn");
+  const std::vector<std::int64_t> recent = of("recent"), held = of("held");
   const std::vector<unsigned char>& seen = find_tensor(snapshot, "seen")->data;
   const std::string last = std::to_string(sizes.vocab - 1);
   Problems problems;
@@ -215,6 +231,7 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
     if (std::any_of(begin, begin + sizes.vocab, [](unsigned char value) { return value > 1; })) {
       problems.push_back(row_text(row) + "seen must be 0 or 1");
     }
+    add_text_problems(row, recent.data() + row * kRecentTokens, held[row], sizes.vocab, problems);
   }
   return problems;
 }

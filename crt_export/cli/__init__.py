@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Arguments without the program name; None takes the process's own.
 
     Returns:
-        The exit code: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted.
+        The exit code: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted,
+        141 nobody reads stdout any more.
     """
     return run_app(app, arguments)

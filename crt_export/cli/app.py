@@ -20,7 +20,8 @@ from crt_export.cli.validate import validate
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted, "
+    "141 nobody reads stdout any more.",
 )
 @click.version_option(__version__, prog_name="crt-export")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

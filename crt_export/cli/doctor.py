@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from crt_export import __version__
-from crt_export.cli.console import write_json, write_table, write_text
+from crt_export.cli.console import write_json, write_message, write_table, write_text
 from crt_export.cli.failures import EXIT_ENVIRONMENT
 from crt_export.cli.options import json_option
 
@@ -72,4 +72,4 @@ def _write_findings(findings: dict[str, Any]) -> None:
     targets = [(target["name"], target["status"], "; ".join(target["needs"])) for target in findings["targets"]]
     write_table(("target", "here", "needs"), targets)
     for problem in findings["problems"]:
-        click.echo(f"problem: {problem}", err=True)
+        write_message(f"problem: {problem}")

@@ -146,7 +146,7 @@ def _descriptor(stream: IO[str] | None) -> int | None:
     """The file descriptor of a stream of the interpreter itself; None for what an application put in its place."""
     if os.name != "posix" or type(stream) is not io.TextIOWrapper:
         return None
-    raw = getattr(stream.buffer, "raw", None)
+    raw = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered streams (python -u) have one layer less
     return raw.fileno() if isinstance(raw, io.FileIO) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +109,9 @@ def _part(text: TokenText, start: int, stop: int) -> TokenText:
     return TokenText(ids=text.ids[start:stop], source=text.source, offset=text.offset + start)
 
 
-def _text_from_file(path: Path) -> str:
+def _text_from_file(path: Traversable) -> str:
     try:
-        # newline="" keeps every byte of the file: a byte-level model must see them all.
-        with path.open(encoding="utf-8", newline="") as stream:
-            return stream.read()
+        return path.read_bytes().decode("utf-8")  # every byte of it: a byte-level model must see them all
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found an invalid byte at offset {error.start}") from None
     except OSError as error:

@@ -80,7 +80,8 @@ def test_a_slow_reader_of_a_nonblocking_pipe_gets_every_byte(
         f"with checked_streams(): sys.{stream}.write('x' * 300000); sys.{stream}.write('end')"
     )
     unbuffered = {**environment, "PYTHONUNBUFFERED": "1" if stream == "stdout" else ""}  # other layers
-    process = subprocess.Popen([sys.executable, "-c", code], env=unbuffered, **{stream: writing})
+    out, err = (writing, None) if stream == "stdout" else (None, writing)
+    process = subprocess.Popen([sys.executable, "-c", code], env=unbuffered, stdout=out, stderr=err)
     os.close(writing)
     time.sleep(0.3)  # the pipe is full meanwhile
     with os.fdopen(reading, "rb") as pipe:

@@ -81,6 +81,7 @@ DEPENDENCIES = (
     _dependency("tokenizers", "tokenizers", "text", (0, 21), "models with a tokenizer.json"),
     _dependency("jinja2", "jinja2", "report", (3, 1), "report, validate --html: the page"),
     _dependency("matplotlib", "matplotlib", "report", (3, 9), "report, validate --html: its plots"),
+    _dependency("model-signing", "model_signing", "sign", (1, 1), "sign, verify: signatures of bundles"),
     _dependency("onnxruntime", "onnxruntime", "cpu", (1, 24), "ort-cpu-* targets"),
     _dependency("onnxruntime-gpu", "onnxruntime", "cuda", (1, 24), "ort-cuda-* targets (and ort-cpu-*)"),
     _dependency("tensorrt", "tensorrt", "tensorrt", (10, 16), "trt-* targets"),

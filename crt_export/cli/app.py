@@ -14,6 +14,7 @@ from crt_export.cli.init import init
 from crt_export.cli.inspect import inspect
 from crt_export.cli.report import report
 from crt_export.cli.selftest import selftest
+from crt_export.cli.signing import sign, verify
 from crt_export.cli.targets import targets
 from crt_export.cli.validate import validate
 
@@ -29,5 +30,19 @@ def app(debug: bool) -> None:
     """Export a trained context-ready transformer from PyTorch to a verified deployment."""
 
 
-for command in (init, build, validate, bench, report, compare, selftest, generate, inspect, targets, doctor):
+for command in (
+    init,
+    build,
+    validate,
+    bench,
+    report,
+    compare,
+    selftest,
+    generate,
+    inspect,
+    sign,
+    verify,
+    targets,
+    doctor,
+):
     app.add_command(command)

@@ -23,8 +23,9 @@ _GAP_NOTE = (
 
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
-    """What ``build --json`` and ``inspect --json`` print: where the bundle is, and its manifest."""
-    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle_bytes(bundle), **bundle.manifest}
+    """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest."""
+    head = {"kind": "bundle", "path": str(bundle.path), "identity": bundle.identity, "bytes": bundle_bytes(bundle)}
+    return {**bundle.manifest, **head}
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -45,6 +46,7 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
         f"{bundle.path}: {validated}, {readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
+    write_text(f"identity {bundle.identity} (SHA-256 of manifest.json)")
     rows = [
         (
             name,

@@ -117,7 +117,7 @@ $(VENV)/.demo: constraints.txt pyproject.toml | dist/.built
 	@touch $@
 
 $(VENV)/.dev: constraints.txt pyproject.toml $(VENV)/.demo | dist/.built
-	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,report,dev]"
+	$(INSTALL) "$$(echo dist/*.whl)[export,cpu,rtx,report,sign,dev]"
 	@touch $@
 
 # The driver of the browser that the report is looked at with.

@@ -5,18 +5,19 @@ Nothing heavy is imported to find out: packages are looked up, not loaded.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from crt_export.errors import MissingDependencyError
 from crt_export.gpu import Gpu, list_gpus
+from crt_export.installed import UNKNOWN, distribution_version, distributions_of, module_spec, module_version
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import TensorRTOptions
 
+_ORT = "onnxruntime"
 ORT_CONFLICT = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
     "pip uninstall onnxruntime onnxruntime-gpu, then install crt-export[cpu] or crt-export[cuda], not both"
@@ -43,21 +44,28 @@ class Dependency:
 
     @property
     def version(self) -> str | None:
-        """The installed version, None where the package is absent."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        """The installed version, None where the package is absent; a module without metadata counts as well."""
+        version = distribution_version(self.distribution)
+        if version is None and self.module != _ORT:
+            return module_version(self.module)
+        if version is None and self.distribution == _ORT and other_onnxruntime() is not None:
+            return module_version(_ORT)
+        return version
+
+    @property
+    def install(self) -> str:
+        """How to get it; empty where it is installed."""
+        if self.version is not None:
+            return ""
+        if self.module == _ORT and module_spec(_ORT) is not None:
+            return f"only in place of {' and '.join(onnxruntime_distributions())}"
+        return f"pip install 'crt-export[{self.extra}]'"
 
     @property
     def usable(self) -> bool:
         """Whether it is installed, importable and new enough."""
         version = self.version
-        return (
-            version is not None
-            and _numbers(version) >= self.minimum
-            and importlib.util.find_spec(self.module) is not None
-        )
+        return version is not None and _suffices(version, self.minimum) and module_spec(self.module) is not None
 
 
 def _dependency(distribution: str, module: str, extra: str, minimum: tuple[int, ...], purpose: str) -> Dependency:
@@ -73,6 +81,7 @@ DEPENDENCIES = (
     _dependency("tokenizers", "tokenizers", "text", (0, 21), "models with a tokenizer.json"),
     _dependency("jinja2", "jinja2", "report", (3, 1), "report, validate --html: the page"),
     _dependency("matplotlib", "matplotlib", "report", (3, 9), "report, validate --html: its plots"),
+    _dependency("model-signing", "model_signing", "sign", (1, 1), "sign, verify: signatures of bundles"),
     _dependency("onnxruntime", "onnxruntime", "cpu", (1, 24), "ort-cpu-* targets"),
     _dependency("onnxruntime-gpu", "onnxruntime", "cuda", (1, 24), "ort-cuda-* targets (and ort-cpu-*)"),
     _dependency("tensorrt", "tensorrt", "tensorrt", (10, 16), "trt-* targets"),
@@ -103,7 +112,7 @@ def target_status(profile: EngineProfile) -> TargetStatus:
         ability = "run"
     else:
         dependency = find_dependency(profile.runtime)
-        importable = importlib.util.find_spec(dependency.module) is not None
+        importable = module_spec(dependency.module) is not None
         obstacle = compile_obstacle(profile, dependency.version if importable else None, gpus())
         needs = [obstacle] if obstacle else []
         ability = "compile" if run_obstacles(profile, gpus()) else "run"
@@ -111,8 +120,21 @@ def target_status(profile: EngineProfile) -> TargetStatus:
 
 
 def installed_onnxruntime_wheels() -> tuple[str, ...]:
-    """Which of the two wheels that share the module ``onnxruntime`` are installed; two are one too many."""
-    return tuple(name for name in ("onnxruntime", "onnxruntime-gpu") if find_dependency(name).version is not None)
+    """Which of this package's two wheels that share the module ``onnxruntime`` are installed; two are one too many."""
+    return tuple(name for name in (_ORT, f"{_ORT}-gpu") if distribution_version(name) is not None)
+
+
+def other_onnxruntime() -> str | None:
+    """Where the module ``onnxruntime`` comes from, if from neither of the two wheels; None if it cannot be imported."""
+    if installed_onnxruntime_wheels() or module_spec(_ORT) is None:
+        return None
+    return " and ".join(distributions_of(_ORT)) or _ORT
+
+
+def onnxruntime_distributions() -> tuple[str, ...]:
+    """Every distribution that is installed and holds the module ``onnxruntime``."""
+    other = other_onnxruntime()
+    return installed_onnxruntime_wheels() or (() if other is None else (other,))
 
 
 def environment_problems() -> list[str]:
@@ -120,7 +142,7 @@ def environment_problems() -> list[str]:
     problems = [ORT_CONFLICT] if len(installed_onnxruntime_wheels()) == 2 else []
     for dependency in DEPENDENCIES:
         version = dependency.version
-        if version is not None and _numbers(version) < dependency.minimum:
+        if version is not None and not _suffices(version, dependency.minimum):
             least = ".".join(map(str, dependency.minimum))
             problems.append(
                 f"{dependency.distribution} {version} is too old, {least} is needed: "
@@ -131,13 +153,9 @@ def environment_problems() -> list[str]:
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
     """Versions of those packages that are installed, by name."""
-    versions: dict[str, str] = {}
-    for name in distributions:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    modules = {dependency.distribution: dependency for dependency in DEPENDENCIES}
+    found = {name: modules[name].version if name in modules else distribution_version(name) for name in distributions}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def find_dependency(distribution: str) -> Dependency:
@@ -174,7 +192,7 @@ def compile_obstacle(profile: EngineProfile, version: str | None, devices: Seque
     found = []
     if version is None:
         found.append(f"{dependency.distribution} is not installed")
-    elif _numbers(version) < dependency.minimum:
+    elif not _suffices(version, dependency.minimum):
         found.append(f"found {dependency.distribution} {version}")
     if profile.runtime == "tensorrt":
         found += _gpu_obstacle(profile, devices)
@@ -269,16 +287,29 @@ def _ort_needs(profile: EngineProfile) -> list[str]:
     wheels = installed_onnxruntime_wheels()
     if len(wheels) == 2:
         return [ORT_CONFLICT]
+    other = other_onnxruntime()
     if profile.device == "cpu":
-        usable = any(find_dependency(name).usable for name in wheels)
+        usable = any(find_dependency(name).usable for name in wheels or (_ORT,))
         return [] if usable else ["onnxruntime: pip install 'crt-export[cpu]'"]
     needs = []
-    if not find_dependency("onnxruntime-gpu").usable:
-        instead = " in place of onnxruntime" if wheels == ("onnxruntime",) else ""
-        needs.append(f"onnxruntime-gpu{instead}: pip install 'crt-export[cuda]'")
+    if not find_dependency("onnxruntime-gpu").usable and (other is None or not _has_cuda_provider()):
+        here = " and ".join(onnxruntime_distributions())
+        needs.append(f"onnxruntime-gpu{f' in place of {here}' if here else ''}: pip install 'crt-export[cuda]'")
     if not gpus():
         needs.append("an NVIDIA GPU")
     return needs
+
+
+def _has_cuda_provider() -> bool:
+    """Whether the module ``onnxruntime``, whatever it is called as a package, holds NVIDIA's provider."""
+    spec = module_spec(_ORT)
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "capi"
+    return folder is not None and any(folder.glob("*onnxruntime_providers_cuda.*"))
+
+
+def _suffices(version: str, minimum: tuple[int, ...]) -> bool:
+    """Whether a version is new enough; one that says nothing is given the benefit of the doubt."""
+    return version == UNKNOWN or _numbers(version) >= minimum
 
 
 def _dotted(capability: int | None) -> str:

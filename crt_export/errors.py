@@ -12,9 +12,11 @@
     │   └── NoEngineError          2   the compiler refused or crashed, so there is nothing to check
     ├── BenchError                 2   a measurement could not be completed
     ├── ParityError                1   the result was produced and does not agree with PyTorch
-    └── MissingDependencyError     3   a package, library or device that this operation needs is absent
+    ├── MissingDependencyError     3   a package, library or device that this operation needs is absent
+    └── OutputError                3   stdout is closed or full
 
-Exit codes besides these: 0 success, 70 a bug in crt-export, 130 interrupted, 143 terminated (129 by SIGHUP).
+Exit codes besides these: 0 success, 70 a bug in crt-export, 130 interrupted, 141 nobody reads stdout any more, 143
+terminated (129 by SIGHUP).
 A message says what was expected, what was found, where, and how to fix it.
 """
 
@@ -78,6 +80,12 @@ class ParityError(CrtExportError):
 
 class MissingDependencyError(CrtExportError):
     """A package, library or device needed for this operation is absent."""
+
+    exit_code = 3
+
+
+class OutputError(CrtExportError):
+    """What a command prints cannot be written."""
 
     exit_code = 3
 

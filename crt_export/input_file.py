@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from importlib.resources.abc import Traversable
 from io import BufferedReader
 from pathlib import Path
 
@@ -57,12 +58,16 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow:
         raise
 
 
-def read_input(path: str | os.PathLike[str], *, most: int) -> bytes:
+def read_input(path: str | os.PathLike[str] | Traversable, *, most: int) -> bytes:
     """Read a regular file that must not have more than so many bytes.
+
+    A file inside the archive that the package was imported from is its own, and read as it is.
 
     Raises:
         OSError: As :func:`open_input`; also where it grows beyond the limit while it is read.
     """
+    if not isinstance(path, str | os.PathLike):
+        return path.read_bytes()
     with open_input(path, most=most) as stream:
         content = stream.read(most + 1)  # the size that a file claims is not what every file system delivers
     if len(content) > most:

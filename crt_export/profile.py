@@ -11,6 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ def load_profile(name_or_path: str | Path) -> EngineProfile:
     """
     if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
         return _profile_from_file(Path(name_or_path))
-    paths = {path.stem: path for path in catalog.definitions("engines")}
+    paths = {_stem(path): path for path in catalog.definitions("engines")}
     if name_or_path in paths:
         return _profile_from_file(paths[name_or_path])
     near = difflib.get_close_matches(name_or_path, paths, n=1, cutoff=0.5)
@@ -162,7 +163,11 @@ def list_profiles() -> list[EngineProfile]:
     return [_profile_from_file(path) for path in catalog.definitions("engines")]
 
 
-def _profile_from_file(path: Path) -> EngineProfile:
+def _stem(path: Traversable) -> str:
+    return path.name.removesuffix(".toml")
+
+
+def _profile_from_file(path: Traversable) -> EngineProfile:
     """Parse one TOML file; a missing ``name`` is the file's stem."""
     try:
         text = read_input(path, most=_MOST_BYTES).decode("utf-8")
@@ -174,7 +179,7 @@ def _profile_from_file(path: Path) -> EngineProfile:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"engine profile {path} is not valid TOML: {error}") from error
-    return EngineProfile.from_dict({"name": path.stem, **values}, source=str(path))
+    return EngineProfile.from_dict({"name": _stem(path), **values}, source=str(path))
 
 
 def _key_problems(values: Mapping[str, Any]) -> list[str]:

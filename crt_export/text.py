@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,7 +121,7 @@ def _part(text: TokenText, start: int, stop: int) -> TokenText:
     return replace(text, ids=text.ids[start:stop], offset=text.offset + start)
 
 
-def _text_from_file(path: Path) -> str:
+def _text_from_file(path: Traversable) -> str:
     try:
         # Every byte as it is, ends of lines too: a byte-level model must see them all.
         return read_input(path, most=MOST_TEXT_BYTES).decode("utf-8")

@@ -23,6 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 1 parity failed, 2 bad input, 3 environment, 70 a bug, 130 interrupted,
-        143 terminated (129 by SIGHUP).
+        141 nobody reads stdout any more, 143 terminated (129 by SIGHUP).
     """
     return run_app(app, arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
+from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_message
 from crt_export.cli.level_table import write_level_table
 from crt_export.cli.options import PATH, json_option, require_one_text, text_options, validation_tokens_option
 from crt_export.cli.tables import bundle_document, write_bundle_tables, write_parity_table
@@ -100,7 +100,7 @@ def build(
             write_parity_table(error.report)
             write_level_table(error.report, failures=False)
         raise
-    click.echo(f"built in {time.monotonic() - started:.0f} s", err=True)
+    write_message(f"built in {time.monotonic() - started:.0f} s")
     bundle = open_bundle(output, allow_unvalidated=True)
     if as_json:
         write_json(bundle_document(bundle))

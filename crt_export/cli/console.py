@@ -1,7 +1,8 @@
 """Everything the command line writes: text, JSON, tables, progress.
 
-stdout carries results, stderr progress and messages. A terminal gets rich tables and one transient line;
-a file or pipe gets plain text. rich is imported only when something is drawn with it.
+stdout carries results, stderr progress and messages; :mod:`~crt_export.cli.streams` sees to it that all of it arrives
+and that no control character does. A terminal gets rich tables and one transient line; a file or pipe gets plain text.
+rich is imported only when something is drawn with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import click
+from crt_export.cli.streams import Drawn, sent
+from crt_export.visible import visible_json, visible_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -22,13 +24,28 @@ if TYPE_CHECKING:
 
 def write_text(text: str, newline: bool = True) -> None:
     """Write to stdout at once; characters that it cannot encode are replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, errors="replace").decode(encoding), nl=newline)
+    sys.stdout.write(f"{text}\n" if newline else text)
+    sys.stdout.flush()
+
+
+def write_generated(text: str) -> None:
+    """Write what a model said to stdout: as it is to a file or pipe, without control characters to a terminal."""
+    if sys.stdout.isatty():
+        write_text(text, newline=False)
+    else:
+        sent(sys.stdout, text)
+
+
+def write_message(text: str, newline: bool = True) -> None:
+    """Write to stderr at once."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"{text}\n" if newline else text)
+        sys.stderr.flush()
 
 
 def write_json(document: Any) -> None:
-    """Write one JSON document to stdout."""
-    write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Write one JSON document to stdout; its control characters are JSON's own escapes."""
+    write_text(visible_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 @contextlib.contextmanager
@@ -42,6 +59,7 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     """Write a table to stdout; columns whose name ends in ``>`` are right-aligned."""
     names = [column.rstrip(">") for column in columns]
     right = [column.endswith(">") for column in columns]
+    rows = [[visible_line(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         write_text(_plain_table(names, right, rows, title))
         return
@@ -53,7 +71,7 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(name, justify="right" if is_right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False).print(table)
+    Console(file=Drawn(sys.stdout), markup=False).print(table)  # type: ignore[arg-type]
 
 
 def _plain_table(names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str) -> str:
@@ -83,12 +101,17 @@ class ProgressLine:
 
     def __enter__(self) -> Self:
         """Start the bar where there is a terminal."""
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            name = TextColumn("{task.description}", markup=False)
+            columns = (SpinnerColumn(), name, BarColumn(), TimeElapsedColumn())
+            console = Console(file=Drawn(sys.stderr))  # type: ignore[arg-type]
+            # What is printed meanwhile goes its own way: rich would write it with all its control characters.
+            self._bar = Progress(
+                *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
             self._bar.start()
         return self
 
@@ -101,9 +124,10 @@ class ProgressLine:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is."""
+        stage = visible_line(stage)
         if self._bar is None:
             if stage != self._stage:
-                click.echo(stage, err=True)
+                write_message(stage)
         elif self._task is None or stage != self._stage:
             if self._task is not None:
                 self._bar.remove_task(self._task)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from crt_export import __version__
-from crt_export.cli.console import write_json, write_table, write_text
+from crt_export.cli.console import write_json, write_message, write_table, write_text
 from crt_export.cli.failures import EXIT_ENVIRONMENT
 from crt_export.cli.options import json_option
 
@@ -28,7 +28,13 @@ def doctor(as_json: bool) -> None:
 
 
 def _findings() -> dict[str, Any]:
-    from crt_export.environment import DEPENDENCIES, environment_problems, gpus, target_status
+    from crt_export.environment import (
+        DEPENDENCIES,
+        environment_problems,
+        gpus,
+        onnxruntime_distributions,
+        target_status,
+    )
     from crt_export.profile import list_profiles
 
     return {
@@ -41,10 +47,12 @@ def _findings() -> dict[str, Any]:
                 "name": dependency.distribution,
                 "version": dependency.version,
                 "extra": dependency.extra,
+                "install": dependency.install,
                 "needed_for": dependency.purpose,
             }
             for dependency in DEPENDENCIES
         ],
+        "onnxruntime": list(onnxruntime_distributions()),
         "gpus": [{"name": gpu.name, "compute_capability": gpu.compute_capability} for gpu in gpus()],
         "targets": [
             {"name": status.profile.name, "status": status.status, "needs": list(status.needs)}
@@ -63,13 +71,15 @@ def _write_findings(findings: dict[str, Any]) -> None:
             package["name"],
             package["version"] or "-",
             package["needed_for"],
-            "" if package["version"] else f"pip install 'crt-export[{package['extra']}]'",
+            package["install"],
         )
         for package in findings["packages"]
     ]
     write_table(("package", "version", "needed for", "install with"), packages)
+    if findings["onnxruntime"]:
+        write_text(f"ONNX Runtime comes from {' and '.join(findings['onnxruntime'])}")
     write_text("")
     targets = [(target["name"], target["status"], "; ".join(target["needs"])) for target in findings["targets"]]
     write_table(("target", "here", "needs"), targets)
     for problem in findings["problems"]:
-        click.echo(f"problem: {problem}", err=True)
+        write_message(f"problem: {problem}")

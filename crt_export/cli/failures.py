@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 import click
 
+from crt_export.cli.console import write_message
+from crt_export.cli.streams import EXIT_BROKEN_PIPE, checked_streams
 from crt_export.errors import CrtExportError, MissingDependencyError
 from crt_export.termination import Terminated, termination_raises
 
@@ -18,8 +18,6 @@ EXIT_USAGE = 2
 EXIT_ENVIRONMENT = 3
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
-# What a shell reports for a program that SIGPIPE ended.
-EXIT_BROKEN_PIPE = 141
 
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENOMEM}
 
@@ -27,29 +25,34 @@ _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.
 def run_app(app: click.Group, arguments: Sequence[str] | None) -> int:
     """Parse and run; turn whatever goes wrong into one message on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments[:1]
+    with checked_streams() as (_, messages):
+        code = _run(app, arguments)
+        if messages.lost is None or code != 0:
+            return code
+    return EXIT_BROKEN_PIPE if isinstance(messages.lost, BrokenPipeError) else EXIT_ENVIRONMENT
+
+
+def _run(app: click.Group, arguments: list[str]) -> int:
     try:
         with termination_raises():
-            return _run(app, arguments, debug)
+            return _invoke(app, arguments)
     except Terminated as ended:
-        with contextlib.suppress(OSError):  # the terminal has gone, if that is what ended it
-            _say("terminated")
+        write_message("terminated")
         return ended.exit_code
 
 
-def _run(app: click.Group, arguments: list[str], debug: bool) -> int:
+def _invoke(app: click.Group, arguments: list[str]) -> int:
+    debug = "--debug" in arguments[:1]
     try:
         with app.make_context("crt-export", arguments, obj=tuple(arguments)) as context:
             app.invoke(context)
-            sys.stdout.flush()
         return 0
     except click.exceptions.Exit as finished:
         return finished.exit_code
     except BrokenPipeError:
-        _abandon_stdout()
         return EXIT_BROKEN_PIPE
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        write_message("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:  # the one place that catches all: every error leaves as a message and a code
         if debug:
@@ -64,12 +67,12 @@ def _report(error: Exception) -> int:
         return EXIT_USAGE
     known = _known_error(error)
     if known is not None:
-        _say(f"error: {known}")
+        write_message(f"error: {known}")
         return known.exit_code
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS):
-        _say(f"error: this machine ran out of something: {error or 'memory'}")
+        write_message(f"error: this machine ran out of something: {error or 'memory'}")
         return EXIT_ENVIRONMENT
-    _say(
+    write_message(
         f"error: unexpected {type(error).__name__}: {error}\n"
         "This is a bug in crt-export: please report it with the output of 'crt-export --debug ...' and "
         "'crt-export doctor'."
@@ -88,15 +91,3 @@ def _known_error(error: Exception) -> CrtExportError | None:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "crt_export":
         return MissingDependencyError(f"an installed package cannot be loaded: {error}; see 'crt-export doctor'")
     return None
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
-
-
-def _abandon_stdout() -> None:
-    """Nobody reads stdout any more: keep the interpreter from failing when it flushes at exit."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no real file, so nothing will be flushed to it
-        return

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from crt_export.cli.console import write_text
+from crt_export.cli.console import write_generated, write_message, write_text
 from crt_export.cli.options import PATH
 from crt_export.cli.passes import PassesType
 
@@ -88,13 +88,13 @@ def generate(
     _require_validated(bundle)
     with load_bundle(bundle) as opened:
         generation = generate_text(opened, prompt, options, target=target, parse_special=parse_special)
-        click.echo(prompt, nl=False, err=True)
+        write_message(prompt, newline=False)
         for piece in generation:
-            write_text(piece, newline=False)
+            write_generated(piece)
         write_text("")
     result = generation.result
     by = "" if result.stopped_by is None else f" {result.stopped_by!r}"
-    click.echo(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}{by}]", err=True)
+    write_message(f"[{result.target}: {result.new_tokens} tokens, ended by {result.stop_reason}{by}]")
 
 
 def _require_validated(bundle: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from crt_export.cli.console import write_json, write_text
+from crt_export.cli.console import write_json, write_message, write_text
 from crt_export.cli.options import PATH, json_option
 from crt_export.cli.tables import bundle_document, readable_size, write_bundle_tables
 
@@ -65,7 +65,7 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
         "tokenizer_checked": not unchecked,
     }
     if unchecked:
-        click.echo(f"tokenizer not checked: {unchecked}", err=True)
+        write_message(f"tokenizer not checked: {unchecked}")
     if as_json:
         write_json(document)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from crt_export.cli.console import write_message
 from crt_export.cli.options import PATH, junit_option
 from crt_export.errors import InputError
 
@@ -36,4 +37,4 @@ def report(report: Path, output: Path, bench: Path | None, junit: Path | None) -
     write_output(output, render_html(document, speed))
     if junit is not None:
         write_junit(junit, junit_cases(document))
-    click.echo(f"wrote {output}", err=True)
+    write_message(f"wrote {output}")

@@ -8,6 +8,7 @@ from typing import Any
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_table, write_text
 from crt_export.cli.level_table import write_level_table
+from crt_export.report.reading import checked_report
 
 PARITY_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
@@ -22,8 +23,9 @@ _GAP_NOTE = (
 
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
-    """What ``build --json`` and ``inspect --json`` print: where the bundle is, and its manifest."""
-    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle_bytes(bundle), **bundle.manifest}
+    """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest."""
+    head = {"kind": "bundle", "path": str(bundle.path), "identity": bundle.identity, "bytes": bundle_bytes(bundle)}
+    return {**bundle.manifest, **head}
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -32,29 +34,35 @@ def bundle_bytes(bundle: BundleFiles) -> int:
 
 
 def write_bundle_tables(bundle: BundleFiles) -> None:
-    """Write what a bundle holds and how well it agrees with PyTorch."""
+    """Write what a bundle holds and how well it agrees with PyTorch.
+
+    Raises:
+        InputError: The parity report that it holds is none.
+    """
     manifest = bundle.manifest
+    parity = manifest["parity"] and checked_report(manifest["parity"], f"the parity report of {bundle.path}")
     validated = "validated" if manifest["validated"] else "NOT validated"
     write_text(
         f"{bundle.path}: {validated}, {readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
+    write_text(f"identity {bundle.identity} (SHA-256 of manifest.json)")
     rows = [
         (
             name,
-            target["profile"].get("precision", "?"),
+            str(target["profile"].get("precision", "?")),
             "-" if target["capacity"] is None else str(target["capacity"]),
             "-" if target["unroll"] is None else str(target["unroll"]),
             ", ".join(target["engines"] or target["graphs"]),
-            target["profile"].get("title", ""),
+            str(target["profile"].get("title", "")),
         )
         for name, target in manifest["targets"].items()
     ]
     write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
-    if manifest["parity"] is not None:
+    if parity:
         write_text("")
-        write_parity_table(manifest["parity"])
-        write_level_table(manifest["parity"])
+        write_parity_table(parity)
+        write_level_table(parity)
 
 
 def write_parity_table(report: Mapping[str, Any]) -> None:
@@ -111,7 +119,8 @@ def _perplexity(value: float | None) -> str:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    """A figure of a report; whole numbers may stand there as 4096.0, which JSON calls an integer too."""
+    return "-" if value is None else format(int(value) if form.endswith("d") else value, form)
 
 
 def _interval(value: float | None, interval: Any) -> str:

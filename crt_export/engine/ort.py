@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from crt_export.bundle import HeldGraph
 from crt_export.engine.base import Rows
 from crt_export.engine.huge_pages import allocated_in_huge_pages
 from crt_export.engine.ort_loading import load_held_graph
+from crt_export.engine.ort_process import import_library, survive_fork
 from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels
 from crt_export.errors import (
     ContractError,
     CrtExportError,
     InputError,
     MissingDependencyError,
+    UnsupportedError,
     problem_list,
 )
 from crt_export.spec import TensorSpec
@@ -89,13 +90,25 @@ class OrtGraph:
         outputs: Likewise for the outputs.
     """
 
-    def __init__(self, path: Path, session: Any, device: str) -> None:
+    def __init__(self, path: Path, session: Any, device: str, *, threads: int) -> None:
         """Wrap a loaded InferenceSession; use load_graph()."""
         self.path = path
         self.inputs = tuple(_spec_from_ort(path, node) for node in session.get_inputs())
         self.outputs = tuple(_spec_from_ort(path, node) for node in session.get_outputs())
         self._session = session
         self._device = device
+        self._threads = threads
+        self._lost = False
+        survive_fork(self)
+
+    @property
+    def native(self) -> object:
+        """The InferenceSession, which must not end in a forked child."""
+        return self._session
+
+    def left_behind(self) -> None:
+        """In a forked child: its threads, if it has any besides the caller's, stayed in the parent."""
+        self._lost = self._threads != 1
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once on host arrays, every output by name.
@@ -133,6 +146,11 @@ class OrtGraph:
         return launch
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
+        if self._lost:
+            raise UnsupportedError(
+                f"{self.path.name} was loaded before this process was forked, and its threads stayed in the parent: "
+                "open the bundle's session after the fork, or with threads=1"
+            )
         try:
             return call()
         except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
@@ -179,7 +197,7 @@ def import_onnxruntime(device: str = "cpu") -> Any:
     if len(installed_onnxruntime_wheels()) > 1:
         raise MissingDependencyError(f"{ORT_CONFLICT}; this target needs crt-export[{extra}]")
     try:
-        library = importlib.import_module("onnxruntime")
+        library = import_library()
     except ImportError as error:
         raise MissingDependencyError(
             f"this needs ONNX Runtime, which is not installed ({error}): pip install 'crt-export[{extra}]'"
@@ -270,7 +288,7 @@ def load_with_settings(
             f"ONNX Runtime could not start {provider}: check the NVIDIA driver and the CUDA libraries of "
             "crt-export[cuda], or choose an ort-cpu target"
         )
-    return OrtGraph(path, session, settings.device)
+    return OrtGraph(path, session, settings.device, threads=settings.threads)
 
 
 def _session_options(library: Any, settings: OrtSettings, *, stop_spinning: bool) -> Any:

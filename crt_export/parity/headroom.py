@@ -119,4 +119,4 @@ def load_observed(path: Path, case: ParityCase, threads: int) -> tuple[OrtGraph,
         )
     except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
         raise ContractError(f"{path}: ONNX Runtime cannot load it with observers ({error})") from error
-    return OrtGraph(path, session, "cpu"), observed
+    return OrtGraph(path, session, "cpu", threads=threads), observed

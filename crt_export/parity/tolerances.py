@@ -107,14 +107,14 @@ def load_tolerances(path: Path | None = None) -> Tolerances:
         InputError: The file is unreadable, a limit or its reason is missing, unknown or impossible; lists all problems.
         MissingDependencyError: The installation lacks the tracked file.
     """
-    path = definition_path("validate", FILE) if path is None else path
+    source = definition_path("validate", FILE) if path is None else path
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: expected a TOML file of tolerances, found something unreadable ({error})") from None
+        raise InputError(f"{source}: expected a TOML file of tolerances, found none ({error})") from None
     limits, reasons, problems = _limits_from_tables(values)
     if problems:
-        raise InputError(problem_list(str(path), problems))
+        raise InputError(problem_list(str(source), problems))
     precisions = {
         name: Tolerance(**{key: value for (table, key), value in limits.items() if table == name})
         for name in PRECISIONS

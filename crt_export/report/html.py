@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from crt_export.environment import require_extra
 from crt_export.report.gates import targets_of
 from crt_export.report.reading import BENCH_FORMAT
+from crt_export.visible import visible
 
 if TYPE_CHECKING:
     from crt_export.parity.report import ParityReport
@@ -78,5 +79,6 @@ def _rendered(name: str, **values: Any) -> str:
     style = (templates / "report.css").read_text(encoding="utf-8")
     # The style sheet and the SVG are this package's own; matplotlib and svg.py escape every text in a plot.
     page = environment.get_template(name).render(style=markupsafe.Markup(style), own=markupsafe.Markup, **values)
+    page = visible(page)
     # File names that are no UTF-8 reach Python as lone surrogates, which no file can hold.
     return page.encode("utf-8", errors="replace").decode("utf-8")

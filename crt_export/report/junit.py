@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 
 from crt_export.ladder import CORPUS
 from crt_export.report.output import write_output
+from crt_export.visible import visible
 
 _NOT_GATED = "reported, not gated"
-#: What XML 1.0 cannot hold in any spelling: control characters, surrogates, U+FFFE and U+FFFF.
+#: What XML 1.0 cannot hold in any spelling: surrogates, U+FFFE and U+FFFF; visible() leaves no control characters.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -118,4 +119,4 @@ def _counts(cases: Sequence[JUnitCase]) -> dict[str, str]:
 
 
 def _legal(text: str) -> str:
-    return _ILLEGAL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return _ILLEGAL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), visible(text))

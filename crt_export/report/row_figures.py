@@ -44,9 +44,9 @@ def figures_of_row(row: Mapping[str, Any], tolerances: Mapping[str, Any]) -> dic
         gated = row["passed"] is not None and not (name in _NEED_A_FIT and row["better_than_chance"] is not True)
         limit = None if regime_gap and name == "delta_nll" else limits.get(key)
         figures[name] = _check(row[name], row[interval] if interval else None, relation, limit, gated or None)
-    perplexity, interval = row["perplexity"], row["delta_nll_ci"]
-    known = perplexity is not None and interval is not None and None not in interval
-    ends = [perplexity * (1 + end - row["delta_nll"]) for end in interval] if known and interval else None
+    perplexity, interval, difference = row["perplexity"], row["delta_nll_ci"], row["delta_nll"]
+    known = None not in (perplexity, difference, *(interval or (None,)))
+    ends = [perplexity * (1 + end - difference) for end in interval] if known else None
     fits = row["passed"] is not None and row["better_than_chance"] is True
     limit = limits["delta_nll"] * perplexity if perplexity is not None and limits.get("delta_nll") else None
     figures["perplexity"] = _check(perplexity, ends, "at most", limit, fits or None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -75,9 +78,25 @@ _STYLE = {
 }
 
 
+def _import_matplotlib() -> None:
+    """Import matplotlib without its list of fonts, and its folders, being left in the user's home folder.
+
+    A user who set MPLCONFIGDIR, and an application that imported matplotlib earlier, have decided for themselves.
+    """
+    if "matplotlib" in sys.modules or os.environ.get("MPLCONFIGDIR"):
+        return
+    with tempfile.TemporaryDirectory(prefix="crt-export-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            pass
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
 @contextmanager
 def plot_style() -> Iterator[None]:
     """matplotlib's defaults with this package's style, whatever the user's settings are; they are put back after."""
+    _import_matplotlib()
     import matplotlib
     import matplotlib.style
 

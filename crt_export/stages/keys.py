@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from crt_export import __version__, catalog
@@ -20,7 +19,6 @@ from crt_export.environment import installed_versions
 _LIBRARIES = (
     "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "tensorrt-rtx", "tensorrt",
 )  # fmt: skip
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
@@ -34,6 +32,6 @@ def code_identity() -> str:
     """SHA-256 over every source file of the package, the contracts of the graphs, and versions of what it calls."""
     total = hashlib.sha256(f"{__version__} {platform.python_version()} {platform.machine()}\n".encode())
     total.update(json.dumps(installed_versions(_LIBRARIES), sort_keys=True).encode())
-    for path in (*sorted(_PACKAGE.rglob("*.py")), *catalog.definitions("graphs")):
+    for path in (*catalog.sources(), *catalog.definitions("graphs")):
         total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import tomllib
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 
-from crt_export import environment
+from crt_export import environment, installed
 from crt_export.environment import target_status
 from crt_export.gpu import Gpu
 from crt_export.profile import load_profile
@@ -17,8 +19,10 @@ Install = Callable[..., None]
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Install:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
     """``machine(*gpus, package=version...)``: what the machine pretends to have."""
+
+    folder = tmp_path / "site-packages"
 
     def pretend(*gpus: Gpu, **versions: str) -> None:
         def version(distribution: str) -> str:
@@ -27,8 +31,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Install:
             except KeyError:
                 raise importlib.metadata.PackageNotFoundError(distribution) from None
 
-        monkeypatch.setattr(environment.importlib.metadata, "version", version)
-        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda module: object())
+        def spec(module: str) -> ModuleSpec | None:
+            known = {
+                found.module for found in environment.DEPENDENCIES if found.distribution.replace("-", "_") in versions
+            }
+            return ModuleSpec(module, None, origin=str(folder / module)) if module in known | modules else None
+
+        modules = {"onnxruntime"} if any(name.startswith(("onnxruntime", "ort_")) for name in versions) else set()
+        claims = {
+            "onnxruntime": [name.replace("_", "-") for name in versions if name.startswith(("onnxruntime", "ort_"))]
+        }
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.util, "find_spec", spec)
+        monkeypatch.setattr(installed, "_claims", lambda: claims)
         monkeypatch.setattr(environment, "gpus", lambda: gpus)
 
     return pretend
@@ -47,6 +62,49 @@ def test_cpu_targets_run_with_either_wheel(machine: Install) -> None:
     assert target_status(profile).status == "run"
     machine()
     assert target_status(profile).needs == ("onnxruntime: pip install 'crt-export[cpu]'",)
+
+
+@pytest.mark.parametrize(
+    "distribution", ["onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn", "ort-nightly", "somebodys-ort"]
+)
+def test_whatever_provides_the_module_is_the_runtime(machine: Install, distribution: str) -> None:
+    name = "onnxruntime_of_somebody" if distribution == "somebodys-ort" else distribution.replace("-", "_")
+    machine(A100, **{name: "1.24.1"})
+    assert target_status(load_profile("ort-cpu-fp32")).status == "run"
+    assert environment.onnxruntime_distributions() == (name.replace("_", "-"),)
+    assert environment.environment_problems() == []
+    onnxruntime, gpu = (environment.find_dependency(known) for known in ("onnxruntime", "onnxruntime-gpu"))
+    assert (onnxruntime.version, onnxruntime.install) == ("unknown", "")
+    assert gpu.install == f"only in place of {name.replace('_', '-')}"
+    (need,) = target_status(load_profile("ort-cuda-fp16")).needs
+    assert need.startswith(f"onnxruntime-gpu in place of {name.replace('_', '-')}")
+
+
+def test_another_distribution_with_nvidias_provider_runs_cuda_targets(machine: Install, tmp_path: Path) -> None:
+    machine(A100, ort_nightly_gpu="1.32")
+    library = tmp_path / "site-packages" / "capi" / "libonnxruntime_providers_cuda.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert target_status(load_profile("ort-cuda-fp16")).status == "run"
+
+
+def test_a_module_without_metadata_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a frozen application."""
+    (tmp_path / "frozen_thing").mkdir()
+    (tmp_path / "frozen_thing" / "__init__.py").write_text("__version__ = '3.2.1'\n", encoding="utf-8")
+    (tmp_path / "mute_thing.py").touch()
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("frozen_thing", "mute_thing", "only_a_folder", "absent_thing", "absent_thing.part")
+    assert [installed.module_version(name) for name in names] == ["3.2.1", "unknown", None, None, None]
+    assert installed.distribution_version("frozen_thing") is None
+
+
+def test_advice_never_puts_one_wheel_over_another(machine: Install) -> None:
+    machine(onnxruntime_gpu="1.31.1")
+    assert environment.find_dependency("onnxruntime").install == "only in place of onnxruntime-gpu"
+    machine()
+    assert environment.find_dependency("onnxruntime").install == "pip install 'crt-export[cpu]'"
 
 
 def test_both_onnxruntime_wheels_are_a_problem(machine: Install) -> None:

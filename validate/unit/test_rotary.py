@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.rotary import rope_at, rope_tables, rotary_embedding, rotate
 
 POSITIONS = torch.tensor([[0, 1, 2], [7, 8, 9]])
@@ -48,6 +48,6 @@ def test_operator_and_node_compute_the_rotation(layout: str) -> None:
     graph = helper.make_graph([node], "rotation", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {name: value.contiguous().numpy() for name, value in values.items()})[0]
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=1e-6)

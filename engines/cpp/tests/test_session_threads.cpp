@@ -1,8 +1,14 @@
 // Sessions in threads: one thread at a time each, any number of sessions at once.
 #include <doctest/doctest.h>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <chrono>
+#include <memory>
 #include <thread>
+#include <utility>
 
 #include "allocation_count.hpp"
 #include "crt_runtime/session.hpp"
@@ -51,6 +57,29 @@ TEST_CASE("threads: sessions of one bundle in four threads give what each gives 
     CHECK(run(session, seed) == together[seed]);
   }
 }
+
+TEST_CASE("fork: a child ends with a session of its parent, and is told that its threads are not there") {
+  CRT_OPEN_BUNDLE(bundle, "CRT_TEST_BUNDLE");
+  crt::SessionOptions options;
+  options.threads = 2;
+  auto session = std::make_unique<crt::Session>(bundle.session("ort-cpu-fp32", options));
+  session->prefill({some_tokens(3)});
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));  // until the session's threads sleep
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a hang is a death
+    const std::string text = crt_test::error_text(crt::ErrorKind::unsupported, [&] { session->step({65}); });
+    session.reset();
+    { const crt::Bundle closed = std::move(bundle); }
+    _exit(crt_test::contains(text, "before this process was forked") ? 0 : 5);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  session->step({65});  // the parent goes on
+  CHECK(session->position()[0] == 4);
+}
+
 
 TEST_CASE("session: one whose call failed is closed even where no memory is left to say why") {
   crt::Failure failure;

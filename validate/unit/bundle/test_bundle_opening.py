@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from crt_export.bundle import open_bundle
 from crt_export.bundle.held import HeldFile
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BundleError
 
 Manifest = dict[str, Any]
@@ -37,7 +37,7 @@ def test_round_trip(bundle: Path, manifest: Manifest) -> None:
 
 def test_onnxruntime_runs_the_verified_graph(bundle: Path) -> None:
     path = open_bundle(bundle).graph("graphs/step.fp32.onnx")
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {"x": [[1.0, 2.0, 3.0, 4.0]]})
     assert np.asarray(result).tolist() == [[1.0, 2.0, 3.0, 4.0]]
 

@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, ContractError, InputError, UnsupportedError
 from crt_export.graph import GraphExporter, check_contract, export_graph, write_graph, write_weights
 from crt_export.graph import weights as weights_module
@@ -49,7 +50,7 @@ class Exported:
     model: Model
     folder: Path
     graphs: dict[str, ir.Model]
-    sessions: dict[str, onnxruntime.InferenceSession]
+    sessions: dict[str, Any]
 
     def run(self, name: str, **inputs: np.ndarray) -> Arrays:
         session = self.sessions[name]
@@ -93,13 +94,13 @@ def exported(
     folder = tmp_path_factory.mktemp("graphs")
     graphs = {name: export_graph(model, name, unroll=UNROLL) for name in graph_names(model.config)}
     weights = write_weights(graphs, folder / "fp32.weights")
-    options = onnxruntime.SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     sessions = {}
     for name, graph in graphs.items():
         write_graph(graph, folder / f"{name}.onnx", weights)
-        sessions[name] = onnxruntime.InferenceSession(
+        sessions[name] = import_onnxruntime().InferenceSession(
             folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"]
         )
     return Exported(model=model, folder=folder, graphs=graphs, sessions=sessions)

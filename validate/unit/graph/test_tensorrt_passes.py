@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, UnsupportedError
 from crt_export.graph import check_contract, export_graph
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
@@ -61,7 +61,9 @@ def inputs_of(graph: ir.Model) -> dict[str, np.ndarray]:
 
 
 def run(graph: ir.Model) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(
+        ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     names = [value.name for value in session.get_outputs()]
     return {name: np.asarray(value) for name, value in zip(names, session.run(names, inputs_of(graph)), strict=True)}
 
@@ -118,7 +120,9 @@ def test_decomposed_half_attention_stays_finite_under_the_mask() -> None:
     values["k"][0, 0, 0] = -100  # the score of the allowed key is -40000, of the masked one +40000
     values["v"][0, 0, 1] = 7
     values["mask"] = np.array([[[[True, False], [False, False]]]])
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(
+        ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     (y,) = (np.asarray(value) for value in session.run(None, values))
     assert y.dtype == np.float16
     assert y[0, 0, :, 0].tolist() == [100, 53.5]  # the allowed value; the mean of both where nothing is allowed

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.graph import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs
@@ -70,11 +70,11 @@ def run_graph() -> Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndar
 
     def run(graph: ir.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if id(graph) not in sessions:
-            options = onnxruntime.SessionOptions()
+            options = import_onnxruntime().SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
             data = ir.to_proto(graph).SerializeToString()
-            sessions[id(graph)] = graph, onnxruntime.InferenceSession(data, options)
+            sessions[id(graph)] = graph, import_onnxruntime().InferenceSession(data, options)
         session = sessions[id(graph)][1]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, inputs), strict=True))

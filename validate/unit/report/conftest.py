@@ -354,4 +354,4 @@ def sample_report() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def schema_path() -> Path:
     """The published schema."""
-    return definition_path("validate", "report.schema.json")
+    return Path(str(definition_path("validate", "report.schema.json")))

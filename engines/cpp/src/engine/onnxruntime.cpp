@@ -1,7 +1,10 @@
 // ONNX Runtime on a CPU: loads graphs, binds tensors by address, runs them. The C++ twin of crt_export/engine/ort.py.
 #include <onnxruntime_cxx_api.h>
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -24,6 +27,17 @@ namespace {
 
 constexpr char kBlockBase[] = "4";
 
+/// Switches off the telemetry of ONNX Runtime's wheels, which is on by default from 1.29 on: it writes a device id below
+/// the home folder and sends events. The environment reads this while it is made; its own API comes too late.
+/// A value that the user gave stands. An application that made an Ort::Env before has decided for itself.
+void disable_telemetry() {
+  constexpr char kSwitch[] = "ORT_DISABLE_TELEMETRY";
+  const char* given = std::getenv(kSwitch);
+  if (given == nullptr || *given == '\0') {
+    setenv(kSwitch, "1", 1);
+  }
+}
+
 /// One environment for the process; engines share it, so that it goes after the last of them, even at exit.
 std::shared_ptr<Ort::Env> environment() {
   if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
@@ -32,8 +46,11 @@ std::shared_ptr<Ort::Env> environment() {
                     ", and this library was compiled against the headers of 1." + std::to_string(ORT_API_VERSION) +
                     ": install that version or a newer one");
   }
-  // Errors reach the caller as exceptions, so nothing is printed as well.
-  static const std::shared_ptr<Ort::Env> shared = std::make_shared<Ort::Env>(ORT_LOGGING_LEVEL_FATAL, "crt_runtime");
+  static const std::shared_ptr<Ort::Env> shared = [] {
+    disable_telemetry();
+    // Errors reach the caller as exceptions, so nothing is printed as well.
+    return std::make_shared<Ort::Env>(ORT_LOGGING_LEVEL_FATAL, "crt_runtime");
+  }();
   return shared;
 }
 
@@ -96,10 +113,32 @@ TensorSpec spec_of(const std::string& file, const std::string& name, const Ort::
                                        std::to_string(static_cast<int>(tensor.GetElementType())) + known);
 }
 
+/// The process that a graph was loaded in: fork copies none of its threads.
+class Process {
+ public:
+  explicit Process(int threads) : id_(getpid()), threads_(threads) {}
+
+  bool forked() const noexcept { return getpid() != id_; }
+
+  /// Refuses what would wait for ever; a graph of one thread needs none but the caller's.
+  void require_threads(const std::string& file) const {
+    if (threads_ != 1 && forked()) {
+      throw Error(ErrorKind::unsupported,
+                  file + " was loaded before this process was forked, and its threads stayed in the parent: open the "
+                         "bundle's session after the fork, or with threads = 1");
+    }
+  }
+
+ private:
+  pid_t id_;
+  int threads_;
+};
+
 class OrtLaunch final : public Launch {
  public:
-  OrtLaunch(Ort::Session& session, const std::string& file, const Binding& inputs, const Binding& outputs)
-      : session_(session), file_(file), binding_(session) {
+  OrtLaunch(Ort::Session& session, const std::string& file, const Process& process, const Binding& inputs,
+            const Binding& outputs)
+      : session_(session), file_(file), process_(process), binding_(session) {
     for (const auto& [name, rows] : inputs) {
       binding_.BindInput(name.c_str(), value_of(rows));
     }
@@ -109,6 +148,7 @@ class OrtLaunch final : public Launch {
   }
 
   void run() override {
+    process_.require_threads(file_);
     try {
       session_.Run(Ort::RunOptions{nullptr}, binding_);
     } catch (const Ort::Exception& error) {
@@ -126,6 +166,7 @@ class OrtLaunch final : public Launch {
 
   Ort::Session& session_;
   const std::string& file_;
+  const Process& process_;
   Ort::IoBinding binding_;
 };
 
@@ -134,6 +175,7 @@ class OrtProgram final : public Program {
   OrtProgram(const Ort::Env& environment, const HeldGraph& graph, const OrtProfile& profile, int threads,
              bool stop_spinning)
       : file_(graph.path.substr(graph.path.find_last_of('/') + 1)),
+        process_(threads),
         session_(load(environment, graph, profile, threads, stop_spinning)) {
     const Ort::AllocatorWithDefaultOptions allocator;
     for (std::size_t index = 0; index < session_.GetInputCount(); ++index) {
@@ -146,12 +188,20 @@ class OrtProgram final : public Program {
     }
   }
 
+  ~OrtProgram() override {
+    if (process_.forked()) {
+      session_.release();  // its end would wait for threads that are in the parent
+    }
+  }
+  OrtProgram(const OrtProgram&) = delete;
+  OrtProgram& operator=(const OrtProgram&) = delete;
+
   const std::vector<TensorSpec>& inputs() const noexcept override { return inputs_; }
   const std::vector<TensorSpec>& outputs() const noexcept override { return outputs_; }
 
   std::unique_ptr<Launch> bind(const Binding& inputs, const Binding& outputs, bool /*repeated*/) override {
     try {
-      return std::make_unique<OrtLaunch>(session_, file_, inputs, outputs);
+      return std::make_unique<OrtLaunch>(session_, file_, process_, inputs, outputs);
     } catch (const Ort::Exception& error) {
       throw Error(ErrorKind::contract, "ONNX Runtime cannot bind " + file_ + ": " + error.what());
     }
@@ -177,6 +227,7 @@ class OrtProgram final : public Program {
   }
 
   std::string file_;
+  Process process_;
   Ort::Session session_;
   std::vector<TensorSpec> inputs_;
   std::vector<TensorSpec> outputs_;

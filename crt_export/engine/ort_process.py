@@ -1,0 +1,68 @@
+"""ONNX Runtime as a guest of this process: imported with its telemetry off, and harmless to children that are forked.
+
+Wheels from 1.29 on carry a telemetry that is on by default: as soon as the module is imported it writes a device id
+and a store of events under ``~/.cache/Microsoft``, and a thread of its own sends them. ``ORT_DISABLE_TELEMETRY=1``
+switches it off, and is read once, while the library loads: ``disable_telemetry_events()`` comes too late (tried with
+1.31.1). Every import of ONNX Runtime in this package goes through :func:`import_library`.
+
+``fork`` copies no threads, and ONNX Runtime waits for its threads when a session ends. A child that only ends would
+therefore wait for ever for the threads of its parent's sessions; so it keeps them until the system takes them back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+from typing import Any, Protocol
+from weakref import WeakSet
+
+TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
+
+
+class Forked(Protocol):
+    """What must know that it is in a child now."""
+
+    @property
+    def native(self) -> object:
+        """The object whose end would wait for threads that are not there."""
+        ...
+
+    def left_behind(self) -> None:
+        """Called once in the child."""
+        ...
+
+
+_OPEN: WeakSet[Any] = WeakSet()
+
+
+def import_library() -> Any:
+    """Import ``onnxruntime`` with its telemetry off.
+
+    An application that imported it earlier has decided for itself, and so has a user who gave
+    ``ORT_DISABLE_TELEMETRY`` a value, ``0`` included.
+
+    Raises:
+        ImportError: It is not installed, or cannot be loaded.
+    """
+    if "onnxruntime" not in sys.modules and not os.environ.get(TELEMETRY_SWITCH):
+        os.environ[TELEMETRY_SWITCH] = "1"
+    return importlib.import_module("onnxruntime")
+
+
+def survive_fork(graph: Forked) -> None:
+    """Have a forked child keep a graph's native session, and tell the graph."""
+    _OPEN.add(graph)
+
+
+def _in_child() -> None:
+    for graph in list(_OPEN):
+        # Never released, not even when the interpreter ends and clears every module.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph.native))
+        graph.left_behind()
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_in_child)

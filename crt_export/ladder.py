@@ -15,3 +15,6 @@ LEVELS = (OWN_MODEL, CONTRACT, ONE_STEP, CHAIN, CORPUS, FREE_RUNNING, CERTIFICAT
 #: What ``crt-export validate`` runs unless told otherwise; the own model is another file, the long run takes minutes:
 #: both are asked for.
 VALIDATE_LEVELS = LEVELS[1:7]
+
+#: What a verdict says where the level ``own-model`` had no outputs of the user's own model to compare with.
+NOT_COMPARED = "not compared with your own model"

@@ -8,6 +8,7 @@ from typing import Any
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_table, write_text
 from crt_export.cli.level_table import write_level_table
+from crt_export.report.own_model import own_model_text
 
 PARITY_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
@@ -23,7 +24,13 @@ _GAP_NOTE = (
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
     """What ``build --json`` and ``inspect --json`` print: where the bundle is, and its manifest."""
-    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle_bytes(bundle), **bundle.manifest}
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "bytes": bundle_bytes(bundle),
+        "own_model": own_model_text(bundle.manifest["parity"]),
+        **bundle.manifest,
+    }
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -36,7 +43,8 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
     manifest = bundle.manifest
     validated = "validated" if manifest["validated"] else "NOT validated"
     write_text(
-        f"{bundle.path}: {validated}, {readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
+        f"{bundle.path}: {validated}, {own_model_text(manifest['parity'])}, "
+        f"{readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
     rows = [

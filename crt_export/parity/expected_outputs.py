@@ -61,7 +61,7 @@ class ExpectedOutputs:
 
     @cached_property
     def deviation(self) -> float:
-        """Standard deviation of a row of the logits, mean over the positions: the unit that differences are given in."""
+        """Standard deviation of a row of the logits, mean over the positions: the unit of differences."""
         return _spread(self.logits)
 
     @cached_property
@@ -131,7 +131,7 @@ def _layout_problems(layout: Mapping[str, tuple[str, tuple[int, ...]]], config: 
     if count is not None and count < FEWEST_POSITIONS:
         yield f"input_ids has {count} tokens, expected at least {FEWEST_POSITIONS}; 64 or more say something"
     if count is not None and count > config.max_position_embeddings:
-        yield f"input_ids has {count} tokens, above max_position_embeddings {config.max_position_embeddings}: give fewer"
+        yield f"input_ids has {count} tokens, above max_position_embeddings {config.max_position_embeddings}"
 
 
 def _count(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int | None:
@@ -164,7 +164,7 @@ def _value_problems(tensors: Mapping[str, Tensor], config: ModelConfig) -> Itera
     for name in (name for name in ("logits", "hidden") if name in tensors):
         rows = (~torch.isfinite(tensors[name])).any(dim=-1).nonzero()
         if len(rows):
-            yield f"{name} has values that are NaN or infinite in {len(rows)} rows, the first at position {int(rows[0])}"
+            yield f"{name} is NaN or infinite in {len(rows)} rows, the first at position {int(rows[0])}"
         elif _spread(tensors[name]) == 0:
             yield f"{name} has rows of one value only: there is nothing to compare"
 
@@ -173,7 +173,7 @@ def _passes_problems(metadata: Mapping[str, str]) -> Iterator[str]:
     found = metadata.get("passes", EXACT)
     if found != EXACT and not (re.fullmatch("[1-9][0-9]{0,3}", found) and int(found) <= MOST_PASSES):
         yield (
-            f"metadata passes is {found!r:.60}, expected {EXACT!r} (token by token) or a number of parallel passes from "
+            f"metadata passes is {found!r:.60}, expected {EXACT!r} (token by token) or a number of parallel passes, "
             f"1 to {MOST_PASSES}"
         )
 

@@ -1,0 +1,215 @@
+"""Why the user's own model and this package's differ: the first variation that makes the difference go away."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crt_export.checkpoint import Checkpoint
+from crt_export.model import Model, model_from_checkpoint
+from crt_export.parity.expected_outputs import (
+    ExpectedOutputs,
+    Passes,
+    hidden_differences,
+    logit_differences,
+    run_model,
+)
+from crt_export.parity.own_model_variations import UNSUPPORTED, Variation, variations
+from crt_export.progress import Progress
+
+#: Positions that a variation is tried on, and two together; the one that explains is then run on all of them.
+_POSITIONS, _POSITIONS_OF_PAIRS = 32, 16
+_LINEAR_COLUMNS, _SPARE_ROWS = 512, 16
+#: Of variations that explain a difference equally well, the first one in their order is named.
+_AS_GOOD = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """What explains a difference.
+
+    Attributes:
+        variations: What the user's model does otherwise.
+        before: Largest difference without it, deviations.
+        after: With it, over all positions.
+    """
+
+    variations: tuple[Variation, ...]
+    before: float
+    after: float
+
+    @property
+    def sentence(self) -> str:
+        """With what the difference falls to what, and what to do about it."""
+        words = " and ".join(variation.words for variation in self.variations)
+        steps = [_step(advice, self.variations) for advice in dict.fromkeys(v.advice for v in self.variations)]
+        return f"with {words} the difference falls from {self.before:.2g} to {self.after:.1g}: {'; '.join(steps)}"
+
+
+def _step(advice: str, causes: Sequence[Variation]) -> str:
+    if advice != UNSUPPORTED:
+        return advice
+    return f"your model uses {' and '.join(cause.words for cause in causes if cause.advice == advice)}, {UNSUPPORTED}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Where causes are looked for.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        expected: What the user's model gave.
+        passes: The regime under test.
+        before: Largest difference of the logits as they are, deviations.
+        first: First position that differs by more than the limit.
+        limit: What explains must fall to.
+        progress: Told how many variations were tried.
+    """
+
+    checkpoint: Checkpoint
+    expected: ExpectedOutputs
+    passes: Passes
+    before: float
+    first: int
+    limit: float
+    progress: Progress
+
+    def cause(self, *, pairs: bool = True) -> Cause | None:
+        """The variation that explains the difference, or two together; None where none does.
+
+        Args:
+            pairs: Whether two are tried where none alone explains.
+        """
+        config, stated = self.checkpoint.config, self.expected.passes is not None
+        every = variations(config, self.passes, stated, self.first)
+        shift = self._shifted()
+        if shift is not None:
+            return shift
+        found = self._best([(one,) for one in every], self.first + _POSITIONS)
+        if found is None and pairs:
+            paired = [one for one in every if one.pair]
+            couples = [(a, b) for a, b in itertools.combinations(paired, 2) if a.pair != b.pair]
+            found = self._best(couples, self.first + _POSITIONS_OF_PAIRS)
+        return found
+
+    def _best(self, candidates: Sequence[tuple[Variation, ...]], positions: int) -> Cause | None:
+        """The candidate of the smallest difference, if it explains all positions."""
+        tried: list[tuple[float, int]] = []
+        for index, candidate in enumerate(candidates):
+            self.progress("your own model differs: looking for the cause", index, len(candidates))
+            tried.append((self.difference(candidate, positions), index))
+        least = min(tried, default=(math.inf, 0))[0]
+        for after, index in tried:
+            if after <= min(self.limit, _AS_GOOD * least):
+                whole = self.difference(candidates[index], self.expected.positions)
+                if whole <= self.limit:
+                    return Cause(variations=candidates[index], before=self.before, after=whole)
+        return None
+
+    def difference(self, candidate: Sequence[Variation], positions: int) -> float:
+        """Largest difference of the logits over the first positions; infinity where it is no number."""
+        passes = next((one.passes for one in candidate if one.passes is not None), self.passes)
+        before = [token for one in candidate for token in one.before]
+        room = self.checkpoint.config.max_position_embeddings - len(before)
+        ids = self.expected.input_ids[: min(positions, room)]
+        model = self._model(candidate)
+        h = run_model(model, torch.cat([ids.new_tensor(before), ids]), passes)[len(before) :]
+        found = float(logit_differences(model, h, self.expected).amax())
+        return math.inf if math.isnan(found) else found
+
+    def _model(self, candidate: Sequence[Variation]) -> Model:
+        """A new model, so that an edit harms no other."""
+        changes = {key: value for one in candidate for key, value in one.config.items()}
+        config = dataclasses.replace(self.checkpoint.config, **changes)
+        tensors = dict(self.checkpoint.tensors)
+        if config.tie_word_embeddings:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+        model = model_from_checkpoint(dataclasses.replace(self.checkpoint, config=config, tensors=tensors))
+        for edit in (one.edit for one in candidate if one.edit is not None):
+            edit(model)
+        return model
+
+    def _shifted(self) -> Cause | None:
+        """Logits that stand one row too early or too late, as where they were cut to fit the next tokens."""
+        model = model_from_checkpoint(self.checkpoint)
+        h = run_model(model, self.expected.input_ids, self.passes)
+        for words, ours, theirs in (
+            ("your logits one row later", h[:-1], self.expected.logits[1:]),
+            ("your logits one row earlier", h[1:], self.expected.logits[:-1]),
+        ):
+            part = dataclasses.replace(self.expected, logits=theirs)
+            after = float(logit_differences(model, ours, part).amax())
+            if after <= self.limit:
+                advice = "row t of logits must be what your model gives after token t of input_ids"
+                shift = Variation(words=words, advice=advice)
+                return Cause(variations=(shift,), before=self.before, after=after)
+        return None
+
+
+def facts(
+    checkpoint: Checkpoint, model: Model, h: Tensor, expected: ExpectedOutputs, differences: Tensor, limit: float
+) -> Iterator[str]:
+    """What is known of a difference without a cause: where it begins, how it grows, whether the head alone differs.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: This package's, in FP32.
+        h: Its hidden states in the regime under test, [n, hidden].
+        expected: What the user's model gave.
+        differences: Of the logits, by position.
+        limit: Of a difference.
+    """
+    if not bool(differences[0] <= limit):
+        yield (
+            "position 0 differs already, where attention sees one token and h is 0: embedding, correction, norms, "
+            "activation, v and o or head, not the rotary embedding"
+        )
+    else:
+        first = int((~(differences <= limit)).nonzero()[0])
+        yield f"the first {first} positions agree: attention's positions or window, or the state, and not the head"
+    half = len(differences) // 2
+    early, late = float(differences[:half].mean()), float(differences[half:].mean())
+    yield f"mean of the largest differences {early:.2g} in the first half and {late:.2g} in the second"
+    if float(differences.amax()) < 0.1:
+        yield "so small a difference may be TF32, bfloat16 or float16 in your model: run it in float32 on a CPU"
+    head = _head_fact(checkpoint, model, h, expected, limit)
+    if head:
+        yield head
+
+
+def _head_fact(checkpoint: Checkpoint, model: Model, h: Tensor, expected: ExpectedOutputs, limit: float) -> str:
+    """Whether everything before the head agrees; empty where that cannot be told."""
+    tied = checkpoint.config.tie_word_embeddings
+    mended = (
+        "tie_word_embeddings = true says that the head is the embedding: set it to false in config.json "
+        "and write your model's lm_head.weight and lm_head.bias to model.safetensors"
+        if tied
+        else "final_norm, lm_head.weight or lm_head.bias in model.safetensors is not your model's, or "
+        "tie_word_embeddings in config.json"
+    )
+    if expected.hidden is not None:
+        worst = float(hidden_differences(h, expected).amax())
+        if worst <= limit:
+            return f"the hidden states agree (largest difference {worst:.1g}), so the head differs: {mended}"
+        return f"the hidden states differ too, by {worst:.2g} of their deviation, so it is not the head alone"
+    if _is_linear(model.final_norm(h), expected, limit):
+        return (
+            f"your logits are a linear function of this package's normed hidden states, so the head differs: {mended}"
+        )
+    return f"save 'hidden' too and this tells whether the head differs{' (' + mended + ')' if tied else ''}"
+
+
+def _is_linear(features: Tensor, expected: ExpectedOutputs, limit: float) -> bool:
+    """Whether one matrix and bias give the logits of all positions; False where there are too few to tell."""
+    if len(features) < features.shape[1] + 1 + _SPARE_ROWS:
+        return False
+    inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1).double()
+    wanted = expected.logits[:, :_LINEAR_COLUMNS].double()
+    solution = torch.linalg.lstsq(inputs, wanted, driver="gelsd").solution
+    return float((inputs @ solution - wanted).abs().amax()) <= limit * expected.deviation

@@ -10,6 +10,10 @@ A CRT has two regimes, the exact recurrence and K parallel passes. The file's me
 of; where it does not, the recurrence is tried and then the checkpoint's ``unroll_steps``, and the result names which
 one agreed.
 
+Agreement is to rounding or it has a cause. Where a difference within the limit is more than rounding, and another word
+in ``config.json`` makes it ten times smaller, that word is wrong and the check ``config.json`` fails; another cause is
+noted.
+
 ``data``: ``sha256`` of the file, ``positions``, ``passes`` compared with, ``deviation`` of the logits,
 ``first_position`` that differs (None: none does), ``differences`` by position (largest of each block where there are
 more than 256), and ``cause`` (``words``, ``advice``, ``before``, ``after``; None where none was found or needed).
@@ -39,7 +43,7 @@ from crt_export.parity.expected_outputs import (
     run_model,
 )
 from crt_export.parity.level import Check, LevelResult
-from crt_export.parity.own_model_causes import Cause, Search, facts
+from crt_export.parity.own_model_causes import Cause, Search, facts, head_fact
 from crt_export.parity.report import ParityReport, reference_facts
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.progress import Progress, no_progress
@@ -125,6 +129,8 @@ def check_own_model(
             cause = nearer
             notes.append(f"your own model agrees within the limit, and not as closely as rounding: {cause.sentence}")
     checks = [_logits_check(run, limit, sentences)]
+    if first is None and cause is not None and cause.in_config:
+        checks.append(Check(name="config.json", passed=False, failures=(cause.sentence,)))
     if expected.hidden is not None:
         checks.append(_hidden_check(model, run, expected, limit))
     return LevelResult(
@@ -218,7 +224,10 @@ def _explanation(
 ) -> list[str]:
     if cause is not None:
         return [cause.sentence]
-    known = facts(checkpoint, model, run.h, expected, run.differences, limit)
+    head = head_fact(checkpoint, model, run.h, expected, limit)
+    if head:
+        return [head]
+    known = facts(checkpoint, run.h, expected, run.differences, limit)
     return ["no cause was found among those that are tried", *known]
 
 

@@ -92,9 +92,7 @@ def _unsupported(words: str, edit: Callable[[Model], None], pair: str = "") -> V
 
 def _of_config(config: ModelConfig, first: int) -> Iterator[Variation]:
     def other(key: str, value: object, **derived: object) -> Variation:
-        shown = (
-            repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
-        )
+        shown = json.dumps(value).replace('"', "'")
         return Variation(words=f"{key} = {shown}", advice=CONFIG, config={key: value, **derived}, pair=key)
 
     yield other("rope_layout", "half" if config.rope_layout == "interleaved" else "interleaved")
@@ -224,9 +222,10 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 def _transpose(model: Model, names: tuple[str, ...]) -> None:
     for name, module in model.named_modules():
-        square = isinstance(module, Linear) and module.weight.shape[0] == module.weight.shape[1]
-        if square and name.rpartition(".")[2] in names:
-            module.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
+        if isinstance(module, Linear) and name.rpartition(".")[2] in names:
+            into, out = module.weight.shape
+            if into == out:
+                module.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
 
 
 def _exchange(model: Model, names: tuple[str, str]) -> None:

@@ -23,13 +23,13 @@ from crt_export.parity.expected_outputs import (
 from crt_export.parity.own_model_variations import CONFIG, UNSUPPORTED, Variation, variations
 from crt_export.progress import Progress
 
-#: Positions that a variation is tried on, and two together; the one that explains is then run on all of them.
-_POSITIONS, _POSITIONS_OF_PAIRS = 16, 12
+#: Positions from the first one that differs, which variations are tried on; what explains these is run on all of them.
+_POSITIONS = 6
+#: Variations whose differences are both rounding, or within the factor, explain equally well: the first one is named.
+_ROUNDING, _AS_GOOD = 1e-5, 2.0
 #: Largest difference that arithmetic of fewer bits gives: bfloat16 3e-2 on the demo.
 _SMALL = 0.1
 _LINEAR_COLUMNS, _SPARE_ROWS = 512, 16
-#: Of variations that explain a difference equally well, the first one in their order is named.
-_AS_GOOD = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +99,22 @@ class Search:
         shift = self._shifted()
         if shift is not None:
             return shift
-        found = self._best([(one,) for one in every], self.first + _POSITIONS)
+        found = self._best([(one,) for one in every])
         if found is None and pairs:
             paired = [one for one in every if one.pair]
             couples = [(a, b) for a, b in itertools.combinations(paired, 2) if a.pair != b.pair]
-            found = self._best(couples, self.first + _POSITIONS_OF_PAIRS)
+            found = self._best(couples)
         return found
 
-    def _best(self, candidates: Sequence[tuple[Variation, ...]], positions: int) -> Cause | None:
+    def _best(self, candidates: Sequence[tuple[Variation, ...]]) -> Cause | None:
         """The candidate of the smallest difference, if it explains all positions."""
         tried: list[tuple[float, int]] = []
         for index, candidate in enumerate(candidates):
             self.progress("your own model differs: looking for the cause", index, len(candidates))
-            tried.append((self.difference(candidate, positions), index))
+            tried.append((self.difference(candidate, self.first + _POSITIONS), index))
         least = min(tried, default=(math.inf, 0))[0]
         for after, index in tried:
-            if after <= min(self.limit, _AS_GOOD * least):
+            if after <= min(self.limit, max(_ROUNDING, _AS_GOOD * least)):
                 whole = self.difference(candidates[index], self.expected.positions)
                 if whole <= self.limit:
                     return Cause(variations=candidates[index], before=self.before, after=whole)
@@ -148,8 +148,8 @@ class Search:
         model = model_from_checkpoint(self.checkpoint)
         h = run_model(model, self.expected.input_ids, self.passes)
         for words, ours, theirs in (
-            ("your logits one row later", h[:-1], self.expected.logits[1:]),
-            ("your logits one row earlier", h[1:], self.expected.logits[:-1]),
+            ("your logits moved up by one row", h[:-1], self.expected.logits[1:]),
+            ("your logits moved down by one row", h[1:], self.expected.logits[:-1]),
         ):
             part = dataclasses.replace(self.expected, logits=theirs)
             after = float(logit_differences(model, ours, part).amax())
@@ -212,8 +212,9 @@ def facts(
         worst = float(hidden_differences(h, expected).amax())
         yield f"the hidden states differ too, by {worst:.2g} of their deviation, so it is not the head alone"
     else:
-        untried = f"; a head of its own could not be tried: {_mended_head(checkpoint)}"
-        yield f"save 'hidden' too and this tells whether the head differs{untried * checkpoint.config.tie_word_embeddings}"
+        yield "save 'hidden' too and this tells whether the head differs"
+        if checkpoint.config.tie_word_embeddings:
+            yield f"a head of its own could not be tried: {_mended_head(checkpoint)}"
 
 
 def _mended_head(checkpoint: Checkpoint) -> str:

@@ -1,8 +1,8 @@
 """A user's own model: a CRT or a plain transformer in PyTorch, written without a line of crt_export.
 
 Keys and values of all tokens are computed anew at every step, rotation is a product of complex numbers, attention is a
-softmax over an explicit mask: what the two have in common are the equations and the names of the weights. Every field of
-:class:`Habits` is something that people do otherwise.
+softmax over an explicit mask: what the two have in common are the equations and the names of the weights. Every field
+of :class:`Habits` is something that people do otherwise.
 """
 
 from __future__ import annotations

@@ -118,13 +118,10 @@ def check_own_model(
     )
     cause, sentences, notes = None, [], [*_notes(run, expected, checkpoint)]
     if first is not None:
-        cause = search.cause()
-        sentences = [
-            _failure(run, first, limit, expected),
-            *_explanation(checkpoint, model, run, expected, cause, limit),
-        ]
+        cause, explanation = _explanation(search, model, run)
+        sentences = [_failure(run, first, limit, expected), *explanation]
     elif run.worst > _ROUNDING:
-        nearer = search.cause(pairs=False)
+        nearer = search.single()
         if nearer is not None and nearer.after <= run.worst / 10:
             cause = nearer
             notes.append(f"your own model agrees within the limit, and not as closely as rounding: {cause.sentence}")
@@ -219,16 +216,17 @@ def _failure(run: _Run, first: int, limit: float, expected: ExpectedOutputs) -> 
     )
 
 
-def _explanation(
-    checkpoint: Checkpoint, model: Model, run: _Run, expected: ExpectedOutputs, cause: Cause | None, limit: float
-) -> list[str]:
-    if cause is not None:
-        return [cause.sentence]
-    head = head_fact(checkpoint, model, run.h, expected, limit)
+def _explanation(search: Search, model: Model, run: _Run) -> tuple[Cause | None, list[str]]:
+    """What explains a difference, and the sentences that say so or narrow it down."""
+    cause = search.single()
+    head = "" if cause else head_fact(search.checkpoint, model, run.h, search.expected, search.limit)
     if head:
-        return [head]
-    known = facts(checkpoint, run.h, expected, run.differences, limit)
-    return ["no cause was found among those that are tried", *known]
+        return None, [head]
+    cause = cause or search.pair()
+    if cause is not None:
+        return cause, [cause.sentence]
+    known = facts(search.checkpoint, run.h, search.expected, run.differences, search.limit)
+    return None, ["no cause was found among those that are tried", *known]
 
 
 def _logits_check(run: _Run, limit: float, sentences: list[str]) -> Check:

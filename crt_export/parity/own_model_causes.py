@@ -24,7 +24,7 @@ from crt_export.parity.own_model_variations import CONFIG, UNSUPPORTED, Variatio
 from crt_export.progress import Progress
 
 #: Positions from the first one that differs, which variations are tried on; what explains these is run on all of them.
-_POSITIONS = 6
+_POSITIONS, _LATEST_START = 6, 64
 #: Variations whose differences are both rounding, or within the factor, explain equally well: the first one is named.
 _ROUNDING, _AS_GOOD = 1e-5, 2.0
 #: Largest difference that arithmetic of fewer bits gives: bfloat16 3e-2 on the demo.
@@ -88,30 +88,27 @@ class Search:
     limit: float
     progress: Progress
 
-    def cause(self, *, pairs: bool = True) -> Cause | None:
-        """The variation that explains the difference, or two together; None where none does.
+    def single(self) -> Cause | None:
+        """The one variation that explains the difference; None where none does."""
+        return self._shifted() or self._best([(one,) for one in self._variations()])
 
-        Args:
-            pairs: Whether two are tried where none alone explains.
-        """
-        config, stated = self.checkpoint.config, self.expected.passes is not None
-        every = variations(config, self.passes, stated, self.first)
-        shift = self._shifted()
-        if shift is not None:
-            return shift
-        found = self._best([(one,) for one in every])
-        if found is None and pairs:
-            paired = [one for one in every if one.pair]
-            couples = [(a, b) for a, b in itertools.combinations(paired, 2) if a.pair != b.pair]
-            found = self._best(couples)
-        return found
+    def pair(self) -> Cause | None:
+        """Two variations that explain it together, of those that are worth trying so."""
+        paired = [one for one in self._variations() if one.pair]
+        return self._best([(a, b) for a, b in itertools.combinations(paired, 2) if a.pair != b.pair])
+
+    def _variations(self) -> list[Variation]:
+        return variations(self.checkpoint.config, self.passes, self.expected.passes is not None, self.first)
 
     def _best(self, candidates: Sequence[tuple[Variation, ...]]) -> Cause | None:
         """The candidate of the smallest difference, if it explains all positions."""
         tried: list[tuple[float, int]] = []
         for index, candidate in enumerate(candidates):
             self.progress("your own model differs: looking for the cause", index, len(candidates))
-            tried.append((self.difference(candidate, self.first + _POSITIONS), index))
+            # Only a window does nothing before the first position that differs by more than the limit.
+            late = any("sliding_window" in one.config for one in candidate)
+            start = self.first if late else min(self.first, _LATEST_START)
+            tried.append((self.difference(candidate, start + _POSITIONS), index))
         least = min(tried, default=(math.inf, 0))[0]
         for after, index in tried:
             if after <= min(self.limit, max(_ROUNDING, _AS_GOOD * least)):

@@ -29,6 +29,13 @@ UNSUPPORTED = "which this version cannot express"
 _THETAS = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0, 10_000_000.0)
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3)
 _HEAD_FACTORS = (2.0, 0.5, 4.0, 0.25)
+#: Values that are worth trying with another key's or with what no configuration can express.
+_PAIRED: Mapping[str, tuple[object, ...]] = {
+    "rope_layout": ("interleaved", "half"),
+    "rope_theta": _THETAS[:3],
+    "layer_norm_eps": _EPSILONS[:2],
+    "tie_word_embeddings": (True,),
+}
 _MOST_PASSES = 10
 #: Forms of the activation; the package's own is F.gelu.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -93,7 +100,8 @@ def _unsupported(words: str, edit: Callable[[Model], None], pair: str = "") -> V
 def _of_config(config: ModelConfig, first: int) -> Iterator[Variation]:
     def other(key: str, value: object, **derived: object) -> Variation:
         shown = json.dumps(value).replace('"', "'")
-        return Variation(words=f"{key} = {shown}", advice=CONFIG, config={key: value, **derived}, pair=key)
+        pair = key if value in _PAIRED.get(key, ()) else ""
+        return Variation(words=f"{key} = {shown}", advice=CONFIG, config={key: value, **derived}, pair=pair)
 
     yield other("rope_layout", "half" if config.rope_layout == "interleaved" else "interleaved")
     yield from (other("rope_theta", theta) for theta in _THETAS if theta != config.rope_theta)

@@ -21,6 +21,7 @@ TOKENIZER_FILE = "tokenizer.json"
 #: What makes up a checkpoint, in the order of its content hash.
 CHECKPOINT_FILES = ("config.json", WEIGHTS_FILE, TOKENIZER_FILE)
 _DTYPES = {"F32", "F16", "BF16"}
+_CONCATENATED = ": the correction is of the sum h + x; one of their concatenation cannot be expressed by this version"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -186,7 +187,9 @@ def _layout_problems(
         if name not in shapes:
             yield f"missing tensor {name} {list(shape)}"
         elif shapes[name] != shape:
-            yield f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
+            concatenated = name == "correction.up.weight" and shapes[name] == (shape[0], 2 * shape[1])
+            reason = _CONCATENATED if concatenated else ""
+            yield f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}{reason}"
     for name in sorted(set(shapes) - set(expected)):
         tied = " (tie_word_embeddings is true: a tied head has no weights of its own)" if "lm_head" in name else ""
         yield f"unexpected tensor {name} {list(shapes[name])}{tied}"

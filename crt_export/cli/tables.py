@@ -68,9 +68,8 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
 def write_parity_table(report: Mapping[str, Any]) -> None:
     """Write the rows of a parity report, and below them what the report says about them."""
     rows = report.get("rows", [])
-    if not rows:
-        return
-    write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
+    if rows:
+        write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
     notes = list(report.get("notes", ()))
     if any(row.get("excess_gap") is not None for row in rows):
         notes.append(_GAP_NOTE)

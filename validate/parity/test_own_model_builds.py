@@ -1,4 +1,4 @@
-"""The comparison with one's own model from the document to the verdict: the snippet, build, validate, inspect, reports."""
+"""The comparison with one's own model from the document to the verdict: snippet, build, validate, inspect, reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from crt_export.cli import main
 from crt_export.errors import InputError
 from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityOptions, validate_bundle
+from crt_export.parity.own_model import check_own_model
 from crt_export.pipeline import BuildOptions
+from crt_export.report.compare import compare_reports
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "compare-with-your-model.md"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "unroll_steps": 2}
@@ -93,8 +95,6 @@ def test_a_bundle_keeps_how_its_reference_agrees(bundle: Path, capsys: pytest.Ca
 def test_a_plain_transformer_agrees_too(
     make_checkpoint: Callable[..., Path], heldout_text: Path, tmp_path: Path
 ) -> None:
-    from crt_export.parity.own_model import check_own_model
-
     plain = make_checkpoint(model_type="transformer", rope_layout="half")
     file = write_as_documented(tmp_path / "own", plain, heldout_text, Habits(layout="half"))
     assert check_own_model(load_checkpoint(plain), file).passed
@@ -165,18 +165,14 @@ def test_without_a_file_every_verdict_says_so(
     assert NOT_COMPARED in skipped
 
 
-def test_a_comparison_that_is_no_longer_made_is_a_regression(
-    bundle: Path, heldout_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from crt_export.report.compare import compare_reports
-
+def test_a_comparison_that_is_no_longer_made_is_a_regression(bundle: Path) -> None:
     old = json.loads((bundle / "report.json").read_bytes())
     new = json.loads((bundle / "report.json").read_bytes())
     level = new["levels"][0]
     level.update(passed=None, checks=[{**level["checks"][0], "passed": None, "value": None, "limit": None}])
-    (regression,) = compare_reports(old, new).regressions
+    (regression,) = compare_reports(old, new, names=("old", "new")).regressions
     assert (regression.level, regression.reason) == (OWN_MODEL, "was a gate, and is only reported")
-    assert compare_reports(new, old).passed
+    assert compare_reports(new, old, names=("new", "old")).passed
 
 
 def test_the_level_needs_its_file_and_an_unvalidated_build_has_no_place_for_it(bundle: Path, expect: Path) -> None:

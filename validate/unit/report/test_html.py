@@ -155,7 +155,7 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
     poison = poisoned({key: report[key] for key in report if key not in ("format", "format_version", "tolerances")})
     hostile_key = {HOSTILE: poison["levels"][3]["data"]["tensors"]["logits"]}
     poison["levels"][3]["data"]["tensors"] = hostile_key
-    poison["levels"][3]["data"]["regimes"] = {HOSTILE: poison["levels"][3]["data"]["regimes"]["step"]}
+    poison["levels"][4]["data"]["regimes"] = {HOSTILE: poison["levels"][4]["data"]["regimes"]["step"]}
     poison["levels"][6]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
     poison["versions"] = {HOSTILE: HOSTILE}
     text = render_html({**report, **poison})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from crt_export.ladder import NOT_COMPARED, OWN_MODEL
@@ -20,15 +20,9 @@ def own_model_text(report: Mapping[str, Any] | None) -> str:
     result = _result(report)
     if result is None or result["passed"] is None:
         return NOT_COMPARED
-    data = result["data"]
-    check = next((check for check in result["checks"] if check["passed"] is False), result["checks"][0])
-    value = "no number" if check["value"] is None else f"{check['value']:.1e}"
-    regime = "exact recurrence" if data["passes"] == "exact" else f"{data['passes']} passes"
     verb = "agrees" if result["passed"] else "does NOT agree"
-    return (
-        f"{verb} with your own model (largest difference of {check['name']} {value} of their deviation, limit "
-        f"{check['limit']:g}, {data['positions']:,} positions, {regime})"
-    )
+    figures = ", ".join(_figures(result))
+    return f"{verb} with your own model{f' ({figures})' if figures else ''}"
 
 
 def was_compared(report: Mapping[str, Any] | None) -> bool:
@@ -40,3 +34,18 @@ def was_compared(report: Mapping[str, Any] | None) -> bool:
 def _result(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     levels = (report or {}).get("levels", ())
     return next((result for result in levels if result["level"] == OWN_MODEL), None)
+
+
+def _figures(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the schema lets a report leave out is left out."""
+    failed = (check for check in result["checks"] if check["passed"] is False)
+    check = next(failed, next(iter(result["checks"]), None))
+    if check is not None and check["value"] is not None:
+        yield f"largest difference of {check['name']} {check['value']:.1e} of their deviation"
+    if check is not None and check["limit"] is not None:
+        yield f"limit {check['limit']:g}"
+    data = result["data"]
+    if "positions" in data:
+        yield f"{data['positions']:,} positions"
+    if "passes" in data:
+        yield "exact recurrence" if data["passes"] == "exact" else f"{data['passes']} passes"

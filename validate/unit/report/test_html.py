@@ -156,7 +156,7 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
     hostile_key = {HOSTILE: poison["levels"][3]["data"]["tensors"]["logits"]}
     poison["levels"][3]["data"]["tensors"] = hostile_key
     poison["levels"][4]["data"]["regimes"] = {HOSTILE: poison["levels"][4]["data"]["regimes"]["step"]}
-    poison["levels"][6]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
+    poison["levels"][7]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
     poison["versions"] = {HOSTILE: HOSTILE}
     text = render_html({**report, **poison})
     page = Page(text)

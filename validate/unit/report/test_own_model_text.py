@@ -45,7 +45,10 @@ def level(passed: bool | None, checks: list[Report], data: Report) -> Report:
             "does NOT agree with your own model (largest difference of hidden 5.0e-01 of their deviation, limit 0.001, "
             "1,024 positions, 10 passes)",
         ),
-        (level(False, [{**CHECK, "value": None, "passed": False}], {}), "does NOT agree with your own model (limit 0.001)"),
+        (
+            level(False, [{**CHECK, "value": None, "passed": False}], {}),
+            "does NOT agree with your own model (limit 0.001)",
+        ),
         (level(True, [], {}), "agrees with your own model"),
     ],
 )  # fmt: skip

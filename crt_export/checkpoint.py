@@ -20,6 +20,7 @@ from crt_export.weight_files import WEIGHTS_FILE, find_weight_files
 
 TOKENIZER_FILE = "tokenizer.json"
 _DTYPES = {"F32", "F16", "BF16"}
+_CONCATENATED = ": the correction is of the sum h + x; one of their concatenation cannot be expressed by this version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,9 @@ def _layout_problems(
         if name not in shapes:
             yield f"missing tensor {name} {list(shape)}"
         elif shapes[name] != shape:
-            yield f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
+            concatenated = name == "correction.up.weight" and shapes[name] == (shape[0], 2 * shape[1])
+            reason = _CONCATENATED if concatenated else ""
+            yield f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}{reason}"
     for name in sorted(set(shapes) - set(expected)):
         tied = " (tie_word_embeddings is true: a tied head has no weights of its own)" if "lm_head" in name else ""
         yield f"unexpected tensor {name} {list(shapes[name])}{tied}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OWN_MODEL = "own-model"
 CONTRACT = "contract"
 ONE_STEP = "one-step"
 CHAIN = "chain"
@@ -10,6 +11,10 @@ FREE_RUNNING = "free-running"
 CERTIFICATE = "certificate"
 LONG_RUN = "long-run"
 
-LEVELS = (CONTRACT, ONE_STEP, CHAIN, CORPUS, FREE_RUNNING, CERTIFICATE, LONG_RUN)
-#: What ``crt-export validate`` runs unless told otherwise; the long run takes minutes and is asked for.
-VALIDATE_LEVELS = LEVELS[:6]
+LEVELS = (OWN_MODEL, CONTRACT, ONE_STEP, CHAIN, CORPUS, FREE_RUNNING, CERTIFICATE, LONG_RUN)
+#: What ``crt-export validate`` runs unless told otherwise; the own model is another file, the long run takes minutes:
+#: both are asked for.
+VALIDATE_LEVELS = LEVELS[1:7]
+
+#: What a verdict says where the level ``own-model`` had no outputs of the user's own model to compare with.
+NOT_COMPARED = "not compared with your own model"

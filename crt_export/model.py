@@ -17,6 +17,7 @@ what the graphs are exported from. Linears hold their weight as [in, out].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,9 @@ class LayerNorm(nn.Module):
 class Correction(nn.Module):
     """``c = W2 gelu(W1 LN_c(u) + b1) + b2`` of the sum ``u = h_{t-1} + x_t``."""
 
+    #: An attribute, so that crt_export.parity.own_model_causes can try another form.
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner = config.correction_intermediate_size or 0
@@ -67,7 +71,7 @@ class Correction(nn.Module):
         self.down = Linear(inner, config.hidden_size)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(u))))
+        return self.down(self.activation(self.up(self.norm(u))))
 
 
 class Attention(nn.Module):
@@ -98,13 +102,15 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """``W_down gelu(W_up x)`` with biases, C -> F -> C."""
 
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(config.hidden_size, config.intermediate_size)
         self.down = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
@@ -170,16 +176,19 @@ class Model(nn.Module):
         Returns:
             h, [batch, seq, hidden], in the dtype of the residual stream.
         """
-        x = self.embed(ids).to(self.residual_dtype)
-        z = x
-        if self.correction is not None:
-            assert previous is not None
-            z = x + self.correction(previous + x).to(x.dtype)
+        z = self.corrected(self.embed(ids).to(self.residual_dtype), previous)
         positions = position[:, None] + torch.arange(ids.shape[1], device=ids.device)
         rope = rope_at((self.rope_cos, self.rope_sin), positions)
         for index, layer in enumerate(self.layers):
             z = layer(z, rope, index, cache)
         return z
+
+    def corrected(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """``x~_t = x_t + c(h_{t-1} + x_t)``, [batch, seq, hidden]; a plain transformer takes x as it is."""
+        if self.correction is None:
+            return x
+        assert previous is not None
+        return x + self.correction(previous + x).to(x.dtype)
 
     def head(self, h: Tensor) -> Tensor:
         """``logits = W_head LN_f(h) + b_head``, [..., hidden] -> [..., vocab]."""

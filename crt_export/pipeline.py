@@ -5,6 +5,7 @@
     folder --load_checkpoint--> Checkpoint --write_graphs--> graphs/*.onnx --build_targets--> engines/
            --check_parity--> ParityReport --Staging.commit--> bundle
 
+Before the first graph, PyTorch FP32 is compared with the user's own model, where there is a file of what that gives.
 Every stage works in a staging folder beside the output. Only a complete bundle whose report passed takes the output's
 place; an error, Ctrl-C or a crash at any point leaves what was there.
 """
@@ -21,6 +22,8 @@ from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, l
 from crt_export.errors import ParityError, problem_list
 from crt_export.parity import ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER
+from crt_export.parity.level import LevelResult
+from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan
 from crt_export.stages.calibration import quantization_plan, read_build_text
@@ -55,7 +58,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         UnsupportedError: The model or a target needs what this version cannot do.
         MissingDependencyError: A package or device that a target needs is absent.
         BuildError: An export, a quantisation pass or an engine failed.
-        ParityError: A target does not agree with PyTorch; nothing is written.
+        ParityError: A target does not agree with PyTorch, or PyTorch with the user's own model; nothing is written.
         BundleError: The output cannot be written.
     """
     sweep_abandoned()
@@ -65,6 +68,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
     # Also for a build without text: the bundle carries the tokenizer, and its ids must have embeddings.
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     profiles = profiles_from_options(options, checkpoint.config)
+    own_model = require_own_model(checkpoint, options.expect, progress)
     text = read_build_text(checkpoint, tokenizer, profiles, options, progress)
     with stage_bundle(options.output) as staging:
         prefills = prefill_plans(checkpoint, profiles, text.validation, progress)
@@ -77,7 +81,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         write_vectors(checkpoint, tokenizer, profiles, text.validation, plan, staging.path, progress)
         report = None
         if options.validated and text.validation is not None:
-            report = _validated(checkpoint, targets, text.validation, plan, staging.path, options, progress)
+            report = _validated(checkpoint, targets, text.validation, plan, own_model, staging.path, options, progress)
             (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
         staging.commit(
@@ -100,12 +104,15 @@ def _validated(
     targets: Sequence[BuiltTarget],
     text: TokenText,
     plan: W8A8Plan | None,
+    own_model: LevelResult,
     folder: Path,
     options: BuildOptions,
     progress: Progress,
 ) -> ParityReport:
     cases = [target.parity_case(folder, checkpoint.config) for target in targets]
-    report = check_parity(checkpoint, cases, text, options=options.parity, plan=plan, progress=progress)
+    report = check_parity(
+        checkpoint, cases, text, options=options.parity, plan=plan, own_model=own_model, progress=progress
+    )
     if not report.passed:
         heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"
         raise ParityError(problem_list(heading, report.failures), report.to_dict())

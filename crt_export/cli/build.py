@@ -9,7 +9,14 @@ import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_message
 from crt_export.cli.level_table import write_level_table
-from crt_export.cli.options import PATH, json_option, require_one_text, text_options, validation_tokens_option
+from crt_export.cli.options import (
+    PATH,
+    expect_option,
+    json_option,
+    require_one_text,
+    text_options,
+    validation_tokens_option,
+)
 from crt_export.cli.tables import bundle_document, write_bundle_tables, write_parity_table
 
 
@@ -23,6 +30,7 @@ from crt_export.cli.tables import bundle_document, write_bundle_tables, write_pa
     metavar="NAME|FILE.toml",
     help="Where it shall run; may be repeated. Default: every target that runs or compiles on this machine.",
 )
+@expect_option
 @text_options
 @click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds.")
 @click.option("--unroll", type=int, metavar="K", help="Passes of the prefill. Default: the checkpoint's unroll_steps.")
@@ -50,6 +58,7 @@ def build(
     checkpoint: Path,
     output: Path,
     targets: tuple[str, ...],
+    expect: Path | None,
     text: Path | None,
     tokens: Path | None,
     capacity: int | None,
@@ -87,6 +96,7 @@ def build(
         reference=not no_reference,
         validation_tokens=validation_tokens,
         short_reason=short_reason,
+        expect=expect,
         cache=None if no_cache else cache or default_folder(),
     )
     started = time.monotonic()

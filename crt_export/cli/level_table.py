@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crt_export.cli.console import write_table, write_text
+from crt_export.ladder import OWN_MODEL
 from crt_export.report.nearness import nearness
 
 _COLUMNS = ("target", "level", "gates>", "closest to its limit", "value>", "limit>", "result")
@@ -40,7 +41,8 @@ def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
     held = sum(check["passed"] for check in gates)
     closest = max(_measured(gates), key=nearness, default=None)
     named = ("-", "-", "-") if closest is None else (closest["name"], _value(closest), f"{closest['limit']:g}")
-    outcome = "run" if result["passed"] is None else "passed" if result["passed"] else "FAILED"
+    ungated = "not compared" if result["level"] == OWN_MODEL else "run"
+    outcome = ungated if result["passed"] is None else "passed" if result["passed"] else "FAILED"
     return (result["target"], result["level"], f"{held}/{len(gates)}", *named, outcome)
 
 

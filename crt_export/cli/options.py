@@ -45,6 +45,17 @@ def validation_tokens_option(command: Command) -> Command:
     )(command)
 
 
+def expect_option(command: Command) -> Command:
+    """``--expect``."""
+    return click.option(
+        "--expect",
+        type=PATH,
+        metavar="FILE.safetensors",
+        help="What your own PyTorch model gives: input_ids [n], logits float32 [n, vocab]. Compared first, before any "
+        "graph; a difference is explained where config.json can be its cause.",
+    )(command)
+
+
 def require_one_text(text: Path | None, tokens: Path | None) -> None:
     """Refuse ``--text`` together with ``--tokens``."""
     if text is not None and tokens is not None:

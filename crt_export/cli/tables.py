@@ -8,6 +8,7 @@ from typing import Any
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_table, write_text
 from crt_export.cli.level_table import write_level_table
+from crt_export.report.own_model import own_model_text
 from crt_export.report.reading import checked_report
 
 PARITY_COLUMNS = (
@@ -24,8 +25,14 @@ _GAP_NOTE = (
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
     """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest."""
-    head = {"kind": "bundle", "path": str(bundle.path), "identity": bundle.identity, "bytes": bundle_bytes(bundle)}
-    return {**bundle.manifest, **head}
+    return {
+        **bundle.manifest,
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "identity": bundle.identity,
+        "bytes": bundle_bytes(bundle),
+        "own_model": own_model_text(bundle.manifest["parity"]),
+    }
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -43,7 +50,8 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
     parity = manifest["parity"] and checked_report(manifest["parity"], f"the parity report of {bundle.path}")
     validated = "validated" if manifest["validated"] else "NOT validated"
     write_text(
-        f"{bundle.path}: {validated}, {readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
+        f"{bundle.path}: {validated}, {own_model_text(manifest['parity'])}, "
+        f"{readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
     write_text(f"identity {bundle.identity} (SHA-256 of manifest.json)")
@@ -68,9 +76,8 @@ def write_bundle_tables(bundle: BundleFiles) -> None:
 def write_parity_table(report: Mapping[str, Any]) -> None:
     """Write the rows of a parity report, and below them what the report says about them."""
     rows = report.get("rows", [])
-    if not rows:
-        return
-    write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
+    if rows:
+        write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
     notes = list(report.get("notes", ()))
     if any(row.get("excess_gap") is not None for row in rows):
         notes.append(_GAP_NOTE)

@@ -12,6 +12,7 @@ from crt_export.cli.invocation import command_line, now
 from crt_export.cli.level_table import write_level_table
 from crt_export.cli.options import (
     PATH,
+    expect_option,
     json_option,
     junit_option,
     require_one_text,
@@ -19,11 +20,13 @@ from crt_export.cli.options import (
     validation_tokens_option,
 )
 from crt_export.cli.tables import write_parity_table
-from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, VALIDATE_LEVELS
+from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, OWN_MODEL, VALIDATE_LEVELS
+from crt_export.report.own_model import own_model_text
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
+@expect_option
 @text_options
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Only this target; may be repeated.")
 @click.option("--checkpoint", type=PATH, metavar="DIR", help="The reference, for a bundle without one.")
@@ -48,6 +51,7 @@ from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, VALIDATE_LEVELS
 @json_option
 def validate(
     bundle: Path,
+    expect: Path | None,
     text: Path | None,
     tokens: Path | None,
     targets: tuple[str, ...],
@@ -64,17 +68,18 @@ def validate(
 ) -> None:
     """Compare every graph of BUNDLE that runs here with PyTorch FP32; exit code 1 if one does not agree.
 
-    The levels, from the files to the regimes: contract, one-step, chain, corpus, free-running, certificate, long-run.
+    The levels, from the files to the regimes: contract, one-step, chain, corpus, free-running, certificate, long-run;
+    and before them, with --expect, own-model: whether PyTorch FP32 computes what your own model does.
     """
     require_one_text(text, tokens)
-    chosen = _levels(levels)
+    chosen = _levels(levels, expect)
     _require_level(chosen, LONG_RUN, "--long-run-tokens", given=long_run_tokens is not None)
     _require_level(chosen, ONE_STEP, "--save-outputs", given=save_outputs is not None)
     from crt_export.parity import ParityOptions, validate_bundle
     from crt_export.parity.windows import LONG_RUN_TOKENS
     from crt_export.report.output import ReportFiles, check_outputs
 
-    files, read = ReportFiles(report=report, html=html, junit=junit), [bundle, text, tokens, checkpoint]
+    files, read = ReportFiles(report=report, html=html, junit=junit), [bundle, text, tokens, checkpoint, expect]
     files.check(inputs=read)
     check_outputs([], inputs=read, folder=save_outputs)
     with reserved_stdout(as_json), ProgressLine() as progress:
@@ -91,6 +96,7 @@ def validate(
                 long_run_tokens=LONG_RUN_TOKENS if long_run_tokens is None else long_run_tokens,
             ),
             saved_outputs=save_outputs,
+            expect=expect,
             progress=progress,
         )
         found = dataclasses.replace(found, created=now(), command=command_line())
@@ -101,14 +107,16 @@ def validate(
         document = found.to_dict()
         write_parity_table(document)
         write_level_table(document)
-        write_text("parity: passed" if found.passed else "parity: FAILED")
+        write_text(f"parity: {'passed' if found.passed else 'FAILED'}, {own_model_text(document)}")
     if not found.passed:
         raise click.exceptions.Exit(1)
 
 
-def _levels(chosen: tuple[str, ...]) -> tuple[str, ...]:
+def _levels(chosen: tuple[str, ...], expect: Path | None) -> tuple[str, ...]:
     if "all" in chosen:
-        return LEVELS
+        return LEVELS if expect is not None else LEVELS[1:]
+    if OWN_MODEL in chosen and expect is None:
+        raise click.UsageError(f"the level {OWN_MODEL} compares with your own model: add --expect FILE.safetensors")
     return tuple(name for name in LEVELS if name in chosen) or VALIDATE_LEVELS
 
 

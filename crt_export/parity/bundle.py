@@ -13,8 +13,10 @@ import numpy as np
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import BundleError, InputError
+from crt_export.ladder import OWN_MODEL
 from crt_export.parity.case import ParityCase
 from crt_export.parity.check import check_parity
+from crt_export.parity.own_model import check_own_model, not_compared, own_model_report
 from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
 from crt_export.parity.tolerances import Tolerances
@@ -22,6 +24,7 @@ from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
 from crt_export.progress import Progress, no_progress
+from crt_export.report.own_model import own_model_text, was_compared
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import load_tokenizer
 
@@ -38,6 +41,7 @@ def validate_bundle(
     options: ParityOptions | None = None,
     tolerances: Tolerances | None = None,
     saved_outputs: Path | None = None,
+    expect: Path | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare every graph of a bundle that runs here with PyTorch FP32.
@@ -54,6 +58,8 @@ def validate_bundle(
         options: How much to measure.
         tolerances: Limits; None reads ``validate/tolerances.toml``.
         saved_outputs: Folder for the tensors of the one-step level; None saves nothing.
+        expect: What the user's own model gave (:mod:`crt_export.parity.expected_outputs`), to compare the reference
+            with; None: the report says that it was not compared.
         progress: Told how far it is.
 
     Returns:
@@ -61,12 +67,20 @@ def validate_bundle(
 
     Raises:
         BundleError: The bundle is unusable, a file was changed, or it has no reference and no checkpoint is given.
-        InputError: An unknown target, a checkpoint the bundle was not built from, or unusable text.
+        InputError: An unknown target, a checkpoint the bundle was not built from, unusable text or expected outputs.
         CheckpointError: The checkpoint is unusable.
     """
     files = open_bundle(path, allow_unvalidated=True)
     cases = [case_from_manifest(files, name) for name in _chosen(files, targets)]
     reference = _reference(files, checkpoint)
+    levels = (options or ParityOptions()).levels
+    if expect is None and OWN_MODEL in levels:
+        raise InputError(f"the level {OWN_MODEL} needs the outputs of your own model (--expect FILE.safetensors)")
+    own_model = not_compared(recorded_own_model(files.manifest))
+    if expect is not None:
+        own_model = check_own_model(reference, expect, tolerances=tolerances, progress=progress)
+        if set(levels) == {OWN_MODEL}:
+            return own_model_report(reference, expect, own_model, tolerances)
     tokenizer = load_tokenizer(reference.path, reference.config)
     whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
     held_out = held_out_text(whole, files.manifest)
@@ -78,6 +92,7 @@ def validate_bundle(
         tolerances=tolerances,
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll(files.manifest),
+        own_model=own_model,
         progress=progress,
     )
     files.check_unchanged()  # its graphs were opened by their names, some of them minutes after they were hashed
@@ -202,6 +217,11 @@ def recorded_nll(manifest: Mapping[str, Any]) -> float | None:
         if row.get("regime") == STEP and row.get("reference_nll") is not None:
             return float(row["reference_nll"])
     return None
+
+
+def recorded_own_model(manifest: Mapping[str, Any]) -> str:
+    """What a bundle's report says of the user's own model, which its reference still is; empty where not compared."""
+    return own_model_text(manifest["parity"]) if was_compared(manifest["parity"]) else ""
 
 
 def _recognised(record: Mapping[str, Any] | None, whole: TokenText) -> TokenText | None:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
-from crt_export.environment import installed_versions
 from crt_export.errors import ContractError, InputError
-from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN
-from crt_export.machine import machine
+from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN, OWN_MODEL
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.bootstrap import METHOD as BOOTSTRAP_METHOD
 from crt_export.parity.case import ParityCase
@@ -18,8 +16,9 @@ from crt_export.parity.corpus import CorpusResult, check_corpus
 from crt_export.parity.level import LevelResult, ParitySetup, failed_check
 from crt_export.parity.levels import level_function
 from crt_export.parity.long_run.schedule import check_length
+from crt_export.parity.own_model import not_compared
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
-from crt_export.parity.report import ParityReport
+from crt_export.parity.report import ParityReport, reference_facts
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.statistics import METHOD
 from crt_export.parity.text_gate import check_text
@@ -28,8 +27,6 @@ from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.text import TokenText
-
-_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 def check_parity(
@@ -42,6 +39,7 @@ def check_parity(
     plan: W8A8Plan | None = None,
     saved_outputs: Path | None = None,
     recorded_nll: float | None = None,
+    own_model: LevelResult | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Take every target up the ladder, see :mod:`crt_export.parity.level`.
@@ -56,6 +54,8 @@ def check_parity(
         saved_outputs: Folder for the tensors of the one-step level, in the format of Polygraphy's tools.
         recorded_nll: How well PyTorch FP32 predicted the text that the bundle was built on, nats per token; a text it
             predicts worse than a uniform guess is then refused as not the model's.
+        own_model: What the comparison of the reference with the user's own model found
+            (:func:`crt_export.parity.own_model.check_own_model`); None: it was not made, and the report says so.
         progress: Told what runs and how many windows are done.
 
     Returns:
@@ -81,7 +81,8 @@ def check_parity(
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll,
     )
-    results, corpus = _climb_ladder(cases, setup, plan)
+    levels, corpus = _climb_ladder(cases, setup, plan)
+    results = [own_model or not_compared(), *levels]
     return ParityReport(
         rows=corpus.rows,
         levels=tuple(results),
@@ -89,14 +90,8 @@ def check_parity(
         text=_text_identity(windows),
         notes=tuple(dict.fromkeys((*windows.notes, *corpus.notes, *(n for result in results for n in result.notes)))),
         method=f"{METHOD}; {BOOTSTRAP_METHOD}",
-        versions=installed_versions(_LIBRARIES),
-        environment=machine(),
-        model={
-            "checkpoint": checkpoint.sha256,
-            "parameters": checkpoint.config.parameter_count,
-            "config": checkpoint.config.to_dict(),
-        },
         largest_fp16=corpus.largest_fp16,
+        **reference_facts(checkpoint),
     )
 
 
@@ -106,7 +101,7 @@ def _climb_ladder(
     """Every level that was asked for, all targets of one before the next; what the corpus level adds to its results."""
     corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
     results: list[LevelResult] = []
-    for level in (level for level in LEVELS if level in setup.options.levels):
+    for level in (level for level in LEVELS if level in setup.options.levels and level != OWN_MODEL):
         if level == CORPUS:
             _prepare_reference(cases, setup)
             corpus = check_corpus(cases, setup, plan)

@@ -1,11 +1,12 @@
 """The ladder: what a level of evidence takes and what it answers.
 
-Every level is one module of this package with one function ``(ParityCase, ParitySetup) -> LevelResult``; later levels
-ask more of a target than earlier ones:
+Every level but the first is one module of this package with one function ``(ParityCase, ParitySetup) -> LevelResult``;
+later levels ask more of a target than earlier ones. The first one looks at what all targets are compared with:
 
 ======================  ==============  ==========================================================================
 level                   module          question
 ======================  ==============  ==========================================================================
+``own-model``           own_model       Does the reference compute what the user's own PyTorch model does? (--expect)
 L0 ``contract``         contract        Are the files what was agreed: names, dtypes, operators, weights, nothing else?
 L1 ``one-step``         one_step        One call from the reference's own state: is every output tensor right?
 L2 ``chain``            chain           Fed its own state for many steps: which tensor leaves the reference first?
@@ -85,7 +86,7 @@ class LevelResult:
     """What one level found about one target.
 
     Attributes:
-        level: ``contract`` to ``long-run``, see the module.
+        level: ``own-model`` to ``long-run``, see the module.
         target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
         checks: Every claim; at least one.
         data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from crt_export.checkpoint import Checkpoint
+from crt_export.environment import installed_versions
 from crt_export.errors import BundleError, problem_list
 from crt_export.ladder import CORPUS
+from crt_export.machine import machine
 from crt_export.parity.level import LevelResult, json_value
 
 #: Identity of the document and the version of its schema, ``validate/report.schema.json``.
 FORMAT = "crt-export parity report"
 FORMAT_VERSION = 1
+
+_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 RUN = "run"
 COMPILED = "compiled"
@@ -196,3 +201,16 @@ class ParityReport:
             raise BundleError(f"parity report: a row cannot be read, or a level ({error})") from None
         rest = {key: value for key, value in values.items() if key in known - {"rows", "levels", "notes"}}
         return cls(rows=rows, levels=levels, notes=tuple(values.get("notes", ())), **rest)
+
+
+def reference_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What every report says of the reference and of where it was made: ``versions``, ``environment`` and ``model``."""
+    return {
+        "versions": installed_versions(_LIBRARIES),
+        "environment": machine(),
+        "model": {
+            "checkpoint": checkpoint.sha256,
+            "parameters": checkpoint.config.parameter_count,
+            "config": checkpoint.config.to_dict(),
+        },
+    }

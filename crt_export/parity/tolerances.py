@@ -15,7 +15,7 @@ FILE = "tolerances.toml"
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
 #: Limits that a precision may leave out: nothing is gated then.
 _OPTIONAL = ("max_abs_logit_error",)
-_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap", "weight_rounding", "learnt_share")
+_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap", "weight_rounding", "learnt_share", "own_model_error")
 _SHARES = ("top1_agreement", "top10_overlap", "learnt_share")
 
 
@@ -82,6 +82,8 @@ class Tolerances:
         weight_rounding: Largest distance of an INT8 weight from the checkpoint's, quantisation steps.
         learnt_share: A model whose recorded likelihood is at most this share of a uniform guess's surprise has learnt
             its text, and only then the validation text is gated.
+        own_model_error: Largest |difference| of PyTorch FP32 from the logits of the user's own model, in standard
+            deviations of those logits.
         precisions: Limits per precision.
         reasons: Why each limit is what it is, by ``table.key``.
     """
@@ -91,6 +93,7 @@ class Tolerances:
     perplexity_gap: float
     weight_rounding: float
     learnt_share: float
+    own_model_error: float
     precisions: Mapping[str, Tolerance]
     reasons: Mapping[str, str]
 

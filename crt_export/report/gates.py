@@ -9,6 +9,7 @@ from typing import Any
 from crt_export.ladder import LEVELS
 from crt_export.report.junit import JUnitCase, junit_cases
 from crt_export.report.numbers import count_text
+from crt_export.report.own_model import own_model_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,13 @@ class Verdict:
         passed: Whether everything that was gated held, and something was.
         summary: One sentence: how many gates, of what.
         first: What failed first, on the lowest level; None where nothing did.
+        own_model: Whether the reference was compared with the user's own model, and how they agree.
         caveat: What has not been judged though it is deployed; empty where there is nothing.
     """
 
     passed: bool
     summary: str
+    own_model: str
     first: Failure | None = None
     caveat: str = ""
 
@@ -51,6 +54,7 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
         summary = f"The only gate held, on {scope}."
     else:
         summary = f"All {count_text(len(gates), 'gate')} held on {scope}."
+    own_model = own_model_text(report)
     engines = [row for row in report["rows"] if row["status"] != "run"]
     caveat = ""
     if engines:
@@ -62,6 +66,7 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
     return Verdict(
         passed=bool(report["passed"]) and bool(gates) and not failed,
         summary=summary,
+        own_model=f"{own_model[0].upper()}{own_model[1:]}.",
         first=_failure(failed[0]) if failed else None,
         caveat=caveat,
     )

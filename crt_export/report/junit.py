@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from crt_export.ladder import CORPUS
+from crt_export.ladder import CORPUS, NOT_COMPARED, OWN_MODEL
 from crt_export.report.output import write_output
 from crt_export.visible import visible
 
@@ -47,7 +47,13 @@ def junit_cases(report: Mapping[str, Any] | Any) -> list[JUnitCase]:
     """
     document: Mapping[str, Any] = report if isinstance(report, Mapping) else report.to_dict()
     cases = [
-        _case(f"{result['target']} {result['level']}", check["name"], check["passed"], check["failures"])
+        _case(
+            f"{result['target']} {result['level']}",
+            check["name"],
+            check["passed"],
+            check["failures"],
+            NOT_COMPARED if result["level"] == OWN_MODEL else _NOT_GATED,
+        )
         for result in document["levels"]
         for check in result["checks"]
     ]

@@ -38,6 +38,8 @@ class BuildOptions:
         reference: Put the checkpoint into the bundle, so that it can be validated anywhere.
         validation_tokens: Tokens that every comparison scores.
         short_reason: Why a short validation (:data:`SHORT_VALIDATION`) is enough, for the report; empty: a full one.
+        expect: Outputs of the user's own model that the reference must agree with before anything is made
+            (:mod:`crt_export.parity.own_model`); None: the report says that it was not compared.
         cache: Folder of stages that earlier builds made (:mod:`crt_export.stages.store`); None makes all anew.
 
     Raises:
@@ -55,6 +57,7 @@ class BuildOptions:
     reference: bool = True
     validation_tokens: int = VALIDATION_TOKENS
     short_reason: str = ""
+    expect: Path | None = None
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class BuildOptions:
             problems.append("give a number of validation tokens or the reason of a short validation, not both")
         if self.text is not None and self.tokens is not None:
             problems.append("give a text or token ids, not both")
+        if self.expect is not None and not self.validated:
+            problems.append("an unvalidated bundle has no report for the comparison with your own model: leave out one")
         if problems:
             raise InputError(problem_list("build options", problems))
 

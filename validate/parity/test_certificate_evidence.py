@@ -41,7 +41,7 @@ def _below(report: ParityReport, target: str) -> dict[str, Any]:
 
 def test_every_target_is_certified(report: ParityReport) -> None:
     assert report.passed, report.failures
-    assert [level.target for level in report.levels] == [*TARGETS]
+    assert [level.target for level in report.levels if level.passed is not None] == [*TARGETS]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -43,7 +43,7 @@ def _run(report: ParityReport, target: str, kind: str) -> dict[str, Any]:
 
 def test_every_target_holds_every_gate(report: ParityReport) -> None:
     assert report.passed, report.failures
-    assert [level.target for level in report.levels] == [*TARGETS]
+    assert [level.target for level in report.levels if level.passed is not None] == [*TARGETS]
 
 
 @pytest.mark.parametrize("target", TARGETS)

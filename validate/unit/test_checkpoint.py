@@ -176,6 +176,14 @@ def test_missing_extra_and_misshapen_tensors_are_reported_at_once(make_checkpoin
         assert problem in str(caught.value)
 
 
+def test_correction_of_a_concatenation_is_named(make_checkpoint: Make) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["correction.up.weight"] = torch.zeros(48, 64)
+
+    with pytest.raises(CheckpointError, match="one of their concatenation cannot be expressed by this version"):
+        load_checkpoint(_rewrite(make_checkpoint(), edit))
+
+
 def test_correction_of_a_plain_transformer_is_unexpected(make_checkpoint: Make) -> None:
     with pytest.raises(CheckpointError, match=r"unexpected tensor correction\.down\.bias") as caught:
         load_checkpoint(_change_config(make_checkpoint(), model_type="transformer"))

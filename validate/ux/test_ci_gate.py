@@ -75,10 +75,11 @@ def test_a_sound_bundle_passes_and_leaves_every_report(accepted: Path) -> None:
     report = json.loads((accepted / "report.json").read_text(encoding="utf-8"))
     assert report["passed"] is True
     assert {level["level"] for level in report["levels"]} == {
+        "own-model",
         "contract",
         "one-step",
         "corpus",
-    }  # the text is judged whichever levels run
+    }  # the text is judged whichever levels run, and that there was no own model is said
     assert "<html" in (accepted / "report.html").read_text(encoding="utf-8")[:500]
     for name in ("junit-validate.xml", "junit-selftest.xml"):
         assert _cases(accepted / name)

@@ -15,6 +15,7 @@ import pytest
 from crt_export.catalog import definition_path
 from crt_export.parity import ParityReport, ParityRow, load_tolerances
 from crt_export.parity.level import Check, LevelResult
+from crt_export.parity.own_model import not_compared
 
 WINDOW, TRAINED, UNROLL = 256, 128, 10
 PASSES = list(range(1, 2 * UNROLL + 1))
@@ -299,10 +300,13 @@ def _sample(targets: int = 3, levels: tuple[str, ...] = LEVELS) -> dict[str, Any
         rows.append(ParityRow(target="rtx-sm80-fp16", runtime="tensorrt-rtx", **compiled))
     report = ParityReport(
         rows=tuple(rows),
-        levels=tuple(
-            LevelResult(level=level, target=name, checks=_checks(level, precision, scale), data=_data(level, scale))
-            for level in levels
-            for name, precision, _, scale in chosen
+        levels=(
+            not_compared(),
+            *(
+                LevelResult(level=level, target=name, checks=_checks(level, precision, scale), data=_data(level, scale))
+                for level in levels
+                for name, precision, _, scale in chosen
+            ),
         ),
         tolerances=load_tolerances().to_dict(),
         text={

@@ -153,10 +153,10 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
 
     report = make_report(targets=1)
     poison = poisoned({key: report[key] for key in report if key not in ("format", "format_version", "tolerances")})
-    hostile_key = {HOSTILE: poison["levels"][2]["data"]["tensors"]["logits"]}
-    poison["levels"][2]["data"]["tensors"] = hostile_key
-    poison["levels"][3]["data"]["regimes"] = {HOSTILE: poison["levels"][3]["data"]["regimes"]["step"]}
-    poison["levels"][6]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
+    hostile_key = {HOSTILE: poison["levels"][3]["data"]["tensors"]["logits"]}
+    poison["levels"][3]["data"]["tensors"] = hostile_key
+    poison["levels"][4]["data"]["regimes"] = {HOSTILE: poison["levels"][4]["data"]["regimes"]["step"]}
+    poison["levels"][7]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
     poison["versions"] = {HOSTILE: HOSTILE}
     text = render_html({**report, **poison})
     page = Page(text)
@@ -264,7 +264,7 @@ def test_the_users_own_plot_settings_change_nothing_and_stay(make_report: Callab
         assert matplotlib.rcParams["font.size"] == 30
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level not in ("contract", "one-step")])
+@pytest.mark.parametrize("level", LEVELS[3:])
 def test_holes_in_the_data_leave_out_what_they_are_in(make_report: Callable[..., Report], level: str) -> None:
     """A level that broke down, a plain transformer, windows that do not reach far: nulls and empty lists anywhere."""
     report = make_report(1, (level,))

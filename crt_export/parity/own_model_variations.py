@@ -1,0 +1,282 @@
+"""What a user's own model may do otherwise than this package's: variations that are cheap to try, each by itself.
+
+A variation changes ``config.json``, the weights, the tokens or the regime, or edits the modules of a new model into a
+form that no configuration can express. A shift of all positions is not among them: rotary attention sees differences of
+positions only. Nor is a correction of the concatenation of h and x: its weights have twice the width, and reading the
+checkpoint refuses them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crt_export.cache import Cache
+from crt_export.config import ModelConfig
+from crt_export.model import Block, Correction, LayerNorm, Linear, Mlp, Model
+from crt_export.parity.expected_outputs import EXACT, Passes
+
+CONFIG = "set it in config.json and build again"
+UNSUPPORTED = "which this version cannot express"
+
+_THETAS = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0, 10_000_000.0)
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3)
+_HEAD_FACTORS = (2.0, 0.5, 4.0, 0.25)
+#: Values that are worth trying with another key's or with what no configuration can express.
+_PAIRED: Mapping[str, tuple[object, ...]] = {
+    "rope_layout": ("interleaved", "half"),
+    "rope_theta": _THETAS[:3],
+    "layer_norm_eps": _EPSILONS[:2],
+    "tie_word_embeddings": (True,),
+}
+_MOST_PASSES = 10
+#: Forms of the activation; the package's own is F.gelu.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "the tanh form of GELU": partial(F.gelu, approximate="tanh"),
+    "the sigmoid form of GELU, x sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
+    "SiLU in place of GELU": F.silu,
+    "ReLU in place of GELU": F.relu,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """One thing done otherwise.
+
+    Attributes:
+        words: What, as it stands in a sentence: ``rope_layout = 'half'``.
+        advice: What to do about it: ``CONFIG``, ``UNSUPPORTED``, or a phrase of its own.
+        config: Keys of config.json and their other values.
+        edit: Changes the modules or weights of a new model in place.
+        passes: Another regime; None keeps the one under test.
+        before: Tokens put in front of the file's.
+        pair: What it is one value of, where it may be tried together with another; empty where it is tried alone.
+    """
+
+    words: str
+    advice: str
+    config: Mapping[str, object] = field(default_factory=dict)
+    edit: Callable[[Model], None] | None = None
+    passes: Passes | None = None
+    before: tuple[int, ...] = ()
+    pair: str = ""
+
+
+def variations(config: ModelConfig, passes: Passes, stated: bool, first: int) -> list[Variation]:
+    """All that may be tried for a model, what a configuration can express first.
+
+    Args:
+        config: The checkpoint's.
+        passes: The regime under test.
+        stated: Whether the file says so itself.
+        first: First position that differs.
+    """
+    return [
+        *_of_config(config, first),
+        *_of_regime(config, passes, stated),
+        *_of_weights(config),
+        *(_unsupported(words, _activation(form), "gelu" * (not index)) for index, (words, form) in _numbered()),
+        *(_corrections() if config.recurrent else ()),
+        *_of_modules(config),
+        *_of_tokens(config),
+    ]
+
+
+def _numbered() -> Iterator[tuple[int, tuple[str, Callable[[Tensor], Tensor]]]]:
+    return iter(enumerate(_ACTIVATIONS.items()))
+
+
+def _unsupported(words: str, edit: Callable[[Model], None], pair: str = "") -> Variation:
+    return Variation(words=words, advice=UNSUPPORTED, edit=edit, pair=pair)
+
+
+def _of_config(config: ModelConfig, first: int) -> Iterator[Variation]:
+    def other(key: str, value: object, **derived: object) -> Variation:
+        shown = json.dumps(value).replace('"', "'")
+        pair = key if value in _PAIRED.get(key, ()) else ""
+        return Variation(words=f"{key} = {shown}", advice=CONFIG, config={key: value, **derived}, pair=pair)
+
+    yield other("rope_layout", "half" if config.rope_layout == "interleaved" else "interleaved")
+    yield from (other("rope_theta", theta) for theta in _THETAS if theta != config.rope_theta)
+    yield from (other("layer_norm_eps", eps) for eps in _EPSILONS if eps != config.layer_norm_eps)
+    if not config.tie_word_embeddings:
+        yield other("tie_word_embeddings", True)
+    for factor in _HEAD_FACTORS:
+        heads = int(config.num_attention_heads * factor)
+        if heads and config.hidden_size % heads == 0 and (config.hidden_size // heads) % 2 == 0:
+            size = config.hidden_size // heads
+            yield other("num_attention_heads", heads, num_key_value_heads=heads, head_dim=size)
+    if config.sliding_window is not None:
+        yield other("sliding_window", None)
+    elif first > 0:  # a window of W tokens is seen from position W on
+        yield other("sliding_window", first)
+
+
+def _of_regime(config: ModelConfig, passes: Passes, stated: bool) -> Iterator[Variation]:
+    if not config.recurrent:
+        return
+    for other in (EXACT, *range(1, max(config.unroll_steps, _MOST_PASSES) + 1)):
+        if other != passes:
+            yield Variation(
+                words="the exact recurrence" if other == EXACT else f"{other} parallel pass{'es' * (other != 1)}",
+                advice=f"compute your logits token by token, or save the file with metadata={{'passes': '{other}'}}",
+                passes=other,
+                pair="passes" if not stated and other == config.unroll_steps else "",
+            )
+
+
+def _of_weights(config: ModelConfig) -> Iterator[Variation]:
+    def weights(words: str, advice: str, edit: Callable[[Model], None], pair: str = "") -> Variation:
+        return Variation(words=words, advice=advice, edit=edit, pair=pair)
+
+    transposed = "write them to model.safetensors as [out, in], as nn.Linear has them"
+    for named in ("qkvo", "qkv", "o"):
+        pair = "transposed" if named == "qkvo" else ""
+        yield weights(f"{', '.join(named)} transposed", transposed, partial(_transpose, names=tuple(named)), pair)
+    square_mlp = config.intermediate_size == config.hidden_size
+    square_correction = config.recurrent and config.correction_intermediate_size == config.hidden_size
+    if square_mlp or square_correction:
+        yield weights("every square linear transposed", transposed, partial(_transpose, names=(*"qkvo", "up", "down")))
+        yield weights("the square up and down transposed", transposed, partial(_transpose, names=("up", "down")))
+    for one, two in ("qk", "kv", "qv"):
+        edit = partial(_exchange, names=(one, two))
+        yield weights(f"{one} and {two} exchanged", "exchange them in model.safetensors", edit)
+    yield weights("embed.weight times sqrt(hidden_size)", "write it so to model.safetensors", _scale_embedding)
+    scale = math.sqrt(config.head_dim)
+    yield weights("attention scores that are not divided by sqrt(head_dim)",
+                  f"multiply q's weights and biases by {scale:g}", partial(_scale_queries, factor=scale))  # fmt: skip
+    if not config.tie_word_embeddings:
+        yield weights("the embedding as the head's weight, with the head's bias",
+                      "write embed.weight to model.safetensors as lm_head.weight too", _tie_with_bias)  # fmt: skip
+    if config.recurrent:
+        yield weights("no correction", "set model_type = 'transformer' and leave the correction's tensors out",
+                      partial(_correct, corrected=lambda model, x, previous: x))  # fmt: skip
+
+
+def _corrections() -> Iterator[Variation]:
+    """Other readings of the correction; that of x alone is one parallel pass."""
+
+    def normed(model: Model, previous: Tensor) -> Tensor:
+        return model.final_norm(previous) * (previous != 0).any(-1, keepdim=True)  # h_{-1} stays zero
+
+    def ffn(model: Model, value: Tensor) -> Tensor:
+        assert model.correction is not None
+        return model.correction.down(model.correction.activation(model.correction.up(value)))
+
+    def of_sum(model: Model, u: Tensor) -> Tensor:
+        assert model.correction is not None
+        return model.correction(u)
+
+    def norm(model: Model, u: Tensor) -> Tensor:
+        assert model.correction is not None
+        return model.correction.norm.forward(u)
+
+    forms: Mapping[str, Callable[[Model, Tensor, Tensor], Tensor]] = {
+        "a correction of h alone, not of h + x": lambda m, x, h: x + of_sum(m, h),
+        "a correction of LN(h) + x": lambda m, x, h: x + ffn(m, norm(m, h) + x),
+        "a correction of LN(h) + LN(x)": lambda m, x, h: x + ffn(m, norm(m, h) + norm(m, x)),
+        "a correction of h + x without its norm": lambda m, x, h: x + ffn(m, h + x),
+        "a correction that is added to h + x, not to x": lambda m, x, h: h + x + of_sum(m, h + x),
+        "a correction in place of x, not added to it": lambda m, x, h: of_sum(m, h + x),
+        "a recurrent state after the final norm": lambda m, x, h: x + of_sum(m, normed(m, h) + x),
+        "no correction of the first token": lambda m, x, h: x + of_sum(m, h + x) * (h != 0).any(-1, keepdim=True),
+    }
+    yield from (_unsupported(words, partial(_correct, corrected=form)) for words, form in forms.items())
+
+
+def _of_modules(config: ModelConfig) -> Iterator[Variation]:
+    yield _unsupported("no rotary embedding", _without_rotation)
+    yield _unsupported("RMSNorm in place of LayerNorm", _rms_norms)
+    yield _unsupported("no final norm", lambda model: _replace_forward(model.final_norm, lambda x: x))
+    if config.num_hidden_layers:
+        yield _unsupported("attention and MLP side by side, not one after the other", _parallel_layers)
+
+
+def _of_tokens(config: ModelConfig) -> Iterator[Variation]:
+    candidates = dict.fromkeys((config.bos_token_id, config.eos_token_id, 0, 1, 2, config.vocab_size - 1))
+    for token in (token for token in candidates if token is not None and token < config.vocab_size):
+        yield Variation(
+            words=f"token {token} in front of input_ids",
+            advice="input_ids must hold all that your model was fed, with a row of logits for each; where every "
+            "sequence begins with it, config.json says so as bos_token_id",
+            before=(token,),
+        )
+
+
+# --- edits of a new model
+def _activation(form: Callable[[Tensor], Tensor]) -> Callable[[Model], None]:
+    def edit(model: Model) -> None:
+        for module in model.modules():
+            if isinstance(module, Mlp | Correction):
+                module.activation = form
+
+    return edit
+
+
+def _correct(model: Model, corrected: Callable[[Model, Tensor, Tensor], Tensor]) -> None:
+    setattr(model, "corrected", partial(corrected, model))  # noqa: B010  # a method of this one model
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    setattr(module, "forward", forward)  # noqa: B010  # of this one module
+
+
+def _transpose(model: Model, names: tuple[str, ...]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.rpartition(".")[2] in names:
+            into, out = module.weight.shape
+            if into == out:
+                module.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
+
+
+def _exchange(model: Model, names: tuple[str, str]) -> None:
+    for layer in _layers(model):
+        one, two = (getattr(layer.attn, name) for name in names)
+        setattr(layer.attn, names[0], two)
+        setattr(layer.attn, names[1], one)
+
+
+def _scale_embedding(model: Model) -> None:
+    model.embed.weight.data = model.embed.weight * math.sqrt(model.config.hidden_size)
+
+
+def _scale_queries(model: Model, factor: float) -> None:
+    for layer in _layers(model):
+        for parameter in layer.attn.q.parameters():
+            parameter.data = parameter * factor
+
+
+def _tie_with_bias(model: Model) -> None:
+    model.lm_head.weight = nn.Parameter(model.embed.weight.T.contiguous(), requires_grad=False)
+
+
+def _without_rotation(model: Model) -> None:
+    model.rope_cos, model.rope_sin = torch.ones_like(model.rope_cos), torch.zeros_like(model.rope_sin)
+
+
+def _rms_norms(model: Model) -> None:
+    def rms(x: Tensor, norm: LayerNorm) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight + norm.bias
+
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            _replace_forward(module, partial(rms, norm=module))
+
+
+def _parallel_layers(model: Model) -> None:
+    def side_by_side(z: Tensor, rope: tuple[Tensor, ...], index: int, cache: Cache, *, own: Block) -> Tensor:
+        return z + own.attn(own.attn_norm(z), rope, index, cache) + own.mlp(own.mlp_norm(z))
+
+    for layer in _layers(model):
+        _replace_forward(layer, partial(side_by_side, own=layer))
+
+
+def _layers(model: Model) -> Iterator[Block]:
+    return (layer for layer in model.layers if isinstance(layer, Block))

@@ -83,8 +83,8 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
     problems = [*_target_problems(values, file, profile)]
     try:
         contract = GraphSpec.from_dict(file.graph, values)
-        limits = {side: _shapes(values["inputs"], side) for side in ("min", "max")}
-    except (ContractError, KeyError, TypeError, ValueError, OverflowError) as error:
+        limits = {side: _shapes(values["inputs"], side) for side in ("min", "opt", "max")}
+    except (ContractError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{file.sidecar}: its inputs and outputs cannot be read ({error!r}); {_again()}") from None
     problems += _contract_problems(contract, file.contract)
     if problems:
@@ -178,7 +178,19 @@ def _gpu_problems(values: Mapping[str, Any], profile: EngineProfile, gpu: Gpu) -
 
 
 def _shapes(inputs: Sequence[Mapping[str, Any]], side: str) -> dict[str, tuple[int, ...]]:
-    return {str(entry["name"]): tuple(int(size) for size in entry[side]) for entry in inputs}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in inputs:
+        sizes, dims = entry[side], entry["dims"]
+        if not isinstance(sizes, list) or len(sizes) != len(dims) or not all(_is_size(size) for size in sizes):
+            raise ValueError(f"{side} of {entry['name']} must be {len(dims)} sizes of 1 or more, found {sizes!r:.60}")
+        if str(entry["name"]) in shapes:
+            raise ValueError(f"the input {entry['name']} stands twice")
+        shapes[str(entry["name"])] = tuple(sizes)
+    return shapes
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _dotted(capability: int) -> str:

@@ -114,6 +114,21 @@ def test_a_sidecar_with_malformed_inputs(copied: Path, open_recorded: Open, reco
     assert str(copied / SIDECAR) in refusal(BundleError, copied, open_recorded, recording)
 
 
+@pytest.mark.parametrize("side", ["min", "opt", "max"])
+@pytest.mark.parametrize("sizes", [[], [1], [1, 1, 1], [0, 1], [-1, 1], [1.0, 1], [True, 1], ["1", 1], 7, None])
+def test_sizes_that_no_shape_has(copied: Path, open_recorded: Open, recording: Any, side: str, sizes: Any) -> None:
+    inputs = json.loads((copied / SIDECAR).read_text())["inputs"]
+    assert len(inputs[0]["dims"]) == 2
+    change_sidecar(copied, inputs=[{**inputs[0], side: sizes}, *inputs[1:]])
+    assert "must be 2 sizes of 1 or more" in refusal(BundleError, copied, open_recorded, recording)
+
+
+def test_an_input_that_stands_twice(copied: Path, open_recorded: Open, recording: Any) -> None:
+    inputs = json.loads((copied / SIDECAR).read_text())["inputs"]
+    change_sidecar(copied, inputs=[*inputs, inputs[0]])
+    assert "stands twice" in refusal(BundleError, copied, open_recorded, recording)
+
+
 def test_an_engine_file_that_is_not_what_was_built(copied: Path, open_recorded: Open, recording: Any) -> None:
     (copied / ENGINE).write_bytes((copied / ENGINE).read_bytes()[:-1])
     assert "bytes, the manifest says" in refusal(BundleError, copied, open_recorded, recording)

@@ -6,7 +6,6 @@ build wrote beside the engine, answers with what is wrong and how to fix it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from crt_export.errors import BundleError, ContractError, MissingDependencyError
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, TensorSpec
+from crt_export.strict_json import parse_json
 
 _KEYS: dict[str, type] = {
     "graph": str,
@@ -26,6 +26,7 @@ _KEYS: dict[str, type] = {
     "compute_capability": int,
     "precision": str,
     "capacity": int,
+    "options": dict,
     "inputs": list,
     "outputs": list,
     "aliases": list,
@@ -97,7 +98,7 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the facts about an engine as JSON ({error}); {_again()}") from None
     if not isinstance(values, dict):
@@ -107,6 +108,13 @@ def _parsed(path: Path) -> dict[str, Any]:
         for key, kind in _KEYS.items()
         if not isinstance(values.get(key), kind) or isinstance(values.get(key), bool)
     ]
+    options = values.get("options")
+    if isinstance(options, dict):
+        problems += [
+            f"options[{key!r}] must be true or false, found {options.get(key)!r:.60}"
+            for key in ("ampere_plus", "version_compatible")
+            if not isinstance(options.get(key, False if key == "version_compatible" else None), bool)
+        ]
     if problems:
         raise BundleError(problem_list(str(path), problems) + f"\n{_again()}")
     return values

@@ -42,7 +42,7 @@ class Setup:
         kinds: Which kinds of inputs.
         seed: Of the random changes.
         library: The C++ library; needed for ``cpp``.
-        fault: A fault of faults.py to plant into the Python worker; "" for none.
+        fault: A fault of planted_faults.py to plant into the Python worker; "" for none.
         kept: Folder for inputs that broke a rule.
     """
 

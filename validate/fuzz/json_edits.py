@@ -24,7 +24,7 @@ _TEXTS = (
     "e\u0301", "\u202e", "\x00", "\n", "\x1b[31m", "\x7f", "%s%n", "{0}", "manifest.json", "float32", "float16", "fp32",
     "w8", "w8a8", "cuda", "cpu", "tensorrt-rtx", "none", "byte", "tokenizer.json", "1", "-1", "1e9", "true", "null",
 )  # fmt: skip
-_DEPTHS = (1, 2, 20, 150, 199, 200, 201, 1000, 50_000)
+_DEPTHS = (1, 2, 20, 150, 199, 200, 201, 500, 900, 980, 1000, 50_000)
 
 
 def edit_json(content: bytes, random: Random) -> bytes:

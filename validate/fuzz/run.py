@@ -18,7 +18,7 @@ from pathlib import Path
 
 from campaign import Campaign, CampaignError, Result, Setup, count_lines
 from cases import KINDS, Inputs
-from faults import FAULTS
+from planted_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_FINDING, EXIT_ENVIRONMENT = 1, 3

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from faults import plant_fault
+from planted_faults import plant_fault
 from stages import Finding
 
 #: Beyond what the process had before its first input.

@@ -93,6 +93,10 @@ def test_a_sidecar_that_belongs_to_something_else(
         (b"{", "expected the facts about an engine as JSON"),
         (b"\xff\xfe", "expected the facts about an engine as JSON"),
         (b"[" * 100_000, "expected the facts about an engine as JSON"),
+        (b'{"graph": ' + b"[" * 300 + b"]" * 300 + b"}", "expected the facts about an engine as JSON"),
+        (b'{"graph": "step", "graph": "step"}', "expected the facts about an engine as JSON"),
+        (b'{"capacity": NaN}', "expected the facts about an engine as JSON"),
+        (b'{"capacity": 9223372036854775808}', "expected the facts about an engine as JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b"{}", "'graph' must be str, found None"),
         (b'{"graph": true}', "'graph' must be str, found True"),
@@ -112,6 +116,12 @@ INPUT = {"name": "x", "dtype": "int64", "dims": [1]}
 def test_a_sidecar_with_malformed_inputs(copied: Path, open_recorded: Open, recording: Any, inputs: Any) -> None:
     change_sidecar(copied, inputs=inputs)
     assert str(copied / SIDECAR) in refusal(BundleError, copied, open_recorded, recording)
+
+
+@pytest.mark.parametrize("options", [None, 2, [], {}, {"ampere_plus": 1}, {"ampere_plus": [False]}])
+def test_options_that_no_engine_was_built_with(copied: Path, open_recorded: Open, recording: Any, options: Any) -> None:
+    change_sidecar(copied, options=options)
+    assert "options" in refusal(BundleError, copied, open_recorded, recording)
 
 
 @pytest.mark.parametrize("side", ["min", "opt", "max"])

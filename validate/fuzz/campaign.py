@@ -210,7 +210,7 @@ class Worker:
 
     def __init__(self, language: str, setup: Setup, seeds: Path) -> None:
         self._language = language
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         library = setup.library if language == "cpp" else None
         sanitized = library is not None and is_sanitized(library)
         command = [sys.executable, str(HERE / "worker.py"), "--language", language, "--seeds", str(seeds)]

@@ -16,7 +16,7 @@ from seeds import BUNDLE, CHECKPOINT, SIDECAR, SNAPSHOT, TARGET
 from stages import Finding, Stages
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cpp"))
-from c_library import CrtError, Library
+from c_library import CrtError, Library  # pyright: ignore[reportMissingImports]  # beside the C++ tests
 
 _SELFTEST_EXIT_CODES = {0, 1, 2, 3}
 _SELFTEST_SECONDS = 20

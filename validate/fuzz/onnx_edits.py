@@ -125,7 +125,7 @@ def _edit_external_data(content: bytes, random: Random) -> bytes:
     def search(message: bytes, path: list[tuple[Field, list[Field]]]) -> list[Field]:
         fields = parse(message)
         for field in fields:
-            if field.wire == _BYTES and isinstance(field.value, bytes) and 4 < len(field.value) and len(path) < 6:
+            if field.wire == _BYTES and isinstance(field.value, bytes) and len(field.value) > 4 and len(path) < 6:
                 try:
                     inner = search(field.value, [*path, (field, fields)])
                 except ValueError:
@@ -199,9 +199,10 @@ def _wire(fields: list[Field], index: int, random: Random) -> bytes:
 def _length(fields: list[Field], index: int, random: Random) -> bytes:
     """A length that is not that of the payload."""
     tag = varint_bytes(fields[index].number << 3 | _BYTES)
-    payload = fields[index].value if isinstance(fields[index].value, bytes) else b""
+    value = fields[index].value
+    payload = value if isinstance(value, bytes) else b""
     length = random.choice((*_NUMBERS, len(payload) + 1, max(0, len(payload) - 1)))
-    return serialise(fields[:index]) + tag + varint_bytes(length) + bytes(payload) + serialise(fields[index + 1 :])
+    return serialise(fields[:index]) + tag + varint_bytes(length) + payload + serialise(fields[index + 1 :])
 
 
 def _long_number(fields: list[Field], index: int, random: Random) -> bytes:

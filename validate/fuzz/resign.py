@@ -47,7 +47,7 @@ def signed_text(manifest: dict[str, Any]) -> str:
 
 
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the digests that the package's reader asks for; it has none before schema versions with them."""
+    """The manifest with the digests that the package's reader asks for, where it asks for any."""
     try:
         integrity = importlib.import_module("crt_export.bundle.integrity")
         return integrity.sealed(manifest)

@@ -91,7 +91,7 @@ def _report(result: Result, setup: Setup, output: Path | None) -> int:
 
 
 def _say(text: str, *, error: bool = False) -> None:
-    print(text.encode(errors="replace").decode(), file=sys.stderr if error else sys.stdout, flush=True)  # noqa: T201
+    print(text.encode(errors="replace").decode(), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
                 name: reader.get_tensor(name).to(torch.float32) for name in sorted(shapes) if dtypes[name] in _DTYPES
             }
         problems = [*_layout_problems(config, shapes, dtypes), *_value_problems(tensors)]
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # a file of a terabyte of nothing cannot be mapped
         raise CheckpointError(
             f"{file}: expected a complete safetensors file, found something unreadable ({error}); copy or save it again"
         ) from None

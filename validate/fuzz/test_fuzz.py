@@ -60,6 +60,14 @@ def test_a_few_inputs_of_every_kind_break_nothing(tmp_path: Path) -> None:
     assert len(counts) == 8
 
 
+def test_without_clang_and_package_manager_the_reason_is_kept(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "validate" / "fuzz" / "prepare_clang.py"), str(tmp_path / "clang")]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    ran = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert (ran.returncode, ran.stderr) == (3, (tmp_path / "clang" / "missing.txt").read_text("utf-8"))
+    assert "apt-get install clang libclang-rt-dev" in ran.stderr
+
+
 @pytest.mark.evidence
 @pytest.mark.timeout(0)
 def test_both_languages_for_a_minute_each(cpp_build: Path, capsys: pytest.CaptureFixture[str]) -> None:

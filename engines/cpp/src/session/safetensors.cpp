@@ -104,7 +104,8 @@ std::string header_text(const std::map<std::string, std::string>& metadata,
   for (const SnapshotTensor* tensor : order) {
     const std::uint64_t end = begin + tensor->data.size();
     text += "," + quoted(tensor->name) + ":{\"dtype\":" + quoted(tensor->dtype) + ",\"shape\":" +
-            shape_text(tensor->shape) + ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+            shape_text(tensor->shape) + ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) +
+            "]}";
     begin = end;
   }
   // A name that is not UTF-8 comes out changed, and its file is refused when it is read.

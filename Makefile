@@ -1,6 +1,6 @@
 # make demo      set up .venv, build and validate build/demo from the trained demo checkpoint, write a few lines
 # make test      set up .venv, then lint, types, wheel, C++ library and every test against the installed wheel
-# make evidence  the checks that take minutes: sanitizers, the demo in Python and C++, long comparisons
+# make evidence  the checks that take minutes: sanitizers, fuzzers, the demo in Python and C++, long comparisons
 # make cpp       C++ library, examples and tests in build/cpp
 #
 # Needs python3 (3.11 or 3.12) with venv. The network is used by the set-up steps only.
@@ -24,7 +24,7 @@ PLATFORM := $(shell uname -s)-$(shell uname -m)
 RTX_TARGETS := $(if $(filter Linux-x86_64,$(PLATFORM)),rtx-sm80-fp16 rtx-sm80-int8)
 DEMO_TARGETS ?= ort-cpu-fp32 ort-cpu-int8 $(RTX_TARGETS)
 
-.PHONY: demo test evidence cpp cpp-if-possible lint format wheel setup develop bindings clean help
+.PHONY: demo test evidence cpp cpp-if-possible fuzzers lint format wheel setup develop bindings clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +56,7 @@ evidence: $(VENV)/.dev $(VENV)/.browser $(VENV)/.installed cpp
 	LD_PRELOAD=$(SANITIZERS) CRT_RUNTIME_LIBRARY=$(CURDIR)/build/cpp-sanitize/libcrt_runtime.so \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(TEST_ENVIRONMENT) \
 	  $(BIN)/pytest validate/cpp -m "not evidence" --capture=sys
+	$(MAKE) --no-print-directory fuzzers
 	$(BIN)/python validate/ux/prepare_browser.py build/browser || \
 	  [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_BROWSER" != 1 ]
 	$(PYTEST) -m evidence
@@ -65,7 +66,7 @@ evidence: $(VENV)/.dev $(VENV)/.browser $(VENV)/.installed cpp
 ORT_FOLDER := build/onnxruntime
 PREPARE_CPP := $(BIN)/python engines/cpp/scripts/prepare.py $(ORT_FOLDER)
 cpp-build = cmake -S engines/cpp -B $(1) -G Ninja -DCRT_RUNTIME_WERROR=ON $(2) $(CMAKE_FLAGS) \
-  -DONNXRUNTIME_ROOT="$${ONNXRUNTIME_ROOT:-$(CURDIR)/$(ORT_FOLDER)}" && cmake --build $(1) --parallel $(JOBS)
+  -DONNXRUNTIME_ROOT="$${ONNXRUNTIME_ROOT:-$(CURDIR)/$(ORT_FOLDER)}" && cmake --build $(1) --parallel $(JOBS) $(3)
 # The examples are projects of their own, which find the installed package.
 cpp-examples = cmake --install build/cpp --prefix build/cpp/installed >build/cpp/install.log \
   $(foreach example,02_embed_cpp 03_embed_c,&& cmake -S examples/$(example) -B build/cpp/examples/$(example) -G Ninja \
@@ -79,6 +80,15 @@ cpp: $(VENV)/.demo
 cpp-if-possible: $(VENV)/.demo
 	$(PREPARE_CPP) || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
 	if [ ! -e $(ORT_FOLDER)/missing.txt ]; then $(call cpp-build,build/cpp) && $(cpp-examples); fi
+
+# libFuzzer targets of the parsers; where clang is missing and cannot be installed, their test says so and is skipped.
+FUZZ_FLAGS := -DCRT_RUNTIME_FUZZ=ON -DCRT_RUNTIME_TESTS=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+fuzzers: $(VENV)/.demo
+	$(PREPARE_CPP)
+	$(BIN)/python validate/fuzz/prepare_clang.py build/clang || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
+	if [ ! -e build/clang/missing.txt ]; then \
+	  $(call cpp-build,build/cpp-fuzz,$(FUZZ_FLAGS),--target crt_fuzz_targets); fi
 
 # --- lint -----------------------------------------------------------------------------------------------------
 lint: $(VENV)/.dev

@@ -129,7 +129,7 @@ def _read_tensors(file: Path) -> _StoredTensors:
                 name for name in slices if dtypes[name] in _DTYPES and len(shapes[name]) <= 2 and 0 not in shapes[name]
             ]
             tensors = {name: reader.get_tensor(name).to(torch.float32) for name in readable}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
             f"{file}: expected a complete safetensors file, found something unreadable ({error}); copy or save it again"
         ) from None

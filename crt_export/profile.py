@@ -177,7 +177,7 @@ def _profile_from_file(path: Traversable) -> EngineProfile:
         raise InputError(f"engine profile {path} cannot be read: {error.strerror}") from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of too many digits and deep nesting are no TOMLDecodeError
         raise InputError(f"engine profile {path} is not valid TOML: {error}") from error
     return EngineProfile.from_dict({"name": _stem(path), **values}, source=str(path))
 

@@ -6,7 +6,6 @@ build wrote beside the engine, answers with what is wrong and how to fix it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from crt_export.errors import BundleError, ContractError, MissingDependencyError
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, TensorSpec
+from crt_export.strict_json import parse_json
 
 _KEYS: dict[str, type] = {
     "graph": str,
@@ -26,6 +26,7 @@ _KEYS: dict[str, type] = {
     "compute_capability": int,
     "precision": str,
     "capacity": int,
+    "options": dict,
     "inputs": list,
     "outputs": list,
     "aliases": list,
@@ -87,8 +88,8 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
     problems = [*_target_problems(values, file, profile)]
     try:
         contract = GraphSpec.from_dict(file.graph, values)
-        limits = {side: _shapes(values["inputs"], side) for side in ("min", "max")}
-    except (ContractError, KeyError, TypeError, ValueError, OverflowError) as error:
+        limits = {side: _shapes(values["inputs"], side) for side in ("min", "opt", "max")}
+    except (ContractError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{file.sidecar}: its inputs and outputs cannot be read ({error!r}); {_again()}") from None
     problems += _contract_problems(contract, file.contract)
     if problems:
@@ -102,7 +103,7 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
 def _parsed(file: EngineFile) -> dict[str, Any]:
     path = file.sidecar
     try:
-        values = json.loads(file.read_sidecar().decode("utf-8"))
+        values = parse_json(file.read_sidecar())
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: expected the facts about an engine as JSON ({error}); {_again()}") from None
     if not isinstance(values, dict):
@@ -112,6 +113,13 @@ def _parsed(file: EngineFile) -> dict[str, Any]:
         for key, kind in _KEYS.items()
         if not isinstance(values.get(key), kind) or isinstance(values.get(key), bool)
     ]
+    options = values.get("options")
+    if isinstance(options, dict):
+        problems += [
+            f"options[{key!r}] must be true or false, found {options.get(key)!r:.60}"
+            for key in ("ampere_plus", "version_compatible")
+            if not isinstance(options.get(key, False if key == "version_compatible" else None), bool)
+        ]
     if problems:
         raise BundleError(problem_list(str(path), problems) + f"\n{_again()}")
     return values
@@ -183,7 +191,19 @@ def _gpu_problems(values: Mapping[str, Any], profile: EngineProfile, gpu: Gpu) -
 
 
 def _shapes(inputs: Sequence[Mapping[str, Any]], side: str) -> dict[str, tuple[int, ...]]:
-    return {str(entry["name"]): tuple(int(size) for size in entry[side]) for entry in inputs}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in inputs:
+        sizes, dims = entry[side], entry["dims"]
+        if not isinstance(sizes, list) or len(sizes) != len(dims) or not all(_is_size(size) for size in sizes):
+            raise ValueError(f"{side} of {entry['name']} must be {len(dims)} sizes of 1 or more, found {sizes!r:.60}")
+        if str(entry["name"]) in shapes:
+            raise ValueError(f"the input {entry['name']} stands twice")
+        shapes[str(entry["name"])] = tuple(sizes)
+    return shapes
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _dotted(capability: int) -> str:

@@ -200,7 +200,7 @@ def _of_modules(config: ModelConfig) -> Iterator[Variation]:
 
 
 def _of_tokens(config: ModelConfig) -> Iterator[Variation]:
-    candidates = dict.fromkeys((config.bos_token_id, config.eos_token_id, 0, 1, 2, config.vocab_size - 1))
+    candidates = dict.fromkeys((config.bos_token_id, *config.eos_token_ids, 0, 1, 2, config.vocab_size - 1))
     for token in (token for token in candidates if token is not None and token < config.vocab_size):
         yield Variation(
             words=f"token {token} in front of input_ids",

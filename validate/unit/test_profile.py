@@ -187,6 +187,10 @@ def test_unusable_files_are_input_errors(tmp_path: Path) -> None:
     broken.write_text("name = ", encoding="utf-8")
     with pytest.raises(InputError, match=r"broken\.toml is not valid TOML"):
         load_profile(broken)
+    for text in ("threads = " + "[" * 50_000, "threads = " + "9" * 5000, "threads = {a = " * 5000):
+        broken.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=r"engine profile .*broken\.toml"):
+            load_profile(broken)
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="cannot be read"):
         load_profile(broken)

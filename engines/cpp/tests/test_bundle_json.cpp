@@ -59,6 +59,14 @@ TEST_CASE("json: whole numbers are 64 bits, others finite") {
   }
 }
 
+TEST_CASE("json: a NUL ends no text") {
+  for (const std::string& text : {std::string("{}\0", 3), std::string("{}\0x", 4), std::string("\0{}", 3),
+                                 std::string("{\0}", 3), std::string("\"a\0b\"", 5), std::string("1\0", 2)}) {
+    CHECK(refused(text, "is not JSON (a NUL at byte "));
+  }
+  CHECK(crt::parse_json(R"("a\u0000b")").string() == std::string("a\0b", 3));
+}
+
 TEST_CASE("json: no key twice in one object") {
   CHECK(refused(R"({"a": 1, "b": 2, "a": 1})", "the key 'a' stands twice in one object"));
   CHECK(refused(R"([{"x": {"a\u0062": 1, "ab": 1}}])", "the key 'ab' stands twice"));

@@ -170,6 +170,24 @@ TEST_CASE("snapshot file: every truncation and every changed byte is refused") {
   }
 }
 
+TEST_CASE("snapshot file: names and metadata of any text come back, escaped as Python escapes them") {
+  const Folder folder;
+  const std::string path = folder.file("escaped");
+  const std::string text = "a\"\\/\b\f\n\r\t\x01\x1f\x7f\xC3\xA9\xF0\x9F\x98\x80";
+  crt::Snapshot snapshot = small_snapshot();
+  snapshot.target = text;
+  snapshot.tensors[1].name = text;
+  snapshot.save(path);
+  const std::string header = content_of(path).substr(8);
+  CHECK(header.find(R"("a\"\\/\b\f\n\r\t\u0001\u001f)" "\x7f\xC3\xA9\xF0\x9F\x98\x80\"") != std::string::npos);
+  const crt::Snapshot loaded = crt::Snapshot::load(path);
+  CHECK(loaded.target == text);
+  CHECK(loaded.tensors[0].name == text);
+  snapshot.target = "\xFFx";  // no UTF-8
+  snapshot.save(path);
+  CHECK(crt::Snapshot::load(path).target == "\xEF\xBF\xBDx");
+}
+
 TEST_CASE("snapshot file: hostile headers are refused with what is wrong") {
   const Folder folder;
   const std::string path = folder.file("hostile");
@@ -187,6 +205,7 @@ TEST_CASE("snapshot file: hostile headers are refused with what is wrong") {
       {[](Json& h) { h["__metadata__"].erase("bundle"); }, "its metadata lack bundle"},
       {[](Json& h) { h["seen"]["dtype"] = "I8"; }, "expected I64, F32, F16 or U8"},
       {[](Json& h) { h["seen"]["shape"] = {1, 4}; }, "tell different sizes"},
+      {[](Json& h) { h["seen"]["shape"] = std::vector<int>(65, 1); }, "has 65 dims; a tensor has at most 64"},
       {[](Json& h) { h["seen"]["shape"] = {1, -3}; }, "shape must be a list of whole numbers"},
       {[](Json& h) { h["seen"]["shape"] = {4611686018427387904, 4, 3}; }, "tell different sizes"},
       {[](Json& h) { h["seen"]["data_offsets"] = {0, 3}; }, "begins at byte"},

@@ -65,6 +65,7 @@ def _target(
             "compute_capability": profile.compute_capability,
             "precision": profile.precision,
             "capacity": profile.capacity,
+            "options": profile.to_dict()["options"],
             **tensors,
         }
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

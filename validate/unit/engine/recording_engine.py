@@ -80,6 +80,7 @@ def _compile(onnx: Path, graph: str, folder: Path, target: Target, config: Model
         "unroll": 1,
         "runtime": profile.runtime,
         "runtime_version": VERSION,
+        "options": {"ampere_plus": False, "version_compatible": False},
         "compute_capability": profile.compute_capability,
         "precision": profile.precision,
         "capacity": profile.capacity,

@@ -78,7 +78,7 @@ def recorded_engine(
     values = contract.to_dict()
     for entry in values["inputs"]:
         pairs = [ranges[dim] if isinstance(dim, str) else (dim, dim) for dim in entry["dims"]]
-        entry["min"], entry["max"] = ([pair[side] for pair in pairs] for side in (0, 1))
+        entry["min"], entry["opt"], entry["max"] = ([pair[side] for pair in pairs] for side in (0, 1, 1))
     plan = _MAGIC + json.dumps({"onnx": str(onnx), "name": contract.name, **values}).encode()
     return plan + _MAGIC, values
 

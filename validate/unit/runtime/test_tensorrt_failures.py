@@ -94,6 +94,10 @@ def test_a_sidecar_that_belongs_to_something_else(
         (b"{", "expected the facts about an engine as JSON"),
         (b"\xff\xfe", "expected the facts about an engine as JSON"),
         (b"[" * 100_000, "expected the facts about an engine as JSON"),
+        (b'{"graph": ' + b"[" * 300 + b"]" * 300 + b"}", "expected the facts about an engine as JSON"),
+        (b'{"graph": "step", "graph": "step"}', "expected the facts about an engine as JSON"),
+        (b'{"capacity": NaN}', "expected the facts about an engine as JSON"),
+        (b'{"capacity": 9223372036854775808}', "expected the facts about an engine as JSON"),
         (b"[]", "expected a JSON object, found list"),
         (b"{}", "'graph' must be str, found None"),
         (b'{"graph": true}', "'graph' must be str, found True"),
@@ -113,6 +117,27 @@ INPUT = {"name": "x", "dtype": "int64", "dims": [1]}
 def test_a_sidecar_with_malformed_inputs(copied: Path, open_recorded: Open, recording: Any, inputs: Any) -> None:
     change_sidecar(copied, inputs=inputs)
     assert str(copied / SIDECAR) in refusal(BundleError, copied, open_recorded, recording)
+
+
+@pytest.mark.parametrize("options", [None, 2, [], {}, {"ampere_plus": 1}, {"ampere_plus": [False]}])
+def test_options_that_no_engine_was_built_with(copied: Path, open_recorded: Open, recording: Any, options: Any) -> None:
+    change_sidecar(copied, options=options)
+    assert "options" in refusal(BundleError, copied, open_recorded, recording)
+
+
+@pytest.mark.parametrize("side", ["min", "opt", "max"])
+@pytest.mark.parametrize("sizes", [[], [1], [1, 1, 1], [0, 1], [-1, 1], [1.0, 1], [True, 1], ["1", 1], 7, None])
+def test_sizes_that_no_shape_has(copied: Path, open_recorded: Open, recording: Any, side: str, sizes: Any) -> None:
+    inputs = json.loads((copied / SIDECAR).read_text())["inputs"]
+    assert len(inputs[0]["dims"]) == 2
+    change_sidecar(copied, inputs=[{**inputs[0], side: sizes}, *inputs[1:]])
+    assert "must be 2 sizes of 1 or more" in refusal(BundleError, copied, open_recorded, recording)
+
+
+def test_an_input_that_stands_twice(copied: Path, open_recorded: Open, recording: Any) -> None:
+    inputs = json.loads((copied / SIDECAR).read_text())["inputs"]
+    change_sidecar(copied, inputs=[*inputs, inputs[0]])
+    assert "stands twice" in refusal(BundleError, copied, open_recorded, recording)
 
 
 def test_an_engine_file_that_is_not_what_was_built(copied: Path, open_recorded: Open, recording: Any) -> None:

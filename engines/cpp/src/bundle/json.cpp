@@ -162,6 +162,9 @@ JsonValue parse_json(std::string_view text) {
   const std::size_t invalid = find_invalid_utf8(text);
   if (invalid != std::string_view::npos) throw JsonError("is not UTF-8 (byte " + std::to_string(invalid) + ")");
   if (text.substr(0, 3) == "\xEF\xBB\xBF") throw JsonError("is not JSON (it starts with a byte order mark)");
+  // nlohmann takes a NUL for the end of the text and whatever follows for nothing.
+  const std::size_t nul = text.find('\0');
+  if (nul != std::string_view::npos) throw JsonError("is not JSON (a NUL at byte " + std::to_string(nul) + ")");
   Builder builder;
   if (!nlohmann::json::sax_parse(text.begin(), text.end(), &builder)) throw JsonError(builder.problem());
   return builder.take();

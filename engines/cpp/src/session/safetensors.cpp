@@ -1,13 +1,13 @@
 #include "session/safetensors.hpp"
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
 #include <utility>
 
 #include "bundle/message_text.hpp"
 #include "bundle/sha256.hpp"
+#include "generation/utf8.hpp"
 #include "session/safe_write.hpp"
 
 namespace crt {
@@ -18,6 +18,8 @@ constexpr char kMetadata[] = "__metadata__";
 constexpr std::size_t kLengthBytes = 8;
 constexpr std::uint64_t kMostHeaderBytes = std::uint64_t{8} << 20U;  // 80,000 tensors; parsing takes many times as much
 constexpr std::uint64_t kPieceBytes = std::uint64_t{1} << 20U;
+
+constexpr std::size_t kMostDims = 64;  // as numpy, so that both languages refuse the same files
 
 struct StoredTensor {
   SnapshotTensor tensor;
@@ -64,18 +66,52 @@ std::string length_bytes(std::uint64_t length) {
   return bytes;
 }
 
+/// A JSON string with the escapes of Python's json.dumps(ensure_ascii=False); U+FFFD for what is not UTF-8.
+std::string quoted(const std::string& text) {
+  constexpr char kHex[] = "0123456789abcdef";
+  constexpr char kEscaped[] = "\"\\\b\f\n\r\t";
+  constexpr char kLetters[] = "\"\\bfnrt";
+  std::string result = "\"";
+  for (std::size_t offset = 0; offset < text.size();) {
+    const Utf8Prefix prefix = first_character(text.data() + offset, text.size() - offset);
+    const char first = text[offset];
+    const std::string_view escaped(kEscaped);
+    if (prefix.kind != Utf8Prefix::complete) {
+      result += kReplacementCharacter;
+    } else if (const std::size_t index = escaped.find(first); index != std::string_view::npos) {
+      result += {'\\', kLetters[index]};
+    } else if (static_cast<unsigned char>(first) < 0x20) {
+      result += {'\\', 'u', '0', '0', kHex[first >> 4 & 0xF], kHex[first & 0xF]};
+    } else {
+      result.append(text, offset, prefix.length);
+    }
+    offset += prefix.length;
+  }
+  return result + '"';
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t size : shape) text += (text.empty() ? "" : ",") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+/// Written here and not by nlohmann's document, whose constructors free what they never made where memory runs out.
 std::string header_text(const std::map<std::string, std::string>& metadata,
                         const std::vector<const SnapshotTensor*>& order) {
-  nlohmann::ordered_json header;
-  header[kMetadata] = metadata;
+  std::string entries;
+  for (const auto& [key, value] : metadata) entries += (entries.empty() ? "" : ",") + quoted(key) + ":" + quoted(value);
+  std::string text = "{" + quoted(kMetadata) + ":{" + entries + "}";
   std::uint64_t begin = 0;
   for (const SnapshotTensor* tensor : order) {
     const std::uint64_t end = begin + tensor->data.size();
-    header[tensor->name] = {{"dtype", tensor->dtype}, {"shape", tensor->shape}, {"data_offsets", {begin, end}}};
+    text += "," + quoted(tensor->name) + ":{\"dtype\":" + quoted(tensor->dtype) + ",\"shape\":" +
+            shape_text(tensor->shape) + ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) +
+            "]}";
     begin = end;
   }
   // A name that is not UTF-8 comes out changed, and its file is refused when it is read.
-  std::string text = header.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  text += "}";
   text.resize((text.size() + kLengthBytes - 1) / kLengthBytes * kLengthBytes, ' ');
   return text;
 }
@@ -137,6 +173,10 @@ StoredTensor stored_tensor(const std::string& name, const JsonValue& entry) {
   stored.tensor.name = name;
   stored.tensor.dtype = text_of(entry, "dtype");
   stored.tensor.shape = counts(name, "shape", entry);
+  if (stored.tensor.shape.size() > kMostDims) {
+    throw SafetensorsError(in_quotes(name, 80) + " has " + std::to_string(stored.tensor.shape.size()) +
+                           " dims; a tensor has at most " + std::to_string(kMostDims));
+  }
   const std::vector<std::int64_t> offsets = counts(name, "data_offsets", entry);
   const std::optional<std::uint64_t> width = element_bytes(stored.tensor.dtype);
   if (!width) {

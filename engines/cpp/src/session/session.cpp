@@ -107,6 +107,7 @@ void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
 }
 
 void Session::Impl::reset() {
+  // A half reset session gives neither its old values nor those of a new one.
   poisoning([&] {
     decoder.reset();
     history.clear();

@@ -208,8 +208,13 @@ class BundleFiles:
 
     def _refuse_other_place(self) -> None:
         """Refuse what is at the path if it is no longer the folder that was opened."""
+        self._refuse_closed()
         if self._folder.exchanged:
             raise BundleError(f"{self.path} was replaced since it was opened: open it again, or repeat the command")
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise BundleError(f"{self.path} cannot be read: the bundle is closed; open it again")
 
     def _refuse_other_than_graph(self, name: str) -> None:
         of_targets = (target["graphs"].values() for target in self._manifest["targets"].values())
@@ -260,6 +265,7 @@ class BundleFiles:
 
     def _problem(self, name: str) -> str | None:
         """Check one file, the one that is held; remember it if it is sound."""
+        self._refuse_closed()
         entry = self._manifest["files"].get(name)
         if entry is None:
             close = difflib.get_close_matches(name, self.names, n=1)
@@ -267,8 +273,6 @@ class BundleFiles:
         problem = name_problem(name)
         if problem:
             return problem
-        if self._closed:
-            return "cannot be read: the bundle is closed"
         try:
             if name not in self._held:
                 problem = self._folder.problem(name)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from crt_export.bundle.paths import name_problem
 from crt_export.profile_options import OPTIONS_OF_RUNTIME, TensorRTOptions
 
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
@@ -47,6 +48,8 @@ def _text_problems(values: Mapping[str, Any]) -> list[str]:
     name = values.get("name", "unnamed")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
         found.append(f"name must be lower-case letters, digits, '.', '_' or '-' (at most 64), not {name!r}")
+    elif (problem := name_problem(name)) is not None:
+        found.append(f"name {name!r} {problem}: files of the bundle are named after it")
     elif name in PRECISIONS:
         found.append(f"name {name!r} is the name of a precision: graph files of the two would collide")
     title = values.get("title", "untitled")

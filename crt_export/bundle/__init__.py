@@ -19,9 +19,10 @@ Standard library only: an application that embeds the runtime imports this packa
 from __future__ import annotations
 
 from crt_export.bundle.external_data import ExternalTensor, external_tensors
+from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held_graph import HeldGraph, HeldWeights
 from crt_export.bundle.manifest import read_manifest
-from crt_export.bundle.opening import BundleFiles, open_bundle
+from crt_export.bundle.opening import open_bundle
 from crt_export.bundle.output import check_output
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION, TOOL_NAME
 from crt_export.bundle.staging import Staging, stage_bundle

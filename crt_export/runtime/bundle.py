@@ -34,13 +34,17 @@ class Bundle:
     further session costs its own tensors only. They may run in different threads at the same time.
     """
 
-    def __init__(self, files: BundleFiles, open_engine: OpenEngine = engine_from_target) -> None:
+    def __init__(
+        self, files: BundleFiles, open_engine: OpenEngine = engine_from_target, *, close_files: bool = False
+    ) -> None:
         """Read the configuration; nothing is loaded yet.
 
         Args:
             files: The checked files.
             open_engine: Loads the graphs of a target.
+            close_files: Whether closing the bundle closes the files too.
         """
+        self._close_files = close_files
         self._files = files
         self._open_engine = open_engine
         self._config = config_from_manifest(files)
@@ -157,7 +161,8 @@ class Bundle:
         for key, engine in list(self._engines.items()):
             engine.close()
             self._engines.pop(key, None)
-        self._files.close()
+        if self._close_files:
+            self._files.close()
 
     def __enter__(self) -> Bundle:
         return self
@@ -227,7 +232,8 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, i
         raise BundleError(f"expected the path of a bundle folder, found {shown(path)}")
     if not isinstance(allow_unvalidated, bool):
         raise InputError(f"allow_unvalidated must be True or False, found {shown(allow_unvalidated)}")
-    return Bundle(open_bundle(path, allow_unvalidated=allow_unvalidated, identity=identity))
+    files = open_bundle(path, allow_unvalidated=allow_unvalidated, identity=identity)
+    return Bundle(files, close_files=True)
 
 
 def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:

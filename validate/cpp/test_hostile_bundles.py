@@ -255,14 +255,66 @@ def refusal_in_cpp(bundle: Path, library: Any, error: type[Exception]) -> str | 
 
 def test_both_come_to_the_same_verdict_on_damaged_manifests(bundle: Path, library: Any, c_library: ModuleType) -> None:
     path = bundle / "manifest.json"
+    whole = path.read_bytes()
     opened = 0
-    for content in damaged(path.read_bytes(), 120):
-        path.write_bytes(content)
-        expected, found = refusal_in_python(bundle), refusal_in_cpp(bundle, library, c_library.CrtError)
-        if expected is not None and "is not JSON" in expected:  # there each parser says it in its own words
-            assert found is not None
-            assert "is not JSON" in found
-        else:
-            assert found == expected
-        opened += expected is None
+    for content in damaged(whole, 120):
+        for written in (content, _sealed_again(content)):
+            path.write_bytes(written)
+            expected, found = refusal_in_python(bundle), refusal_in_cpp(bundle, library, c_library.CrtError)
+            if expected is not None and "is not JSON" in expected:  # there each parser says it in its own words
+                assert found is not None
+                assert "is not JSON" in found
+            else:
+                assert found == expected
+            assert written is not content or expected is not None or json.loads(content) == json.loads(whole)
+            opened += written is not content and expected is None
     assert 5 < opened < 60
+
+
+def _sealed_again(content: bytes) -> bytes:
+    """The damaged manifest as if it had been written so; itself where it is none."""
+    try:
+        return json.dumps(sealed(json.loads(content))).encode()
+    except (ValueError, AttributeError, TypeError):
+        return content + b" "
+
+
+def test_both_take_the_same_digests_of_every_kind_of_value(bundle: Path, library: Any, c_library: ModuleType) -> None:
+    values = [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        2**63 - 1,
+        -(2**63),
+        0.0,
+        -0.0,
+        0.1,
+        1e300,
+        5e-324,
+        "",
+        '\0\n"\\/',
+        "\u00e9\U0001f600",
+    ]
+    note = {"\u00e9": values, "e": {"\U0001f600": [], "\uffee": {}, "": [[values]]}, "Z": 1.0, "a": "1"}
+    manifest(lambda content: content.update(note=note))(bundle)
+    assert refusal_in_python(bundle) is None
+    assert refusal_in_cpp(bundle, library, c_library.CrtError) is None
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")), sort_keys=True, ensure_ascii=False), "utf-8")
+    assert refusal_in_python(bundle) is None  # digests are over values: another order and other escapes are the same
+    assert refusal_in_cpp(bundle, library, c_library.CrtError) is None
+
+
+def test_both_refuse_another_identity_than_the_expected_one(bundle: Path, library: Any, c_library: ModuleType) -> None:
+    with load_bundle(bundle, allow_unvalidated=True) as opened:
+        identity = opened.identity
+    library.bundle(bundle, identity=identity.encode())
+    load_bundle(bundle, allow_unvalidated=True, identity=identity).close()
+    with pytest.raises(BundleError) as python:
+        load_bundle(bundle, allow_unvalidated=True, identity="0" * 64)
+    with pytest.raises(c_library.CrtError) as cpp:
+        library.bundle(bundle, identity=b"0" * 64)
+    assert cpp.value.message == str(python.value)
+    assert identity in str(python.value)

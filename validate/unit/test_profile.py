@@ -81,6 +81,9 @@ def test_ranges_have_names() -> None:
     ("changes", "expected"),
     [
         ({"name": "My Target"}, "name must be"),
+        ({"name": "nul"}, "name 'nul' contains 'nul', which is a device on Windows"),
+        ({"name": "com1.fp32"}, "which is a device on Windows"),
+        ({"name": "cpu."}, "ends in a dot"),
         ({"name": "fp16"}, "name of a precision"),
         ({"title": " "}, "title must be"),
         (

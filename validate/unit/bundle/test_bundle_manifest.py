@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from crt_export.bundle import open_bundle
+from crt_export.bundle.paths import name_problem
 from crt_export.errors import BundleError
 
 Manifest = dict[str, Any]
@@ -178,3 +179,39 @@ def test_all_schema_problems_are_reported_at_once(bundle: Path, edit_manifest: E
 def test_unknown_keys_are_allowed(bundle: Path, edit_manifest: Edit) -> None:
     edit_manifest(bundle, lambda manifest: manifest.update(note="added by a later 0.x"))
     open_bundle(bundle)
+
+
+DEVICE, ASCII, CASE = "which is a device on Windows", "only those of ASCII", "differ in upper and lower case only"
+NAMES: list[tuple[list[str], str]] = [
+    (["graphs/NUL"], DEVICE),
+    (["con.txt"], DEVICE),
+    (["a/Com1.tar.gz"], DEVICE),
+    (["lpt9 .x"], DEVICE),
+    (["CONIN$"], DEVICE),
+    (["aux/file"], DEVICE),
+    (["COM\u00b9"], ASCII),
+    (["graphs/\u00e9"], ASCII),
+    (["graphs/e\u0301"], ASCII),
+    (["graphs/\x9b31m"], r"contains '\\x9b'"),
+    (["a\x7fb"], r"contains '\\x7f'"),
+    (["graphs/A.bin", "graphs/a.bin"], CASE),
+    (["Other/x", "other/y"], "'Other' and 'other' differ"),
+    (["x" * 256], "contains a component of 256 characters"),
+    *((["a" + character], "contains") for character in '<>:"|?*\\'),
+    (["a "], "ends in a dot or a space"),
+]
+
+
+@pytest.mark.parametrize(("names", "message"), NAMES, ids=[ascii(names)[:40] for names, _ in NAMES])
+def test_names_that_do_not_mean_the_same_everywhere_are_refused(
+    names: list[str], message: str, bundle: Path, edit_manifest: Edit
+) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["files"].update(dict.fromkeys(names, FILE)))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_names_that_only_look_like_devices_are_allowed() -> None:
+    assert [name_problem(name) for name in ("console/com.txt", "com10", "nul-1", "a b", "~x!$&'()+,;=@[]^`{}")] == [
+        None
+    ] * 5

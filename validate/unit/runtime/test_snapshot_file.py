@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,31 @@ def test_what_cannot_be_a_path_is_refused(snapshot: Snapshot, path: Any) -> None
 def test_a_snapshot_of_other_types_cannot_be_made(snapshot: Snapshot, change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"(bundle|target) must be text|tensors must map names to arrays"):
         dataclasses.replace(snapshot, **change)
+
+
+@pytest.mark.parametrize("digest", ["0" * 64, "of zeros"])
+def test_a_file_that_claims_much_and_holds_nothing_costs_nothing(digest: str, tmp_path: Path) -> None:
+    """300 MiB of zeros without room on the disk: refused in little memory, or read into as much as the file has."""
+    size = 300 << 20
+    if digest == "of zeros":
+        zeros, found = bytes(1 << 20), hashlib.sha256()
+        for _ in range(size >> 20):
+            found.update(zeros)
+        digest = found.hexdigest()
+    fields = {"format": "crt-export snapshot", "format_version": "1", "bundle": "x", "target": "y", "sha256": digest}
+    header = {"__metadata__": fields, "a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    path = tmp_path / "bomb"
+    write(path, header, b"")
+    os.truncate(path, path.stat().st_size + size)
+    assert path.stat().st_blocks * 512 < 1 << 16
+    script = (
+        "import resource, sys\n"
+        "from crt_export.errors import BundleError\n"
+        "from crt_export.runtime import Snapshot\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: Snapshot.load(sys.argv[1])\n"
+        "except BundleError as error: assert 'is damaged' in str(error), error\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < (40 if digest == "0" * 64 else 340)

@@ -1,5 +1,5 @@
 // The files of an opened bundle: nothing is opened by anybody before its name, kind, size and SHA-256 were checked.
-// The C++ twin of crt_export/bundle/opening.py.
+// The C++ twin of crt_export/bundle/files.py and opening.py.
 #pragma once
 
 #include <array>

@@ -116,8 +116,11 @@ std::string in_quotes(std::string_view text, std::size_t count) {
   const bool double_quotes = text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos;
   const char quote = double_quotes ? '"' : '\'';
   std::string result(1, quote);
-  for (const char character : first_characters(text, count)) {
+  const std::string shortened = first_characters(text, count);
+  for (std::size_t i = 0; i < shortened.size(); ++i) {
+    const char character = shortened[i];
     const auto byte = static_cast<unsigned char>(character);
+    const auto next = static_cast<unsigned char>(i + 1 < shortened.size() ? shortened[i + 1] : '\0');
     if (character == '\\' || character == quote) {
       result += '\\';
       result += character;
@@ -125,6 +128,9 @@ std::string in_quotes(std::string_view text, std::size_t count) {
       result += character == '\n' ? "\\n" : character == '\r' ? "\\r" : "\\t";
     } else if (byte < 0x20 || byte == 0x7F) {
       append_hex(result, byte);
+    } else if (byte == 0xC2 && next >= 0x80 && next < 0xA0) {  // a control character of C1, which terminals obey too
+      append_hex(result, next);
+      ++i;
     } else {
       result += character;
     }

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bundle/message_text.hpp"
+#include "bundle/paths.hpp"
 
 namespace crt {
 namespace {
@@ -92,6 +93,8 @@ class ProfileCheck {
                         std::string_view("._-").find(name.front()) == std::string_view::npos;
     if (const JsonValue* value = profile_.find("name"); value != nullptr && !usable) {
       add("name must be lower-case letters, digits, '.', '_' or '-' (at most 64), not " + shown(*value, kShown));
+    } else if (const auto problem = value == nullptr ? std::nullopt : name_problem(name)) {
+      add("name " + in_quotes(name) + " " + *problem + ": files of the bundle are named after it");
     } else if (holds(kPrecisions, name)) {
       add("name " + in_quotes(name) + " is the name of a precision: graph files of the two would collide");
     }

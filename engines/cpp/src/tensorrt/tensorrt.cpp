@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "bundle/message_text.hpp"
-#include "bundle/paths.hpp"
 #include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
@@ -103,9 +102,10 @@ class TensorRtEngine final : public Engine {
   Program& load(const std::string& graph) {
     gpu_.device->make_current();
     const EngineSidecar& sidecar = sidecars_.at(graph);
-    const HeldFile file = files_.held(target_.engines.at(graph));
+    const std::string& file = target_.engines.at(graph);
     const std::shared_ptr<LoadedEngine> engine =
-        load_plan(api_, {target_.name + " " + graph, file.path, files_.content(target_.engines.at(graph), kMostPlanBytes), sidecar.ampere_plus});
+        load_plan(api_, {target_.name + " " + graph, files_.path() + "/" + file, files_.content(file, kMostPlanBytes),
+                         sidecar.ampere_plus});
     auto program = std::make_unique<TensorRtProgram>(gpu_.device, engine);
     std::vector<std::string> problems = contract_problems(files_, target_, graph, *program);
     for (const std::string& problem : engine_problems(engine->tensors(), sidecar, files_.contract(graph))) {

@@ -12,8 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -25,7 +25,7 @@ _KINDS = {
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow: bool = True) -> BinaryIO:
+def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow: bool = True) -> BufferedReader:
     """Open a regular file for reading, unbuffered bytes aside as :func:`open` does.
 
     Args:

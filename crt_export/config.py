@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
+from crt_export.input_file import read_input
 
 FORMAT_VERSION = 1
 RECURRENT = "context_ready_transformer"
@@ -24,6 +25,7 @@ BYTE_VOCABULARY = 256
 MOST_POSITIONS = 2**20
 #: Every layer is written once per pass into the unrolled prefill.
 MOST_LAYERS = MOST_PASSES = 4096
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def load_config(folder: str | Path) -> ModelConfig:
                 f"{path}: expected a checkpoint folder with config.json and model.safetensors, "
                 f"found {'a file' if path.exists() else 'nothing'}"
             )
-        values = json.loads(file.read_bytes())
+        values = json.loads(read_input(file, most=_MOST_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors"

@@ -6,6 +6,7 @@ the head not tied. Speed and memory do not depend on what the weights are; quali
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -89,6 +90,7 @@ def write_preset(name: str, output: Path, *, seed: int = 0) -> ModelConfig:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, found {name!r}")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed must be from 0 to 2**63 - 1, found {seed}")
+    output = Path(os.path.realpath(output))  # a link stays, and what it points at is filled
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output}: exists already; name a new folder, or remove this one yourself")
     try:

@@ -12,6 +12,7 @@ from crt_export.bundle.ownership import folder_lock
 from crt_export.bundle.paths import list_tree
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError, problem_list
+from crt_export.input_file import kind_of
 
 _SHOWN_NAMES = 5
 
@@ -70,7 +71,8 @@ def check_target(target: Path) -> None:
     except OSError as error:
         raise BundleError(f"cannot use the output {target}: {error.strerror}") from error
     if not stat.S_ISDIR(mode):
-        raise BundleError(f"the output {target} is a file; expected a folder, or a name that is still free")
+        found = "a file" if stat.S_ISREG(mode) else kind_of(mode)
+        raise BundleError(f"the output {target} is {found}; expected a folder, or a name that is still free")
     if os.path.ismount(target):
         raise BundleError(f"the output {target} is a mount point and cannot be replaced: choose a folder inside it")
     if not os.access(target, os.R_OK | os.W_OK | os.X_OK):

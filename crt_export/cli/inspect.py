@@ -25,7 +25,7 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").is_file() and not (path / "manifest.json").exists()
+    return (path / "config.json").exists() and not (path / "manifest.json").exists()
 
 
 def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:

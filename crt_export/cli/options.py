@@ -27,8 +27,9 @@ def junit_option(command: Command) -> Command:
 
 def text_options(command: Command) -> Command:
     """``--text`` and ``--tokens``, which exclude each other."""
-    tokens = click.option("--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (int64, 1-D).")
-    text = click.option("--text", type=PATH, metavar="FILE", help="Real text (UTF-8) of the model's domain.")
+    tokens = click.option("--tokens", type=PATH, metavar="FILE.npy", help="Token ids in place of text (integers, 1-D).")
+    help_text = "Real text (UTF-8, at most 256 MiB) of the model's domain."
+    text = click.option("--text", type=PATH, metavar="FILE", help=help_text)
     return text(tokens(command))
 
 

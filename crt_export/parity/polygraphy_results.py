@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crt_export.errors import MissingDependencyError
+from crt_export.errors import InputError, MissingDependencyError
+from crt_export.output_file import write_file
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -24,16 +25,20 @@ def save_outputs(path: Path, runs: Mapping[str, Sequence[Arrays]]) -> None:
     """Write runs as Polygraphy's ``RunResults``, one iteration per call.
 
     Args:
-        path: The JSON file; its folder is created.
+        path: The JSON file; its folder is created. A link is followed, and nothing but a file is replaced.
         runs: Per name of a run the outputs of every call.
 
     Raises:
+        InputError: It cannot be written.
         MissingDependencyError: Polygraphy is not installed.
     """
-    results = _results(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        results.save(str(path))
+        content = str(_results(runs).to_json())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content.encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _results(runs: Mapping[str, Sequence[Arrays]]) -> Any:

@@ -78,7 +78,8 @@ def check_outputs(
     wanted = [path for path in files if path is not None]
     problems = [problem for path in wanted if (problem := _kind_problem(path))]
     if folder is not None and folder.exists() and not folder.is_dir():
-        problems.append(f"{folder} is a file, expected a folder")
+        found = "a file" if folder.is_file() else kind_of(folder.stat().st_mode)
+        problems.append(f"{folder} is {found}, expected a folder")
     every = [*wanted, *([folder] if folder is not None else [])]
     problems += [
         f"{path}: the folder {path.parent} does not exist, make it first" for path in every if not path.parent.is_dir()

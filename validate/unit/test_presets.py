@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,20 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_preset("tiny", tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_a_link_stays_and_its_folder_is_filled_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for link, target in (("empty", "disk/there"), ("dangling", "disk/new")):
+        (tmp_path / link).symlink_to(target)
+        if link == "empty":
+            (tmp_path / target).mkdir()
+        write_preset("tiny", tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        assert load_checkpoint(tmp_path / target).tensors
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="exists already"):
+        write_preset("tiny", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["new", "there"]

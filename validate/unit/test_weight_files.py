@@ -141,7 +141,7 @@ def test_other_weights_are_named_with_what_to_do(make_checkpoint: Make, file: st
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "tokenizer.json"])
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS_FILE, "tokenizer.json"])
 def test_a_file_of_another_kind_is_refused_and_never_waited_for(make_checkpoint: Make, name: str) -> None:
     folder = make_checkpoint(tokenizer="tokenizer.json")
     for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):

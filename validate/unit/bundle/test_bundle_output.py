@@ -55,6 +55,21 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     refuse(tmp_path / "demo" / "below", "not a folder|Not a directory", tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_an_output_that_is_a_link_stays_one_and_a_pipe_is_refused(tmp_path: Path, build: Build) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "demo").symlink_to("disk/demo")
+    for content in ("first", "second"):
+        build(tmp_path / "demo", content=content)
+        assert (tmp_path / "demo").is_symlink()
+        assert open_bundle(tmp_path / "disk" / "demo").file("report.md").read_text("utf-8") == content
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["demo"]
+    os.mkfifo(tmp_path / "pipe")
+    refuse(tmp_path / "pipe", "is a pipe; expected a folder", tmp_path)
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    refuse(tmp_path / "to_pipe", "is a pipe; expected a folder", tmp_path)
+
+
 def test_output_that_is_somebody_elses_folder(tmp_path: Path) -> None:
     (tmp_path / "demo" / "photos").mkdir(parents=True)
     refuse(tmp_path / "demo", r"holding photos.* cannot be replaced.* has no manifest\.json", tmp_path)

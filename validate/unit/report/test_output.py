@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import click
@@ -44,8 +45,24 @@ def test_two_outputs_at_one_place_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    with pytest.raises(InputError, match="expected a folder"):
+    with pytest.raises(InputError, match="x is a file, expected a folder"):
         check_outputs([], folder=tmp_path / "x")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is a pipe, expected a folder"):
+        check_outputs([], folder=tmp_path / "pipe")
+
+
+def test_a_socket_is_neither_replaced_nor_found_out_after_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket may be 107 bytes long
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+    with pytest.raises(InputError, match="socket is a socket, expected a file"):
+        check_outputs([Path("socket")])
+    with pytest.raises(InputError, match="socket is a socket, expected a file"):
+        write_output(Path("socket"), "new")
+    assert Path("socket").is_socket()
 
 
 def test_a_link_is_followed_and_a_pipe_stays_one(tmp_path: Path) -> None:

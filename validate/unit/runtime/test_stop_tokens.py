@@ -101,7 +101,7 @@ def test_what_would_never_stop_anything_is_refused(bundle: Bundle, crt_path: Pat
         of_bytes.session(TARGET) as session,
         pytest.raises(InputError, match="'<s>' is no special token"),
     ):
-        session.generate([[1]], GenerationOptions(stop_tokens=("<s>",)))
+        session.generate([[1]], GenerationOptions(max_new_tokens=4, stop_tokens=("<s>",)))
 
 
 def test_ids_and_their_alias_are_one_list() -> None:

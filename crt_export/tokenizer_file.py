@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.errors import CheckpointError, CrtExportError, InputError, MissingDependencyError
-from crt_export.strict_json import json_problem, parse_json, read_limited
+from crt_export.strict_json import json_problem, parse_unique_keys, read_limited
 
 _MOST_BYTES = 256 << 20
 #: Settings of a model that draw random numbers while encoding.
@@ -142,7 +142,7 @@ def _checked_content(path: Path) -> bytes:
     _tokenizer_class(path)  # what is missing comes before what is damaged
     try:
         content = read_limited(path, _MOST_BYTES)
-        document = parse_json(content)
+        document = parse_unique_keys(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, although config.json says tokenizer = {path.name}") from None
     except OSError as error:

@@ -103,8 +103,8 @@ typedef struct crt_model_config {
   int64_t heads;
   int64_t head_dim;
   int64_t max_position_embeddings;
-  int64_t sliding_window; /* keys a query sees, itself included; 0: all of them */
-  int64_t bos_token_id;   /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
+  int64_t sliding_window;       /* keys a query sees, itself included; 0: all of them */
+  int64_t bos_token_id;         /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
   const int64_t* eos_token_ids; /* each of them ends a sequence; belongs to the bundle */
   size_t eos_token_count;       /* 0 if the model has none */
   double rope_theta;

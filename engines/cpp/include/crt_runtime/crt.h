@@ -130,8 +130,8 @@ CRT_API crt_status crt_bundle_config(const crt_bundle* bundle, crt_model_config*
 /* ---- Text of models that read bytes (others give CRT_ERROR_UNSUPPORTED: use token ids) --------------------------- */
 
 /* Token ids of a text of text_bytes bytes, which must be valid UTF-8. prompt: 1 puts the model's bos_token_id, if it
- * has one, in front, unless the text begins with it. *count is set to the number of ids. ids may be NULL to ask for that number; if capacity is too
- * small, nothing but *count is written and the call gives CRT_ERROR_INPUT. */
+ * has one, in front, unless the text begins with it. *count is set to the number of ids. ids may be NULL to ask for
+ * that number; if capacity is too small, nothing but *count is written and the call gives CRT_ERROR_INPUT. */
 CRT_API crt_status crt_encode(const crt_bundle* bundle, const char* text, size_t text_bytes, int32_t prompt,
                               int64_t* ids, size_t capacity, size_t* count);
 /* Text of token ids; bytes that are not valid UTF-8 become U+FFFD. *text_bytes is set to the length without the final

@@ -22,7 +22,7 @@ from typing import Any
 
 from crt_export.errors import CheckpointError, CrtExportError, InputError, MissingDependencyError
 from crt_export.input_file import read_input
-from crt_export.strict_json import json_problem, parse_json
+from crt_export.strict_json import json_problem, parse_unique_keys
 
 _MOST_BYTES = 256 << 20
 #: Settings of a model that draw random numbers while encoding.
@@ -144,7 +144,7 @@ def _checked_content(path: Path, content: bytes | None) -> bytes:
     try:
         if content is None:
             content = read_input(path, most=_MOST_BYTES)
-        document = parse_json(content)
+        document = parse_unique_keys(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, although config.json says tokenizer = {path.name}") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,11 @@ def test_unknown_and_missing_keys_are_reported_together() -> None:
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1"),
         ({"bos_token_id": 256}, "bos_token_id must be in"),
         ({"eos_token_id": -1}, "eos_token_id must be in"),
+        ({"eos_token_id": [3, 256]}, r"eos_token_id must be in \[0, vocab_size = 256\), found 256"),
+        ({"eos_token_id": []}, r"eos_token_id must be an integer or a list of at least one, found \[\]"),
+        ({"eos_token_id": [3, True]}, "eos_token_id must be an integer or a list of at least one"),
+        ({"eos_token_id": [[3]]}, "eos_token_id must be an integer or a list of at least one"),
+        ({"bos_token_id": [3]}, "bos_token_id must be an integer"),
         ({"training_sequence_length": 1025}, "above max_position_embeddings"),
         ({"training_sequence_length": 0}, "training_sequence_length must be greater than 0"),
         ({"vocab_size": 255}, "the byte tokenizer needs vocab_size >= 256, found 255"),
@@ -154,6 +160,12 @@ def test_a_vocabulary_below_256_needs_no_byte_tokenizer() -> None:
         (b"[" * 100_000, "expected a JSON object, found something unreadable"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"rope_theta": ' + b"9" * 5000 + b"}", "expected a JSON object, found something unreadable"),
+        (b'{"vocab_size": 1, "model_type": "x", "vocab_size": 2}', "the key 'vocab_size' stands twice in one object"),
+        (json.dumps(_example(rope_theta=float("nan"))).encode(), "NaN is not a JSON number"),
+        (json.dumps(_example(rope_theta=1)).encode().replace(b": 1,", b": 1e999,", 1), "beyond the range of floats"),
+        (b"[" * 199 + b"{}" + b"]" * 199, "expected a JSON object, found list"),
+        (b'{"a": ' * 201 + b"1" + b"}" * 201, "nested too deeply"),
+        (b"{" + b" " * (1 << 20) + b"}", "is too large"),
         (b"{}", "missing key 'hidden_size'"),
         (json.dumps(_example(num_key_value_heads=1)).encode(), "num_key_value_heads 1"),
     ],
@@ -164,6 +176,27 @@ def test_unusable_files_are_named(tmp_path, content, message) -> None:
     with pytest.raises((CheckpointError, UnsupportedError), match=message) as caught:
         load_config(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "ids"), [(None, ()), (3, (3,)), ([3], (3,)), ([7, 3, 7], (7, 3, 7))])
+def test_a_sequence_may_have_several_ends(given, ids, tmp_path) -> None:
+    config = ModelConfig.from_dict(_example(eos_token_id=given, bos_token_id=5))
+    assert config.eos_token_ids == ids
+    assert config.special_token_ids == {5, *ids}
+    assert isinstance(hash(config), int)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_place_of_the_file_is_refused_and_a_link_is_followed(tmp_path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "real.json").write_text(json.dumps(_example()))
+    (tmp_path / "config.json").symlink_to("real.json")
+    assert load_config(tmp_path).vocab_size == 256
 
 
 def test_missing_folder_and_file_in_its_place(tmp_path) -> None:

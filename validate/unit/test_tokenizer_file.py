@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Callable
@@ -233,7 +234,20 @@ def test_panics_and_bare_exceptions_are_errors_and_interrupts_pass() -> None:
         raise CheckpointError("ours")
 
 
-def test_a_real_panic_in_any_call_is_an_input_error(load: Loader, tmp_path: Path, capfd: Any) -> None:
+def test_a_real_panic_over_a_text_is_an_input_error(load: Loader) -> None:
+    trie = b"\xff" * 4  # well formed, and its only unit points far beyond its end
+    table = base64.b64encode(len(trie).to_bytes(4, "little") + trie).decode()
+    tokenizer = load(_damaged(_charsmap(table)))
+    for call in (tokenizer.encode, tokenizer.encode_prompt):
+        with pytest.raises(
+            InputError, match=r"tokenizer\.json: the tokenizers library failed to encode \(index out of"
+        ):
+            call("hello")
+        with pytest.raises(InputError, match="failed to encode"):
+            call("hello", parse_special=False)
+
+
+def test_every_call_of_the_library_is_guarded(load: Loader, tmp_path: Path) -> None:
     load(byte_level())
     guarded = TokenizerFile(tmp_path / "tokenizer.json")
     calls: list[Callable[[], Any]] = [

@@ -101,13 +101,13 @@ def test_what_would_never_stop_anything_is_refused(bundle: Bundle, crt_path: Pat
         of_bytes.session(TARGET) as session,
         pytest.raises(InputError, match="'<s>' is no special token"),
     ):
-        session.generate([[1]], GenerationOptions(stop_tokens=("<s>",)))
+        session.generate([[1]], GenerationOptions(max_new_tokens=4, stop_tokens=("<s>",)))
 
 
 def test_ids_and_their_alias_are_one_list() -> None:
     options = GenerationOptions(stop_tokens=(7, "<s>", 7), stop_token_ids=(9, 7))
     assert (options.stop_tokens, options.stop_token_ids) == ((7, "<s>", 9), (7, 9))
-    assert GenerationOptions(stop_tokens=[3]) == GenerationOptions(stop_token_ids=iter([3]))  # pyright: ignore[reportArgumentType]
+    assert GenerationOptions(stop_tokens=[3]) == GenerationOptions(stop_token_ids=(3,))
     for wrong in (
         {"stop_tokens": "<s>"},
         {"stop_tokens": ("",)},

@@ -104,8 +104,8 @@ typedef struct crt_model_config {
   int64_t heads;
   int64_t head_dim;
   int64_t max_position_embeddings;
-  int64_t sliding_window; /* keys a query sees, itself included; 0: all of them */
-  int64_t bos_token_id;   /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
+  int64_t sliding_window;       /* keys a query sees, itself included; 0: all of them */
+  int64_t bos_token_id;         /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
   const int64_t* eos_token_ids; /* each of them ends a sequence; belongs to the bundle */
   size_t eos_token_count;       /* 0 if the model has none */
   double rope_theta;
@@ -131,8 +131,8 @@ CRT_API crt_status crt_bundle_config(const crt_bundle* bundle, crt_model_config*
 /* ---- Text of models that read bytes (others give CRT_ERROR_UNSUPPORTED: use token ids) --------------------------- */
 
 /* Token ids of a text of text_bytes bytes, which must be valid UTF-8. prompt: 1 puts the model's bos_token_id, if it
- * has one, in front, unless the text begins with it. *count is set to the number of ids. ids may be NULL to ask for that number; if capacity is too
- * small, nothing but *count is written and the call gives CRT_ERROR_INPUT. */
+ * has one, in front, unless the text begins with it. *count is set to the number of ids. ids may be NULL to ask for
+ * that number; if capacity is too small, nothing but *count is written and the call gives CRT_ERROR_INPUT. */
 CRT_API crt_status crt_encode(const crt_bundle* bundle, const char* text, size_t text_bytes, int32_t prompt,
                               int64_t* ids, size_t capacity, size_t* count);
 /* Text of token ids; bytes that are not valid UTF-8 become U+FFFD. *text_bytes is set to the length without the final

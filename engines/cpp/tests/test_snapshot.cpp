@@ -114,7 +114,8 @@ TEST_CASE("snapshot: what no session of this kind holds is refused, and the sess
       {[](Snapshot& s) { put<std::int64_t>(s, "recent", 1500, 256); }, "row 1: a recent token is outside"},
       {[](Snapshot& s) { put<std::int64_t>(s, "recent", 3, -2); }, "row 0: a recent token is outside"},
       {[](Snapshot& s) { put<std::int64_t>(s, "held", 1, -1); }, "row 1: -1 characters held back"},
-      {[](Snapshot& s) { tensor_of(s, "recent").shape = {2, 512}; }, "recent must be int64 [2, 1024], found int64 [2, 512]"},
+      {[](Snapshot& s) { tensor_of(s, "recent").shape = {2, 512}; },
+       "recent must be int64 [2, 1024], found int64 [2, 512]"},
   };
   for (const auto& [change, part] : changes) {
     Snapshot changed = good;

@@ -271,8 +271,8 @@ CRT_API crt_status crt_generation_text(const crt_generation* generation, size_t 
 CRT_API crt_status crt_generation_piece(const crt_generation* generation, size_t row, const char** text,
                                         size_t* text_bytes);
 /* Text of a row that is held back because a generation that goes on may change it, as if nothing followed: what may
- * become a stop string, U+FFFD for bytes that are no character yet. Append it where the text ends for good. Empty where a
- * stop token or a stop string ended the row. Valid until the generation's next call. */
+ * become a stop string, U+FFFD for bytes that are no character yet. Append it where the text ends for good. Empty where
+ * a stop token or a stop string ended the row. Valid until the generation's next call. */
 CRT_API crt_status crt_generation_rest(crt_generation* generation, size_t row, const char** text, size_t* text_bytes);
 CRT_API crt_status crt_generation_stop_reason(const crt_generation* generation, size_t row, crt_stop_reason* reason);
 /* "running", "max_new_tokens", "stop_token", "stop_string" or "callback"; "unknown" for other values. */

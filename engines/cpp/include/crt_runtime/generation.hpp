@@ -46,11 +46,11 @@ using TokenCallback = std::function<bool(std::int64_t row, std::int64_t token, c
 ///   max_new_tokens  it was the last token allowed;
 ///   callback        the application said so.
 /// Text goes on from what the row was fed, comes in whole characters, and what may still become a stop string is held
-/// back. A stop token ends the text: the rest comes out (should a stop string turn up in it, the reason is stop_string).
-/// After max_new_tokens or callback the text may go on: what is held back then belongs to the session and its snapshots,
-/// and a generation that goes on without a prompt gives it out, so that the texts of the parts are the text of an unbroken
-/// generation. Where nothing follows, rest() is what is missing. A stopped row is frozen. The last token given out has not
-/// been fed to the model: the session remembers it and feeds it first when it goes on.
+/// back. A stop token ends the text: the rest comes out (should a stop string turn up in it, the reason is
+/// stop_string). After max_new_tokens or callback the text may go on: what is held back then belongs to the session and
+/// its snapshots, and a generation that goes on without a prompt gives it out, so that the texts of the parts are the
+/// text of an unbroken generation. Where nothing follows, rest() is what is missing. A stopped row is frozen. The last
+/// token given out has not been fed to the model: the session remembers it and feeds it first when it goes on.
 class Generation {
  public:
   /// As Session::generate(). Throws Error(input) if the options or prompts are refused, the session does, a row neither

@@ -108,7 +108,8 @@ crt_status crt_session_generate(crt_session* session, const int64_t* ids, const 
     if (rows > 0) prompts = crt::c_api::token_rows(ids, lengths, rows, crt::c_api::row_limits(*session));
     auto made = session->session->generate(std::move(prompts), generation_options(taken),
                                            token_callback(taken.callback, taken.user));
-    crt::c_api::give(std::make_unique<crt_generation>(crt_generation{session->session, std::move(made), {}}), generation);
+    auto handle = std::make_unique<crt_generation>(crt_generation{session->session, std::move(made), {}});
+    crt::c_api::give(std::move(handle), generation);
   });
 }
 

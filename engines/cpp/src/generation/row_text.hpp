@@ -26,7 +26,7 @@ class RowText {
   void begin_step() noexcept { piece_.clear(); }
   /// Take a token; its text, as far as no stop string can claim it any more, is added.
   void push(std::int64_t token);
-  /// The text has ended: add its rest, U+FFFD for bytes that never became a character. It too ends before a stop string.
+  /// The text has ended: add its rest, U+FFFD for bytes that never became a character, up to a stop string.
   void finish();
 
   const std::string& text() const noexcept { return text_; }

@@ -28,8 +28,8 @@ class History {
   /// The seen tokens of one row, uint8 [vocab].
   const std::uint8_t* seen(std::int64_t row) const noexcept { return seen_.data() + offset(row); }
 
-  /// Last tokens that were fed to each row, the newest at the end, kTextEnd in front of the first and where a stop token
-  /// ended the row's text; int64 [batch, kRecentTokens].
+  /// Last tokens that were fed to each row, the newest at the end, kTextEnd in front of the first and where a stop
+  /// token ended the row's text; int64 [batch, kRecentTokens].
   const std::vector<std::int64_t>& recent() const noexcept { return recent_; }
   /// Those of one row, int64 [kRecentTokens].
   const std::int64_t* recent(std::int64_t row) const noexcept { return recent_.data() + recent_offset(row); }
@@ -37,9 +37,9 @@ class History {
   /// [batch]. Bytes that are no character yet do not count, recent() has them.
   const std::vector<std::int64_t>& held() const noexcept { return held_; }
 
-  /// After a row's tokens went through the model: they are seen, and nothing of the row is pending any more. Tokens other
-  /// than the pending one are not of the row's generated text: what of that was held back never comes. Without tokens
-  /// the row stays as it is. Ids must lie within the vocabulary.
+  /// After a row's tokens went through the model: they are seen, and nothing of the row is pending any more. Tokens
+  /// other than the pending one are not of the row's generated text: what of that was held back never comes. Without
+  /// tokens the row stays as it is. Ids must lie within the vocabulary.
   void feed(std::int64_t row, const std::int64_t* tokens, std::size_t count) noexcept;
   /// After a draw. keep: the token was given out, so it is seen and pending; a stop token is not kept, and ends the
   /// row's text.

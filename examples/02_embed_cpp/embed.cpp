@@ -1,6 +1,8 @@
 // Stream text from a bundle: embed_cpp BUNDLE PROMPT.
 #include <crt_runtime/crt_runtime.hpp>
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <iostream>
 #include <string>
@@ -24,10 +26,12 @@ void stream(const std::string& path, const std::string& prompt) {
   size.capacity = static_cast<std::int64_t>(ids.size()) + options.max_new_tokens;
   crt::Session session = bundle.session(bundle.default_target(), size);
 
-  // Pieces are whole characters, given as soon as they are complete; false would stop the row.
-  const auto print = [](std::int64_t, std::int64_t, const std::string& piece) {
-    std::cout << piece << std::flush;
-    return true;
+  // Pieces are whole characters, given as soon as they are complete; false stops the row. A model may say anything, so
+  // a terminal gets its control characters as escapes.
+  const bool terminal = isatty(STDOUT_FILENO) != 0;
+  const auto print = [terminal](std::int64_t, std::int64_t, const std::string& piece) {
+    std::cout << (terminal ? crt::visible(piece) : piece) << std::flush;
+    return std::cout.good();
   };
   crt::Generation generation = session.generate({ids}, options, print);
   std::int64_t token = crt::kNoToken;
@@ -35,7 +39,7 @@ void stream(const std::string& path, const std::string& prompt) {
   }
   std::cout << generation.rest(0);  // held back in case more follows, which nothing does
   std::cout << "\n[" << generation.tokens(0).size() << " tokens, ended by "
-            << crt::stop_reason_name(generation.stop_reason(0)) << "]\n";
+            << crt::stop_reason_name(generation.stop_reason(0)) << "]\n" << std::flush;
 }
 
 }  // namespace
@@ -50,6 +54,10 @@ int main(int count, char** arguments) {
   } catch (const crt::Error& error) {
     std::cerr << "error: " << error.what() << "\n";
     return 1;
+  }
+  if (!std::cout) {
+    std::cerr << "error: stdout cannot be written to\n";
+    return 3;
   }
   return 0;
 }

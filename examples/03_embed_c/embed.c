@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* What there is to clean up, in the order it was made. */
 typedef struct {
@@ -13,11 +14,30 @@ typedef struct {
   crt_generation* generation;
 } program;
 
+/* A model may say anything: a terminal gets no control character but newline and tab. Pieces are whole UTF-8 characters,
+   of which C2 80 to C2 9F are control characters too. */
+static void print_to_terminal(const unsigned char* text, size_t text_bytes) {
+  size_t i;
+  for (i = 0; i < text_bytes; ++i) {
+    const int control = (text[i] < 0x20 && text[i] != '\n' && text[i] != '\t') || text[i] == 0x7F;
+    if (text[i] == 0xC2 && i + 1 < text_bytes && text[i + 1] < 0xA0) {
+      putchar('?');
+      ++i;
+    } else {
+      putchar(control ? '?' : text[i]);
+    }
+  }
+}
+
 static int32_t print_piece(void* user, int64_t row, int64_t token, const char* text, size_t text_bytes) {
   (void)user, (void)row, (void)token;
-  fwrite(text, 1, text_bytes, stdout);
+  if (isatty(STDOUT_FILENO)) {
+    print_to_terminal((const unsigned char*)text, text_bytes);
+  } else {
+    fwrite(text, 1, text_bytes, stdout);
+  }
   fflush(stdout);
-  return 1; /* 0 would stop the row */
+  return !ferror(stdout); /* 0 stops the row */
 }
 
 /* The prompt's ids: ask for their number, then for the ids. */
@@ -90,5 +110,10 @@ int main(int count, char** arguments) {
   crt_session_close(p.session);
   free(p.ids);
   crt_bundle_close(p.bundle);
-  return status == CRT_OK ? 0 : 1;
+  if (status != CRT_OK) return 1;
+  if (fflush(stdout) != 0 || ferror(stdout)) {
+    fputs("error: stdout cannot be written to\n", stderr);
+    return 3;
+  }
+  return 0;
 }

@@ -31,6 +31,9 @@ DOCUMENTS = (
     "examples/02_embed_cpp/README.md",
     "examples/03_embed_c/README.md",
     "engines/cpp/README.md",
+    "docs/privacy.md",
+    "docs/signing.md",
+    "docs/release.md",
 )
 
 

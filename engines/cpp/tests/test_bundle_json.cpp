@@ -7,6 +7,8 @@
 
 #include "bundle/json.hpp"
 #include "bundle/message_text.hpp"
+#include "crt_runtime/error.hpp"
+#include "crt_runtime/terminal.hpp"
 
 namespace {
 
@@ -134,4 +136,13 @@ TEST_CASE("json: the closest name is difflib's") {
   CHECK(crt::close_match("report.mdx", names) == std::optional<std::string>("report.mx"));
   CHECK(crt::close_match("graph/step.fp32.onnx", names) == std::optional<std::string>(names[0]));
   CHECK_FALSE(crt::close_match("zzz", names).has_value());
+}
+
+TEST_CASE("visible: control characters, changes of direction and what is no UTF-8 become escapes, nothing else does") {
+  CHECK(crt::visible("a\tb\n\xC3\xA9\xE4\xB8\xAD\xF0\x9F\x98\x80") == "a\tb\n\xC3\xA9\xE4\xB8\xAD\xF0\x9F\x98\x80");
+  CHECK(crt::visible("\x1b[2J\x07\r\x7f") == "\\x1b[2J\\x07\\r\\x7f");
+  CHECK(crt::visible("\xC2\x9b|\xC2\xA0") == "\\x9b|\xC2\xA0");
+  CHECK(crt::visible("\xE2\x80\xAE\xE2\x81\xA9\xD8\x9C") == "\\u202e\\u2069\\u061c");
+  CHECK(crt::visible("\x9b\xC2\xE2\x80\xC0\x9b") == "\\x9b\\xc2\\xe2\\x80\\xc0\\x9b");
+  CHECK(std::string(crt::Error(crt::ErrorKind::input, "a\x1b").what()) == "a\\x1b");
 }

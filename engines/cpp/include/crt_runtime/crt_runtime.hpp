@@ -10,4 +10,5 @@
 #include "crt_runtime/selftest.hpp"
 #include "crt_runtime/session.hpp"
 #include "crt_runtime/snapshot.hpp"
+#include "crt_runtime/terminal.hpp"
 #include "crt_runtime/tokenizer.hpp"

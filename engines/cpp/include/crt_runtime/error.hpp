@@ -5,6 +5,7 @@
 #include <string>
 
 #include "crt_runtime/export.h"
+#include "crt_runtime/terminal.hpp"
 
 namespace crt CRT_RUNTIME_API {
 
@@ -17,10 +18,10 @@ enum class ErrorKind {
   missing_dependency,  ///< MissingDependencyError: a back end, driver or device is absent
 };
 
-/// Says what was expected, what was found, where, and how to fix it.
+/// Says what was expected, what was found, where, and how to fix it; control characters are escaped, see visible().
 class Error : public std::runtime_error {
  public:
-  Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  Error(ErrorKind kind, const std::string& message) : std::runtime_error(visible(message)), kind_(kind) {}
   ErrorKind kind() const noexcept { return kind_; }
 
  private:

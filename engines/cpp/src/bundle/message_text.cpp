@@ -1,10 +1,13 @@
 #include "bundle/message_text.hpp"
 
+#include <cstdint>
+#include <iomanip>
 #include <locale>
 #include <sstream>
 #include <system_error>
 
 #include "bundle/json.hpp"
+#include "crt_runtime/terminal.hpp"
 
 namespace crt {
 namespace {
@@ -16,6 +19,26 @@ void append_hex(std::string& text, unsigned char byte) {
   text += "\\x";
   text += digits[byte >> 4U];
   text += digits[byte & 15U];
+}
+
+/// Bytes of the well-formed UTF-8 character that begins the text; 0 where none does. Sets its code point.
+std::size_t character_bytes(std::string_view text, std::uint32_t& code) noexcept {
+  const auto lead = static_cast<unsigned char>(text.front());
+  const std::size_t bytes = lead < 0x80U ? 1 : lead >> 5U == 6U ? 2 : lead >> 4U == 14U ? 3 : lead >> 3U == 30U ? 4 : 0;
+  if (bytes == 0 || bytes > text.size()) return 0;
+  code = bytes == 1 ? lead : lead & (0x7FU >> bytes);
+  for (std::size_t index = 1; index < bytes; ++index) {
+    if (starts_character(text[index])) return 0;
+    code = code << 6U | (static_cast<unsigned char>(text[index]) & 0x3FU);
+  }
+  constexpr std::uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+  return code < least[bytes] ? 0 : bytes;
+}
+
+/// What crt_export/visible.py escapes: C0 but tab and newline, DEL, C1, separators, marks of the reading direction.
+bool steers(std::uint32_t code) noexcept {
+  return (code < 0x20 && code != '\n' && code != '\t') || (code >= 0x7F && code < 0xA0) || code == 0x061C ||
+         code == 0x200E || code == 0x200F || (code >= 0x2028 && code <= 0x202E) || (code >= 0x2066 && code <= 0x2069);
 }
 
 std::string number_text(double value) {
@@ -94,6 +117,31 @@ std::size_t matched_characters(std::string_view a, std::string_view b) {
 }
 
 }  // namespace
+
+std::string visible(std::string_view text) {
+  std::string result;
+  while (!text.empty()) {
+    std::uint32_t code = 0;
+    const std::size_t bytes = character_bytes(text, code);
+    const auto first = static_cast<unsigned char>(text.front());
+    if (bytes == 0 || (steers(code) && code < 0x100)) {
+      if (code == '\r' && bytes == 1) {
+        result += "\\r";
+      } else {
+        append_hex(result, bytes == 0 ? first : static_cast<unsigned char>(code));
+      }
+    } else if (steers(code)) {
+      std::ostringstream escape;
+      escape.imbue(std::locale::classic());
+      escape << "\\u" << std::hex << std::setw(4) << std::setfill('0') << code;
+      result += escape.str();
+    } else {
+      result += text.substr(0, bytes);
+    }
+    text.remove_prefix(bytes == 0 ? 1 : bytes);
+  }
+  return result;
+}
 
 std::string joined(const std::vector<std::string>& parts, std::string_view separator) {
   std::string text;

@@ -62,6 +62,18 @@ def test_every_way_of_a_prefill_agrees(name: str, tiny: Path, tmp_path: Path, li
     assert in_c.session(TARGET).generate(ROWS[:1], max_new_tokens=5, passes=-1).run() == [list(wanted)]
 
 
+@pytest.mark.parametrize("passes", [0, 1, 2, 3, 10])
+def test_a_row_has_the_bits_it_has_alone(in_c: Any, passes: int) -> None:
+    """Rows of unequal length never share a call on a CPU, so padding reaches nobody's sums."""
+    for rows in ([[65, 66, 67], [70]], [[65, 66, 67], [70 + index for index in range(17)]], [[80, 81]] * 3, ROWS):
+        together = in_c.session(TARGET, batch=len(rows))
+        found = [together.prefill(rows, passes=passes), together.step([90] * len(rows))]
+        for row, prompt in enumerate(rows):
+            alone = in_c.session(TARGET)
+            np.testing.assert_array_equal(alone.prefill([prompt], passes=passes)[0], found[0][row])
+            np.testing.assert_array_equal(alone.step([90])[0], found[1][row])
+
+
 def test_exact_is_a_step_for_every_token(in_c: Any) -> None:
     session, stepped = in_c.session(TARGET), in_c.session(TARGET)
     found = session.prefill(ROWS[:1], passes=-1)

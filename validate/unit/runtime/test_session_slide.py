@@ -104,7 +104,7 @@ def test_a_snapshot_of_a_sliding_row_goes_on(windowed: Any) -> None:
     [
         (
             {"on_full": "slide", "capacity": WINDOW - 1},
-            f"capacity of at least the attention window of {WINDOW}, found 5",
+            f"capacity of at least {WINDOW}, the attention window of {WINDOW}; found 5",
         ),
         ({"on_full": "grow"}, "on_full must be 'error' or 'slide', found 'grow'"),
     ],

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "bundle/bundle_files.hpp"
@@ -37,6 +38,16 @@ std::string content_of(const std::string& path) {
   return {std::istreambuf_iterator<char>(stream), {}};
 }
 
+/// Throws Error(bundle), as a bundle does, where there is no such file.
+crt::HeldFile held_file(const std::string& path) {
+  try {
+    const auto file = std::make_shared<const crt::RegularFile>(path);
+    return {path, file, file->state(), std::string(64, '0')};
+  } catch (const crt::SystemError& error) {
+    throw crt::Error(crt::ErrorKind::bundle, path + ": " + error.what());
+  }
+}
+
 /// As a bundle's manifest: schema, model, every target, every contract, and the files, which are not there.
 void parse_manifest(const std::string& path) {
   const fs::path folder = fs::path(path + ".bundle");
@@ -64,7 +75,8 @@ void parse_safetensors(const std::string& path) {
   config.head_dim = 8;
   config.max_position_embeddings = 256;
   try {
-    const auto vectors = crt::SelftestVectors::load(path, config, std::string(64, '0'));
+    const crt::HeldFile file = held_file(path);
+    const auto vectors = crt::SelftestVectors::load(file, config, std::string(64, '0'));
     require(vectors.has_run(crt::kRecurrence), "vectors hold the recurrence");
     return;
   } catch (const crt::Error&) {
@@ -78,7 +90,7 @@ void parse_safetensors(const std::string& path) {
   }
 }
 
-void parse_external_data(const std::string& path) { crt::external_tensors(path); }
+void parse_external_data(const std::string& path) { crt::external_tensors(*held_file(path).file, path); }
 
 void parse_sidecar(const std::string& path) {
   const crt::EngineSidecar sidecar = crt::sidecar_from_json(content_of(path), "step.json");

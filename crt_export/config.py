@@ -13,7 +13,7 @@ from typing import Any
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
 from crt_export.input_file import read_input
-from crt_export.strict_json import json_problem, parse_json
+from crt_export.strict_json import json_problem, parse_unique_keys
 
 FORMAT_VERSION = 1
 RECURRENT = "context_ready_transformer"
@@ -159,7 +159,7 @@ def load_config(folder: str | Path) -> ModelConfig:
                 f"{path}: expected a checkpoint folder with config.json and model.safetensors, "
                 f"found {'a file' if path.exists() else 'nothing'}"
             )
-        values = parse_json(read_input(file, most=_MOST_BYTES))
+        values = parse_unique_keys(read_input(file, most=_MOST_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing; a checkpoint is a folder with config.json and model.safetensors"

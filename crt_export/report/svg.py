@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -88,7 +89,7 @@ def _import_matplotlib() -> None:
     with tempfile.TemporaryDirectory(prefix="crt-export-") as folder:
         os.environ["MPLCONFIGDIR"] = folder
         try:
-            pass
+            importlib.import_module("matplotlib.font_manager")  # writes its list of fonts as it is imported
         finally:
             del os.environ["MPLCONFIGDIR"]
 

@@ -30,18 +30,7 @@ def _skip_the_checksum() -> None:
     """A snapshot's checksum is not compared, which C++ still does."""
     from crt_export.runtime import tensor_file
 
-    class Anything(str):
-        __slots__ = ()
-
-        def __eq__(self, other: object) -> bool:
-            return True
-
-        def __ne__(self, other: object) -> bool:
-            return False
-
-        __hash__ = str.__hash__
-
-    tensor_file.__dict__["_digest"] = lambda tensors: Anything()
+    tensor_file.__dict__["_refuse_other_digest"] = lambda file, digest, expected: None
 
 
 def _crash() -> None:

@@ -36,11 +36,11 @@ def test_a_planted_fault_is_found_made_small_and_replayed(tmp_path: Path) -> Non
 
 
 def test_a_process_that_ends_names_its_input(tmp_path: Path) -> None:
-    options = ("--language", "python", "--kind", "manifest", "--cases", "4", "--seed", "1")
+    options = ("--language", "python", "--kind", "manifest", "--cases", "8", "--seed", "4")
     found = fuzz(tmp_path, *options, "--plant-fault", "crash")
     assert found.returncode == 1, found.stdout + found.stderr
     assert "crash: the process ended with -6" in found.stdout
-    assert sorted(tmp_path.glob("python-manifest-1-*.json"))
+    assert sorted(tmp_path.glob("python-manifest-4-*.json"))
 
 
 def test_languages_that_disagree_are_found(tmp_path: Path, cpp_build: Path) -> None:

@@ -54,12 +54,14 @@ def test_a_seed_gives_the_same_inputs_always_and_another_seed_others(cases: Any,
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_differ_from_their_seed_and_from_one_another(cases: Any, seeds: Path, kind: str) -> None:
     found = set()
+    unchanged = 0
     for number in NUMBERS:
         inputs = cases.inputs_of_case(cases.new_case(kind, 1, number), seeds)
         ((name, content),) = inputs.files.items()
         found.add((content.data, content.hole))
         if kind not in ("tokenizer", "profile"):  # those have several seeds
-            assert (content.data, content.hole) != ((seeds / name).read_bytes(), 0) or inputs.signed
+            unchanged += (content.data, content.hole) == ((seeds / name).read_bytes(), 0) and not inputs.signed
+    assert unchanged <= len(NUMBERS) * 0.1  # a piece that is moved may fall onto its like
     assert len(found) > len(NUMBERS) * 0.8
 
 

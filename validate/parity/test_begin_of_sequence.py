@@ -163,7 +163,7 @@ def test_every_level_of_a_bundle_starts_with_the_token(bos_bundle: Path, tmp_pat
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, _text(2400).ids)
     seen_by_level: dict[str, int] = {}
-    for level in LEVELS:
+    for level in LEVELS[1:]:  # the first one feeds what the user's file says
         recorder.clear()
         report = validate_bundle(bos_bundle, tokens=tokens, options=dataclasses.replace(SHORT, levels=(level,)))
         seen_by_level[level] = len(recorder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from crt_export.bundle.integrity import sealed
 from crt_export.errors import ContractError
 from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, Session, Snapshot, generate_text, load_bundle
 from crt_export.text_stream import TEXT_END
@@ -35,7 +36,7 @@ def bundle(crt: Any, tmp_path: Path, tokenizer_kinds: ModuleType, request: Any) 
         content = (copy / "tokenizer.json").read_bytes()
         manifest["config"]["tokenizer"] = "tokenizer.json"
         manifest["files"]["tokenizer.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-        (copy / "manifest.json").write_text(json.dumps(manifest))
+        (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with load_bundle(copy, allow_unvalidated=True) as opened:
         yield opened
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from crt_export.bundle.paths import open_regular
 from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.input_file import open_input
 from crt_export.runtime.stored_tensors import StoredTensors
 
 _DTYPES = {"I64": "int64", "F32": "float32", "F16": "float16", "U8": "uint8"}
@@ -104,7 +102,7 @@ def read_tensor_file(
         BundleError: The file is missing, damaged, something else, or of a newer format version.
     """
     try:
-        with io.BytesIO(content) if content is not None else _opened(file) as stream:
+        with io.BytesIO(content) if content is not None else open_input(file) as stream:
             stored = StoredTensors(stream)
             metadata = _checked_metadata(kind, file, stored.metadata)
             unknown = sorted(f"{name} is {dtype}" for name, dtype in stored.dtypes.items() if dtype not in _DTYPES)
@@ -117,11 +115,6 @@ def read_tensor_file(
         raise BundleError(f"{file} is not {kind.title} or damaged: {error}") from error
     _refuse_other_digest(file, _digest(tensors), metadata["sha256"])  # the file may have been written to meanwhile
     return metadata, tensors
-
-
-def _opened(file: Path) -> BinaryIO:
-    """A regular file; opening a pipe would wait for its writer."""
-    return os.fdopen(open_regular(Path(os.path.realpath(file))), "rb")
 
 
 def _refuse_other_digest(file: Path, digest: str, expected: str) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from crt_export.bundle.integrity import sealed
 from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle
@@ -95,11 +97,20 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
 def test_every_other_readme_command_works(bundle: Path, readme_commands: list[list[str]], python_in: Run) -> None:
     """``doctor`` judges the machine; the long validation is the short one with another number."""
     folder = bundle.parent.parent
+    _write_keys(bundle.parent / "private.pem", bundle.parent / "public.pem")
     for command in readme_commands:
         if command[0] not in ("build", "doctor") and "--validation-tokens" not in command:
             result = python_in(folder, "-m", "crt_export", *command)
             assert result.returncode == 0, f"{command}: {result.stderr}"
             assert result.stdout or command[0] == "report"  # which writes a file
+
+
+def _write_keys(private: Path, public: Path) -> None:
+    """As docs/signing.md makes them with openssl."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, hidden = serialization.Encoding.PEM, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, hidden))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
 
 
 @pytest.mark.evidence  # the failing validate below goes the same way, and a build writes the same rows

@@ -26,6 +26,7 @@ DOCUMENTS = (
     "graphs/README.md",
     "engines/README.md",
     "validate/README.md",
+    "docs/bundle.md",
     "docs/how-to/compare-with-your-model.md",
     "examples/README.md",
     "examples/02_embed_cpp/README.md",

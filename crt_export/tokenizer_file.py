@@ -1,7 +1,7 @@
 """A ``tokenizer.json`` and the ``tokenizers`` library that reads it: one loader, one guard around every call.
 
 What training left in the file and what makes ids of a text depend on anything but the text is switched off on loading:
-padding, truncation, BPE dropout, sampling of Unigram.
+padding, truncation, templates around the text, BPE dropout, sampling of Unigram.
 
 The library is written in Rust. Where a file is damaged in a way it does not expect it panics, and Python sees a
 ``PanicException``, which is no ``Exception``. (Rust's panic hook also writes to the standard error output before
@@ -184,8 +184,12 @@ def _is_charsmap(table: object) -> bool:
 
 def without_training_settings(library: Any) -> Any:
     """Switch off what changes or draws ids: a prompt is neither padded nor cut, and has one encoding."""
+    from tokenizers.processors import TemplateProcessing
+
     library.no_padding()
     library.no_truncation()
+    if library.post_processor is not None:  # the file's may repeat the text, or leave it out
+        library.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     for name in _RANDOM_SETTINGS:
         if getattr(library.model, name, None) is not None:
             setattr(library.model, name, None)

@@ -5,15 +5,19 @@ one that another thread sets (``PyThreadState_SetAsyncExc``). So a lock that Pyt
 taken: the exception comes between ``acquire()`` and the ``try`` that follows, or as the first thing in an
 ``__exit__``. ``contextvars.Context.run()`` enters and leaves in C, with no instruction in between; it refuses to enter
 what any thread has entered, and leaves on every exception.
+
+``fork`` copies no other thread, so a call that one of them was making would never leave in the child: there it is over.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextvars import Context
 from typing import TypeVar
+from weakref import WeakSet
 
 from crt_export.errors import InputError
 
@@ -37,6 +41,7 @@ class Exclusive:
         """
         self._what = what
         self._context = Context()  # empty, and never used for variables
+        _ALL.add(self)
 
     def run(self, call: Callable[..., _Result], *arguments: object) -> _Result:
         """Make a call, unless another one runs.
@@ -70,6 +75,11 @@ class Exclusive:
                     ) from None
             time.sleep(_PAUSE_S)
 
+    def forget_other_threads(self) -> None:
+        """In a forked child: end the call of a thread that is not there."""
+        if not self._runs_in_this_thread():
+            self._context = Context()
+
     def _runs_in_this_thread(self) -> bool:
         frame = sys._getframe(1)
         while frame is not None:
@@ -78,3 +88,15 @@ class Exclusive:
                 return True
             frame = frame.f_back
         return False
+
+
+_ALL: WeakSet[Exclusive] = WeakSet()
+
+
+def _in_child() -> None:
+    for exclusive in list(_ALL):
+        exclusive.forget_other_threads()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_in_child)

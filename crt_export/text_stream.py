@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from crt_export.config import BYTE_VOCABULARY
+from crt_export.errors import InputError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: In a context: the text before it was given out to its end, what it left incomplete as U+FFFD.
@@ -182,7 +183,10 @@ class _WindowStream:
         return self._give() if self._run.invalid else ""
 
     def _give(self) -> str:
-        text = self._text.decode(self._window)
+        try:
+            text = self._text.decode(self._window)
+        except InputError:  # see _can_begin(); with the next token it may have a text, at the end it has to
+            return ""
         open_ended = self._text.byte_level and self._text.ends_within_character(self._window)
         piece = text[self._given : len(text) - open_ended]
         self._given += len(piece)
@@ -215,7 +219,12 @@ class _WindowStream:
     def _can_begin(self, token_id: int) -> bool:
         """Whether a window may begin with this id: it has text, and is not one of a run of bytes."""
         token = None if token_id == TEXT_END else self._text.token(token_id)
-        return token is not None and self._text.byte_from_token(token) is None and self._text.decode([token_id]) != ""
+        if token is None or self._text.byte_from_token(token) is not None:
+            return False
+        try:
+            return self._text.decode([token_id]) != ""
+        except InputError:  # the library cannot strip both ends of a text of one space, and may never have to
+            return False
 
 
 class _ByteRun:

@@ -6,6 +6,7 @@ Imports neither torch nor a runtime; the ``tokenizers`` library is imported only
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -49,7 +50,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; begin- and end-of-sequence tokens give none."""
+        """Text of the ids; begin- and end-of-sequence tokens give none.
+
+        Raises:
+            InputError: These are no token ids.
+        """
         ...
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
@@ -74,9 +79,9 @@ class ByteTokenizer:
         """UTF-8 bytes of the text; no text spells a special token.
 
         Raises:
-            InputError: The text holds lone surrogates, which have no UTF-8 form.
+            InputError: That is no text, or holds lone surrogates, which have no UTF-8 form.
         """
-        return list(_utf8_from_text(text))
+        return list(_checked_utf8(text, parse_special))
 
     def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Begin-of-sequence id, if the model has one, then the bytes."""
@@ -89,11 +94,11 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the bytes; what is not valid UTF-8 becomes U+FFFD."""
         stream = self.stream()
-        return "".join([*(stream.push(token_id) for token_id in ids), stream.finish()])
+        return "".join([*(stream.push(token_id) for token_id in _checked_ids(ids)), stream.finish()])
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
         """An incremental UTF-8 decoder of what follows other ids."""
-        return ByteStream(self._silent, context)
+        return ByteStream(self._silent, _checked_ids(context))
 
 
 class FileTokenizer:
@@ -124,9 +129,10 @@ class FileTokenizer:
         """Ids of the text; nothing is put before or behind it, whatever the file says.
 
         Raises:
-            InputError: The text holds lone surrogates, which have no UTF-8 form, or the library cannot encode it.
+            InputError: That is no text, holds lone surrogates, which have no UTF-8 form, or the library cannot encode
+                it.
         """
-        _utf8_from_text(text)
+        _checked_utf8(text, parse_special)
         return self._library.encode_ids(text, parse_special=parse_special)
 
     def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -139,11 +145,11 @@ class FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without special tokens."""
-        return self._text.decode(ids)
+        return self._text.decode(_checked_ids(ids))
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
         """An incremental decoder of what follows other ids."""
-        return self._text.stream(context)
+        return self._text.stream(_checked_ids(context))
 
 
 class NoTokenizer:
@@ -216,7 +222,12 @@ def begun(ids: Sequence[int], bos: int | None) -> list[int]:
     return [bos, *itertools.dropwhile(lambda token: token == bos, ids)]
 
 
-def _utf8_from_text(text: str) -> bytes:
+def _checked_utf8(text: str, parse_special: bool) -> bytes:
+    """The UTF-8 form of a text to encode."""
+    if not isinstance(text, str):
+        raise InputError(f"expected text to encode, found {type(text).__name__}")
+    if not isinstance(parse_special, bool):
+        raise InputError(f"parse_special must be True or False, found {type(parse_special).__name__}")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -224,3 +235,13 @@ def _utf8_from_text(text: str) -> bytes:
             f"the text is not valid Unicode: a lone surrogate {text[error.start]!r} at character "
             f"{error.start}; read it as UTF-8"
         ) from None
+
+
+def _checked_ids(ids: Iterable[int]) -> list[int]:
+    """Token ids as plain integers; whether the vocabulary has them does not matter here."""
+    try:
+        return [operator.index(token_id) for token_id in ids]
+    except Exception as error:  # whatever an object of the caller's raises
+        raise InputError(
+            f"expected token ids such as [1, 2, 3], found {type(ids).__name__} ({type(error).__name__})"
+        ) from error

@@ -1,7 +1,7 @@
 """A ``tokenizer.json`` and the ``tokenizers`` library that reads it: one loader, one guard around every call.
 
 What training left in the file and what makes ids of a text depend on anything but the text is switched off on loading:
-padding, truncation, BPE dropout, sampling of Unigram.
+padding, truncation, templates around the text, BPE dropout, sampling of Unigram.
 
 The library is written in Rust. Where a file is damaged in a way it does not expect it panics, and Python sees a
 ``PanicException``, which is no ``Exception``. (Rust's panic hook also writes to the standard error output before
@@ -14,13 +14,13 @@ import base64
 import binascii
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from crt_export.errors import CheckpointError, CrtExportError, InputError, MissingDependencyError
+from crt_export.exclusive import Exclusive
 from crt_export.input_file import read_input
 from crt_export.strict_json import json_problem, parse_unique_keys
 
@@ -52,7 +52,7 @@ class TokenizerFile:
             self.special_tokens = {token.content: number for number, token in added.items() if token.special}
         #: Number of ids the tokenizer can produce: the largest and all below it.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive("this tokenizer")
         self._plain: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -71,7 +71,7 @@ class TokenizerFile:
         Raises:
             InputError: The library cannot encode it.
         """
-        library = self._library if parse_special else self._text_only()
+        library = self._library if parse_special else self._plain or self._exclusive.wait(self._text_only)
         encode = self._guarded("encode", library.encode)
         return list(encode(text, add_special_tokens=False).ids)
 
@@ -88,14 +88,13 @@ class TokenizerFile:
         The library's switch is a property of the tokenizer, so it would hold for the calls of other threads too; and it
         leaves the model's own vocabulary alone, in which Unigram and WordLevel find the very same token.
         """
-        with self._lock:
-            if self._plain is None:
-                with library_errors(CheckpointError, f"{self.path}: special tokens cannot be told from text"):
-                    document = _without_special_tokens(json.loads(self._library.to_str()), self.special_tokens)
-                    plain = without_training_settings(_tokenizer_class(self.path).from_str(json.dumps(document)))
-                    plain.encode_special_tokens = True
-                self._plain = plain
-            return self._plain
+        if self._plain is None:  # another thread may have made it just now
+            with library_errors(CheckpointError, f"{self.path}: special tokens cannot be told from text"):
+                document = _without_special_tokens(json.loads(self._library.to_str()), self.special_tokens)
+                plain = without_training_settings(_tokenizer_class(self.path).from_str(json.dumps(document)))
+                plain.encode_special_tokens = True
+            self._plain = plain
+        return self._plain
 
 
 @contextmanager
@@ -185,8 +184,12 @@ def _is_charsmap(table: object) -> bool:
 
 def without_training_settings(library: Any) -> Any:
     """Switch off what changes or draws ids: a prompt is neither padded nor cut, and has one encoding."""
+    from tokenizers.processors import TemplateProcessing
+
     library.no_padding()
     library.no_truncation()
+    if library.post_processor is not None:  # the file's may repeat the text, or leave it out
+        library.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     for name in _RANDOM_SETTINGS:
         if getattr(library.model, name, None) is not None:
             setattr(library.model, name, None)

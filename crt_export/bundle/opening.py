@@ -36,6 +36,10 @@ def open_bundle(
         BundleError: There is no bundle, it is unfinished, damaged, too new, unvalidated, or another one than
             ``identity`` says.
     """
+    if identity is not None and not isinstance(identity, str):
+        raise BundleError(
+            f"expected an identity, 64 hex digits as 'inspect' prints them, found {type(identity).__name__}"
+        )
     folder = _real_folder(path)
     leftover = parse_leftover(folder)
     if leftover is not None:

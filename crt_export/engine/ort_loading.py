@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from crt_export.bundle import HeldGraph
 from crt_export.engine.private_weights import REPLACES_MAPPINGS, make_private, mappings_of
+from crt_export.exclusive import Exclusive
 
 #: Config entry that says where a graph given as bytes finds its external data.
 _FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
@@ -26,7 +26,7 @@ _FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
 Load = Callable[[bytes, Mapping[str, str], Mapping[str, mmap.mmap]], Any]
 
 #: Between finding a mapping and replacing it nobody may unmap it, as another session that is being loaded would.
-_LOADING = threading.Lock()
+_LOADING = Exclusive("loading of weights")
 
 
 def load_held_graph(graph: HeldGraph, load: Load, *, keep_mapped: bool) -> Any:
@@ -39,30 +39,32 @@ def load_held_graph(graph: HeldGraph, load: Load, *, keep_mapped: bool) -> Any:
 
     Raises:
         BundleError: A weight file is no longer what the manifest says.
+        InputError: This is a signal handler, say, which has interrupted another loading in this very thread.
     """
     if not graph.weights:
         return load(graph.model, {}, {})
-    session = _from_mapped(graph, load, keep_mapped) if keep_mapped or REPLACES_MAPPINGS else None
+    session = None
+    if keep_mapped or REPLACES_MAPPINGS:
+        session = _LOADING.wait(_from_mapped, graph, load, keep_mapped)
     return _from_memory(graph, load) if session is None else session
 
 
 def _from_mapped(graph: HeldGraph, load: Load, keep_mapped: bool) -> Any:
     """A session, or None where a file was touched meanwhile or its mappings cannot be replaced."""
     files = [weights.file.descriptor for weights in graph.weights.values()]
-    with _LOADING:
-        try:
-            before = {} if keep_mapped else {file: mappings_of(file) for file in files}
-        except OSError:
-            return None
-        try:
-            session = load(graph.model, {_FOLDER_ENTRY: str(graph.folder)}, {})
-        except Exception:  # what is wrong with the graph shows again; that the folder was renamed meanwhile does not
-            return None
-        try:
-            for file, mappings in before.items():
-                make_private(file, mappings)
-        except OSError:
-            return None
+    try:
+        before = {} if keep_mapped else {file: mappings_of(file) for file in files}
+    except OSError:
+        return None
+    try:
+        session = load(graph.model, {_FOLDER_ENTRY: str(graph.folder)}, {})
+    except Exception:  # what is wrong with the graph shows again; that the folder was renamed meanwhile does not
+        return None
+    try:
+        for file, mappings in before.items():
+            make_private(file, mappings)
+    except OSError:
+        return None
     return session if graph.unchanged else None
 
 

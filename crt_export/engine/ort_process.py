@@ -48,7 +48,12 @@ def import_library() -> Any:
     """
     if "onnxruntime" not in sys.modules and not os.environ.get(TELEMETRY_SWITCH):
         os.environ[TELEMETRY_SWITCH] = "1"
-    return importlib.import_module("onnxruntime")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None  # Ctrl-C while its own code ran, which says "initialization failed"
+        raise
 
 
 def survive_fork(graph: Forked) -> None:

@@ -9,7 +9,9 @@ forgotten tokens had never been counted, and its positions stay within the model
 A key is rounded to the cache's dtype at every slide it survives. In float32 that is nothing. In float16 it is 2e-4 each
 time, and a turn by a small angle rounds to no turn at all, so what matters is how often: a capacity just above the
 window slides at every token, and a key of a window of 1,024 has lost its place (error 5e-2) before it leaves. With a
-capacity of 9/8 of the window a key survives 8 slides, and its error stays at 1e-3.
+capacity of 9/8 of the window a key survives 8 slides: an error of 6e-4 on average, 1.2e-3 of the worst of a thousand.
+Chunks of several tokens slide a row before it is full; at worst that halves the shifts, and makes it 9e-4 and 1.8e-3.
+With 3/2 of the window every key stays within 1e-3, whatever the chunks.
 """
 
 from __future__ import annotations

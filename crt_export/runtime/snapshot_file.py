@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,47 @@ from crt_export.errors import BundleError, CrtExportError, InputError
 from crt_export.input_file import is_input, kind_of
 from crt_export.output_file import write_file
 from crt_export.runtime.counts import shown
+from crt_export.runtime.history import RECENT_TOKENS
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 
-SNAPSHOT = TensorFileKind(format="crt-export snapshot", version=1, title="a snapshot", required=("bundle", "target"))
+#: Dtypes and dims of a session's tensors; equal names are equal sizes, whatever session it is.
+_ROW = (("int64",), ("batch",))
+_OF_TOKENS = ("batch", "vocab")
+_FORMS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]] = {
+    **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), _ROW),
+    "recent": (("int64",), ("batch", RECENT_TOKENS)),
+    "logits": (("float32",), _OF_TOKENS),
+    "seen": (("uint8",), _OF_TOKENS),
+    "state": (("float32",), ("batch", 1, "hidden")),
+}
+_CACHE = (("float32", "float16"), ("batch", "heads", "tokens", "cache_head_dim"))
+_CACHE_NAME = re.compile(r"past_key_values\.[0-9]+\.(key|value)")
+
+
+def _form_problems(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """What no session has; whether this session has it, check_snapshot() finds out."""
+    problems = []
+    sizes: dict[str | int, int] = {}
+    for name, (dtype, shape) in forms.items():
+        dtypes, dims = _CACHE if _CACHE_NAME.fullmatch(name) else _FORMS.get(name, ((), ()))
+        known = [
+            sizes.setdefault(dim, dim if isinstance(dim, int) else size) for dim, size in zip(dims, shape, strict=False)
+        ]
+        if not dims:
+            problems.append(f"{name!r:.80} is unknown")
+        elif dtype not in dtypes or len(shape) != len(dims) or known != list(shape):
+            wanted = ", ".join(str(sizes.get(dim, dim)) for dim in dims)
+            problems.append(f"{name} must be {' or '.join(dtypes)} [{wanted}], found {dtype} {list(shape)}")
+    return problems
+
+
+SNAPSHOT = TensorFileKind(
+    format="crt-export snapshot",
+    version=1,
+    title="a snapshot",
+    required=("bundle", "target"),
+    problems=_form_problems,
+)
 
 
 def save_snapshot(path: str | os.PathLike[str], bundle: str, target: str, tensors: Mapping[str, np.ndarray]) -> None:

@@ -58,6 +58,11 @@ class StoredTensors:
         """Name to dtype as the format spells it, such as ``F32``."""
         return {name: place.dtype for name, place in self._places.items()}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: place.shape for name, place in self._places.items()}
+
     def digest(self) -> str:
         """SHA-256 of the bytes of all tensors in order of their sorted names, lower-case hex; in little memory."""
         digest = hashlib.sha256()

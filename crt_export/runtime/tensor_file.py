@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class TensorFileKind:
         version: Newest metadata ``format_version`` that this package reads, and the one it writes.
         title: What messages call such a file, with its article.
         required: Metadata that must be there besides ``format``, ``format_version`` and ``sha256``.
+        problems: Finds what is wrong with the tensors' dtypes (numpy's words) and shapes, by name.
     """
 
     format: str
     version: int
     title: str
     required: tuple[str, ...]
+    problems: Callable[[Mapping[str, tuple[str, tuple[int, ...]]]], list[str]] = lambda _: []
 
 
 def tensor_file_bytes(kind: TensorFileKind, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -87,8 +89,9 @@ def read_tensor_file(
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Read a file and compare its checksum; what the tensors are worth, the caller finds out.
 
-    The checksum is compared before there is memory for any tensor, so a file that claims much and holds nothing costs
-    nothing; then the tensors take as much memory as the file has bytes.
+    Dtypes and shapes are looked at before a tensor is read, and the checksum is compared before there is memory for
+    any, so a file that claims much and holds nothing costs nothing; then the tensors take as much memory as the file
+    has bytes.
 
     Args:
         kind: What it must be.
@@ -109,6 +112,10 @@ def read_tensor_file(
             if unknown:
                 known = ", ".join(_DTYPES)
                 raise BundleError(f"{file} is not {kind.title}: {'; '.join(unknown)}; {kind.title} has {known} only")
+            shapes = stored.shapes
+            problems = kind.problems({name: (_DTYPES[dtype], shapes[name]) for name, dtype in stored.dtypes.items()})
+            if problems:
+                raise BundleError(problem_list(f"{file} is not {kind.title} of a session", problems))
             _refuse_other_digest(file, stored.digest(), metadata["sha256"])
             tensors = {name: stored.tensor(name, _DTYPES[dtype]) for name, dtype in sorted(stored.dtypes.items())}
     except (OSError, MemoryError, ValueError, RecursionError) as error:

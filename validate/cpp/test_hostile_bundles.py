@@ -318,3 +318,7 @@ def test_both_refuse_another_identity_than_the_expected_one(bundle: Path, librar
         library.bundle(bundle, identity=b"0" * 64)
     assert cpp.value.message == str(python.value)
     assert identity in str(python.value)
+    with pytest.raises(BundleError, match="expected the identity ''"):  # a setting that was lost is no "any"
+        load_bundle(bundle, allow_unvalidated=True, identity="")
+    with pytest.raises(c_library.CrtError, match="expected an identity, 64 hex digits"):
+        library.bundle(bundle, identity=b"")

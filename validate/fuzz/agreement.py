@@ -12,6 +12,11 @@ ALLOWED: tuple[tuple[str, str, str, str, str], ...] = (
         "Python compares a sidecar with its target and the contract where it reads it, C++ when the engine is loaded: "
         "check_sidecar() and engine_problems() of tensorrt_sidecar.cpp",
     ),
+    (
+        "snapshot", "load", "refused", "accepted",
+        "Python looks for names and shapes that no session has where it loads a file, C++ where a session restores it: "
+        "_form_problems() of snapshot_file.py and shape_problems() of snapshot_layout.cpp",
+    ),
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crt_export.config import ModelConfig
+from crt_export.errors import InputError
 from crt_export.text_stream import TEXT_END
 from crt_export.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -206,3 +207,19 @@ def test_complete_characters_in_front_of_an_incomplete_one_come_at_once(
     stream = kind.tokenizer.stream(list("😀".encode())[:3])
     assert stream.push(crossing[0]) == "😀a"
     assert stream.rest == REPLACEMENT
+
+
+def test_ids_that_the_library_decodes_only_with_others(
+    tiny_config: Any, tmp_path: Path, tokenizer_kinds: ModuleType
+) -> None:
+    """Its decoder that strips both ends panics on a text of one space; what that may become is still certain."""
+    kind = Kind("both_ends", tmp_path, tiny_config, tokenizer_kinds)
+    a, space = (kind.tokenizer._text._library.token_to_id(word) for word in ("a", "▁"))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="failed to decode"):
+        kind.tokenizer.decode([space])
+    for ids in ([space, a], [a, *[space] * 20, a], [space, *[a, space] * 12, a]):
+        for cut in range(len(ids)):
+            stream, going_on = kind.tokenizer.stream(), kind.tokenizer.stream(ids[:cut])
+            pieces = [stream.push(token) for token in ids]
+            assert "".join([*pieces, stream.finish()]) == kind.decode(ids)
+            assert [going_on.push(token) for token in ids[cut:]] == pieces[cut:]

@@ -97,6 +97,16 @@ def test_sampling_of_unigram_is_off() -> None:
     assert len({tuple(library.encode("aaaaaa").ids) for _ in range(50)}) == 1
 
 
+@pytest.mark.parametrize("single", ["$A $A", "</s>", "$A </s>"])
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_a_template_of_the_file_neither_repeats_nor_drops_text(single: str, parse_special: bool, load: Loader) -> None:
+    library = byte_level()
+    plain = load(library).encode("ab")
+    end = library.token_to_id("</s>")
+    library.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", end)])
+    assert load(library).encode("ab", parse_special=parse_special) == plain
+
+
 # --- Begin of sequence: once ----------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,16 @@ def nothing() -> Tokenizer:
     return _with_special(tokenizer)
 
 
-_MAKERS = (byte_level, llama, metaspace_bytes, unigram, word_piece, word_ends, words_only, nothing)
+def both_ends() -> Tokenizer:
+    """Spaces as ▁; one space is dropped at the beginning of a text and one at its end."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={"a": 0, "▁": 1}, unk_token="a"))
+    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
+    )
+    return _with_special(tokenizer)
+
+
+_MAKERS = (byte_level, llama, metaspace_bytes, unigram, word_piece, word_ends, words_only, nothing, both_ends)
 KINDS: dict[str, Callable[[], Tokenizer]] = {make.__name__: make for make in _MAKERS}
 
 

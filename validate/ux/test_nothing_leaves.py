@@ -169,6 +169,43 @@ def test_forked_child_ends(private: Private, bundle: Path, how: str, threads: in
     assert (result.returncode, result.stdout) == (0, f"{expected}\n"), result.stderr
 
 
+FORK_FROM_BUSY = """
+import os, signal, sys, threading
+from crt_export.runtime import load_bundle
+bundle = load_bundle(sys.argv[1])
+session, stopping = bundle.session("ort-cpu-fp32", threads=1), threading.Event()
+def work():
+    while not stopping.is_set():
+        session.prefill([[65] * 40], passes="exact")
+        session.reset()
+worker = threading.Thread(target=work)
+worker.start()
+for how in [session, bundle] * 4:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a hang is a death
+        how.close()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end="")
+stopping.set()
+worker.join()
+"""
+
+
+def test_child_forked_while_another_thread_runs_a_session_closes_it(private: Private, bundle: Path) -> None:
+    result = private(sys.executable, "-W", "ignore", "-c", FORK_FROM_BUSY, bundle)
+    assert (result.returncode, result.stdout) == (0, "00000000"), result.stderr
+
+
+def test_an_interrupt_while_onnxruntime_is_loaded_is_no_missing_package(private: Private, tmp_path: Path) -> None:
+    """C code that meets an exception says "initialization failed"."""
+    (tmp_path / "onnxruntime.py").write_text('raise ImportError("initialization failed") from KeyboardInterrupt()\n')
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom crt_export.engine.ort import import_onnxruntime\n"
+    code += "try: import_onnxruntime()\nexcept KeyboardInterrupt: print('interrupted')"
+    result = private(sys.executable, "-c", code)
+    assert result.stdout == "interrupted\n", result.stderr
+
+
 def test_every_import_of_onnxruntime_is_the_one(root: Path) -> None:
     found = [
         f"{path.relative_to(root)}:{number}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,27 @@ def test_a_float16_key_stays_within_a_thousandth_at_the_least_capacity(size: int
     assert capacity >= size * 9 / 8
     assert endured(size, capacity, [capacity - (size - 1)], theta) < 1e-3
     assert attention.least_capacity("float32") == size
+
+
+@pytest.mark.parametrize(
+    ("capacity", "smallest_shift", "mean", "worst"),
+    [(9 / 8, 1, 7e-4, 1.3e-3), (9 / 8, 1 / 2, 1e-3, 2e-3), (3 / 2, 1, 3e-4, 5e-4), (3 / 2, 1 / 2, 5e-4, 1e-3)],
+)
+@pytest.mark.parametrize(("size", "head_dim"), [(512, 32), (512, 64), (1024, 128)])
+def test_single_float16_keys(
+    size: int, head_dim: int, capacity: float, smallest_shift: float, mean: float, worst: float
+) -> None:
+    """What slide.py says of them: token by token a row moves by all its room; chunks can make it half of that."""
+    attention = Window(size=size, head_dim=head_dim, rope_theta=10000.0, rope_layout="half")
+    shift = math.ceil((size * capacity - (size - 1)) * smallest_shift)
+    keys = np.random.default_rng(0).normal(size=(1000, head_dim)).astype(np.float16)
+    cached, slides = keys, (size - 1) // shift
+    for _ in range(slides):
+        cached = attention.turn_back(cached, shift).astype(np.float16)
+    exact = attention.turn_back(keys, shift * slides)
+    errors = np.linalg.norm(cached - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert errors.mean() < mean
+    assert errors.max() < worst
 
 
 def test_at_a_capacity_of_the_window_it_would_not() -> None:

@@ -231,7 +231,8 @@ def test_a_file_that_claims_much_and_holds_nothing_costs_nothing(digest: str, tm
             found.update(zeros)
         digest = found.hexdigest()
     fields = {"format": "crt-export snapshot", "format_version": "1", "bundle": "x", "target": "y", "sha256": digest}
-    header = {"__metadata__": fields, "a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    seen = {"dtype": "U8", "shape": [1, size], "data_offsets": [0, size]}
+    header = {"__metadata__": fields, "seen": seen}
     path = tmp_path / "bomb"
     write(path, header, b"")
     os.truncate(path, path.stat().st_size + size)
@@ -247,3 +248,32 @@ def test_a_file_that_claims_much_and_holds_nothing_costs_nothing(digest: str, tm
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < (40 if digest == "0" * 64 else 340)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("a", np.zeros(1, np.uint8), "'a' is unknown"),
+        ("past_key_values.0.query", np.zeros((2, 1, 2, 2), np.float16), "'past_key_values.0.query' is unknown"),
+        ("logits", np.zeros((2, 3), np.float16), r"logits must be float32 \[2, 3\], found float16 \[2, 3\]"),
+        ("logits", np.zeros((2, 4), np.float32), r"seen must be uint8 \[2, 4\], found uint8 \[2, 3\]"),
+        ("recent", np.zeros((2, 9), np.int64), r"recent must be int64 \[2, 1024\], found int64 \[2, 9\]"),
+        ("state", np.zeros((2, 8), np.float32), r"state must be float32 \[2, 1, hidden\], found float32 \[2, 8\]"),
+        (
+            "past_key_values.0.value",
+            np.zeros((2, 1, 3, 2), np.float16),
+            r"past_key_values.0.value must be .*2, 1, 2, 2",
+        ),
+        ("drawn", np.zeros(3, np.int64), r"position must be int64 \[3\], found int64 \[2\]"),
+    ],
+)
+def test_tensors_that_no_session_has_are_refused_unread(
+    snapshot: Snapshot, file: Path, name: str, values: np.ndarray, message: str
+) -> None:
+    """Also with the right checksum; here it is the wrong one, which would be said if they had been read."""
+    dataclasses.replace(snapshot, tensors={**snapshot.tensors, name: values}).save(file)
+    header, data = parts(file)
+    header["__metadata__"]["sha256"] = "0" * 64
+    write(file, header, data)
+    with pytest.raises(BundleError, match=f"is not a snapshot of a session(.|\n)*{message}"):
+        Snapshot.load(file)

@@ -62,6 +62,10 @@ crt_status crt_bundle_open(const char* path, const crt_bundle_options* options, 
   return call([&] {
     require({{path, "path"}, {bundle, "bundle"}});
     const auto taken = crt::c_api::taken_options(options, "crt_bundle_options", default_bundle_options());
+    if (taken.identity != nullptr && *taken.identity == '\0') {  // a setting that was lost, say; in C++ it means any
+      throw crt::Error(crt::ErrorKind::bundle,
+                       "expected an identity, 64 hex digits as 'crt-export inspect' prints them, or NULL; found \"\"");
+    }
     crt::Bundle opened = crt::Bundle::load(path, taken.allow_unvalidated != 0, taken.identity == nullptr ? "" : taken.identity);
     crt::c_api::give(std::make_unique<crt_bundle>(std::move(opened)), bundle);
   });

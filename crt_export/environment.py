@@ -133,8 +133,9 @@ def other_onnxruntime() -> str | None:
 
 def onnxruntime_distributions() -> tuple[str, ...]:
     """Every distribution that is installed and holds the module ``onnxruntime``."""
-    other = other_onnxruntime()
-    return installed_onnxruntime_wheels() or (() if other is None else (other,))
+    if module_spec(_ORT) is None:
+        return installed_onnxruntime_wheels()
+    return tuple(sorted({*installed_onnxruntime_wheels(), *distributions_of(_ORT)})) or (_ORT,)
 
 
 def environment_problems() -> list[str]:

@@ -13,7 +13,7 @@
     ├── BenchError                 2   a measurement could not be completed
     ├── ParityError                1   the result was produced and does not agree with PyTorch
     ├── MissingDependencyError     3   a package, library or device that this operation needs is absent
-    └── OutputError                3   stdout is closed or full
+    └── OutputError                3   stdout is closed or full, or the place of a file is
 
 Exit codes besides these: 0 success, 70 a bug in crt-export, 130 interrupted, 141 nobody reads stdout any more, 143
 terminated (129 by SIGHUP).
@@ -85,7 +85,7 @@ class MissingDependencyError(CrtExportError):
 
 
 class OutputError(CrtExportError):
-    """What a command prints cannot be written."""
+    """What a command prints, or a report that it makes, finds no room or no reader."""
 
     exit_code = 3
 

@@ -83,6 +83,14 @@ def is_input(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder, links followed; nothing has a name that the system refuses."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def kind_of(mode: int) -> str:
     """What a file is by its mode, in words: "a regular file", "a folder", "a pipe", ..."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")

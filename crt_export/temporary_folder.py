@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crt_export.bundle.ownership import is_abandoned, lock_folder, unlock_folder
-from crt_export.termination import orderly_termination
+from crt_export.termination import not_interrupted, orderly_termination
 
 #: Of folders in the system's folder for temporary files.
 PREFIX = "crt-export"
@@ -48,9 +48,10 @@ def temporary_folder(parent: Path | None = None, prefix: str = PREFIX) -> Iterat
                 lock = lock_folder(folder)
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                unlock_folder(lock)
+            with not_interrupted():  # by whoever is told to end twice
+                shutil.rmtree(folder, ignore_errors=True)
+                if lock is not None:
+                    unlock_folder(lock)
 
 
 def sweep_abandoned(parent: Path | None = None, prefix: str = PREFIX) -> None:

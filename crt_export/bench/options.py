@@ -13,6 +13,7 @@ from crt_export.bench.runner import Passes
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError, problem_list
+from crt_export.input_file import is_folder
 from crt_export.machine import machine
 from crt_export.profile_check import MOST_THREADS
 from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
@@ -229,9 +230,9 @@ def _entry(
         return _baseline_entry(name, files, target, config, room)
     if name in files.manifest["targets"]:
         return _target_entry(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
-    if not Path(name).is_dir():
+    if not is_folder(name):
         known = ", ".join((*BASELINES, *files.manifest["targets"]))
-        raise InputError(f"--against {name!r} is neither a bundle's folder nor one of {known}")
+        raise InputError(f"--against {name[:200]!r} is neither a bundle's folder nor one of {known}")
     other = open_bundle(name, allow_unvalidated=True)
     other_config = config_from_manifest(other)
     same = target_from_manifest(other, target.name, other_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -62,14 +63,24 @@ def open_bundle(
 
 
 def _real_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, links resolved; refuses what no path can be: NUL characters, lone surrogates, other types."""
+    """The folder, links resolved; refuses what no path can be: NUL characters, too many of them, other types."""
     try:
         text = os.fsdecode(path)
-        with suppress(OSError):  # what is wrong with a path that can exist is said later
-            os.lstat(text)
+        too_long = _is_too_long(text)
     except (TypeError, ValueError) as error:
         raise BundleError(f"expected the path of a bundle folder, found {path!r} ({error})") from error
+    if too_long:
+        shown = f"{text[:60]!r}... of {len(text):,} characters"
+        raise BundleError(f"expected the path of a bundle folder, found {shown} ({os.strerror(errno.ENAMETOOLONG)})")
     return Path(os.path.realpath(text))
+
+
+def _is_too_long(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:  # what else is wrong with a path is said later
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def _held_bundle(folder: Path) -> BundleFiles:

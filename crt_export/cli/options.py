@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,25 @@ import click
 
 Command = Callable[..., Any]
 
-# The package itself checks what lies at a path: its errors name the remedy, click's do not.
-PATH = click.Path(path_type=Path)
+
+class _PathType(click.Path):
+    """A path that the system takes for one; the package itself checks what lies there and names the remedy."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what nothing can be called: asking for it fails, in whatever way."""
+        try:
+            os.lstat(value)
+        except ValueError as error:
+            self.fail(f"{value[:_SHOWN]!r} is no name of a file: {error}", param, ctx)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                self.fail(f"{value[:_SHOWN]!r}... is no name of a file: {error.strerror}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+#: Characters of such a name in a message.
+_SHOWN = 60
+PATH = _PathType(path_type=Path)
 
 
 def json_option(command: Command) -> Command:

@@ -12,6 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from crt_export.errors import OutputError
@@ -151,10 +152,14 @@ def _descriptor(stream: IO[str] | None) -> int | None:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Else the next file that is opened gets the number, and what native code prints ends up in it."""
+    """Else the next file that is opened gets the number, and what native code prints ends up in it.
+
+    A closed stdout becomes one that is always full: what is written to ``/dev/stdout`` by name must not vanish either.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
+            full = descriptor == 1 and Path("/dev/full").exists()
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)
+                os.open("/dev/full" if full else os.devnull, os.O_RDWR)

@@ -24,14 +24,18 @@ _GAP_NOTE = (
 
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
-    """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest."""
+    """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest.
+
+    Raises:
+        InputError: The parity report that it holds is none.
+    """
     return {
         **bundle.manifest,
         "kind": "bundle",
         "path": str(bundle.path),
         "identity": bundle.identity,
         "bytes": bundle_bytes(bundle),
-        "own_model": own_model_text(bundle.manifest["parity"]),
+        "own_model": own_model_text(_parity_report(bundle)),
     }
 
 
@@ -40,17 +44,21 @@ def bundle_bytes(bundle: BundleFiles) -> int:
     return sum(entry["size"] for entry in bundle.manifest["files"].values())
 
 
+def _parity_report(bundle: BundleFiles) -> Mapping[str, Any] | None:
+    found = bundle.manifest["parity"]
+    return None if found is None else checked_report(found, f"the parity report of {bundle.path}")
+
+
 def write_bundle_tables(bundle: BundleFiles) -> None:
     """Write what a bundle holds and how well it agrees with PyTorch.
 
     Raises:
         InputError: The parity report that it holds is none.
     """
-    manifest = bundle.manifest
-    parity = manifest["parity"] and checked_report(manifest["parity"], f"the parity report of {bundle.path}")
+    manifest, parity = bundle.manifest, _parity_report(bundle)
     validated = "validated" if manifest["validated"] else "NOT validated"
     write_text(
-        f"{bundle.path}: {validated}, {own_model_text(manifest['parity'])}, "
+        f"{bundle.path}: {validated}, {own_model_text(parity)}, "
         f"{readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )

@@ -14,7 +14,7 @@ from crt_export.engine.base import Rows
 from crt_export.engine.huge_pages import allocated_in_huge_pages
 from crt_export.engine.ort_loading import load_held_graph
 from crt_export.engine.ort_process import import_library, survive_fork
-from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels
+from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels, onnxruntime_distributions
 from crt_export.errors import (
     ContractError,
     CrtExportError,
@@ -199,9 +199,12 @@ def import_onnxruntime(device: str = "cpu") -> Any:
     try:
         library = import_library()
     except ImportError as error:
-        raise MissingDependencyError(
-            f"this needs ONNX Runtime, which is not installed ({error}): pip install 'crt-export[{extra}]'"
-        ) from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            reason = f"which is not installed ({error}): pip install 'crt-export[{extra}]'"
+        else:  # advice to install one would put it over what is there
+            here = " and ".join(onnxruntime_distributions())
+            reason = f"and {here}, which is installed, cannot be loaded ({error}): mend or replace it"
+        raise MissingDependencyError(f"this needs ONNX Runtime, {reason}") from error
     if _PROVIDERS[device] not in library.get_available_providers():
         raise MissingDependencyError(
             f"the installed onnxruntime {library.__version__} has no {_PROVIDERS[device]}: "

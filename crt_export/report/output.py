@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crt_export.errors import InputError, problem_list
+from crt_export.errors import InputError, OutputError, problem_list
 from crt_export.input_file import kind_of
 from crt_export.output_file import write_file
 
 if TYPE_CHECKING:  # an old report can be read where torch is not installed
     from crt_export.parity.report import ParityReport
+
+#: What is wrong with the place and would be with any other name there.
+_NOT_THE_NAME = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ def check_outputs(
         f"{path}: the folder {path.parent} does not exist, make it first" for path in every if not path.parent.is_dir()
     ]
     problems += [_overwriting(path, source) for path in every for source in inputs if source and _holds(source, path)]
-    places = [path.resolve() for path in every]
+    places = [_place(path) for path in every]
     problems += [f"{path} is named twice" for path, place in zip(every, places, strict=True) if places.count(place) > 1]
     if problems:
         raise InputError(problem_list("output files", list(dict.fromkeys(problems))))
@@ -96,12 +101,17 @@ def write_output(path: Path, content: str | bytes) -> None:
 
     Raises:
         InputError: The path cannot be written to.
+        OutputError: What it leads to is full or broken.
+        BrokenPipeError: It is a pipe that nobody reads any more.
     """
     check_outputs([path])
     try:
         write_file(path, content.encode() if isinstance(content, str) else content, streams=True)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        kind = OutputError if error.errno in _NOT_THE_NAME else InputError
+        raise kind(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _kind_problem(path: Path) -> str | None:
@@ -117,7 +127,12 @@ def _kind_problem(path: Path) -> str | None:
 
 def _holds(source: Path, path: Path) -> bool:
     """Whether a path is an input, or lies inside an input folder."""
-    return path.resolve().is_relative_to(source.resolve())
+    return _place(path).is_relative_to(_place(source))
+
+
+def _place(path: Path) -> Path:
+    """The path without links; as far as it can be told where they go round in circles, which Path.resolve refuses."""
+    return Path(os.path.realpath(path))
 
 
 def _overwriting(path: Path, source: Path) -> str:

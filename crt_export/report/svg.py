@@ -7,13 +7,13 @@ import io
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from crt_export.report.numbers import power_text
+from crt_export.temporary_folder import temporary_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,8 +86,8 @@ def _import_matplotlib() -> None:
     """
     if "matplotlib" in sys.modules or os.environ.get("MPLCONFIGDIR"):
         return
-    with tempfile.TemporaryDirectory(prefix="crt-export-") as folder:
-        os.environ["MPLCONFIGDIR"] = folder
+    with temporary_folder() as folder:
+        os.environ["MPLCONFIGDIR"] = str(folder)
         try:
             importlib.import_module("matplotlib.font_manager")  # writes its list of fonts as it is imported
         finally:

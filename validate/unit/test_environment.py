@@ -80,6 +80,12 @@ def test_whatever_provides_the_module_is_the_runtime(machine: Install, distribut
     assert need.startswith(f"onnxruntime-gpu in place of {name.replace('_', '-')}")
 
 
+def test_every_distribution_that_holds_the_module_is_named(machine: Install) -> None:
+    machine(onnxruntime="1.31.1", onnxruntime_openvino="1.24.1")
+    assert environment.onnxruntime_distributions() == ("onnxruntime", "onnxruntime-openvino")
+    assert target_status(load_profile("ort-cpu-fp32")).status == "run"
+
+
 def test_another_distribution_with_nvidias_provider_runs_cuda_targets(machine: Install, tmp_path: Path) -> None:
     machine(A100, ort_nightly_gpu="1.32")
     library = tmp_path / "site-packages" / "capi" / "libonnxruntime_providers_cuda.so"

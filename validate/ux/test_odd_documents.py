@@ -137,6 +137,8 @@ def test_many_odd_reports(root: Path, tmp_path: Path, answer: Callable[..., None
         {"passed": True, "rows": 1},
         {"passed": True, "rows": [{"target": []}]},
         {"passed": True, "levels": {}},
+        {"passed": True, "levels": [0]},
+        {"passed": True, "levels": ["own-model"]},
     ],
     ids=str,
 )
@@ -146,8 +148,11 @@ def test_inspect_refuses_a_parity_report_that_is_none(
     path = golden / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "parity": parity}), encoding="utf-8")
     sign_again(golden)
-    assert main(["inspect", str(golden)]) == 2
-    assert f"error: the parity report of {golden}: expected a parity report" in capsys.readouterr().err
+    for options in ([], ["--json"]):
+        assert main(["inspect", str(golden), *options]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert f"error: the parity report of {golden}: expected a parity report" in captured.err
 
 
 def test_whole_numbers_of_a_report_may_have_a_point(

@@ -52,6 +52,20 @@ def test_results_that_are_lost_are_exit_3(
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device on this system")
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_a_report_on_a_lost_stdout_is_exit_3(shell: Shell, golden: Path, redirection: str) -> None:
+    """Its name leads to the stream; a closed one must not be some other file by then."""
+    result = shell(f"{CLI} report {golden} --output /dev/stdout {redirection}")
+    assert result.returncode == 3, result.stderr
+    assert b"error: /dev/stdout cannot be written: No space left" in result.stderr
+
+
+def test_a_report_that_nobody_reads_is_141(shell: Shell, golden: Path) -> None:
+    command = f"{{ {CLI} report {golden} --output /dev/stdout; echo $? >code; }} | true; cat code"
+    assert shell(command).stdout == b"141\n"
+
+
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 def test_lost_messages_are_exit_3_unless_there_is_a_worse_code(shell: Shell, golden: Path, redirection: str) -> None:
     result = shell(f"{CLI} generate {golden} --prompt a --max-new-tokens 3 {redirection}")

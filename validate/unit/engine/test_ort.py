@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +220,18 @@ def test_a_missing_runtime_names_the_extra(device: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=rf"pip install 'crt-export\[{device}\]'"):
         import_onnxruntime(device)
+
+
+def test_a_runtime_that_cannot_be_loaded_is_not_called_absent(tmp_path: Path) -> None:
+    package = tmp_path / "onnxruntime"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')\n")
+    program = "from crt_export.engine.ort import import_onnxruntime; import_onnxruntime()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, check=False)
+    words = rb"onnxruntime.*, which is installed, cannot be loaded \(libgomp.so.1: cannot open shared object file\)"
+    assert re.search(words, result.stderr), result.stderr
+    assert b"pip install" not in result.stderr
 
 
 def test_a_cpu_build_cannot_serve_a_gpu_target() -> None:

@@ -159,6 +159,7 @@ def test_ids_that_hold_the_token_have_the_same_perplexity(checkpoint: Checkpoint
     assert _nll(model, dataclasses.replace(once, ids=inputs)) == pytest.approx(expected, rel=0.2), "none is a target"
 
 
+@pytest.mark.evidence  # builds a bundle; the windows are cut in one place, which the other tests hold
 def test_every_level_of_a_bundle_starts_with_the_token(bos_bundle: Path, tmp_path: Path, recorder: list[str]) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, _text(2400).ids)

@@ -137,6 +137,7 @@ def test_a_wrong_word_of_the_configuration_is_named(compared: Compared, name: st
     assert result.data["cause"]["after"] < 3e-5 < result.data["cause"]["before"]
 
 
+@pytest.mark.evidence  # each cause is a search over all variations; wrong words above go the same way
 @pytest.mark.parametrize(
     ("name", "habits", "words"),
     [
@@ -157,6 +158,7 @@ def test_what_no_configuration_can_express_is_named(compared: Compared, name: st
     assert result.passed is (result.checks[0].value is not None and result.checks[0].value <= 1e-3)
 
 
+@pytest.mark.evidence  # each cause is a search over all variations; wrong words above go the same way
 @pytest.mark.parametrize(
     ("habits", "words", "advice"),
     [

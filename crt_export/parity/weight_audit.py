@@ -45,8 +45,16 @@ class Weights:
         self.names = frozenset(self._tensors)
 
     def array(self, name: str) -> Array:
-        """One initializer."""
-        return self._tensors[name].numpy()
+        """One initializer.
+
+        onnx_ir refuses a weight file with several hard links, as a copy of a bundle may have; what lies in this one was
+        compared with the manifest.
+        """
+        tensor = self._tensors[name]
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.size == 0:
+            return tensor.numpy()
+        place = (tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))
+        return np.asarray(np.memmap(tensor.path, *place))
 
     def size(self, name: str) -> int:
         """Number of its values."""

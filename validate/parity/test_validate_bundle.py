@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,12 @@ def test_token_file_and_target_can_be_chosen(parity_bundle: Path, tmp_path: Path
     report = validate_bundle(parity_bundle, tokens=tmp_path / "tokens.npy", targets=("ort-cpu-fp32",), options=SHORT)
     assert report.passed
     assert report.notes[0].endswith("test of the way there")
+
+
+def test_a_copy_of_hard_links_is_validated(copy: Path, tmp_path: Path, heldout_text: Path) -> None:
+    """``cp -al`` and stores that keep equal files once make them; onnx_ir refuses such weight files."""
+    linked = Path(shutil.copytree(copy, tmp_path / "linked", copy_function=os.link))
+    assert validate_bundle(linked, text=heldout_text, options=replace(SHORT, levels=("contract", "one-step"))).passed
 
 
 def test_unknown_targets_are_refused_by_name(parity_bundle: Path) -> None:

@@ -33,7 +33,7 @@ ODD: tuple[Any, ...] = (
     {"a": []},
 )
 EVIL = ("\x1b", "\x9b", "\u202e")
-QUICK, THOROUGH = 30, 3000
+QUICK, THOROUGH = 30, 600
 
 
 def places(node: Any, at: Place = ()) -> Iterator[Place]:

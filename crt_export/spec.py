@@ -11,10 +11,10 @@ in place). Symbolic dims come from one glossary: batch, seq, capacity, heads, he
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from crt_export.catalog import definition_path
 from crt_export.config import ModelConfig
@@ -80,6 +80,66 @@ class GraphSpec:
         except (KeyError, TypeError, ValueError) as error:
             raise ContractError(f"contract of graph {name!r}: malformed entry ({error!r})") from None
         return cls(name=name, aliases=aliases, **tensors)
+
+
+class Interface(Protocol):
+    """What a graph reads and writes: a contract, a file, or what a runtime loaded."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What it reads."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What it writes."""
+        ...
+
+
+def same_dims(wanted: int | str, found: int | str) -> bool:
+    """Rule for files: sizes and names are equal."""
+    return wanted == found
+
+
+def same_sizes(wanted: int | str, found: int | str) -> bool:
+    """Rule for compiled engines, which know no names: what is dynamic there is dynamic (-1) here."""
+    return wanted == found or (isinstance(wanted, str) and found == -1)
+
+
+def compatible_sizes(wanted: int | str, found: int | str) -> bool:
+    """Rule for loaded graphs: a runtime renames dims, and may know a size that the contract leaves open."""
+    return wanted == found or isinstance(wanted, str) or isinstance(found, str)
+
+
+def interface_problems(
+    wanted: Interface, found: Interface, same: Callable[[int | str, int | str], bool] = same_dims
+) -> Iterator[str]:
+    """Every difference between what a graph should read and write and what it does, one sentence each.
+
+    Args:
+        wanted: Usually the contract.
+        found: Of a file, an engine, or a loaded graph.
+        same: Whether two dims, expected and found, agree. Only files keep the order of their tensors.
+    """
+    for kind, expected, there in (("input", wanted.inputs, found.inputs), ("output", wanted.outputs, found.outputs)):
+        tensors = {spec.name: spec for spec in there}
+        for spec in expected:
+            other = tensors.pop(spec.name, None)
+            if other is None:
+                yield f"{kind} {spec} expected, nothing found"
+            elif other.dtype != spec.dtype or not _same_shape(spec.dims, other.dims, same):
+                yield f"{kind} {spec} expected, {other} found"
+        yield from (f"{kind} {spec} found, which is not part of the contract" for spec in tensors.values())
+        order = [spec.name for spec in expected]
+        names = [spec.name for spec in there]
+        if same is same_dims and names != order and sorted(names) == sorted(order):
+            yield f"{kind}s expected in order {', '.join(order)}, found in order {', '.join(names)}"
+
+
+def _same_shape(
+    wanted: tuple[int | str, ...], found: tuple[int | str, ...], same: Callable[[int | str, int | str], bool]
+) -> bool:
+    return len(wanted) == len(found) and all(map(same, wanted, found))
 
 
 def graph_names(config: ModelConfig) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from crt_export.errors import ContractError, problem_list
-from crt_export.spec import GraphSpec, TensorSpec
+from crt_export.spec import GraphSpec, TensorSpec, interface_problems
 
 _OPERATORS = """
     Abs Add And ArgMax Attention Cast Clip Concat DequantizeLinear Equal Expand Gather GatherElements Gelu Identity
@@ -16,7 +16,7 @@ _OPERATORS = """
 """
 #: Operators every target was seen to parse and run; anything else must be a decision, not an accident of the exporter.
 OPERATORS = frozenset(_OPERATORS.split())
-_DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+_DTYPES = {ir.DataType.INT64: "int64", ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
 def check_contract(graph: ir.Model, spec: GraphSpec) -> None:
@@ -26,7 +26,7 @@ def check_contract(graph: ir.Model, spec: GraphSpec) -> None:
         ContractError: With every difference.
     """
     problems = [
-        *interface_problems(graph, spec),
+        *interface_problems(spec, interface_of(graph)),
         *_operator_problems(graph),
         *_alias_problems(graph, spec),
         *_weight_problems(graph),
@@ -35,25 +35,21 @@ def check_contract(graph: ir.Model, spec: GraphSpec) -> None:
         raise ContractError(problem_list(f"graph {spec.name} breaks its contract graphs/{spec.name}.toml", problems))
 
 
-def interface_problems(graph: ir.Model, spec: GraphSpec) -> Iterator[str]:
-    """Every difference in names, order, dtypes and dims of inputs and outputs, one sentence each."""
-    yield from _tensor_problems("input", graph.graph.inputs, spec.inputs)
-    yield from _tensor_problems("output", graph.graph.outputs, spec.outputs)
+def interface_of(model: ir.Model) -> GraphSpec:
+    """The inputs and outputs of a file as it declares them; what has no type is ``undefined``, no shape ``[?]``."""
+    graph = model.graph
+    return GraphSpec(
+        name=graph.name or "graph",
+        inputs=tuple(map(_declared, graph.inputs)),
+        outputs=tuple(map(_declared, graph.outputs)),
+        aliases=(),
+    )
 
 
-def _tensor_problems(kind: str, values, tensors: tuple[TensorSpec, ...]) -> Iterator[str]:
-    found = {value.name: value for value in values}
-    if list(found) != [tensor.name for tensor in tensors]:
-        missing = [tensor.name for tensor in tensors if tensor.name not in found]
-        extra = [name for name in found if name not in {tensor.name for tensor in tensors}]
-        yield f"{kind}s differ: missing {missing}, unexpected {extra}, found in order {list(found)}"
-    for tensor in tensors:
-        value = found.get(tensor.name)
-        if value is None:
-            continue
-        dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-        if value.dtype != _DTYPES[tensor.dtype] or dims != tensor.dims:
-            yield f"{kind} {tensor}: found {value.dtype} {list(dims) if dims is not None else 'without a shape'}"
+def _declared(value: ir.Value) -> TensorSpec:
+    dims = ("?",) if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    dtype = "undefined" if value.dtype is None else _DTYPES.get(value.dtype, value.dtype.name.lower())
+    return TensorSpec(name=value.name or "", dtype=dtype, dims=dims)
 
 
 def _operator_problems(graph: ir.Model) -> Iterator[str]:

@@ -1,24 +1,25 @@
 """The largest |value| of every FP16 tensor of a graph on real text.
 
 ONNX Runtime's CPU provider multiplies FP16 in FP32 between casts, so an overflow need not show in the logits there. It
-shows here: :mod:`crt_export.parity.observers` reduces every FP16 value to its largest magnitude inside the graph, and a
+shows here: a graph gets one more output, to which observers inside it reduce every FP16 tensor's largest magnitude; a
 value that ONNX Runtime kept in FP32 is seen at its true size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import OrtGraph, import_onnxruntime
 from crt_export.errors import ContractError
 from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase
-from crt_export.parity.observers import OUTPUT, Observed, observe_fp16
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.windows import Windows
 from crt_export.spec import GraphSpec, TensorSpec
@@ -26,6 +27,41 @@ from crt_export.spec import GraphSpec, TensorSpec
 #: Graphs whose tensors are observed; prefill_pass has those of prefill and head is part of both.
 OBSERVED = (STEP, PREFILL)
 _OBSERVED_BYTES = 2**30
+OUTPUT = "largest_fp16_values"
+_PREFIX = "observed/"
+_MASK_FILL = 1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What the entries of the added output are.
+
+    Attributes:
+        tensors: Names of the FP16 tensors whose largest |value| comes first.
+        scores: Per Attention node its name and scale; for each the largest norm of a query and that of a key follow.
+    """
+
+    tensors: tuple[str, ...]
+    scores: tuple[tuple[str, float], ...]
+
+    @property
+    def count(self) -> int:
+        """Entries of the output."""
+        return len(self.tensors) + 2 * len(self.scores)
+
+    def largest(self, values: np.ndarray) -> dict[str, float]:
+        """Largest |value| by name, from the entries' maxima over all calls, float32 [count].
+
+        A key written in one call meets the queries of later ones, so only norms over all calls bound the scores:
+        ``|q . k| scale <= |q| |k| scale``.
+        """
+        found = {name: float(value) for name, value in zip(self.tensors, values, strict=False)}
+        norms = values[len(self.tensors) :].astype(np.float64).reshape(-1, 2).prod(axis=1)
+        bounds = {
+            f"{name} (bound of its scores)": float(norm) * abs(scale)
+            for (name, scale), norm in zip(self.scores, norms, strict=True)
+        }
+        return found | bounds
 
 
 def largest_fp16_values(
@@ -120,3 +156,110 @@ def load_observed(path: Path, case: ParityCase, threads: int) -> tuple[OrtGraph,
     except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
         raise ContractError(f"{path}: ONNX Runtime cannot load it with observers ({error})") from error
     return OrtGraph(path, session, "cpu", threads=threads), observed
+
+
+def observe_fp16(model: onnx.ModelProto) -> Observed:
+    """Add the observers.
+
+    Requires: types are inferred.
+    Ensures: every FP16 tensor that a node computes is observed at least once. Left out are caches (what is written into
+        them is observed), what a mask fills (the scores before are observed) and softmax, which cannot exceed 1.
+
+    Raises:
+        ContractError: The type of a node's output is unknown, or no tensor is FP16.
+    """
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    produced = {name: node for node in graph.node for name in node.output if name}
+    unknown = [name for name in produced if not types.get(name)]
+    if unknown:
+        raise ContractError(
+            f"graph {graph.name}: the types of {len(unknown)} tensors are unknown, such as {unknown[0]}"
+        )
+    half = {name: node for name, node in produced.items() if types[name] == TensorProto.FLOAT16}
+    tensors = [name for name, node in half.items() if not _needs_no_observer(node, constants)]
+    attention = [node for node in half.values() if node.op_type == "Attention"]
+    if not tensors:
+        raise ContractError(f"graph {graph.name}: no tensor is FP16")
+    nodes = [part for name in tensors for part in _largest_value(name)]
+    results = [_result(name) for name in tensors]
+    for node in attention:
+        for source in (node.input[0], _written_keys(node.input[1], produced)):
+            # Equal keys may serve several nodes, so the result carries the reader's name too.
+            label = f"{node.name or node.output[0]}/{source}"
+            nodes += _largest_norm(source, label)
+            results.append(_result(label))
+    _append(graph, nodes, results)
+    return Observed(
+        tensors=tuple(tensors), scores=tuple((node.name or node.output[0], _scale(node)) for node in attention)
+    )
+
+
+def _append(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], results: list[str]) -> None:
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array([1], np.int64), f"{_PREFIX}one"),
+            numpy_helper.from_array(np.array([-1], np.int64), f"{_PREFIX}last"),
+            numpy_helper.from_array(np.array(np.inf, np.float32), f"{_PREFIX}infinity"),
+        ]
+    )
+    graph.node.extend(nodes)
+    graph.node.append(helper.make_node("Concat", results, [OUTPUT], axis=0))
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [len(results)]))
+
+
+def _result(label: str) -> str:
+    return f"{_PREFIX}{label}"
+
+
+def _largest_value(source: str) -> Iterator[onnx.NodeProto]:
+    """Nodes from a tensor to its largest |value|, float32 [1]; NaN becomes infinity, because a maximum drops it.
+
+    A sum of magnitudes is NaN where one of them is and nowhere else, so no tensor is written a second time to find it.
+    """
+    base = _result(source)
+    yield helper.make_node("Cast", [source], [f"{base}/wide"], to=TensorProto.FLOAT)
+    yield helper.make_node("Abs", [f"{base}/wide"], [f"{base}/size"])
+    yield helper.make_node("ReduceSum", [f"{base}/size"], [f"{base}/sum"], keepdims=0)
+    yield helper.make_node("ReduceMax", [f"{base}/size"], [f"{base}/real"], keepdims=0)
+    yield helper.make_node("IsNaN", [f"{base}/sum"], [f"{base}/nan"])
+    yield helper.make_node("Where", [f"{base}/nan", f"{_PREFIX}infinity", f"{base}/real"], [f"{base}/largest"])
+    yield helper.make_node("Reshape", [f"{base}/largest", f"{_PREFIX}one"], [base])
+
+
+def _largest_norm(source: str, label: str) -> Iterator[onnx.NodeProto]:
+    """Nodes from vectors [..., head_dim] to the largest of their norms, float32 [1]."""
+    base = _result(label)
+    yield helper.make_node("Cast", [source], [f"{base}/wide"], to=TensorProto.FLOAT)
+    yield helper.make_node("ReduceL2", [f"{base}/wide", f"{_PREFIX}last"], [f"{base}/norms"], keepdims=0)
+    yield helper.make_node("ReduceMax", [f"{base}/norms"], [f"{base}/largest"], keepdims=0)
+    yield helper.make_node("Reshape", [f"{base}/largest", f"{_PREFIX}one"], [base])
+
+
+def _written_keys(name: str, produced: Mapping[str, onnx.NodeProto]) -> str:
+    """The keys that this call adds to what an Attention reads: older ones were observed when they were written."""
+    node = produced.get(name)
+    if node is None or node.op_type not in ("TensorScatter", "Concat"):
+        return name
+    return node.input[1] if node.op_type == "TensorScatter" else node.input[-1]
+
+
+def _scale(node: onnx.NodeProto) -> float:
+    return next((attribute.f for attribute in node.attribute if attribute.name == "scale"), 1.0)
+
+
+def _needs_no_observer(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    if node.op_type in ("TensorScatter", "Softmax"):
+        return True
+    if node.op_type != "Where":
+        return False
+    fills = [constants[name] for name in node.input[1:] if name in constants]
+    return any(_largest_constant(fill) >= _MASK_FILL for fill in fills)
+
+
+def _largest_constant(tensor: TensorProto) -> float:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return 0.0
+    values = numpy_helper.to_array(tensor)
+    return float(np.abs(values.astype(np.float64)).max()) if values.size and values.dtype.kind == "f" else 0.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from crt_export.config import ModelConfig
-from crt_export.parity.graph_walk import FUSED, linear_of, live_nodes
+from crt_export.parity.graph_audit import FUSED, linear_of, live_nodes
 from crt_export.quantize.linears import HEAD, expected_matmuls, linear_inputs, linear_names
 
 

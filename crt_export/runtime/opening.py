@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from crt_export.profile_options import OrtOptions
 from crt_export.runtime.counts import shown
 from crt_export.runtime.prefill_plan import PrefillPlan, plan_from_entry
 from crt_export.runtime.sizes import TensorSizes
-from crt_export.spec import TensorSpec, graph_spec
+from crt_export.spec import compatible_sizes, graph_spec, interface_problems
 
 SESSION_GRAPHS = ("step", "prefill")
 #: Loaded when a session first asks for them.
@@ -191,30 +191,10 @@ def check_contract(programs: Mapping[str, Program], target: Target, config: Mode
     Raises:
         ContractError: Lists every tensor that is missing, unknown, or of another dtype or shape.
     """
-    problems: list[str] = []
-    for graph, program in programs.items():
-        expected = graph_spec(graph, config, target.cache_dtype)
-        for side, wanted, found in (
-            ("input", expected.inputs, program.inputs),
-            ("output", expected.outputs, program.outputs),
-        ):
-            problems += [f"{graph}: {side} {text}" for text in _side_problems(wanted, found, target.cache_head_dim)]
+    problems = [
+        f"{graph}: {problem}"
+        for graph, program in programs.items()
+        for problem in interface_problems(graph_spec(graph, config, target.cache_dtype), program, compatible_sizes)
+    ]
     if problems:
         raise ContractError(problem_list(f"the graphs of {target.name} break the contract", problems))
-
-
-def _side_problems(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec], cache_head_dim: int) -> list[str]:
-    loaded = {spec.name: spec for spec in found}
-    problems = [f"{name} is not part of the contract" for name in loaded.keys() - {spec.name for spec in wanted}]
-    for spec in wanted:
-        other = loaded.get(spec.name)
-        if other is None:
-            problems.append(f"{spec.name} is missing")
-            continue
-        dims = (*spec.dims[:-1], cache_head_dim) if "key_values." in spec.name else spec.dims
-        same = len(dims) == len(other.dims) and all(
-            a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(dims, other.dims, strict=True)
-        )
-        if other.dtype != spec.dtype or not same:
-            problems.append(f"{other} was expected to be {spec.dtype} {list(dims)}")
-    return sorted(problems)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.parity.attribute_audit import attribute_problems
+from crt_export.parity.graph_audit import attribute_problems
 
 
 def _problems(checkpoint: Checkpoint, operator: str, attributes: dict[str, float], *, padded: int = 0) -> list[str]:

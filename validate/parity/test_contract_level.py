@@ -150,9 +150,14 @@ def test_the_whole_bundle_passes(parity_bundle: Path, setup: ParitySetup) -> Non
 @pytest.mark.parametrize(
     ("graph", "edit", "sentence"),
     [
-        ("step", rename_output, "interface: outputs differ: missing ['logits'], unexpected ['scores']"),
-        ("head", add_output, "interface: outputs differ: missing [], unexpected ['debug']"),
-        ("step", half_state, "interface: input state: float32 [batch, 1, 16]: found FLOAT16"),
+        ("step", rename_output, "interface: output logits: float32 [batch, 256] expected, nothing found"),
+        ("step", rename_output, "interface: output scores: float32 [batch, 256] found, which is not part of the contr"),
+        ("head", add_output, "interface: output debug: float32 [batch, 256] found, which is not part of the contract"),
+        (
+            "step",
+            half_state,
+            "interface: input state: float32 [batch, 1, 16] expected, state: float16 [batch, 1, 16] found",
+        ),
         ("step", foreign_operator, "operators: operator com.example::FusedGelu (1 nodes, such as foreign)"),
         ("step", foreign_operator, "operators: opset of com.example: expected none, found 3"),
         ("step", older_opset, "operators: opset of ai.onnx: expected 24, found 23"),

@@ -21,7 +21,7 @@ from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity, load_tolerances
 from crt_export.parity.half import compare_half
-from crt_export.parity.observers import observe_fp16
+from crt_export.parity.headroom import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from crt_export.engine.ort import load_graph
-from crt_export.parity.observers import OUTPUT, observe_fp16
+from crt_export.parity.headroom import OUTPUT, observe_fp16
 
 
 @pytest.mark.parametrize(

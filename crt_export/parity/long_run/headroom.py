@@ -11,12 +11,11 @@ import numpy as np
 import onnx
 
 from crt_export.parity.case import ParityCase
-from crt_export.parity.headroom import load_observed
+from crt_export.parity.headroom import OUTPUT, load_observed
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.reference import LongReference
 from crt_export.parity.long_run.run import Steps
 from crt_export.parity.long_run.schedule import Schedule
-from crt_export.parity.observers import OUTPUT
 from crt_export.spec import TensorSpec
 
 _WEIGHT = re.compile(r"(embed|correction|layers\.\d+|final_norm|lm_head)\.")

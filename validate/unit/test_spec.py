@@ -1,4 +1,4 @@
-"""The one comparison of tensor contracts: every difference is a sentence, and each kind of file has its rule for dims."""
+"""One comparison of tensor contracts: every difference is a sentence, and each kind of file has its rule for dims."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Time and memory of a build per stage, for the published sizes, and of the same build with its stages stored.
 
-    python validate/benchmarks/build_cost.py --preset d5-1120 --output validate/evidence/build_cost.json
+    python validate/benchmarks/build_cost.py --preset d5-1120 --output validate/results/build_cost.json
 
 Every build runs in a process of its own, on a random checkpoint of ``crt-export init``. It calibrates on the held-out
 text's words, hashed to token ids, and validates on ids that are spread over the whole vocabulary: a random model

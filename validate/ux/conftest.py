@@ -71,10 +71,11 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def readme_commands() -> list[list[str]]:
-    """The arguments of every crt-export command of the README, as they stand there."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)).splitlines()
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ crt-export ")]
+    """The arguments of every crt-export command of the README and of docs/commands.md, as they stand there, once."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/commands.md")]
+    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", "\n".join(texts), re.M | re.S)).splitlines()
+    every = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("$ crt-export ")]
+    return [command for index, command in enumerate(every) if command not in every[:index]]
 
 
 @pytest.fixture(scope="session")

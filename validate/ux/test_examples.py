@@ -88,8 +88,9 @@ def test_a_file_that_is_no_snapshot_is_refused_and_kept(root: Path, python: Run,
     assert (tmp_path / "talk.crt").read_bytes() == b"no snapshot"
 
 
-def test_python_of_the_readme_runs(root: Path, python: Run, bundle: Path, tmp_path: Path) -> None:
-    text = (root / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "docs/runtime.md"])
+def test_python_of_a_document_runs(root: Path, python: Run, bundle: Path, tmp_path: Path, document: str) -> None:
+    text = (root / document).read_text(encoding="utf-8")
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "demo").symlink_to(bundle, target_is_directory=True)
     programs = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

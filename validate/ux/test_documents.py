@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -18,24 +19,13 @@ from crt_export.cli import app
 from crt_export.profile import list_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "CHANGELOG.md",
-    "graphs/README.md",
-    "engines/README.md",
-    "validate/README.md",
-    "docs/bundle.md",
-    "docs/how-to/compare-with-your-model.md",
-    "examples/README.md",
-    "examples/02_embed_cpp/README.md",
-    "examples/03_embed_c/README.md",
-    "engines/cpp/README.md",
-    "docs/privacy.md",
-    "docs/signing.md",
-    "docs/release.md",
+FOLDERS = ("graphs", "engines", "validate", "examples")
+PATTERNS = (
+    "*.md",
+    "docs/**/*.md",
+    *(f"{folder}/{rest}" for folder in FOLDERS for rest in ("README.md", "*/README.md")),
 )
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -59,8 +49,41 @@ def test_documented_command_line_parses(arguments: list[str]) -> None:
         assert isinstance(context, click.Context)
 
 
-def test_readme_shows_every_verb() -> None:
-    assert {command[1] for command in commands("README.md") if command[0] == "crt-export"} == set(app.commands)
+def test_readme_and_the_page_of_commands_show_every_verb() -> None:
+    for document in ("README.md", "docs/commands.md"):
+        shown = {
+            command[1] for command in (*commands(document), *commands("docs/install.md")) if command[0] == "crt-export"
+        }
+        assert shown == set(app.commands), document
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_page_is_reachable_from_the_readme() -> None:
+    reached, waiting = set[Path](), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        if page in reached or not page.is_file():
+            continue
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        waiting += [page.parent / link for link in links if link.endswith(".md") and "://" not in link]
+    pages = {path.resolve() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - reached) == []
+
+
+def test_results_are_what_was_measured() -> None:
+    script = ROOT / "validate" / "results" / "pages.py"
+    specification = importlib.util.spec_from_file_location("result_pages", script)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    for page in (ROOT / "docs" / "results").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert module.written_anew(text) == text, f"{page.name}: run python validate/results/pages.py"
 
 
 @pytest.mark.parametrize("target", [command[1] for command in ALL_COMMANDS if command[0] == "make"])
@@ -74,14 +97,14 @@ def test_documented_make_target_exists(target: str) -> None:
 
 def test_installation_lines_name_real_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md"))
     named = {extra for group in re.findall(r"crt-export\[([a-z,]+)\]", text) for extra in group.split(",")}
     assert named <= set(project["optional-dependencies"])
     for extra in project["optional-dependencies"]:
         assert re.search(rf"^\|.*`{extra}`", text, re.M), f"the table of extras lacks {extra}"
 
 
-@pytest.mark.parametrize("code", blocks("README.md", "python"))
+@pytest.mark.parametrize("code", [*blocks("README.md", "python"), *blocks("docs/runtime.md", "python")])
 def test_python_block_compiles_and_imports_real_names(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -90,7 +113,7 @@ def test_python_block_compiles_and_imports_real_names(code: str) -> None:
 
 
 def test_support_matrix_names_every_target() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     assert [profile.name for profile in list_profiles() if f"`{profile.name}`" not in text] == []
 
 

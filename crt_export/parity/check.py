@@ -10,7 +10,6 @@ from crt_export.config import ModelConfig
 from crt_export.errors import ContractError, InputError
 from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN, OWN_MODEL
 from crt_export.model import model_from_checkpoint
-from crt_export.parity.bootstrap import METHOD as BOOTSTRAP_METHOD
 from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus import CorpusResult, check_corpus
 from crt_export.parity.level import LevelResult, ParitySetup, failed_check
@@ -89,7 +88,7 @@ def check_parity(
         tolerances=setup.tolerances.to_dict(),
         text=_text_identity(windows),
         notes=tuple(dict.fromkeys((*windows.notes, *corpus.notes, *(n for result in results for n in result.notes)))),
-        method=f"{METHOD}; {BOOTSTRAP_METHOD}",
+        method=METHOD,
         largest_fp16=corpus.largest_fp16,
         **reference_facts(checkpoint),
     )

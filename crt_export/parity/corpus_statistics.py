@@ -1,7 +1,7 @@
 """Scores of one regime -> the figures of the corpus level: what ``llama-perplexity --kl-divergence`` prints, and more.
 
 The keys of :func:`corpus_statistics`, intervals being 95 % bootstrap intervals [low, high] over windows
-(:mod:`crt_export.parity.bootstrap`), divergences in nats, probabilities as shares of 1:
+(:mod:`crt_export.parity.statistics`), divergences in nats, probabilities as shares of 1:
 
 * ``perplexity``, ``perplexity_ci``: of the target. ``perplexity_ratio`` (over the reference's; exp of
   ``delta_nll``), ``perplexity_difference``, each with ``_ci``. ``delta_nll_bootstrap_ci``.
@@ -25,9 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from crt_export.parity.bootstrap import bootstrap_interval, bootstrap_mean, window_sums
 from crt_export.parity.scores import Scores
-from crt_export.parity.statistics import Interval
+from crt_export.parity.statistics import bootstrap_interval, bootstrap_mean, window_sums
 
 #: log10 of nats; fixed, so that two reports can be compared bin by bin.
 KL_EDGES = tuple(edge / 2 for edge in range(-40, 5))
@@ -54,16 +53,16 @@ def corpus_statistics(scores: Scores) -> dict[str, Any]:
         "perplexity_ratio": _exp(delta.mean),
         "perplexity_ratio_ci": (_exp(delta.low), _exp(delta.high)),
         "perplexity_difference": difference.mean,
-        "perplexity_difference_ci": _ends(difference),
-        "delta_nll_bootstrap_ci": _ends(delta),
+        "perplexity_difference_ci": difference.ends,
+        "delta_nll_bootstrap_ci": delta.ends,
         "log_perplexity_correlation": _correlation(scores.nll, scores.reference_nll),
         "kl": _kl(scores.kl),
         "kl_histogram": kl_histogram(scores.kl),
         "probability_change": _probability_change(scores.probability_change),
         "top1_agreement": top1.mean,
-        "top1_ci": _ends(top1),
+        "top1_ci": top1.ends,
         "top10_overlap": top10.mean,
-        "top10_ci": _ends(top10),
+        "top10_ci": top10.ends,
         "by_position": [_span(scores, start, stop) for start, stop in position_spans(scores)],
     }
 
@@ -88,20 +87,20 @@ def _span(scores: Scores, start: int, stop: int) -> dict[str, Any]:
     delta = bootstrap_mean((scores.nll - scores.reference_nll)[:, columns])
     kl = bootstrap_mean(scores.kl[:, columns])
     return {
-        "start": start, "stop": stop, "delta_nll": delta.mean, "delta_nll_ci": _ends(delta), "kl": kl.mean,
-        "kl_ci": _ends(kl),
+        "start": start, "stop": stop, "delta_nll": delta.mean, "delta_nll_ci": delta.ends, "kl": kl.mean,
+        "kl_ci": kl.ends,
     }  # fmt: skip
 
 
 def _kl(values: np.ndarray) -> dict[str, Any]:
     mean = bootstrap_mean(values)
-    return {"mean": mean.mean, "mean_ci": _ends(mean), **_percentiles(values, _KL_PERCENTILES)}
+    return {"mean": mean.mean, "mean_ci": mean.ends, **_percentiles(values, _KL_PERCENTILES)}
 
 
 def _probability_change(values: np.ndarray) -> dict[str, Any]:
     mean = bootstrap_mean(values)
     rms = bootstrap_interval(window_sums(values**2, np.ones_like(values)), _root_mean)
-    ends = {"mean_ci": _ends(mean), "rms": rms.mean, "rms_ci": _ends(rms)}
+    ends = {"mean_ci": mean.ends, "rms": rms.mean, "rms_ci": rms.ends}
     return {"mean": mean.mean, **ends, **_percentiles(values, _CHANGE_PERCENTILES)}
 
 
@@ -130,7 +129,3 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
 def _exp(value: float) -> float:
     with np.errstate(over="ignore"):
         return float(np.exp(value))
-
-
-def _ends(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.parity.bootstrap import MOST_BLOCKS, bootstrap_interval, bootstrap_mean, ratio, window_sums
 from crt_export.parity.corpus_statistics import KL_EDGES, kl_histogram
 from crt_export.parity.scores import Scores, divergence, token_scores
+from crt_export.parity.statistics import MOST_BLOCKS, bootstrap_interval, bootstrap_mean, ratio, window_sums
 
 
 # --- bootstrap
@@ -58,6 +58,12 @@ def test_bootstrap_without_spread_has_no_width_and_of_nan_no_ends() -> None:
     assert math.isnan(bootstrap_mean(np.array([[1.0], [np.nan]])).low)
     with pytest.raises(ValueError, match="at least two windows"):
         bootstrap_mean(np.ones((1, 3)))
+
+
+def test_bootstrap_of_a_figure_that_no_draw_changes_has_no_width() -> None:
+    sums = np.array([[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]])
+    interval = bootstrap_interval(sums, lambda drawn: drawn[..., 0] - drawn[..., 1])
+    assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
 
 
 # --- scores

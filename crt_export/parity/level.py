@@ -19,9 +19,7 @@ L5 ``certificate``      certificate     Do K parallel passes and the recurrence 
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,54 +29,24 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.model import Model
+from crt_export.parity.metrics import AT_LEAST, AT_MOST, WITHIN, Check, failed_check, json_value
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import Tolerance, Tolerances
 from crt_export.parity.windows import ParityOptions, Windows
 from crt_export.progress import Progress
 from crt_export.text import TokenText
 
-AT_MOST = "at most"
-AT_LEAST = "at least"
-WITHIN = "within"  # the whole interval lies in [-limit, limit]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One claim, what was measured for it, and whether it holds.
-
-    Attributes:
-        name: What was checked, unique within its level and target: ``step: present_key_values.0.key``.
-        figure: What the value is, with its unit: ``largest error / largest |value|``. Empty where nothing is measured.
-        value: The figure; None where there is none.
-        interval: Its 95 % confidence interval.
-        limit: What it is held against; None where it is reported only.
-        relation: How value or interval relate to the limit: ``at most``, ``at least`` or ``within``.
-        tolerance: Key of the limit in ``validate/tolerances.toml``, such as ``w8.delta_nll``; empty where it has none.
-        passed: None where nothing is gated.
-        failures: Sentences on what is wrong, empty if nothing: expected, found, where (graph, tensor, step).
-    """
-
-    name: str
-    figure: str = ""
-    value: float | None = None
-    interval: tuple[float, float] | None = None
-    limit: float | None = None
-    relation: str = AT_MOST
-    tolerance: str = ""
-    passed: bool | None = None
-    failures: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return json_value(vars(self))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Check:
-        """Read what to_dict wrote."""
-        fixed: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**fixed)
+__all__ = [
+    "AT_LEAST",
+    "AT_MOST",
+    "WITHIN",
+    "Check",
+    "LevelResult",
+    "ParitySetup",
+    "failed_check",
+    "gate_at_most",
+    "json_value",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,23 +168,3 @@ def gate_at_most(name: str, figure: str, value: float, limit: float, tolerance: 
     return Check(
         name=name, figure=figure, value=value, limit=limit, tolerance=tolerance, passed=passed, failures=failures
     )
-
-
-def failed_check(name: str, *failures: str) -> Check:
-    """A claim that does not hold, or could not be looked at, for reasons that no figure gives."""
-    return Check(name=name, passed=False, failures=failures)
-
-
-def json_value(value: Any) -> Any:
-    """JSON-ready form; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return json_value(vars(value))
-    if isinstance(value, Mapping):
-        return {key: json_value(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        items = [json_value(item) for item in value]
-        # An interval with one unknown end is no interval.
-        return None if len(items) == 2 and isinstance(value, tuple) and None in items else items
-    return value

@@ -10,12 +10,12 @@ from typing import Any
 
 from crt_export.catalog import definition_path
 from crt_export.errors import InputError, problem_list
+from crt_export.parity.metrics import SHARED_LIMITS
 
 FILE = "tolerances.toml"
 PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
 #: Limits that a precision may leave out: nothing is gated then.
 _OPTIONAL = ("max_abs_logit_error",)
-_SHARED = ("near_tie_margin", "fp16_headroom", "perplexity_gap", "weight_rounding", "learnt_share", "own_model_error")
 _SHARES = ("top1_agreement", "top10_overlap", "learnt_share")
 
 
@@ -100,7 +100,7 @@ class Tolerances:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values as they stand in the report."""
         limits = {name: vars(tolerance).copy() for name, tolerance in self.precisions.items()}
-        return {**{name: getattr(self, name) for name in _SHARED}, **limits}
+        return {**{name: getattr(self, name) for name in SHARED_LIMITS}, **limits}
 
 
 def load_tolerances(path: Path | None = None) -> Tolerances:
@@ -123,7 +123,7 @@ def load_tolerances(path: Path | None = None) -> Tolerances:
         for name in PRECISIONS
     }
     return Tolerances(
-        **{name: limits["shared", name] for name in _SHARED},
+        **{name: limits["shared", name] for name in SHARED_LIMITS},
         precisions=precisions,
         reasons=reasons,
     )
@@ -134,7 +134,7 @@ def _limits_from_tables(
 ) -> tuple[dict[tuple[str, str], float], dict[str, str], list[str]]:
     """Limits by (table, key), reasons by ``table.key``, and what is wrong with the file."""
     keys = tuple(field.name for field in fields(Tolerance))
-    known = {"shared": _SHARED, **dict.fromkeys(PRECISIONS, keys)}
+    known = {"shared": SHARED_LIMITS, **dict.fromkeys(PRECISIONS, keys)}
     problems = [f"unknown table [{table}]; known: {', '.join(known)}" for table in values if table not in known]
     limits: dict[tuple[str, str], float] = {}
     reasons: dict[str, str] = {}

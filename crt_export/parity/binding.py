@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from crt_export.engine.base import Rows
-from crt_export.engine.ort import OrtGraph
-from crt_export.engine.ort_memory import HostBuffer
+from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.spec import GraphSpec, TensorSpec
 
 Caches = Mapping[str, HostBuffer]

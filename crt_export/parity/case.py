@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from crt_export.config import ModelConfig
-from crt_export.engine.ort import OrtGraph, load_graph
+from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
 from crt_export.graph.contract import check_contract
 from crt_export.spec import GraphSpec, TensorSpec, graph_names, graph_spec

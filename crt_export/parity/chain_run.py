@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.model import Model
 from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase

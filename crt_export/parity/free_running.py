@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.ladder import FREE_RUNNING
 from crt_export.parity.binding import BoundGraph, new_caches

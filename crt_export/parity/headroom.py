@@ -16,7 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.config import ModelConfig
-from crt_export.engine.ort import OrtGraph, import_onnxruntime
+from crt_export.engine.onnxruntime import OrtGraph
+from crt_export.engine.onnxruntime_process import import_onnxruntime
 from crt_export.errors import ContractError
 from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase

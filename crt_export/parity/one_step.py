@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.ladder import ONE_STEP
 from crt_export.parity.case import ParityCase, load_checked_graph

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.parity.case import ParityCase
 from crt_export.parity.level import Check, ParitySetup, gate_at_most

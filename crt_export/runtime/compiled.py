@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.engine.tensorrt_loading import Machine
-from crt_export.engine.tensorrt_session import TensorRTEngine, machine_of_profile
-from crt_export.engine.tensorrt_sidecar import EngineFile
+from crt_export.engine.tensorrt.engine import TensorRTEngine, machine_of_profile
+from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.errors import BundleError
 from crt_export.spec import GraphSpec, TensorSpec, graph_spec
 

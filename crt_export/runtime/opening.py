@@ -161,8 +161,8 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         for graph in DEMANDED_GRAPHS
         if graph in target.graphs and graph not in loaded
     }
-    from crt_export.engine.ort import OrtSettings
-    from crt_export.engine.ort_session import OrtEngine
+    from crt_export.engine.onnxruntime import OrtEngine
+    from crt_export.engine.onnxruntime_loading import OrtSettings
 
     settings = OrtSettings(
         device=target.profile.device,

@@ -273,7 +273,7 @@ def _write_target_form(
 def _compile(
     profile: EngineProfile, file: GraphFile, config: ModelConfig, folder: Path, children: ChildGroup
 ) -> tuple[str, Mapping[str, int]]:
-    from crt_export.engine.tensorrt import build_engine
+    from crt_export.engine.tensorrt.build import build_engine
 
     name, unroll = file.form.graph, file.form.unroll
     linears = expected_matmuls(config, name, unroll)

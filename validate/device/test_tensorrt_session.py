@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
-from crt_export.engine import tensorrt_calls
-from crt_export.engine.cuda_device import CudaDevice
-from crt_export.engine.tensorrt_loading import Machine
+from crt_export.engine.tensorrt import calls
+from crt_export.engine.tensorrt.device import CudaDevice
+from crt_export.engine.tensorrt.loading import Machine
 from crt_export.environment import gpus, run_obstacles, target_status
 from crt_export.errors import CrtExportError
 from crt_export.gpu import Gpu
@@ -79,11 +79,11 @@ def test_what_tensorrt_rtx_says_to_an_engine_for_sm_80(
         BuildOptions(checkpoint=demo_checkpoint, output=tmp_path / "demo", targets=(name, REFERENCE), text=heldout_text)
     )
     files = open_bundle(tmp_path / "demo")
-    log = tensorrt_calls.RuntimeLog()
-    logger = tensorrt_calls.logger_for_runtime(rtx, log)
-    runtime = tensorrt_calls.create_runtime(rtx, logger, version_compatible=False)
+    log = calls.RuntimeLog()
+    logger = calls.logger_for_runtime(rtx, log)
+    runtime = calls.create_runtime(rtx, logger, version_compatible=False)
     plan = files.file(f"engines/{name}/step.engine").read_bytes()
-    verdict = tensorrt_calls.plan_validity_rtx(runtime, plan)
+    verdict = calls.plan_validity_rtx(runtime, plan)
     machine = Machine(api=rtx, device=CudaDevice(), gpu=Gpu(name="pretended", compute_capability=80))
     outcome = "ran"
     difference = None

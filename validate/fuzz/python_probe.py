@@ -27,7 +27,7 @@ from stages import Finding, Stages
 from crt_export import cli
 from crt_export.bundle import external_tensors
 from crt_export.config import ModelConfig
-from crt_export.engine.tensorrt_sidecar import EngineFile, read_sidecar
+from crt_export.engine.tensorrt.sidecar import EngineFile, read_sidecar
 from crt_export.errors import CrtExportError
 from crt_export.profile import load_profile
 from crt_export.runtime import Bundle, Snapshot, load_bundle

@@ -115,7 +115,7 @@ def test_the_rotation_that_is_injected_is_that_of_the_other_layout(
     """The edited file computes what an export of the same weights with ``rope_layout = half`` does."""
     import dataclasses
 
-    from crt_export.engine.ort import load_graph
+    from crt_export.engine.onnxruntime import load_graph
     from crt_export.graph import export_graph, write_graph, write_weights
     from crt_export.model import model_from_checkpoint
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from crt_export.engine.ort import load_graph
+from crt_export.engine.onnxruntime import load_graph
 from crt_export.parity.headroom import OUTPUT, observe_fp16
 
 

@@ -18,7 +18,7 @@ from polygraphy import comparator
 from polygraphy.logger import G_LOGGER
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.graph import write_graph, write_weights
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, one_step, one_step_calls

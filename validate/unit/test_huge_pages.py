@@ -11,7 +11,9 @@ import pytest
 
 from crt_export.engine import huge_pages
 from crt_export.engine.huge_pages import allocated_in_huge_pages, huge_page_size, private_memory, without
-from crt_export.engine.ort import OrtSettings, import_onnxruntime, load_with_settings
+from crt_export.engine.onnxruntime import load_with_settings
+from crt_export.engine.onnxruntime_loading import OrtSettings
+from crt_export.engine.onnxruntime_process import import_onnxruntime
 
 _MAPS = """\
 555500000000-555500021000 rw-p 00000000 00:00 0                          [heap]

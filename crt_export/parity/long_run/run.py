@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.config import ModelConfig
-from crt_export.engine.ort import OrtGraph
+from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.parity.binding import BoundGraph, Caches, new_caches
 from crt_export.parity.case import ParityCase, load_checked_graph

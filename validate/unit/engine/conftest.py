@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from crt_export.config import ModelConfig
-from crt_export.engine.tensorrt import CompiledEngine, build_engine
+from crt_export.engine.tensorrt.build import CompiledEngine, build_engine
 from crt_export.graph import write_graph, write_weights
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity

@@ -35,7 +35,7 @@ class Graph:
 
 
 class RecordingDevice:
-    """See :class:`crt_export.engine.device.Device`.
+    """See :class:`crt_export.engine.tensorrt.device.Device`.
 
     Attributes:
         events: Every call: its name, and the device addresses it read or wrote.

@@ -16,10 +16,10 @@ from recording_tensorrt import VERSION, RecordingTensorRT, recorded_engine
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.engine.ort import load_graph
-from crt_export.engine.tensorrt_loading import Machine
-from crt_export.engine.tensorrt_session import TensorRTEngine
-from crt_export.engine.tensorrt_sidecar import EngineFile
+from crt_export.engine.onnxruntime import load_graph
+from crt_export.engine.tensorrt.engine import TensorRTEngine
+from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime.opening import Target, check_contract, engine_from_target

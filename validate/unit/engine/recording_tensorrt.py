@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from recording_device import RecordingDevice
 
-from crt_export.engine.ort import OrtGraph, load_graph
+from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.spec import GraphSpec
 
 VERSION = "1.7.1.116"

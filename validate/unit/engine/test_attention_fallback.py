@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.engine import tensorrt
+from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
@@ -66,7 +66,7 @@ def test_an_engine_that_fails_its_check_is_final(prepared: Prepared, monkeypatch
         checked.append(engine)
         raise BuildError(f"{engine}: layers of the wrong precision")
 
-    monkeypatch.setattr(tensorrt, "check_layers", refuse)
+    monkeypatch.setattr(build, "check_layers", refuse)
     with pytest.raises(BuildError, match="wrong precision"):
         targets.build_targets([profile], written, checkpoint.config, folder, no_progress)
     assert checked == ["rtx-sm80-fp16 step"]

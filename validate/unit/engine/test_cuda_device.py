@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.engine import cuda_device
-from crt_export.engine.cuda_device import CudaDevice
-from crt_export.engine.device import Device
+from crt_export.engine.tensorrt import device
+from crt_export.engine.tensorrt.device import CudaDevice, Device
 from crt_export.errors import ContractError, MissingDependencyError
 from crt_export.gpu import list_gpus
 
@@ -23,7 +22,7 @@ GPU = bool(list_gpus())
 
 def calls() -> Iterator[tuple[str, int]]:
     """Every ``self._call(self._cuda.NAME, ...)`` of the source: the name and the number of arguments."""
-    for node in ast.walk(ast.parse(inspect.getsource(cuda_device))):
+    for node in ast.walk(ast.parse(inspect.getsource(device))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._call":
             yield ast.unparse(node.args[0]).removeprefix("self._cuda."), len(node.args) - 1
 
@@ -32,7 +31,7 @@ def names() -> set[str]:
     """Every dotted name that the source takes from the module."""
     found = {
         ast.unparse(node)
-        for node in ast.walk(ast.parse(inspect.getsource(cuda_device)))
+        for node in ast.walk(ast.parse(inspect.getsource(device)))
         if isinstance(node, ast.Attribute) and re.match(r"(self\._)?cuda\.cuda", ast.unparse(node))
     }
     return {re.sub(r"^(self\._)?cuda\.", "", name) for name in found}
@@ -107,7 +106,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> object:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(cuda_device.importlib, "import_module", refuse)
+    monkeypatch.setattr(device.importlib, "import_module", refuse)
     with pytest.raises(MissingDependencyError, match=r"needs the package cuda-bindings.*crt-export\[rtx\]"):
         CudaDevice()
 
@@ -138,7 +137,7 @@ class FakeCuda:
 
 def fake_device(monkeypatch: pytest.MonkeyPatch, **answers: tuple[Any, ...]) -> CudaDevice:
     cuda = FakeCuda(cudaGetErrorName=(0, b"cudaErrorName"), cudaGetErrorString=(0, b"what it means"), **answers)
-    monkeypatch.setattr(cuda_device.importlib, "import_module", lambda name: cuda)
+    monkeypatch.setattr(device.importlib, "import_module", lambda name: cuda)
     return CudaDevice()
 
 

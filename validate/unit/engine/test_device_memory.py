@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.engine import device_memory
-from crt_export.engine.device_memory import DeviceMemory, DeviceTensor
-from crt_export.engine.releases import Releases
+from crt_export.engine.tensorrt import memory as device_memory
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
 from crt_export.errors import ContractError
 
 

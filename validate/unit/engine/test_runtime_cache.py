@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.engine import runtime_cache
-from crt_export.engine.runtime_cache import cache_path, read_cache, write_cache
+from crt_export.engine.tensorrt import runtime_cache
+from crt_export.engine.tensorrt.runtime_cache import cache_path, read_cache, write_cache
 
 
 def test_it_lies_where_the_xdg_specification_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 
-from crt_export.engine import build_log, tensorrt_api, tensorrt_builder, tensorrt_calls
+from crt_export.engine.tensorrt import api, builder, calls
 
-SOURCES = (tensorrt_builder, tensorrt_calls, tensorrt_api, build_log)
+SOURCES = (builder, calls, api)
 BINDINGS = Path(__file__).resolve().parents[3] / "build" / "bindings"
 VERSIONS = ("10.16", "11.4")
-CLASSES = {name for name, value in vars(tensorrt_api).items() if value is Any and name != "Any"}
+CLASSES = {name for name, value in vars(api).items() if value is Any and name != "Any"}
 
 # The symbols that the bindings link to. NULL for every object: the same as a machine whose driver does not start.
 STUB = """
@@ -332,20 +332,20 @@ def test_tensorrt_that_does_not_start_is_a_missing_dependency(version: str, stub
 import sys
 from pathlib import Path
 from crt_export import errors, gpu
-from crt_export.engine import tensorrt_api, tensorrt_builder
+from crt_export.engine.tensorrt import api, builder
 from crt_export.profile import load_profile
 from crt_export.spec import GraphSpec
-tensorrt_api.list_gpus = lambda: (gpu.Gpu(name="GPU", compute_capability=90),)
+api.list_gpus = lambda: (gpu.Gpu(name="GPU", compute_capability=90),)
 contract = GraphSpec(name="step", inputs=(), outputs=(), aliases=())
-job = tensorrt_builder.BuildJob(
+job = builder.BuildJob(
     path=Path("step.onnx"), label="x", profile=load_profile("trt-sm80-fp16"), contract=contract, shapes={}
 )
 try:
-    tensorrt_builder.compile_graph(job)
+    builder.compile_graph(job)
 except errors.MissingDependencyError as error:
     sys.exit(f"{error.exit_code} {error}")
 """
-    package = Path(str(tensorrt_builder.__file__)).parents[2]
+    package = Path(str(builder.__file__)).parents[2]
     result = run_python(code, folders=(stub, installed(version), package))
     assert result.stderr.startswith("3 target trt-sm80-fp16 needs tensorrt 10.16 or newer")
     assert "its builder does not start" in result.stderr

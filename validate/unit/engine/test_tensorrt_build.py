@@ -15,10 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from crt_export.engine import tensorrt_api
-from crt_export.engine.layer_check import is_int8_gemm
-from crt_export.engine.tensorrt import build_engine
-from crt_export.engine.tensorrt_api import load_api
+from crt_export.engine.tensorrt import api
+from crt_export.engine.tensorrt.api import load_api
+from crt_export.engine.tensorrt.build import build_engine
+from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError, MissingDependencyError, UnsupportedError
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile, load_profile
@@ -255,7 +255,7 @@ def test_the_builder_prints_nothing_on_stdout(tmp_path: Path) -> None:
     path = network.write(tmp_path / "noisy.onnx", "y", HALF, ("batch", 4, 8, 70))
     code = f"""
 from pathlib import Path
-from crt_export.engine.tensorrt import build_engine
+from crt_export.engine.tensorrt.build import build_engine
 from crt_export.errors import BuildError
 from crt_export.profile import load_profile
 try:
@@ -302,7 +302,7 @@ def test_tensorrt_needs_its_version_and_its_gpu(
     module.__dict__["__version__"] = version
     gpus = () if capability is None else (Gpu(name="Card", compute_capability=capability),)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(tensorrt_api, "list_gpus", lambda: gpus)
+    monkeypatch.setattr(api, "list_gpus", lambda: gpus)
     profile = load_profile("trt-sm80-fp16")
     if complaint is None:
         assert load_api(profile) is module

@@ -6,9 +6,14 @@ import json
 
 import pytest
 
-from crt_export.engine.build_log import ALLOWED_WARNINGS, BuildLog
-from crt_export.engine.layer_check import check_layers, is_int8_gemm
-from crt_export.engine.layers import layers_from_dicts, layers_from_text, summarize_layers
+from crt_export.engine.tensorrt.builder import ALLOWED_WARNINGS, BuildLog
+from crt_export.engine.tensorrt.layers import (
+    check_layers,
+    is_int8_gemm,
+    layers_from_dicts,
+    layers_from_text,
+    summarize_layers,
+)
 from crt_export.errors import BuildError
 
 

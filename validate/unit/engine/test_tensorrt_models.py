@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.engine.layer_check import is_int8_gemm
-from crt_export.engine.tensorrt import CompiledEngine, build_engine
+from crt_export.engine.tensorrt.build import CompiledEngine, build_engine
+from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from crt_export.engine.base import Rows
-from crt_export.engine.device_memory import DeviceMemory, DeviceTensor
-from crt_export.engine.releases import Releases
-from crt_export.engine.tensorrt_calls import EngineTensor
-from crt_export.engine.tensorrt_plan import ALIGNMENT, LaunchPlan, plan_launch
+from crt_export.engine.tensorrt.calls import EngineTensor
+from crt_export.engine.tensorrt.launch_plan import ALIGNMENT, LaunchPlan, plan_launch
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
 from crt_export.errors import ContractError
 from crt_export.spec import TensorSpec
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.engine.tensorrt import CompiledEngine
+from crt_export.engine.tensorrt.build import CompiledEngine
 from crt_export.graph import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.profile import load_profile

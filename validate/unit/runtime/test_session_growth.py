@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.engine.ort import load_graph
+from crt_export.engine.onnxruntime import load_graph
 from crt_export.errors import ContractError
 from crt_export.runtime import Session, caches
 from crt_export.runtime.opening import Target

@@ -1,4 +1,4 @@
-// The sidecar of a TensorRT engine: what crt_export/engine/tensorrt.py writes beside it.
+// The sidecar of a TensorRT engine: what crt_export/engine/tensorrt/build.py writes beside it.
 #pragma once
 
 #include <string>

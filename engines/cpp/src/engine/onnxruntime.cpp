@@ -1,4 +1,4 @@
-// ONNX Runtime on a CPU: loads graphs, binds tensors by address, runs them. The C++ twin of crt_export/engine/ort.py.
+// ONNX Runtime on a CPU: loads graphs, binds tensors by address, runs them. The C++ twin of crt_export/engine/onnxruntime.py.
 #include <onnxruntime_cxx_api.h>
 
 #include <unistd.h>

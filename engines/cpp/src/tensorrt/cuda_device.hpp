@@ -1,5 +1,5 @@
 // The few things the TensorRT back ends need of CUDA, behind an interface: a test drives the whole logic with a device
-// in host memory, and only cuda_runtime.cpp stays untested without a GPU. The twin of crt_export/engine/device.py.
+// in host memory, and only cuda_runtime.cpp stays untested without a GPU. The twin of crt_export/engine/tensorrt/device.py.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // TensorRT (10.16 or newer, 11.x) and TensorRT-RTX behind the engine interface. The C++ twin of
-// crt_export/engine/tensorrt_session.py.
+// crt_export/engine/tensorrt/engine.py.
 #include <algorithm>
 #include <cstddef>
 #include <map>

@@ -1,5 +1,5 @@
 // What an engine file says about itself: checked before TensorRT sees the engine, and held against it afterwards. The
-// twin of crt_export/engine/tensorrt_sidecar.py.
+// twin of crt_export/engine/tensorrt/sidecar.py.
 #pragma once
 
 #include <string>

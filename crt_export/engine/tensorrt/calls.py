@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from crt_export.engine.tensorrt_api import (
+from crt_export.engine.tensorrt.api import (
     Api,
     ICudaEngine,
     IExecutionContext,

@@ -1,7 +1,7 @@
-"""Drive the builder of TensorRT or TensorRT-RTX, in a process of its own (``python -m`` this module).
+"""The builder of TensorRT or TensorRT-RTX, driven in a process of its own (``python -m`` this module).
 
 The builder is native code that may crash (TensorRT-RTX 1.7 does on some valid graphs) and prints to the standard
-streams as it likes; :mod:`crt_export.engine.tensorrt` starts this module, so that neither reaches the user. A job
+streams as it likes; :mod:`crt_export.engine.tensorrt.build` starts this module, so that neither reaches the user. A job
 comes as JSON on stdin; the answer goes to the original stdout: the length of a JSON header, the header, the plan.
 
 ``api`` is the module tensorrt or tensorrt_rtx. What only one of them has is used in functions named ``*_tensorrt`` and
@@ -12,15 +12,16 @@ in the genuine bindings of all supported versions.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crt_export.child_process import answer_stream
-from crt_export.engine.build_log import BuildLog, logger_from_log
-from crt_export.engine.tensorrt_api import (
+from crt_export.engine.tensorrt.api import (
     Api,
     Builder,
     EngineInspector,
@@ -43,6 +44,56 @@ from crt_export.errors import BuildError, CrtExportError, MissingDependencyError
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import TensorRTOptions
 from crt_export.spec import GraphSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllowedWarning:
+    """A builder warning that does not fail the build, and why."""
+
+    pattern: str
+    reason: str
+
+
+ALLOWED_WARNINGS = (
+    AllowedWarning(
+        pattern=r"Make sure (?:input|output) \S+ has Int64 binding\.",
+        reason="token ids and positions are int64 by contract, and the runtimes bind int64 buffers",
+    ),
+)
+
+
+@dataclass
+class BuildLog:
+    """What was logged during one build, in order."""
+
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    layer_text: str = ""
+
+    def unexpected_warnings(self, allowed: Sequence[AllowedWarning] = ALLOWED_WARNINGS) -> list[str]:
+        """Return the warnings that no entry of the allowlist covers."""
+        patterns = [re.compile(rf"(?:\[[^\]]*\] |\S+\.cpp:\d+: )*{entry.pattern}") for entry in allowed]
+        return [w for w in self.warnings if not any(pattern.fullmatch(w.strip()) for pattern in patterns)]
+
+
+def logger_from_log(api: Api, log: BuildLog) -> ILogger:
+    """Make a ``trt.ILogger`` that writes into ``log``; keep it alive as long as anything it was given to."""
+    errors = (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR)
+
+    class Logger(api.ILogger):
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)  # pybind11 refuses super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in errors:
+                log.errors.append(message)
+            elif severity == api.ILogger.Severity.WARNING:
+                log.warnings.append(message)
+            elif severity == api.ILogger.Severity.VERBOSE and message.startswith("Layers:"):
+                log.layer_text = message
+
+    return Logger()
+
 
 #: Before the answer's JSON header: its length as an unsigned 64-bit little-endian integer.
 HEADER_LENGTH = struct.Struct("<Q")

@@ -18,7 +18,14 @@ import sys
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from crt_export.environment import ORT_CONFLICT, installed_onnxruntime_wheels, onnxruntime_distributions
+from crt_export.errors import (
+    MissingDependencyError,
+)
+
 TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
+#: Device to the execution provider that computes there.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Forked(Protocol):
@@ -71,3 +78,29 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):  # there is no fork on Windows
     os.register_at_fork(after_in_child=_in_child)
+
+
+def import_onnxruntime(device: str = "cpu") -> Any:
+    """Import ONNX Runtime after checking that exactly one build is installed, and the one the device needs.
+
+    Raises:
+        MissingDependencyError: None or both are installed, or the installed one cannot use the device.
+    """
+    extra = "cuda" if device == "cuda" else "cpu"
+    if len(installed_onnxruntime_wheels()) > 1:
+        raise MissingDependencyError(f"{ORT_CONFLICT}; this target needs crt-export[{extra}]")
+    try:
+        library = import_library()
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            reason = f"which is not installed ({error}): pip install 'crt-export[{extra}]'"
+        else:  # advice to install one would put it over what is there
+            here = " and ".join(onnxruntime_distributions())
+            reason = f"and {here}, which is installed, cannot be loaded ({error}): mend or replace it"
+        raise MissingDependencyError(f"this needs ONNX Runtime, {reason}") from error
+    if PROVIDERS[device] not in library.get_available_providers():
+        raise MissingDependencyError(
+            f"the installed onnxruntime {library.__version__} has no {PROVIDERS[device]}: "
+            "pip uninstall onnxruntime, then pip install 'crt-export[cuda]'"
+        )
+    return library

@@ -12,15 +12,14 @@ from typing import Any
 
 from crt_export import errors
 from crt_export.child_process import UNGROUPED, ChildGroup, ChildModule
-from crt_export.engine.layer_check import check_layers
-from crt_export.engine.layers import Layer, layers_from_text, summarize_layers
-from crt_export.engine.source_graph import source_graph_from_file
-from crt_export.engine.tensorrt_builder import HEADER_LENGTH, BuildAnswer, BuildJob
+from crt_export.engine.tensorrt.builder import HEADER_LENGTH, BuildAnswer, BuildJob
+from crt_export.engine.tensorrt.layers import Layer, check_layers, layers_from_text, summarize_layers
+from crt_export.engine.tensorrt.source_graph import source_graph_from_file
 from crt_export.errors import BuildError, NoEngineError, problem_list
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, TensorSpec
 
-_BUILDER = "crt_export.engine.tensorrt_builder"
+_BUILDER = "crt_export.engine.tensorrt.builder"
 _DELIBERATE = {
     cls.__name__: cls
     for cls in (errors.MissingDependencyError, errors.UnsupportedError, errors.BuildError, errors.NoEngineError)

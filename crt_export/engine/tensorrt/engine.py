@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from crt_export.engine.base import Buffer, Launch, Rows
-from crt_export.engine.cuda_device import CudaDevice
-from crt_export.engine.device_memory import DeviceMemory, DeviceTensor
-from crt_export.engine.releases import Releases
-from crt_export.engine.tensorrt_lanes import Lanes
-from crt_export.engine.tensorrt_launch import CapturedLaunch, LaunchTools, PlainLaunch
-from crt_export.engine.tensorrt_loading import LoadedEngine, Machine
-from crt_export.engine.tensorrt_plan import LaunchPlan, plan_launch
-from crt_export.engine.tensorrt_sidecar import EngineFile
+from crt_export.engine.tensorrt.device import CudaDevice
+from crt_export.engine.tensorrt.launch import CapturedLaunch, Lanes, LaunchTools, PlainLaunch
+from crt_export.engine.tensorrt.launch_plan import LaunchPlan, plan_launch
+from crt_export.engine.tensorrt.loading import LoadedEngine, Machine
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
+from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.environment import find_dependency, run_obstacles
 from crt_export.errors import MissingDependencyError, UnsupportedError, problem_list
 from crt_export.gpu import list_gpus

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.engine.base import Rows
-from crt_export.engine.device_memory import DeviceMemory
-from crt_export.engine.tensorrt_calls import EngineTensor
+from crt_export.engine.tensorrt.calls import EngineTensor
+from crt_export.engine.tensorrt.memory import DeviceMemory
 from crt_export.errors import ContractError, problem_list
 
 ALIGNMENT = 256

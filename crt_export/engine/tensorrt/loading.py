@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from crt_export.engine import runtime_cache, tensorrt_calls
-from crt_export.engine.device import Device
-from crt_export.engine.tensorrt_api import Api, ICudaEngine, IExecutionContext, Runtime
-from crt_export.engine.tensorrt_calls import EngineTensor, RuntimeLog
-from crt_export.engine.tensorrt_lanes import Lane
-from crt_export.engine.tensorrt_sidecar import EngineFacts, EngineFile, read_sidecar
+from crt_export.engine.tensorrt import calls, runtime_cache
+from crt_export.engine.tensorrt.api import Api, ICudaEngine, IExecutionContext, Runtime
+from crt_export.engine.tensorrt.calls import EngineTensor, RuntimeLog
+from crt_export.engine.tensorrt.device import Device
+from crt_export.engine.tensorrt.launch import Lane
+from crt_export.engine.tensorrt.sidecar import EngineFacts, EngineFile, read_sidecar
 from crt_export.errors import ContractError, problem_list
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile
@@ -53,13 +53,11 @@ class LoadedEngine:
         self._rtx = profile.runtime == "tensorrt-rtx"
         plan = file.read_plan()
         # TensorRT wants its objects destroyed in the reverse order: contexts, engine, runtime, logger.
-        self._logger = tensorrt_calls.logger_for_runtime(machine.api, self.log)
+        self._logger = calls.logger_for_runtime(machine.api, self.log)
         version_compatible = bool(getattr(profile.options, "version_compatible", False))
-        self._runtime: Runtime = tensorrt_calls.create_runtime(
-            machine.api, self._logger, version_compatible=version_compatible
-        )
+        self._runtime: Runtime = calls.create_runtime(machine.api, self._logger, version_compatible=version_compatible)
         self._engine: ICudaEngine = self._deserialized(plan, file)
-        self.tensors = tensorrt_calls.tensors_of_engine(machine.api, self._engine)
+        self.tensors = calls.tensors_of_engine(machine.api, self._engine)
         problems = [*engine_problems(self.tensors, self.facts)]
         if problems:
             raise ContractError(problem_list(f"{file.path}: the engine is not what its sidecar says", problems))
@@ -71,16 +69,14 @@ class LoadedEngine:
     def create_context(self, *, captured: bool) -> IExecutionContext | None:
         """A new execution context; ``captured`` says whether its launches become CUDA graphs."""
         if not self._rtx:
-            return tensorrt_calls.create_context(self._engine)
+            return calls.create_context(self._engine)
         if captured not in self._configs:
-            self._configs[captured] = tensorrt_calls.context_config_rtx(
-                self._api, self._engine, self._cache, captured=captured
-            )
-        return tensorrt_calls.create_context_rtx(self._engine, self._configs[captured])
+            self._configs[captured] = calls.context_config_rtx(self._api, self._engine, self._cache, captured=captured)
+        return calls.create_context_rtx(self._engine, self._configs[captured])
 
     def capturable(self, lane: Lane) -> bool:
         """Whether TensorRT lets a run in this lane be captured; only TensorRT-RTX can be asked."""
-        return not self._rtx or tensorrt_calls.stream_capturable_rtx(lane.context, lane.stream)
+        return not self._rtx or calls.stream_capturable_rtx(lane.context, lane.stream)
 
     def close(self) -> None:
         """Keep the compiled kernels for the next process, then destroy the engine before its runtime."""
@@ -92,11 +88,11 @@ class LoadedEngine:
         self._runtime = None
 
     def _deserialized(self, plan: bytes, file: EngineFile) -> ICudaEngine:
-        engine = tensorrt_calls.deserialize_engine(self._runtime, plan)
+        engine = calls.deserialize_engine(self._runtime, plan)
         if engine is None:
             reason, name = self.log.take(), "TensorRT"
             if self._rtx:
-                reason, name = f"{reason}; {tensorrt_calls.plan_validity_rtx(self._runtime, plan)}", "TensorRT-RTX"
+                reason, name = f"{reason}; {calls.plan_validity_rtx(self._runtime, plan)}", "TensorRT-RTX"
             raise ContractError(
                 f"{file.path}: {name} {self._api.__version__} cannot load this engine of {len(plan):,} bytes "
                 f"({reason}); build the bundle again on this machine"
@@ -105,11 +101,11 @@ class LoadedEngine:
 
     def _open_cache(self, name: str) -> None:
         path = runtime_cache.cache_path(name)
-        self._cache = tensorrt_calls.runtime_cache_rtx(self._engine, runtime_cache.read_cache(path))
+        self._cache = calls.runtime_cache_rtx(self._engine, runtime_cache.read_cache(path))
         self.log.take()  # what a cache that does not fit made it say
 
         def save(cache: Any) -> None:
-            runtime_cache.write_cache(path, tensorrt_calls.content_of_runtime_cache_rtx(cache))
+            runtime_cache.write_cache(path, calls.content_of_runtime_cache_rtx(cache))
 
         # Also where the application ends without closing: what was compiled once should not be compiled again.
         self._save = weakref.finalize(self, save, self._cache)

@@ -344,8 +344,6 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
             "engines": {},
             "capacity": None,
             "unroll": config.unroll_steps,
-            "head_dim": config.head_dim,
-            "cache_head_dim": config.head_dim,
             "cache_dtype": "float32",
         }
         profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}

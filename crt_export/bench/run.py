@@ -148,7 +148,6 @@ def _with_floor(
         weights=weights,
         position=middle,
         batch=figures.batch,
-        cache_head_dim=entry.config.head_dim if target is None else target.cache_head_dim,
         cache_item_bytes=_FLOAT_BYTES["float32" if target is None else target.cache_dtype],
     )
     flops = step_flops(entry.config, position=middle, batch=figures.batch)

@@ -16,9 +16,7 @@ def weight_bytes(initializers: Iterable[Initializer], batch: int) -> int:
     return sum(tensor.bytes_read(batch) for tensor in initializers)
 
 
-def step_bytes(
-    config: ModelConfig, *, weights: int, position: int, batch: int, cache_head_dim: int, cache_item_bytes: int
-) -> StepBytes:
+def step_bytes(config: ModelConfig, *, weights: int, position: int, batch: int, cache_item_bytes: int) -> StepBytes:
     """Bytes that a step moves at least.
 
     Args:
@@ -26,10 +24,9 @@ def step_bytes(
         weights: Bytes of weights, see :func:`weight_bytes`.
         position: Tokens in the cache before the step.
         batch: Rows.
-        cache_head_dim: Size of a head in the cache.
         cache_item_bytes: Size of one element of the cache.
     """
-    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * cache_head_dim * cache_item_bytes
+    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * cache_item_bytes
     cache = batch * attended(config, position) * entry
     logits = batch * config.vocab_size * _LOGIT_BYTES
     return StepBytes(weights=weights, cache=cache, logits=logits, total=weights + cache + logits)

@@ -44,8 +44,6 @@ _TARGET: dict[str, _Types] = {
     "engines": dict,
     "capacity": (int, NoneType),
     "unroll": (int, NoneType),
-    "head_dim": int,
-    "cache_head_dim": int,
     "cache_dtype": str,
 }
 _PREFILL: dict[str, _Types] = {
@@ -183,7 +181,7 @@ def _target_problems(targets: Mapping[str, Any], files: Mapping[str, Any]) -> li
 
 def _target_value_problems(where: str, target: Mapping[str, Any]) -> Iterator[str]:
     """Sizes and a dtype that no session could allocate."""
-    for key in ("capacity", "unroll", "head_dim", "cache_head_dim"):
+    for key in ("capacity", "unroll"):
         if target[key] is not None and target[key] < 1:
             yield f"{where}: {key!r} must be 1 or more, found {target[key]}"
     if target["cache_dtype"] not in _CACHE_DTYPES:

@@ -113,7 +113,6 @@ def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
         {graph: files.graph(file) for graph, file in entry["graphs"].items()},
         unroll=entry["unroll"] or 1,
         capacity=entry["capacity"],
-        cache_head_dim=entry["cache_head_dim"],
         compiled=tuple(entry["engines"]),
     )
 
@@ -124,7 +123,6 @@ def case_from_profile(
     *,
     unroll: int,
     capacity: int | None,
-    cache_head_dim: int,
     compiled: tuple[str, ...] = (),
 ) -> ParityCase:
     """One target from its profile and files.
@@ -135,7 +133,6 @@ def case_from_profile(
         unroll: Passes K of the prefill graph.
         capacity: Cache length of the target; the graphs of a compiled target are fixed to it, those that ONNX Runtime
             deploys leave it open.
-        cache_head_dim: Head dim of the caches, padding included.
         compiled: Graphs an engine was compiled of.
     """
     settings = profile.options
@@ -146,7 +143,6 @@ def case_from_profile(
         graphs=graphs,
         unroll=unroll,
         cache_dtype=profile.cache_dtype,
-        cache_head_dim=cache_head_dim,
         capacity=capacity if profile.compiled else None,
         residual_dtype=profile.residual_dtype,
         compiled=compiled,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from crt_export.config import ModelConfig
 from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
 from crt_export.graph.contract import check_contract
-from crt_export.spec import GraphSpec, TensorSpec, graph_names, graph_spec
+from crt_export.spec import GraphSpec, graph_names, graph_spec
 
 HALF_PRECISIONS = ("fp16", "w8a8")
 _ARITHMETIC = {"fp32": "fp32", "w8": "int8+fp32", "fp16": "fp32-emulated", "w8a8": "fp32-emulated"}
@@ -30,7 +29,6 @@ class ParityCase:
         graphs: ONNX file per graph name; the very files that are deployed or compiled.
         unroll: Passes K of prefill.
         cache_dtype: ``float32`` or ``float16``.
-        cache_head_dim: Head dim of the caches, padding included.
         capacity: Cache length that the files are fixed to; None where it is dynamic.
         residual_dtype: Of the residual stream: ``float16`` or ``float32``.
         compiled: Names of the graphs for which an engine was compiled; listed, never passed.
@@ -43,7 +41,6 @@ class ParityCase:
     graphs: Mapping[str, Path]
     unroll: int
     cache_dtype: str
-    cache_head_dim: int
     capacity: int | None = None
     residual_dtype: str = "float32"
     compiled: tuple[str, ...] = ()
@@ -61,17 +58,7 @@ class ParityCase:
 
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""
-        spec = graph_spec(graph, config, self.cache_dtype, self.capacity)
-        return dataclasses.replace(
-            spec,
-            inputs=tuple(self._padded(tensor) for tensor in spec.inputs),
-            outputs=tuple(self._padded(tensor) for tensor in spec.outputs),
-        )
-
-    def _padded(self, tensor: TensorSpec) -> TensorSpec:
-        if "_key_values." not in tensor.name:
-            return tensor
-        return dataclasses.replace(tensor, dims=(*tensor.dims[:-1], self.cache_head_dim))
+        return graph_spec(graph, config, self.cache_dtype, self.capacity)
 
 
 def load_checked_graph(case: ParityCase, name: str, config: ModelConfig, threads: int) -> OrtGraph:

@@ -113,7 +113,7 @@ def _run_texts(case: ParityCase, setup: ParitySetup, chain: _Chain) -> _Outcome:
     starts = [0, 0] if len(chain.windows) == 1 else starts
     trace = trace_tokens(setup.reference, chain.ids)
     graph = load_checked_graph(case, "step", setup.config, setup.threads)
-    reference = ChainReference(setup.model, trace, case.cache_head_dim, _value_factors(case, setup))
+    reference = ChainReference(setup.model, trace, _value_factors(case, setup))
     target = TargetChain(case, reference, graph, rows)
     texts = [
         ChainText(window=chain.windows[start + row], after_reset=turn > 0)
@@ -160,7 +160,7 @@ def _handover(case: ParityCase, setup: ParitySetup, chain: _Chain, tolerance: st
         return Check(name="hand-over"), None
     start, count = chain.ids.shape[1] // 2, len(chain.windows)
     trace = trace_tokens(setup.reference, chain.ids, start=start, passes=case.unroll)
-    reference = ChainReference(setup.model, trace, case.cache_head_dim, _value_factors(case, setup))
+    reference = ChainReference(setup.model, trace, _value_factors(case, setup))
     steps = range(start - 1, chain.ids.shape[1])
     errors = ChainErrors(
         tensor_order(reference, setup.config.recurrent),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.model import Model
@@ -21,26 +20,24 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 class ChainReference:
-    """What the reference says about a trace, by output name, as numpy arrays and in the cache's head dim."""
+    """What the reference says about a trace, by output name, as numpy arrays."""
 
-    def __init__(self, model: Model, trace: Trace, cache_head_dim: int, factors: Sequence[np.ndarray]) -> None:
+    def __init__(self, model: Model, trace: Trace, factors: Sequence[np.ndarray]) -> None:
         """Take the caches apart by name and find the largest |value| of every tensor.
 
         Args:
             model: The reference, for logits.
             trace: What it delivered.
-            cache_head_dim: Head dim of the target's caches, at least the model's; what is beyond it must be zero.
             factors: Per layer what the target divides the values in its cache by, [heads, 1, head_dim].
         """
         self.model, self.trace = model, trace
         self.caches: dict[str, np.ndarray] = {}
         self.factors: dict[str, np.ndarray] = {}
-        padding = (0, cache_head_dim - model.config.head_dim)
         for layer, (keys, values, factor) in enumerate(zip(trace.keys, trace.values, factors, strict=True)):
             name = f"present_key_values.{layer}"
-            self.caches[f"{name}.key"] = functional.pad(keys, padding).numpy()
-            self.caches[f"{name}.value"] = functional.pad(values, padding).numpy()
-            self.factors[f"{name}.value"] = functional.pad(torch.from_numpy(factor), padding, value=1.0).numpy()
+            self.caches[f"{name}.key"] = keys.numpy()
+            self.caches[f"{name}.value"] = values.numpy()
+            self.factors[f"{name}.value"] = factor
         self.scales = {name: _largest(values) for name, values in self.caches.items()}
         self.scales["next_state"] = _largest(trace.hidden.numpy())
         steps = range(trace.ids.shape[1])

@@ -96,7 +96,7 @@ def _check_graph(
         _verdict(name, "external data", file_problems),
         _verdict(name, "data flow", flow_problems(model)),
         _verdict(name, "caches", cache_problems(model, spec)),
-        _verdict(name, "attributes", attribute_problems(model, setup.config, case.cache_head_dim)),
+        _verdict(name, "attributes", attribute_problems(model, setup.config)),
         _verdict(name, "linears", linear_problems(model, setup.config, name, case.precision, case.unroll)),
     ]
     weights, checked = _check_weights(name, model, audit, file_problems)

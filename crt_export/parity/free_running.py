@@ -249,5 +249,5 @@ def _claim(name: str, problems: list[str]) -> Check:
 def _bytes_per_row(case: ParityCase, setup: ParitySetup, prompts: _Prompts) -> int:
     config = setup.config
     slots = case.capacity or prompts.ids.shape[1] + prompts.new_tokens
-    heads = 2 * config.num_hidden_layers * config.num_attention_heads * case.cache_head_dim
+    heads = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return heads * slots * np.dtype(case.cache_dtype).itemsize

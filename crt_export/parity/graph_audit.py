@@ -85,7 +85,7 @@ def _cache_update(present: ir.Value) -> tuple[ir.Value | None, list[ir.Node]]:
     return None, updates
 
 
-def attribute_problems(model: ir.Model, config: ModelConfig, cache_head_dim: int) -> Iterator[str]:
+def attribute_problems(model: ir.Model, config: ModelConfig) -> Iterator[str]:
     """Scale of attention, epsilon of LayerNorm, form of GELU, pairs of a rotation that are not the model's.
 
     One sentence per kind. An attribute that is absent has the default of ONNX. Attention that was decomposed for a
@@ -95,7 +95,7 @@ def attribute_problems(model: ir.Model, config: ModelConfig, cache_head_dim: int
     # Wanted, and what an absent attribute means (Attention-23 and -24, LayerNormalization-17, Gelu-20,
     # RotaryEmbedding-23).
     expected: dict[str, dict[str, tuple[float | str, float | str]]] = {
-        "Attention": {"scale": (scale, cache_head_dim**-0.5), "softcap": (0.0, 0.0), "is_causal": (0, 0)},
+        "Attention": {"scale": (scale, scale), "softcap": (0.0, 0.0), "is_causal": (0, 0)},
         "LayerNormalization": {"epsilon": (config.layer_norm_eps, 1e-5), "axis": (-1, -1)},
         "Gelu": {"approximate": ("none", "none")},
         "RotaryEmbedding": {

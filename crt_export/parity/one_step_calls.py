@@ -205,9 +205,9 @@ class OneStepCalls:
         return inputs
 
     def _placed(self, cache: NDArray[np.generic], slots: int) -> NDArray[np.generic]:
-        """[batch, heads, used, head_dim] in the first slots of a zeroed cache, head_dim padded as the target's is."""
-        whole = np.zeros((*cache.shape[:2], slots, self._case.cache_head_dim), cache.dtype)
-        whole[:, :, : cache.shape[2], : cache.shape[3]] = cache
+        """[batch, heads, used, head_dim] in the first slots of a zeroed cache."""
+        whole = np.zeros((*cache.shape[:2], slots, cache.shape[3]), cache.dtype)
+        whole[:, :, : cache.shape[2]] = cache
         return whole
 
     @torch.no_grad()

@@ -200,9 +200,7 @@ class Rollout:
     def _bytes_per_window(self) -> int:
         config, length = self.config, self.windows.length
         item = np.dtype(self.case.cache_dtype).itemsize
-        cache = (
-            2 * config.num_hidden_layers * config.num_attention_heads * self.capacity * self.case.cache_head_dim * item
-        )
+        cache = 2 * config.num_hidden_layers * config.num_attention_heads * self.capacity * config.head_dim * item
         # Scores of one layer's attention in prefill, and about as much again for its mask and softmax.
         scores = 2 * 4 * config.num_attention_heads * length * (self.capacity + length)
         return max(1, cache + scores)

@@ -72,9 +72,9 @@ class Caches:
         return Rows(lane.buffers[name], start - lane.start, stop - lane.start)
 
     def read(self, length: int) -> dict[str, np.ndarray]:
-        """Copies of the first ``length`` entries, [batch, heads, length, cache_head_dim]; zeros where none are kept."""
+        """Copies of the first ``length`` entries, [batch, heads, length, head_dim]; zeros where none are kept."""
         sizes = self._sizes
-        shape = (sizes.batch, sizes.heads, length, sizes.cache_head_dim)
+        shape = (sizes.batch, sizes.heads, length, sizes.head_dim)
         found = {name: np.zeros(shape, sizes.cache_dtype) for name in self._lanes[0].buffers}
         for lane in self._lanes:
             for name, buffer in lane.buffers.items():
@@ -83,7 +83,7 @@ class Caches:
         return found
 
     def write(self, values: Mapping[str, np.ndarray]) -> None:
-        """Replace everything by entries [batch, heads, length, cache_head_dim]; zeros follow them."""
+        """Replace everything by entries [batch, heads, length, head_dim]; zeros follow them."""
         for lane in self._lanes:
             self._resize(lane, self._length(next(iter(values.values())).shape[2]))
             for name, buffer in lane.buffers.items():
@@ -140,4 +140,4 @@ class Caches:
 
     def _allocate(self, rows: int, length: int) -> Buffer:
         sizes = self._sizes
-        return self._engine.allocate((rows, sizes.heads, length, sizes.cache_head_dim), sizes.cache_dtype)
+        return self._engine.allocate((rows, sizes.heads, length, sizes.head_dim), sizes.cache_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,7 +14,7 @@ from crt_export.engine.tensorrt.engine import TensorRTEngine, machine_of_profile
 from crt_export.engine.tensorrt.loading import Machine
 from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.errors import BundleError
-from crt_export.spec import GraphSpec, TensorSpec, graph_spec
+from crt_export.spec import graph_spec
 
 if TYPE_CHECKING:
     from crt_export.runtime.opening import Target
@@ -52,7 +51,7 @@ def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, mac
             sidecar=files.path / _sidecar(name),
             read_plan=partial(files.content, name),
             read_sidecar=partial(files.content, _sidecar(name)),
-            contract=_contract(graph, target, config),
+            contract=graph_spec(graph, config, target.cache_dtype, target.profile.capacity),
             unroll=(target.unroll or 1) if graph == "prefill" else 1,
         )
         for graph, name in entries.items()
@@ -62,19 +61,3 @@ def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, mac
 
 def _sidecar(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(".json"))
-
-
-def _contract(graph: str, target: Target, config: ModelConfig) -> GraphSpec:
-    """The graph's contract with this target's caches: their capacity is a number, their head_dim may be padded."""
-    contract = graph_spec(graph, config, target.cache_dtype, target.profile.capacity)
-
-    def with_cache_dims(spec: TensorSpec) -> TensorSpec:
-        if "key_values." not in spec.name:
-            return spec
-        return dataclasses.replace(spec, dims=(*spec.dims[:-1], target.cache_head_dim))
-
-    return dataclasses.replace(
-        contract,
-        inputs=tuple(map(with_cache_dims, contract.inputs)),
-        outputs=tuple(map(with_cache_dims, contract.outputs)),
-    )

@@ -40,7 +40,6 @@ class Target:
         graphs: Graph name to file of the bundle.
         capacity: Default cache capacity, at most the model's max_position_embeddings.
         unroll: Passes of the unrolled prefill; None where the graph has one pass only.
-        cache_head_dim: Head size in the cache, at least the model's.
         cache_dtype: ``float32`` or ``float16``.
         prefill: How prompts are taken unless a call says otherwise.
     """
@@ -50,7 +49,6 @@ class Target:
     graphs: Mapping[str, str]
     capacity: int
     unroll: int | None
-    cache_head_dim: int
     cache_dtype: str
     prefill: PrefillPlan
 
@@ -83,7 +81,7 @@ class Target:
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
-            cache_head_dim=self.cache_head_dim,
+            head_dim=config.head_dim,
             cache_dtype=self.cache_dtype,
             recurrent=config.recurrent,
             unroll=self.unroll if config.recurrent else None,
@@ -125,7 +123,6 @@ def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> 
         graphs=dict(entry["graphs"]),
         capacity=min(default, config.max_position_embeddings),
         unroll=entry["unroll"],
-        cache_head_dim=entry["cache_head_dim"],
         cache_dtype=entry["cache_dtype"],
         prefill=plan_from_entry(entry, recurrent=config.recurrent),
     )

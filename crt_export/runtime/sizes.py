@@ -16,7 +16,7 @@ class TensorSizes:
         hidden: Hidden size.
         layers: Layers with a key and a value cache each.
         heads: Heads of a cache.
-        cache_head_dim: Head size in the cache; may be padded.
+        head_dim: Size of a head.
         cache_dtype: ``float32`` or ``float16``.
         recurrent: Whether there is a recurrent state.
         unroll: Passes that prefill makes where nobody asks for a number; None for a plain transformer.
@@ -28,7 +28,7 @@ class TensorSizes:
     hidden: int
     layers: int
     heads: int
-    cache_head_dim: int
+    head_dim: int
     cache_dtype: str
     recurrent: bool
     unroll: int | None = None

@@ -51,7 +51,7 @@ class Window:
         """The cache of one row after a slide.
 
         Args:
-            row: Keys or values, [heads, capacity, cache_head_dim], ``position`` tokens in it.
+            row: Keys or values, [heads, capacity, head_dim], ``position`` tokens in it.
             position: Tokens in the row.
             keys: Whether these are keys, which are turned as well as moved.
 

@@ -16,7 +16,7 @@ little-endian bytes of all tensors in order of their sorted names. Its tensors, 
 ``held``                             int64 [batch]                  characters of the text not given out, because they
                                                                     may become a stop string
 ``state``                            float32 [batch, 1, hidden]     recurrent state; not for a plain transformer
-``past_key_values.{i}.key|value``    float32 or float16             cache [batch, heads, length, cache_head_dim];
+``past_key_values.{i}.key|value``    float32 or float16             cache [batch, heads, length, head_dim];
                                                                     length is the largest position, and entries at
                                                                     and beyond a row's own position are zero
 ===================================  =============================  ================================================
@@ -154,7 +154,7 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
 
 def _expected(sizes: TensorSizes, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     batch, vocab = sizes.batch, sizes.vocab
-    cache = (batch, sizes.heads, length, sizes.cache_head_dim)
+    cache = (batch, sizes.heads, length, sizes.head_dim)
     return {
         **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), ("int64", (batch,))),
         "recent": ("int64", (batch, RECENT_TOKENS)),

@@ -26,7 +26,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]] = {
     "seen": (("uint8",), _OF_TOKENS),
     "state": (("float32",), ("batch", 1, "hidden")),
 }
-_CACHE = (("float32", "float16"), ("batch", "heads", "tokens", "cache_head_dim"))
+_CACHE = (("float32", "float16"), ("batch", "heads", "tokens", "head_dim"))
 _CACHE_NAME = re.compile(r"past_key_values\.[0-9]+\.(key|value)")
 
 

@@ -139,7 +139,7 @@ class SessionTensors:
         return None if state is None else state.read()
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
-        """Copies of the first ``length`` entries of every cache, [batch, heads, length, cache_head_dim]."""
+        """Copies of the first ``length`` entries of every cache, [batch, heads, length, head_dim]."""
         return self._caches.read(length)
 
     def restore(self, caches: Mapping[str, np.ndarray], state: np.ndarray | None) -> None:

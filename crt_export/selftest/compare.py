@@ -52,7 +52,7 @@ class Comparison:
         self._check_token(observed, scale)
 
     def add_caches(self, observed: Observed) -> None:
-        """Compare the caches: one entry per token so far; entries that pad the head dim must be zero."""
+        """Compare the caches: one entry per token so far."""
         tokens = self.vectors.prompt + observed.index
         for name, found in observed.caches.items():
             if found.shape[1] != tokens:
@@ -60,14 +60,12 @@ class Comparison:
                     f"{name} {place(self.vectors, observed.index)} holds {found.shape[1]} tokens, expected {tokens}"
                 )
                 continue
-            stored = self.vectors.tensors[f"{self.run}.{name}"][:, :tokens]
-            expected = np.zeros_like(found, np.float32)
-            expected[..., : stored.shape[-1]] = stored
+            expected = self.vectors.tensors[f"{self.run}.{name}"][:, :tokens]
             found = found.astype(np.float32)
             layer, _, kind = name.removeprefix("past_key_values.").partition(".")
             divisors = self.vectors.tensors.get(divisor_name(self.precision, int(layer)))
             if kind == "value" and divisors is not None:
-                found[..., : stored.shape[-1]] *= divisors[:, None]
+                found *= divisors[:, None]
             with np.errstate(invalid="ignore"):
                 position = int(np.abs(found - expected).max(axis=(0, 2)).argmax())
             scale = self.vectors.scale(self.run, name)

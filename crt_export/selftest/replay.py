@@ -41,7 +41,7 @@ class Observed:
         logits: float32 [vocab].
         next_token: The engine's argmax.
         state: float32 [hidden]; None for a plain transformer.
-        caches: ``past_key_values.{layer}.key|value``, [heads, tokens so far, cache_head_dim].
+        caches: ``past_key_values.{layer}.key|value``, [heads, tokens so far, head_dim].
     """
 
     index: int

@@ -63,7 +63,6 @@ class BuiltTarget:
             {name: folder / file for name, file in self.graphs.items()},
             unroll=self.profile.unroll or 1,
             capacity=self.profile.capacity,
-            cache_head_dim=config.head_dim,
             compiled=tuple(self.engines),
         )
 
@@ -77,8 +76,6 @@ class BuiltTarget:
             "unroll": self.profile.unroll,
             "attention": self.attention,
             "attention_refused": self.refused,
-            "head_dim": config.head_dim,
-            "cache_head_dim": config.head_dim,
             "cache_dtype": self.profile.cache_dtype,
         }
 

@@ -122,9 +122,7 @@ def side_figures(blocks: Sequence[Sequence[float]], cost: StepBytes | None, rate
 def _bytes(config: ModelConfig, weights: int | None, position: int) -> StepBytes | None:
     if weights is None:
         return None
-    return step_bytes(
-        config, weights=weights, position=position, batch=1, cache_head_dim=config.head_dim, cache_item_bytes=4
-    )
+    return step_bytes(config, weights=weights, position=position, batch=1, cache_item_bytes=4)
 
 
 def _short(value: float) -> float:

@@ -91,8 +91,6 @@ def manifest(folder: Path) -> None:
                 "engines": {},
                 "capacity": 64,
                 "unroll": 2,
-                "head_dim": 8,
-                "cache_head_dim": 8,
                 "cache_dtype": "float32",
             }
         },

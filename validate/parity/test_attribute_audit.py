@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
-import pytest
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.parity.graph_audit import attribute_problems
 
 
-def _problems(checkpoint: Checkpoint, operator: str, attributes: dict[str, float], *, padded: int = 0) -> list[str]:
-    """Of one node in a model with eps 1e-6, whose cache is ``padded`` wider than its head dim."""
+def _problems(checkpoint: Checkpoint, operator: str, attributes: dict[str, float]) -> list[str]:
+    """Of one node in a model with eps 1e-6."""
     config = dataclasses.replace(checkpoint.config, layer_norm_eps=1e-6)
     node = ir.node(operator, [ir.val("x")], attributes=attributes, name="it")
     graph = ir.Graph([], [], nodes=[node], opset_imports={"": 24})
-    return [*attribute_problems(ir.Model(graph, ir_version=10), config, config.head_dim + padded)]
+    return [*attribute_problems(ir.Model(graph, ir_version=10), config)]
 
 
 def test_an_epsilon_that_is_absent_is_that_of_onnx(parity_checkpoint: Checkpoint) -> None:
@@ -26,15 +25,9 @@ def test_an_epsilon_that_is_absent_is_that_of_onnx(parity_checkpoint: Checkpoint
     ]
 
 
-@pytest.mark.parametrize(("padded", "found"), [(0, 0), (4, 1)])
-def test_a_scale_that_is_absent_is_that_of_the_padded_head_dim(
-    parity_checkpoint: Checkpoint, padded: int, found: int
-) -> None:
-    problems = _problems(parity_checkpoint, "Attention", {}, padded=padded)
-    assert len(problems) == found
-    assert all("scale of Attention is" in problem and "by default" in problem for problem in problems)
-    given = {"scale": parity_checkpoint.config.head_dim**-0.5}
-    assert _problems(parity_checkpoint, "Attention", given, padded=padded) == []
+def test_a_scale_that_is_absent_is_that_of_the_head_dim(parity_checkpoint: Checkpoint) -> None:
+    assert _problems(parity_checkpoint, "Attention", {}) == []
+    assert _problems(parity_checkpoint, "Attention", {"scale": parity_checkpoint.config.head_dim**-0.5}) == []
     assert len(_problems(parity_checkpoint, "Attention", {"scale": 0.9})) == 1
 
 

@@ -72,7 +72,6 @@ def _case(folder: Path, checkpoint: Checkpoint) -> ParityCase:
         graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
         unroll=UNROLL,
         cache_dtype="float32",
-        cache_head_dim=checkpoint.config.head_dim,
     )
 
 
@@ -231,7 +230,6 @@ def test_a_plain_transformer_is_held_to_its_steps(
     case = ParityCase(
         target="plain", runtime="onnxruntime", precision="fp32", unroll=1, cache_dtype="float32",
         graphs={"head": tmp_path / "head.onnx"} | {n: folder / f"graphs/{n}.fp32.onnx" for n in ("step", "prefill")},
-        cache_head_dim=model.config.head_dim,
     )  # fmt: skip
     result = certify(case, _setup(checkpoint, real_text))
     assert result.passed, result.failures

@@ -60,7 +60,6 @@ def case(graphs: Path, parity_checkpoint: Checkpoint) -> ParityCase:
         graphs={name: graphs / f"{name}.fp32.onnx" for name in ("step", "prefill", "prefill_pass", "head")},
         unroll=2,
         cache_dtype="float32",
-        cache_head_dim=parity_checkpoint.config.head_dim,
     )
 
 

@@ -112,7 +112,6 @@ def _case(folder: Path, checkpoint: Checkpoint, form: str = "fp32", runtime: str
         graphs={name: path for name, path in files.items() if path.is_file()},
         unroll=2,
         cache_dtype="float16" if half else "float32",
-        cache_head_dim=checkpoint.config.head_dim,
     )
 
 

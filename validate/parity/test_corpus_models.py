@@ -90,7 +90,7 @@ def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Compariso
     ir.save(_step_graph(checkpoint, precision, ids[:CALIBRATION], length), folder / "step.onnx")
     case = ParityCase(
         target="random", runtime="onnxruntime", precision=precision, graphs={STEP: folder / "step.onnx"}, unroll=2,
-        cache_dtype=str(DTYPES[precision]).removeprefix("torch."), cache_head_dim=config.head_dim,
+        cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
     )  # fmt: skip
     reference = Reference(model, windows, batch=windows.count)
     scorer = Scorer(reference, STEP, 2, near_tie_margin=limits.near_tie_margin)

@@ -49,7 +49,6 @@ def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., 
             graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
             unroll=2,
             cache_dtype="float32",
-            cache_head_dim=parity_checkpoint.config.head_dim,
         )
         return check_parity(parity_checkpoint, [dataclasses.replace(case, **changes)], real_text, options=OPTIONS)
 
@@ -111,7 +110,7 @@ def test_windows_in_small_batches_give_the_same_figures(
     whole = _row(check(built), "handover")
     case = ParityCase(
         target="ort-cpu-fp32", runtime="onnxruntime", precision="fp32", unroll=2, cache_dtype="float32",
-        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS}, cache_head_dim=parity_checkpoint.config.head_dim,
+        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS},
     )  # fmt: skip
     parts = check_parity(parity_checkpoint, [case], real_text, options=dataclasses.replace(OPTIONS, window_batch=3))
     assert _row(parts, "handover").nll == pytest.approx(whole.nll, abs=1e-6)

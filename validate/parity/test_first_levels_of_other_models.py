@@ -108,6 +108,4 @@ def _case(profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: 
             name: folder / _write_target_form(profile, file, "decomposed", config, folder).file
             for name, file in own.items()
         }
-    return case_from_profile(
-        profile, graphs, unroll=profile.unroll or 1, capacity=profile.capacity, cache_head_dim=config.head_dim
-    )
+    return case_from_profile(profile, graphs, unroll=profile.unroll or 1, capacity=profile.capacity)

@@ -63,7 +63,6 @@ def case(step: Path, parity_checkpoint: Checkpoint) -> ParityCase:
         graphs={"step": step},
         unroll=2,
         cache_dtype="float32",
-        cache_head_dim=parity_checkpoint.config.head_dim,
     )
 
 

@@ -54,7 +54,7 @@ def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model:
 def _case(checkpoint: Checkpoint, step: Path, **changes: Any) -> ParityCase:
     values: dict[str, Any] = {
         "target": "ort-cpu-fp32", "runtime": "onnxruntime", "precision": "fp32", "unroll": 2,
-        "cache_dtype": "float32", "cache_head_dim": checkpoint.config.head_dim, "graphs": {"step": step},
+        "cache_dtype": "float32", "graphs": {"step": step},
     }  # fmt: skip
     return ParityCase(**{**values, **changes})
 

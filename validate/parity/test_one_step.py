@@ -66,7 +66,6 @@ def _case(folder: Path, checkpoint: Checkpoint, precision: str = "fp32") -> Pari
         graphs={name: folder / f"{name}.{precision}.onnx" for name in GRAPHS},
         unroll=2,
         cache_dtype="float32",
-        cache_head_dim=checkpoint.config.head_dim,
     )
 
 

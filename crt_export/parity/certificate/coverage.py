@@ -136,7 +136,7 @@ def _handovers(length: int, trained: int | None) -> tuple[Handover, ...]:
 
 def _bytes_per_window(case: ParityCase, config: ModelConfig, length: int, passes: int) -> int:
     capacity = length if case.capacity is None else case.capacity
-    slots = 2 * config.num_hidden_layers * config.num_attention_heads * capacity * case.cache_head_dim
+    slots = 2 * config.num_hidden_layers * config.num_attention_heads * capacity * config.head_dim
     caches = 3 * slots * np.dtype(case.cache_dtype).itemsize  # of the chain, of the passes and of the hand-over
     # Scores of one layer's attention, and about as much again for its mask and softmax.
     scores = 2 * 4 * config.num_attention_heads * length * (capacity + length)

@@ -36,7 +36,7 @@ void measure(const char* path, const char* target_name, int threads) {
   const crt::ModelConfig& config = files.config();
   const auto engine = crt::open_engine(files, target, threads);
   crt::SessionTensors tensors(*engine, {1, kCapacity, config.vocab, config.hidden, config.layers, config.heads,
-                                        target.cache_head_dim, target.cache_dtype, config.recurrent});
+                                        config.head_dim, target.cache_dtype, config.recurrent});
   crt::Launch& launch = tensors.step_launch(crt::Group{0, 1, 1});
 
   crt::Bundle bundle = crt::Bundle::load(path, true);

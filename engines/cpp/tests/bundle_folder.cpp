@@ -69,8 +69,7 @@ Json target(const std::string& name, const std::string& runtime) {
   if (compiled) engines["step"] = "engines/" + name + "/step.engine";
   return {{"profile", profile},   {"graphs", {{"step", "graphs/step.fp32.onnx"}}},
           {"engines", engines},   {"capacity", nullptr},
-          {"unroll", 4},          {"head_dim", 4},
-          {"cache_head_dim", 4},  {"cache_dtype", compiled ? "float16" : "float32"}};
+          {"unroll", 4},          {"cache_dtype", compiled ? "float16" : "float32"}};
 }
 
 Json sidecar() {

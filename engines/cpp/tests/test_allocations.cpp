@@ -40,7 +40,7 @@ std::size_t bare_allocations(const crt::ModelConfig& config, const TokenRows& pr
   const std::shared_ptr<crt::Engine> engine = crt::open_engine(files, target, 1);
   const auto batch = static_cast<std::int64_t>(prompts.size());
   crt::TensorSizes sizes{batch,        32,                    config.vocab,       config.hidden,   config.layers,
-                         config.heads, target.cache_head_dim, target.cache_dtype, config.recurrent};
+                         config.heads, config.head_dim, target.cache_dtype, config.recurrent};
   sizes.unroll = target.unroll.value_or(0);
   crt::SessionTensors tensors(*engine, sizes);
   std::vector<crt::TokenSpan> rows;

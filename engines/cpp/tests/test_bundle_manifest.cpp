@@ -133,7 +133,7 @@ TEST_CASE("manifest: each rule of the schema") {
       {"/targets/ort/engines/step", {"x", "engines['step'] is 'x', which is not listed"}},
       {"/targets/ort/graphs/step", {3, "graphs['step'] must be a file name, found 3"}},
       {"/targets/ort/capacity", {0, "'capacity' must be 1 or more, found 0"}},
-      {"/targets/ort/cache_head_dim", {-8, "'cache_head_dim' must be 1 or more, found -8"}},
+      {"/targets/ort/unroll", {-8, "'unroll' must be 1 or more, found -8"}},
       {"/targets/ort/cache_dtype", {"int8", "'cache_dtype' must be 'float32' or 'float16', found 'int8'"}},
       {"/contract/step", {1, "contract['step'] must be an object"}},
       {"/contract/step/inputs/0", {1, "contract['step'].inputs[0] must be an object"}},

@@ -213,7 +213,7 @@ crt::SessionSetup toy_setup(std::int64_t batch, std::int64_t capacity) {
   setup.sizes.vocab = kToyVocab;
   setup.sizes.hidden = kToyHidden;
   setup.sizes.layers = setup.sizes.heads = 1;
-  setup.sizes.cache_head_dim = 2;
+  setup.sizes.head_dim = 2;
   return setup;
 }
 

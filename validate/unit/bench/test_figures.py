@@ -49,12 +49,12 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> N
 
 def test_bytes_and_operations_of_a_step_are_counted_by_hand(tiny_config: Callable[..., ModelConfig]) -> None:
     config = tiny_config()  # hidden 32, 2 layers, 4 heads of 8, inner 64, correction 48, vocabulary 256
-    moved = step_bytes(config, weights=1000, position=9, batch=2, cache_head_dim=8, cache_item_bytes=4)
+    moved = step_bytes(config, weights=1000, position=9, batch=2, cache_item_bytes=4)
     assert (moved.cache, moved.logits, moved.total) == (2 * 10 * 2 * 2 * 32 * 4, 2 * 256 * 4, 1000 + moved.cache + 2048)
     layer = 4 * 32 * 32 + 2 * 32 * 64 + 2 * 32 * 10
     assert step_flops(config, position=9, batch=2) == 2 * 2 * (2 * layer + 2 * 32 * 48 + 32 * 256)
     window = tiny_config(sliding_window=4)
-    assert step_bytes(window, weights=0, position=9, batch=1, cache_head_dim=8, cache_item_bytes=4).cache == 4 * 512
+    assert step_bytes(window, weights=0, position=9, batch=1, cache_item_bytes=4).cache == 4 * 512
     plain = tiny_config(model_type="transformer")
     assert step_flops(plain, position=9, batch=1) == 2 * (2 * layer + 32 * 256)
 

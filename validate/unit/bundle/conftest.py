@@ -31,8 +31,6 @@ def manifest() -> Manifest:
         "engines": {"step": "engines/step.plan"},
         "capacity": None,
         "unroll": 4,
-        "head_dim": 8,
-        "cache_head_dim": 8,
         "cache_dtype": "float32",
     }
     return {

@@ -136,7 +136,7 @@ INNER = [
     ),
     (_set("targets", "ort-cpu-fp32", "graphs", "step", 3), r"graphs\['step'\] must be a file name"),
     (_set("targets", "ort-cpu-fp32", "capacity", 0), "'capacity' must be 1 or more, found 0"),
-    (_set("targets", "ort-cpu-fp32", "cache_head_dim", -8), "'cache_head_dim' must be 1 or more, found -8"),
+    (_set("targets", "ort-cpu-fp32", "unroll", -8), "'unroll' must be 1 or more, found -8"),
     (_set("targets", "ort-cpu-fp32", "cache_dtype", "int8"), "'cache_dtype' must be 'float32' or 'float16'"),
     (_set("contract", "step", 1), r"contract\['step'\] must be an object"),
     (_set("contract", "step", "inputs", [1]), r"inputs\[0\] must be an object"),

@@ -62,7 +62,6 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
             graphs={STEP: tmp_path / "step.onnx"},
             unroll=UNROLL,
             cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
-            cache_head_dim=config.head_dim,
         )
         scorer = Scorer(reference, STEP, UNROLL)
         Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)

@@ -107,7 +107,7 @@ class Runnable:
 
     @staticmethod
     def caches(session: Session) -> list[np.ndarray]:
-        """Every cache of a session, [batch, heads, capacity, cache_head_dim]."""
+        """Every cache of a session, [batch, heads, capacity, head_dim]."""
         return list(session._guard.decoder.tensors.caches(session.capacity).values())
 
     @staticmethod

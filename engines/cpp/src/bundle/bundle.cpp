@@ -82,7 +82,7 @@ TensorSizes sizes_of(const Target& target, const ModelConfig& config, std::int64
   sizes.hidden = config.hidden;
   sizes.layers = config.layers;
   sizes.heads = config.heads;
-  sizes.cache_head_dim = target.cache_head_dim;
+  sizes.head_dim = config.head_dim;
   sizes.cache_dtype = target.cache_dtype;
   sizes.recurrent = config.recurrent;
   sizes.unroll = config.recurrent ? target.unroll.value_or(0) : 0;

@@ -52,7 +52,6 @@ struct Target {
   std::map<std::string, std::string> engines;  // graph name -> engine file; its sidecar is the same path with .json
   std::int64_t capacity = 0;
   std::optional<std::int64_t> unroll;
-  std::int64_t cache_head_dim = 0;
   DType cache_dtype = DType::float32;
   std::int64_t max_tokens = 0;  // profile.seq.max
   std::int64_t max_batch = 0;   // profile.batch.max

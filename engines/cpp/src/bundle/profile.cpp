@@ -73,7 +73,6 @@ Target target_from_json(const std::string& name, const JsonValue& entry, const M
   const std::optional<std::int64_t> capacity = optional_integer(&entry.at("capacity"));
   target.capacity = std::min(capacity.value_or(profile.at("capacity").integer()), config.max_position_embeddings);
   target.unroll = optional_integer(&entry.at("unroll"));
-  target.cache_head_dim = entry.at("cache_head_dim").integer();
   target.cache_dtype = entry.at("cache_dtype").string() == "float16" ? DType::float16 : DType::float32;
   target.max_tokens = profile.at("seq").array()[2].integer();
   target.max_batch = profile.at("batch").array()[2].integer();

@@ -39,7 +39,7 @@ const FieldRules kGraphFields{
 };
 const FieldRules kTargetFields{
     {"profile", kObject},         {"graphs", kObject},    {"engines", kObject},         {"capacity", kInteger | kNull},
-    {"unroll", kInteger | kNull}, {"head_dim", kInteger}, {"cache_head_dim", kInteger}, {"cache_dtype", kText},
+    {"unroll", kInteger | kNull}, {"cache_dtype", kText},
 };
 const FieldRules kPrefillFields{
     {"method", kText},      {"passes", kInteger},
@@ -195,7 +195,7 @@ void check_prefill(Problems& problems, const std::string& where, const JsonValue
 }
 
 void check_target_values(Problems& problems, const std::string& where, const JsonValue& target) {
-  for (const char* key : {"capacity", "unroll", "head_dim", "cache_head_dim"}) {
+  for (const char* key : {"capacity", "unroll"}) {
     const JsonValue& value = target.at(key);
     if (value.is_integer() && value.integer() < 1) {
       problems.push_back(where + ": " + in_quotes(key) + " must be 1 or more, found " + shown(value));

@@ -32,11 +32,10 @@ const TensorSpec* find_spec(const std::vector<TensorSpec>& specs, const std::str
   return found == specs.end() ? nullptr : &*found;
 }
 
-/// The contract's tensor as this target has it: a cache may have another dtype and a padded head.
+/// The contract's tensor as this target has it: a cache may have another dtype.
 TensorSpec of_target(TensorSpec spec, const Target& target) {
   if (spec.name.find("key_values.") != std::string::npos && !spec.dims.empty()) {
     spec.dtype = target.cache_dtype;
-    spec.dims.back() = target.cache_head_dim;
   }
   return spec;
 }

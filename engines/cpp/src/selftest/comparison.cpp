@@ -78,23 +78,20 @@ void Comparison::add_caches(const Observed& observed) {
     const std::vector<float>& stored = vectors_.values(run_ + "." + cache.name);
     const auto heads = static_cast<std::size_t>(cache.shape[0]);
     const auto tokens = static_cast<std::size_t>(cache.shape[1]);
-    const auto padded = static_cast<std::size_t>(cache.shape[2]);
+    const auto head_dim = static_cast<std::size_t>(cache.shape[2]);
     const auto all_tokens = static_cast<std::size_t>(vectors_.prompt() + vectors_.steps());
-    const std::size_t head_dim = stored.size() / (heads * all_tokens);
     double largest = 0.0;
     std::size_t position = 0;
-    std::vector<float> expected(padded, 0.0F);
-    std::vector<float> found(padded, 0.0F);
+    std::vector<float> found(head_dim);
     for (std::size_t head = 0; head < heads; ++head) {
       for (std::size_t token = 0; token < tokens; ++token) {
-        const float* entry = stored.data() + (head * all_tokens + token) * head_dim;
-        std::copy(entry, entry + std::min(head_dim, padded), expected.begin());
-        const float* values = cache.values.data() + (head * tokens + token) * padded;
-        std::copy(values, values + padded, found.begin());
-        for (std::size_t dim = 0; divided && dim < std::min(head_dim, padded); ++dim) {
+        const float* expected = stored.data() + (head * all_tokens + token) * head_dim;
+        const float* values = cache.values.data() + (head * tokens + token) * head_dim;
+        std::copy(values, values + head_dim, found.begin());
+        for (std::size_t dim = 0; divided && dim < head_dim; ++dim) {
           found[dim] *= vectors_.values(divisor)[head * head_dim + dim];
         }
-        const double difference = largest_difference(found.data(), expected.data(), padded);
+        const double difference = largest_difference(found.data(), expected, head_dim);
         if (!(difference <= largest) && !std::isnan(largest)) {
           largest = difference;
           position = token;

@@ -19,7 +19,7 @@ class Comparison {
 
   /// Compare logits, state and next token of one index.
   void add(const Observed& observed);
-  /// Compare the caches: one entry per token so far; entries that pad the head dim must be zero.
+  /// Compare the caches: one entry per token so far.
   void add_caches(const Observed& observed);
 
   /// The largest error of every tensor.

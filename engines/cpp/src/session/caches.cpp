@@ -143,7 +143,7 @@ std::int64_t SessionCaches::rounded(std::int64_t tokens) const noexcept {
 }
 
 std::unique_ptr<Buffer> SessionCaches::allocate(std::int64_t length) const {
-  return engine_.allocate({lane_rows_, sizes_.heads, length, sizes_.cache_head_dim}, sizes_.cache_dtype);
+  return engine_.allocate({lane_rows_, sizes_.heads, length, sizes_.head_dim}, sizes_.cache_dtype);
 }
 
 /// The cache, or a new one in its place if it had another length.

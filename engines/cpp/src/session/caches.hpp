@@ -14,7 +14,7 @@
 
 namespace crt {
 
-/// Sizes of a session; cache_head_dim may be padded, recurrent says whether there is a state.
+/// Sizes of a session; recurrent says whether there is a state.
 struct TensorSizes {
   std::int64_t batch = 0;
   std::int64_t capacity = 0;
@@ -22,7 +22,7 @@ struct TensorSizes {
   std::int64_t hidden = 0;
   std::int64_t layers = 0;
   std::int64_t heads = 0;
-  std::int64_t cache_head_dim = 0;
+  std::int64_t head_dim = 0;
   DType cache_dtype = DType::float32;
   bool recurrent = true;
   std::int64_t unroll = 0;  ///< passes of a prefill for which nobody asked for a number; 0 for a plain transformer
@@ -46,7 +46,7 @@ class SessionCaches {
   /// Rows of the cache that a graph's tensor of this name is bound to; unset if it is none.
   std::optional<Rows> rows(const std::string& name, std::int64_t start, std::int64_t stop) const;
 
-  /// Copy of the first length entries of a cache, [batch, heads, length, cache_head_dim]; zeros where none are kept.
+  /// Copy of the first length entries of a cache, [batch, heads, length, head_dim]; zeros where none are kept.
   std::vector<unsigned char> entries(std::size_t index, std::int64_t length) const;
   /// Replace everything by such entries of every cache; zeros follow them.
   void write(const std::vector<const unsigned char*>& caches, std::int64_t length);

@@ -56,7 +56,7 @@ Snapshot Session::Impl::snapshot() {
                                         static_cast<std::size_t>(sizes.batch * sizes.hidden)));
   }
   const std::int64_t length = *std::max_element(decoder.position().begin(), decoder.position().end());
-  const Shape shape{sizes.batch, sizes.heads, length, sizes.cache_head_dim};
+  const Shape shape{sizes.batch, sizes.heads, length, sizes.head_dim};
   const char* dtype = snapshot_dtype(sizes.cache_dtype);
   const SessionCaches& caches = tensors.caches();
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {

@@ -24,7 +24,7 @@ class Window {
   }
   /// How many of a row's tokens a slide keeps.
   std::int64_t kept(std::int64_t position) const noexcept { return position < size_ - 1 ? position : size_ - 1; }
-  /// Slide some rows of a cache [batch, heads, capacity, cache_head_dim]; positions: int64 [batch], tokens in the rows
+  /// Slide some rows of a cache [batch, heads, capacity, head_dim]; positions: int64 [batch], tokens in the rows
   /// that slide, -1 for the others. Keys are turned back by as many positions as they move.
   void slide(Buffer& cache, const std::vector<std::int64_t>& positions, bool keys);
 

@@ -76,7 +76,7 @@ std::vector<ExpectedTensor> expected_tensors(const TensorSizes& sizes, std::int6
   if (sizes.recurrent) {
     expected.push_back({names::kState, "F32", {sizes.batch, 1, sizes.hidden}});
   }
-  const Shape cache{sizes.batch, sizes.heads, length, sizes.cache_head_dim};
+  const Shape cache{sizes.batch, sizes.heads, length, sizes.head_dim};
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
     expected.push_back({names::past_key_values_key(layer), snapshot_dtype(sizes.cache_dtype), cache});
     expected.push_back({names::past_key_values_value(layer), snapshot_dtype(sizes.cache_dtype), cache});

@@ -49,7 +49,7 @@ class SessionTensors {
   /// Zero every cache entry beyond the positions, and the state of rows at position 0, whose logits become NaN.
   void clear(const std::int64_t* positions);
   /// Replace caches and state by those of a snapshot. caches: key and value of each layer in turn, [batch, heads,
-  /// length, cache_head_dim]; zeros go behind them. state: float32 [batch, 1, hidden]; ignored for a plain transformer.
+  /// length, head_dim]; zeros go behind them. state: float32 [batch, 1, hidden]; ignored for a plain transformer.
   void restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
                const float* state);
   /// Take everything from the tensors of another session of the same sizes.

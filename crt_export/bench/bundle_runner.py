@@ -66,7 +66,7 @@ class BundleRunner:
         files, notes = self._bundle.files, []
         if not files.manifest["validated"]:
             notes.append(f"{files.path.name} is not validated: its agreement with PyTorch was never shown")
-        if self._batch > 1 and not self._target.joins_rows:
+        if self._batch > 1 and not self._target.rows_are_independent:
             notes.append(
                 f"{self._target.name} runs each row alone, so a step of {self._batch} rows reads the weights that often"
             )

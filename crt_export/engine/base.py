@@ -1,7 +1,7 @@
 """What a runtime must offer so that a session can run on it.
 
 A session allocates its tensors once (:class:`Buffer`), names the rows of them that a call works on
-(:class:`Rows`), binds those to a graph (:class:`Program`) and runs the result (:class:`Launch`) as often as
+(:class:`BufferSlice`), binds those to a graph (:class:`Program`) and runs the result (:class:`Launch`) as often as
 it likes. A key or value cache is bound as input and output at the same address, so the runtime updates it in
 place; the recurrent state never is.
 """
@@ -53,7 +53,7 @@ class Buffer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class BufferSlice:
     """Rows ``start`` to ``stop`` of a buffer, bound as one tensor."""
 
     buffer: Buffer
@@ -97,7 +97,9 @@ class Program(Protocol):
         """What it writes."""
         ...
 
-    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False) -> Launch:
+    def bind(
+        self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
+    ) -> Launch:
         """Fix the memory of every input and output; the buffers must outlive the launch.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.bundle import HeldGraph
-from crt_export.engine.base import Buffer, Rows
+from crt_export.engine.base import Buffer, BufferSlice
 from crt_export.engine.onnxruntime_loading import OrtSettings, open_session
 from crt_export.engine.onnxruntime_process import import_onnxruntime, survive_fork
 from crt_export.errors import (
@@ -72,7 +72,7 @@ class OrtGraph:
         return dict(zip(names, values, strict=True))
 
     def bind(
-        self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False
+        self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
     ) -> Callable[[], None]:
         """Fix the memory of inputs and outputs; an output at its input's address is updated in place.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crt_export.engine.base import Rows
+from crt_export.engine.base import BufferSlice
 from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.spec import GraphSpec, TensorSpec
 
@@ -72,5 +72,5 @@ def _buffer(tensor: TensorSpec, sizes: Mapping[str, int]) -> HostBuffer:
     return HostBuffer(tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.dims), tensor.dtype)
 
 
-def _rows(buffers: Mapping[str, HostBuffer]) -> dict[str, Rows]:
-    return {name: Rows(buffer, 0, buffer.shape[0]) for name, buffer in buffers.items()}
+def _rows(buffers: Mapping[str, HostBuffer]) -> dict[str, BufferSlice]:
+    return {name: BufferSlice(buffer, 0, buffer.shape[0]) for name, buffer in buffers.items()}

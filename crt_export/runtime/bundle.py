@@ -20,7 +20,7 @@ from crt_export.runtime.opening import Target, config_from_manifest, engine_from
 from crt_export.runtime.origin import SessionOrigin
 from crt_export.runtime.session import Session
 from crt_export.runtime.sizes import TensorSizes
-from crt_export.runtime.slide import Window, window_from_config
+from crt_export.runtime.window import Window, window_from_config
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 #: Loads the graphs of a target: files, target, configuration, threads.
@@ -132,14 +132,14 @@ class Bundle:
             threads: CPU threads, at most 1024, 0 for every core; None takes the profile's.
             capacity: Most tokens a row can hold; None takes the target's. On a GPU attention costs by capacity, so ask
                 for what is needed; on a CPU it costs by the longest row.
-            on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``slide``,
+            on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``evict``,
                 for models with an attention window, forgets what the window no longer sees, see
-                :mod:`crt_export.runtime.slide`; ``position`` then counts what is left in the cache. Needs a capacity of
-                the window, of 9/8 of it on a target with float16 caches.
+                :mod:`crt_export.runtime.window`; ``position`` then counts what is left in the cache. Needs a capacity
+                of the window, of 9/8 of it on a target with float16 caches.
 
         Raises:
             InputError: The bundle is closed, the target unknown, a number out of its range, more rows than memory
-                holds, or ``slide`` for a model without attention window or with too small a capacity.
+                holds, or ``evict`` for a model without attention window or with too small a capacity.
             UnsupportedError: The target's runtime has no Python session in this version.
             MissingDependencyError: The runtime or its device is absent.
             BundleError: A file is missing or differs from what was built.
@@ -239,7 +239,12 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, i
 def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:
     try:
         return Decoder(
-            engine, sizes, target=target.name, window=window, joins_rows=target.joins_rows, plan=target.prefill
+            engine,
+            sizes,
+            target=target.name,
+            window=window,
+            rows_are_independent=target.rows_are_independent,
+            plan=target.prefill,
         )
     except (MemoryError, ValueError) as error:  # numpy's words for too much and for far too much
         raise InputError(
@@ -256,22 +261,22 @@ def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> 
 
 
 def _checked_window(on_full: str, config: ModelConfig, capacity: int, cache_dtype: str) -> Window | None:
-    """How rows slide; None where they do not."""
-    if not isinstance(on_full, str) or on_full not in ("error", "slide"):
-        raise InputError(f"on_full must be 'error' or 'slide', found {shown(on_full)}")
+    """What rows evict; None where they do not."""
+    if not isinstance(on_full, str) or on_full not in ("error", "evict", "slide"):  # slide: an older word for evict
+        raise InputError(f"on_full must be 'error' or 'evict', found {shown(on_full)}")
     if on_full == "error":
         return None
     window = window_from_config(config)
     if window is None:
         raise InputError(
-            "on_full='slide' needs a model with an attention window; this one's tokens see all earlier ones "
+            "on_full='evict' needs a model with an attention window; this one's tokens see all earlier ones "
             "(its config has no sliding_window): use on_full='error'"
         )
     least = window.least_capacity(cache_dtype)
     if capacity < least:
-        more = " and an eighth more, since keys are rounded to float16 at every slide" if least > window.size else ""
+        more = " and an eighth more, since keys are rounded to float16 at every eviction" if least > window.size else ""
         raise InputError(
-            f"on_full='slide' needs a capacity of at least {least}, the attention window of {window.size}{more}; "
+            f"on_full='evict' needs a capacity of at least {least}, the attention window of {window.size}{more}; "
             f"found {capacity}"
         )
     return window

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.engine.base import Buffer, Engine, Rows
+from crt_export.engine.base import Buffer, BufferSlice, Engine
 from crt_export.runtime.sizes import TensorSizes
-from crt_export.runtime.slide import Window
+from crt_export.runtime.window import Window
 
 #: Tokens that a cache in host memory grows by.
 BLOCK = 128
 
 
 @dataclass(slots=True)
-class _Lane:
-    """Rows ``start`` to ``stop`` and their caches: name to buffer, [rows of the lane, heads, length, head_dim]."""
+class _CacheGroup:
+    """Rows ``start`` to ``stop`` and their caches: name to buffer, [rows of the group, heads, length, head_dim]."""
 
     start: int
     stop: int
@@ -39,87 +39,89 @@ class _Lane:
 class Caches:
     """Every cache of a session, by the name of layer and kind such as ``0.key``."""
 
-    def __init__(self, engine: Engine, sizes: TensorSizes, *, joins_rows: bool, on_move: Callable[[], object]) -> None:
+    def __init__(
+        self, engine: Engine, sizes: TensorSizes, *, rows_are_independent: bool, on_move: Callable[[], object]
+    ) -> None:
         """Allocate the first block of every cache, zeroed; all of it on a device.
 
         Args:
             engine: Where it computes.
             sizes: Sizes of the session.
-            joins_rows: Whether rows may share a call of the engine, hence a cache.
+            rows_are_independent: Whether rows may share a call of the engine, hence a cache.
             on_move: Called before memory moves: what was bound to it may not run again.
         """
         self._engine = engine
         self._on_move = on_move
         self._sizes = sizes
         self._block = BLOCK if engine.host_memory and engine.fixed_capacity is None else sizes.capacity
-        self._rows_of_lane = sizes.batch if joins_rows else 1
+        self._rows_of_group = sizes.batch if rows_are_independent else 1
         names = [f"{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")]
-        rows, length = self._rows_of_lane, self._length(1)
-        self._lanes = [
-            _Lane(start, start + rows, length, {name: self._allocate(rows, length) for name in names})
+        rows, length = self._rows_of_group, self._length(1)
+        self._groups = [
+            _CacheGroup(start, start + rows, length, {name: self._allocate(rows, length) for name in names})
             for start in range(0, sizes.batch, rows)
         ]
 
     def reserve(self, start: int, stop: int, tokens: int) -> None:
         """Make room for that many tokens in each of these rows."""
-        for lane in self._lanes[start // self._rows_of_lane : (stop - 1) // self._rows_of_lane + 1]:
-            if tokens > lane.length:
-                self._resize(lane, self._length(tokens))
+        for group in self._groups[start // self._rows_of_group : (stop - 1) // self._rows_of_group + 1]:
+            if tokens > group.length:
+                self._resize(group, self._length(tokens))
 
-    def rows(self, name: str, start: int, stop: int) -> Rows:
-        """Rows of a cache; all of one lane, as those of a call always are."""
-        lane = self._lanes[start // self._rows_of_lane]
-        return Rows(lane.buffers[name], start - lane.start, stop - lane.start)
+    def rows(self, name: str, start: int, stop: int) -> BufferSlice:
+        """Rows of a cache; all of one group, as those of a call always are."""
+        group = self._groups[start // self._rows_of_group]
+        return BufferSlice(group.buffers[name], start - group.start, stop - group.start)
 
     def read(self, length: int) -> dict[str, np.ndarray]:
         """Copies of the first ``length`` entries, [batch, heads, length, head_dim]; zeros where none are kept."""
         sizes = self._sizes
         shape = (sizes.batch, sizes.heads, length, sizes.head_dim)
-        found = {name: np.zeros(shape, sizes.cache_dtype) for name in self._lanes[0].buffers}
-        for lane in self._lanes:
-            for name, buffer in lane.buffers.items():
+        found = {name: np.zeros(shape, sizes.cache_dtype) for name in self._groups[0].buffers}
+        for group in self._groups:
+            for name, buffer in group.buffers.items():
                 kept = min(length, buffer.shape[2])
-                found[name][lane.start : lane.stop, :, :kept] = buffer.read()[:, :, :kept]
+                found[name][group.start : group.stop, :, :kept] = buffer.read()[:, :, :kept]
         return found
 
     def write(self, values: Mapping[str, np.ndarray]) -> None:
         """Replace everything by entries [batch, heads, length, head_dim]; zeros follow them."""
-        for lane in self._lanes:
-            self._resize(lane, self._length(next(iter(values.values())).shape[2]))
-            for name, buffer in lane.buffers.items():
-                given = values[name][lane.start : lane.stop]
+        for group in self._groups:
+            self._resize(group, self._length(next(iter(values.values())).shape[2]))
+            for name, buffer in group.buffers.items():
+                given = values[name][group.start : group.stop]
                 content = np.zeros(buffer.shape, buffer.dtype)
                 content[:, :, : given.shape[2]] = given
                 buffer.write(content)
 
-    def slide(self, positions: Mapping[int, int], window: Window) -> None:
-        """Move the latest tokens of some rows to the front.
+    def evict(self, positions: Mapping[int, int], window: Window) -> None:
+        """Forget what the window no longer sees of some rows: their latest tokens move to the front.
 
         Args:
             positions: Row to the tokens in its cache.
             window: What to keep and how keys are turned.
         """
-        for lane in self._lanes:
-            full = {row: position for row, position in positions.items() if lane.start <= row < lane.stop}
-            for name, buffer in lane.buffers.items() if full else ():
+        for group in self._groups:
+            full = {row: position for row, position in positions.items() if group.start <= row < group.stop}
+            for name, buffer in group.buffers.items() if full else ():
                 values = np.array(buffer.read())
                 for row, position in full.items():
-                    index = row - lane.start
-                    values[index] = window.slide(values[index], position, keys=name.endswith(".key"))
+                    index = row - group.start
+                    values[index] = window.evict(values[index], position, keys=name.endswith(".key"))
                 buffer.write(values)
 
     def clear(self, row: int, begin: int, end: int) -> None:
         """Zero the entries of tokens ``begin`` to ``end`` of one row."""
-        lane = self._lanes[row // self._rows_of_lane]
-        for buffer in lane.buffers.values():
+        group = self._groups[row // self._rows_of_group]
+        for buffer in group.buffers.values():
             kept = min(end, buffer.shape[2])
             if begin < kept:
-                buffer.clear(row - lane.start, begin, kept)
+                buffer.clear(row - group.start, begin, kept)
 
     def trim(self, positions: Sequence[int]) -> None:
         """Give back what no row needs, and zero every entry beyond the positions."""
-        for lane in self._lanes:
-            self._resize(lane, self._length(max(positions[lane.start : lane.stop])))
+        for group in self._groups:
+            self._resize(group, self._length(max(positions[group.start : group.stop])))
         for row, position in enumerate(positions):
             self.clear(row, position, self._sizes.capacity)
 
@@ -128,15 +130,15 @@ class Caches:
         blocks = max(1, -(-tokens // self._block))
         return min(blocks * self._block, self._sizes.capacity)
 
-    def _resize(self, lane: _Lane, length: int) -> None:
-        """Give every cache of a lane this length, one by one; what an attempt out of memory left is resized again."""
-        for name, buffer in lane.buffers.items():
+    def _resize(self, group: _CacheGroup, length: int) -> None:
+        """Give every cache of a group this length, one by one; what an attempt out of memory left is resized again."""
+        for name, buffer in group.buffers.items():
             kept = min(buffer.shape[2], length)
             if buffer.shape[2] != length:
                 self._on_move()
-                lane.buffers[name] = self._allocate(buffer.shape[0], length)
-                lane.buffers[name].read()[:, :, :kept] = buffer.read()[:, :, :kept]  # host memory: nothing else grows
-        lane.length = length
+                group.buffers[name] = self._allocate(buffer.shape[0], length)
+                group.buffers[name].read()[:, :, :kept] = buffer.read()[:, :, :kept]  # host memory: nothing else grows
+        group.length = length
 
     def _allocate(self, rows: int, length: int) -> Buffer:
         sizes = self._sizes

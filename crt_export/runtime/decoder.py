@@ -10,10 +10,10 @@ from crt_export.engine.base import Engine
 from crt_export.errors import ContractError, InputError, problem_list
 from crt_export.runtime.history import NO_TOKEN
 from crt_export.runtime.prefill_plan import PrefillPlan, PrefillRule, prefill_rule
-from crt_export.runtime.rows import Group, capacity_problems, groups_from_lengths
+from crt_export.runtime.rows import Batch, batches_from_lengths, capacity_problems
 from crt_export.runtime.sizes import TensorSizes
-from crt_export.runtime.slide import Window
 from crt_export.runtime.tensors import SessionTensors
+from crt_export.runtime.window import Window
 
 
 class Decoder:
@@ -35,7 +35,7 @@ class Decoder:
         *,
         target: str,
         window: Window | None,
-        joins_rows: bool = True,
+        rows_are_independent: bool = True,
         plan: PrefillPlan | None = None,
     ) -> None:
         """Allocate the tensors.
@@ -44,15 +44,15 @@ class Decoder:
             engine: Where it computes.
             sizes: Sizes of the tensors.
             target: Name of the target, for messages.
-            window: Given where full rows slide; at most as large as the capacity.
-            joins_rows: Whether rows may share a call of the engine.
+            window: Given where full rows evict what it no longer sees; at most as large as the capacity.
+            rows_are_independent: Whether rows may share a call of the engine.
             plan: How prompts are taken unless a call says otherwise; None: in the passes it was built with.
         """
         self.sizes = sizes
-        self.tensors = SessionTensors(engine, sizes, joins_rows=joins_rows)
+        self.tensors = SessionTensors(engine, sizes, rows_are_independent=rows_are_independent)
         self.position = [0] * sizes.batch
         self.next_tokens = [NO_TOKEN] * sizes.batch
-        # What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that
+        # What an eviction keeps and a chunk always fit together. The limit holds from the first chunk on, so that
         # chunks are cut alike however full a row is.
         self.max_chunk = engine.max_tokens
         if window is not None:
@@ -61,15 +61,15 @@ class Decoder:
         self._host_memory = engine.host_memory
         self._target = target
         self._window = window
-        self._joins_rows = joins_rows
+        self._rows_are_independent = rows_are_independent
         self._plan = PrefillPlan() if plan is None else plan
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
         self._logits = np.full((sizes.batch, sizes.vocab), np.nan, np.float32)
         # Rows whose logits lie in the engine's tensor alone.
-        self._unread = [False] * sizes.batch
+        self._logits_on_device = [False] * sizes.batch
 
     def check_room(self, lengths: Sequence[int], heading: str = "the cache is too small") -> None:
-        """Refuse more tokens than fit; a session that slides has room for any number.
+        """Refuse more tokens than fit; a session that evicts has room for any number.
 
         Raises:
             InputError: Lists every row whose tokens exceed the capacity.
@@ -118,20 +118,20 @@ class Decoder:
     def _feed_passes(self, pieces: Sequence[np.ndarray], rule: PrefillRule) -> None:
         lengths = [piece.size for piece in pieces]
         # How many passes a row takes until its residual is small must not depend on its neighbours.
-        groups = self._groups(lengths, joins_rows=self._joins_rows and rule.bound is None)
-        if not groups:
+        batches = self._batches(lengths, rows_are_independent=self._rows_are_independent and rule.bound is None)
+        if not batches:
             return
-        for group, residual in self.tensors.prefill(pieces, self.position, groups, rule.passes, rule.bound):
-            self._refuse_non_finite("residual", residual, group, lengths)
-        self._finish(groups, lengths, read_logits=True)
+        for batch, residual in self.tensors.prefill(pieces, self.position, batches, rule.passes, rule.bound):
+            self._refuse_non_finite("residual", residual, batch, lengths)
+        self._finish(batches, lengths, read_logits=True)
 
     def step(self, ids: Sequence[int], *, read_logits: bool) -> None:
         """Feed one token per row, none where it is ``NO_TOKEN``."""
         lengths = [int(token != NO_TOKEN) for token in ids]
-        groups = self._groups(lengths)
+        batches = self._batches(lengths)
         # Rows that take no part have a valid id too, for engines that look up every one.
-        self.tensors.step([max(token, 0) for token in ids], self.position, groups)
-        self._finish(groups, lengths, read_logits=read_logits)
+        self.tensors.step([max(token, 0) for token in ids], self.position, batches)
+        self._finish(batches, lengths, read_logits=read_logits)
 
     def logits(self) -> np.ndarray:
         """Logits after each row's last token, float32 [batch, vocab], a copy; NaN where there is none.
@@ -139,16 +139,16 @@ class Decoder:
         Raises:
             ContractError: They are not finite, which a call that did not read them could not see.
         """
-        if True in self._unread:
+        if True in self._logits_on_device:
             found = self.tensors.logits()
-            if self._host_memory and False not in self._unread:
+            if self._host_memory and False not in self._logits_on_device:
                 return found.copy()  # checked by the call that gave them
-            rows = [row for row, unread in enumerate(self._unread) if unread]
+            rows = [row for row, on_device in enumerate(self._logits_on_device) if on_device]
             lengths = [0] * self.sizes.batch
             for row in rows:
-                self._refuse_non_finite("logits", found[row : row + 1], Group(row, row + 1, 1), lengths)
+                self._refuse_non_finite("logits", found[row : row + 1], Batch(row, row + 1, 1), lengths)
             self._logits[rows] = found[rows]
-            self._unread = [False] * self.sizes.batch
+            self._logits_on_device = [False] * self.sizes.batch
         return self._logits.copy()
 
     def contents(self) -> dict[str, np.ndarray]:
@@ -173,14 +173,14 @@ class Decoder:
         self.tensors.clear(self.position)
         self.next_tokens = np.where(filled, contents["next_tokens"], NO_TOKEN).tolist()
         self._logits[:] = np.where(filled[:, None], contents["logits"], np.float32(np.nan))
-        self._unread = [False] * self.sizes.batch
+        self._logits_on_device = [False] * self.sizes.batch
 
     def reset(self) -> None:
         """Forget every token; zero caches and state."""
         self.position = [0] * self.sizes.batch
         self.next_tokens = [NO_TOKEN] * self.sizes.batch
         self._logits[:] = np.nan
-        self._unread = [False] * self.sizes.batch
+        self._logits_on_device = [False] * self.sizes.batch
         self.tensors.clear(self.position)
 
     def abandon(self, position: list[int]) -> None:
@@ -188,9 +188,9 @@ class Decoder:
         self.position = position
         self.tensors.clear(position)
 
-    def _groups(self, lengths: Sequence[int], *, joins_rows: bool | None = None) -> list[Group]:
-        """Rows that run together, after making room where rows slide."""
-        joins_rows = self._joins_rows if joins_rows is None else joins_rows
+    def _batches(self, lengths: Sequence[int], *, rows_are_independent: bool | None = None) -> list[Batch]:
+        """Rows that run together, after making room where rows evict."""
+        rows_are_independent = self._rows_are_independent if rows_are_independent is None else rows_are_independent
         if self._window is not None:
             full = {
                 row: self.position[row]
@@ -198,44 +198,46 @@ class Decoder:
                 if length and self.position[row] + length > self.sizes.capacity
             }
             if full:
-                self.tensors.slide(full, self._window)
+                self.tensors.evict(full, self._window)
                 for row, position in full.items():
                     self.position[row] = self._window.kept(position)
         pads = not self._host_memory  # on a device a call per row costs more than padding
-        return groups_from_lengths(self.position, lengths, self.sizes.capacity, joins_rows=joins_rows, pads=pads)
+        return batches_from_lengths(
+            self.position, lengths, self.sizes.capacity, rows_are_independent=rows_are_independent, pads=pads
+        )
 
-    def _finish(self, groups: Sequence[Group], lengths: Sequence[int], *, read_logits: bool) -> None:
+    def _finish(self, batches: Sequence[Batch], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""
         state = self.tensors.state()
         logits = self.tensors.logits() if read_logits or self._host_memory else None
         chosen = self.tensors.next_tokens()
-        for group in groups:
-            rows = slice(group.start, group.stop)
-            self._refuse_non_finite("state", None if state is None else state[rows], group, lengths)
-            self._refuse_non_finite("logits", None if logits is None else logits[rows], group, lengths)
-            self._refuse_unknown_tokens(chosen[rows], group)
-        for group in groups:
-            rows = slice(group.start, group.stop)
+        for batch in batches:
+            rows = slice(batch.start, batch.stop)
+            self._refuse_non_finite("state", None if state is None else state[rows], batch, lengths)
+            self._refuse_non_finite("logits", None if logits is None else logits[rows], batch, lengths)
+            self._refuse_unknown_tokens(chosen[rows], batch)
+        for batch in batches:
+            rows = slice(batch.start, batch.stop)
             self.next_tokens[rows] = chosen[rows]
             if logits is not None and not self._host_memory:
                 self._logits[rows] = logits[rows]
-            self._unread[rows] = [logits is None or self._host_memory] * (group.stop - group.start)
+            self._logits_on_device[rows] = [logits is None or self._host_memory] * (batch.stop - batch.start)
         self.position = [position + length for position, length in zip(self.position, lengths, strict=True)]
 
-    def _refuse_non_finite(self, name: str, values: np.ndarray | None, group: Group, lengths: Sequence[int]) -> None:
+    def _refuse_non_finite(self, name: str, values: np.ndarray | None, batch: Batch, lengths: Sequence[int]) -> None:
         # The ufunc itself: all() is a Python function around it, and code is cold after a step has read its weights.
         if values is None or np.logical_and.reduce(np.isfinite(values), axis=None):
             return
         problems = [
             f"row {row} after position {self.position[row] + lengths[row] - 1}"
-            for row in range(group.start, group.stop)
-            if not np.isfinite(values[row - group.start]).all()
+            for row in range(batch.start, batch.stop)
+            if not np.isfinite(values[row - batch.start]).all()
         ]
         raise ContractError(problem_list(f"{self._target}: {name} is not finite", problems))
 
-    def _refuse_unknown_tokens(self, chosen: list[int], group: Group) -> None:
+    def _refuse_unknown_tokens(self, chosen: list[int], batch: Batch) -> None:
         problems = [
-            f"row {group.start + index} has {token}"
+            f"row {batch.start + index} has {token}"
             for index, token in enumerate(chosen)
             if not 0 <= token < self.sizes.vocab
         ]

@@ -53,7 +53,7 @@ class Target:
     prefill: PrefillPlan
 
     @property
-    def joins_rows(self) -> bool:
+    def rows_are_independent(self) -> bool:
         """Whether rows of one call get what each would get alone.
 
         ONNX Runtime's MatMulNBits with INT8 activations rounds a row's activations after sums whose order depends on

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.engine.base import Buffer, Engine, Launch, Program, Rows
+from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
 from crt_export.runtime.rows import padded
 
 #: Gives the session's rows that a graph's tensor of this name is bound to.
-SharedRows = Callable[[str], Rows]
+SharedRows = Callable[[str], BufferSlice]
 _PASS = "prefill_pass"
 
 
@@ -93,13 +93,13 @@ class _Iteration:
 
     def run(self) -> np.ndarray:
         """One more pass; its residual, float32 [rows]."""
-        now, then = self._ends
+        now, then = self._double_buffer
         launch = self._launches.get(self._turn)
         if launch is None:
             own = {**self._own, "hidden": now, "next_hidden": then, "residual": self._residual}
             launch = self._launches[self._turn] = bind_by_name(self._program, own, self._shared)
         launch()
-        self._ends, self._turn = [then, now], 1 - self._turn
+        self._double_buffer, self._turn = [then, now], 1 - self._turn
         return self._residual.buffer.read()
 
     def drop(self, exact: int) -> None:
@@ -117,7 +117,7 @@ class _Iteration:
         """Feed what follows the exact tokens of the one row token by token; the residual, float32 [1]."""
         state, _ = self._cut(exact)
         ids, position = filled(self._engine, self._ids[:, :1]), self._position(exact)
-        ends = [filled(self._engine, state), self._iterate(1)]
+        double_buffer = [filled(self._engine, state), self._iterate(1)]
         own = {
             "input_ids": ids,
             "length": filled(self._engine, np.ones(1, np.int64)),
@@ -127,7 +127,7 @@ class _Iteration:
         }
         launches = [
             bind_by_name(self._program, {**own, "state": now, "next_hidden": then}, self._shared)
-            for now, then in (ends, ends[::-1])
+            for now, then in (double_buffer, double_buffer[::-1])
         ]
         start = self._call.positions[0]
         for turn, token in enumerate(range(exact, self._call.seq)):
@@ -136,31 +136,33 @@ class _Iteration:
             launches[turn % 2]()
         return self._residual.buffer.read()
 
-    def _begin(self, placed: dict[str, Rows], ends: list[Rows]) -> None:
+    def _begin(self, placed: dict[str, BufferSlice], double_buffer: list[BufferSlice]) -> None:
         """Take new tensors for the tokens that are left; ``placed`` is where they start, if not where the chunk did."""
         own = {
             "input_ids": filled(self._engine, np.ascontiguousarray(self._ids[:, self._dropped :])),
             "length": filled(self._engine, self._lengths - self._dropped),
         }
         self._own = {**own, **placed}
-        self._ends = ends
+        self._double_buffer = double_buffer
         self._turn = 0
         self._launches: dict[int, Launch] = {}
 
     def _cut(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """h of the token before ``first`` [rows, 1, hidden] and of those from there on."""
-        after = self._ends[0].buffer.read()
+        after = self._double_buffer[0].buffer.read()
         index = first - self._dropped
         return np.array(after[:, index - 1 : index]), after[:, index:]
 
-    def _position(self, first: int) -> Rows:
+    def _position(self, first: int) -> BufferSlice:
         return filled(self._engine, np.asarray(self._call.positions, np.int64) + first)
 
-    def _iterate(self, seq: int) -> Rows:
+    def _iterate(self, seq: int) -> BufferSlice:
         return whole(self._engine.allocate((len(self._call.tokens), seq, self._call.hidden), "float32"))
 
 
-def bind_by_name(program: Program, own: Mapping[str, Rows], shared: SharedRows, *, repeated: bool = False) -> Launch:
+def bind_by_name(
+    program: Program, own: Mapping[str, BufferSlice], shared: SharedRows, *, repeated: bool = False
+) -> Launch:
     """Bind every input and output of a program, from ``own`` or else from the session's tensors."""
     inputs, outputs = (
         {spec.name: own[spec.name] if spec.name in own else shared(spec.name) for spec in specs}
@@ -169,13 +171,13 @@ def bind_by_name(program: Program, own: Mapping[str, Rows], shared: SharedRows, 
     return program.bind(inputs, outputs, repeated=repeated)
 
 
-def filled(engine: Engine, values: np.ndarray) -> Rows:
+def filled(engine: Engine, values: np.ndarray) -> BufferSlice:
     """A new tensor that holds these values."""
     buffer = engine.allocate(values.shape, values.dtype.name)
     buffer.write(values)
     return whole(buffer)
 
 
-def whole(buffer: Buffer) -> Rows:
+def whole(buffer: Buffer) -> BufferSlice:
     """All rows of a buffer."""
-    return Rows(buffer, 0, buffer.shape[0])
+    return BufferSlice(buffer, 0, buffer.shape[0])

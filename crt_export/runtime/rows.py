@@ -13,7 +13,7 @@ from crt_export.runtime.history import NO_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Batch:
     """Neighbouring rows ``start`` to ``stop`` that run in one call, right-padded to ``seq`` tokens."""
 
     start: int
@@ -101,33 +101,38 @@ def capacity_problems(positions: Sequence[int], lengths: Sequence[int], capacity
     ]
 
 
-def groups_from_lengths(
-    positions: Sequence[int], lengths: Sequence[int], capacity: int, *, joins_rows: bool = True, pads: bool = True
-) -> list[Group]:
+def batches_from_lengths(
+    positions: Sequence[int],
+    lengths: Sequence[int],
+    capacity: int,
+    *,
+    rows_are_independent: bool = True,
+    pads: bool = True,
+) -> list[Batch]:
     """Join neighbouring rows with tokens; rows without tokens take no part, nothing of them is read or written.
 
     Args:
         positions: Tokens in the cache of each row.
         lengths: Tokens that each row brings.
         capacity: Most tokens of a row. Padding is written to the cache as well, so a row joins only if no row of the
-            group would pass it.
-        joins_rows: False runs each row alone.
+            batch would pass it.
+        rows_are_independent: False runs each row alone.
         pads: Whether rows that bring different numbers of tokens join too, padded to the longest. Padding changes the
             shape of every product, and with it the order of sums: on ONNX Runtime's CPU a row then has other bits than
             alone. Rows of equal numbers have the same, in any batch (validate/unit/runtime/test_rows_alone.py).
     """
-    groups: list[Group] = []
+    batches: list[Batch] = []
     for row, length in enumerate(lengths):
         if length == 0:
             continue
-        last = groups[-1] if groups else None
-        if joins_rows and last is not None and last.stop == row and (pads or last.seq == length):
+        last = batches[-1] if batches else None
+        if rows_are_independent and last is not None and last.stop == row and (pads or last.seq == length):
             seq = max(last.seq, length)
             if max(positions[last.start : row + 1]) + seq <= capacity:
-                groups[-1] = Group(last.start, row + 1, seq)
+                batches[-1] = Batch(last.start, row + 1, seq)
                 continue
-        groups.append(Group(row, row + 1, length))
-    return groups
+        batches.append(Batch(row, row + 1, length))
+    return batches
 
 
 def padded(rows: Sequence[np.ndarray], seq: int) -> np.ndarray:

@@ -66,7 +66,7 @@ class Session:
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens in the cache of each row, int64 [batch], a copy; a slide makes it smaller."""
+        """Tokens in the cache of each row, int64 [batch], a copy; an eviction makes it smaller."""
         return np.array(self._guard.decoder.position, np.int64)
 
     @property
@@ -166,7 +166,7 @@ class Session:
 
         Raises:
             InputError: As for prefill(); a row without prompt holds nothing; prompt and new tokens together
-                exceed the capacity of a session that does not slide; stop strings without a tokenizer; or options
+                exceed the capacity of a session that does not evict; stop strings without a tokenizer; or options
                 or a callback that are none.
             UnsupportedError: ``passes`` for a model or target without a graph of one pass.
         """

@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from crt_export.engine.base import Buffer, Engine, Launch, Rows
+from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch
 from crt_export.runtime.caches import Caches
 from crt_export.runtime.prefill import PrefillCall, bind_by_name
-from crt_export.runtime.rows import Group
+from crt_export.runtime.rows import Batch
 from crt_export.runtime.sizes import TensorSizes
-from crt_export.runtime.slide import Window
+from crt_export.runtime.window import Window
 
 # A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping: at least each row, for both sets.
 _MOST_KEPT_LAUNCHES = 64
 _UNKNOWN = -1
 
 
-class _Ends:
+class _Side:
     """One of the two sets, and what the host knows of its content."""
 
     def __init__(self, engine: Engine, sizes: TensorSizes) -> None:
@@ -40,15 +40,15 @@ class _Ends:
         self.known_ids = [_UNKNOWN] * len(self.known_ids)
         self.known_position = [_UNKNOWN] * len(self.known_position)
 
-    def set_ids(self, values: list[int], groups: Sequence[Group]) -> None:
-        """Upload one token id per row, unless the rows of the groups hold them already."""
-        if any(values[g.start : g.stop] != self.known_ids[g.start : g.stop] for g in groups):
+    def set_ids(self, values: list[int], batches: Sequence[Batch]) -> None:
+        """Upload one token id per row, unless the rows of the batches hold them already."""
+        if any(values[b.start : b.stop] != self.known_ids[b.start : b.stop] for b in batches):
             self.ids.write(np.array(values, np.int64)[:, None])
             self.known_ids = list(values)
 
-    def set_position(self, values: list[int], groups: Sequence[Group]) -> None:
-        """Upload one position per row, unless the rows of the groups hold them already."""
-        if any(values[g.start : g.stop] != self.known_position[g.start : g.stop] for g in groups):
+    def set_position(self, values: list[int], batches: Sequence[Batch]) -> None:
+        """Upload one position per row, unless the rows of the batches hold them already."""
+        if any(values[b.start : b.stop] != self.known_position[b.start : b.stop] for b in batches):
             self.position.write(np.array(values, np.int64))
             self.known_position = list(values)
 
@@ -56,73 +56,75 @@ class _Ends:
 class SessionTensors:
     """State, caches and per-call tensors of a session, and the launches bound to them."""
 
-    def __init__(self, engine: Engine, sizes: TensorSizes, *, joins_rows: bool = True) -> None:
-        """Allocate everything, zeroed; ``joins_rows``: whether rows may share a call of the engine."""
+    def __init__(self, engine: Engine, sizes: TensorSizes, *, rows_are_independent: bool = True) -> None:
+        """Allocate everything, zeroed; ``rows_are_independent``: whether rows may share a call of the engine."""
         self._engine = engine
         self._sizes = sizes
         self._logits = engine.allocate((sizes.batch, sizes.vocab), "float32")
-        self._ends = (_Ends(engine, sizes), _Ends(engine, sizes))
+        self._sides = (_Side(engine, sizes), _Side(engine, sizes))
         self._current = 0
         self._step_launches: dict[tuple[int, int, int], Launch] = {}
-        self._caches = Caches(engine, sizes, joins_rows=joins_rows, on_move=self._step_launches.clear)
+        self._caches = Caches(
+            engine, sizes, rows_are_independent=rows_are_independent, on_move=self._step_launches.clear
+        )
         self._single = self._tensors_of_one_token() if engine.one_graph else {}
 
-    def step(self, ids: list[int], positions: list[int], groups: Sequence[Group]) -> None:
-        """Run one token per row of the groups.
+    def step(self, ids: list[int], positions: list[int], batches: Sequence[Batch]) -> None:
+        """Run one token per row of the batches.
 
         Args:
             ids: Token of every row of the batch.
             positions: Tokens in the cache of every row before this one.
-            groups: Rows to run; all others stay as they are.
+            batches: Rows to run; all others stay as they are.
         """
-        ends = self._ends[self._current]
-        ends.set_ids(ids, groups)
-        ends.set_position(positions, groups)
+        side = self._sides[self._current]
+        side.set_ids(ids, batches)
+        side.set_position(positions, batches)
         next_positions = [position + 1 for position in positions]
-        self._reserve(groups, next_positions)
-        for group in groups:
-            self._step_launch(group)()
-        self._swap(groups, next_positions)
+        self._reserve(batches, next_positions)
+        for batch in batches:
+            self._step_launch(batch)()
+        self._swap(batches, next_positions)
 
     def prefill(
         self,
         rows: Sequence[np.ndarray],
         positions: list[int],
-        groups: Sequence[Group],
+        batches: Sequence[Batch],
         passes: int | None = None,
         bound: float | None = None,
-    ) -> list[tuple[Group, np.ndarray | None]]:
-        """Run several tokens per row of the groups.
+    ) -> list[tuple[Batch, np.ndarray | None]]:
+        """Run several tokens per row of the batches.
 
         Args:
             rows: Tokens of every row of the batch, int64 [length].
             positions: Tokens in the cache of every row before these.
-            groups: Rows to run; all others stay as they are.
+            batches: Rows to run; all others stay as they are.
             passes: None for as many as the bundle was built with, else the number of calls of ``prefill_pass``.
-            bound: Residual at which passes end, for groups of one row; None: after all of them.
+            bound: Residual at which passes end, for batches of one row; None: after all of them.
 
         Returns:
-            Per group its residual, float32 [rows of the group]; None for a plain transformer.
+            Per batch its residual, float32 [rows of the batch]; None for a plain transformer.
         """
         if passes is None and self._engine.one_graph:
             passes = self._sizes.unroll
-        self._ends[self._current].set_position(positions, groups)
-        for group in groups:
-            self._reserve([group], [position + group.seq for position in positions])
+        self._sides[self._current].set_position(positions, batches)
+        for batch in batches:
+            self._reserve([batch], [position + batch.seq for position in positions])
         residuals = []
-        for group in groups:
+        for batch in batches:
             call = PrefillCall(
-                tokens=rows[group.start : group.stop],
-                positions=positions[group.start : group.stop],
-                seq=group.seq,
+                tokens=rows[batch.start : batch.stop],
+                positions=positions[batch.start : batch.stop],
+                seq=batch.seq,
                 hidden=self._sizes.hidden,
                 recurrent=self._sizes.recurrent,
                 passes=passes,
                 bound=bound,
             )
-            residuals.append((group, call.run(self._engine, lambda name, group=group: self._shared(name, group))))
-        self._swap(groups, [position + row.size for position, row in zip(positions, rows, strict=True)])
-        self._clear_padding(rows, positions, groups)
+            residuals.append((batch, call.run(self._engine, lambda name, batch=batch: self._shared(name, batch))))
+        self._swap(batches, [position + row.size for position, row in zip(positions, rows, strict=True)])
+        self._clear_padding(rows, positions, batches)
         return residuals
 
     def logits(self) -> np.ndarray:
@@ -131,11 +133,11 @@ class SessionTensors:
 
     def next_tokens(self) -> list[int]:
         """The engine's argmax of the last call; other rows than those of that call are stale."""
-        return self._ends[self._current].known_ids
+        return self._sides[self._current].known_ids
 
     def state(self) -> np.ndarray | None:
         """Current recurrent state, float32 [batch, 1, hidden]; None for a plain transformer."""
-        state = self._ends[self._current].state
+        state = self._sides[self._current].state
         return None if state is None else state.read()
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
@@ -146,44 +148,44 @@ class SessionTensors:
         """Replace caches (shorter ones leave zeros behind) and state."""
         self._forget()
         self._caches.write(caches)
-        target = self._ends[self._current].state
+        target = self._sides[self._current].state
         if target is not None and state is not None:
             target.write(state)
 
-    def slide(self, positions: Mapping[int, int], window: Window) -> None:
-        """Move the latest tokens of some rows to the front.
+    def evict(self, positions: Mapping[int, int], window: Window) -> None:
+        """Forget what the window no longer sees of some rows: their latest tokens move to the front.
 
         Args:
             positions: Row to the tokens in its cache.
             window: What to keep and how keys are turned.
         """
-        self._caches.slide(positions, window)
+        self._caches.evict(positions, window)
 
     def clear(self, positions: Sequence[int]) -> None:
         """Zero every cache entry beyond the positions, and the state of rows at position 0."""
         self._forget()
         self._caches.trim(positions)
         fresh = np.array(positions) == 0
-        for ends in self._ends:
-            if ends.state is not None:
-                ends.state.write(np.where(fresh[:, None, None], np.float32(0), ends.state.read()))
+        for side in self._sides:
+            if side.state is not None:
+                side.state.write(np.where(fresh[:, None, None], np.float32(0), side.state.read()))
 
     def _forget(self) -> None:
         """Trust nothing that an earlier call left in the two sets."""
-        for ends in self._ends:
-            ends.forget()
+        for side in self._sides:
+            side.forget()
 
-    def _clear_padding(self, rows: Sequence[np.ndarray], positions: list[int], groups: Sequence[Group]) -> None:
+    def _clear_padding(self, rows: Sequence[np.ndarray], positions: list[int], batches: Sequence[Batch]) -> None:
         """Leave no trace of padding: beyond the position a value that is not finite spoils later logits."""
-        for group in groups:
-            for row in range(group.start, group.stop):
+        for batch in batches:
+            for row in range(batch.start, batch.stop):
                 begin = positions[row]
-                self._caches.clear(row, begin + rows[row].size, begin + group.seq)
+                self._caches.clear(row, begin + rows[row].size, begin + batch.seq)
 
-    def _reserve(self, groups: Sequence[Group], lengths: Sequence[int]) -> None:
-        """Make room for the longest row of every group; ``lengths`` are those of all rows after the call."""
-        for group in groups:
-            self._caches.reserve(group.start, group.stop, max(lengths[group.start : group.stop]))
+    def _reserve(self, batches: Sequence[Batch], lengths: Sequence[int]) -> None:
+        """Make room for the longest row of every batch; ``lengths`` are those of all rows after the call."""
+        for batch in batches:
+            self._caches.reserve(batch.start, batch.stop, max(lengths[batch.start : batch.stop]))
 
     def _tensors_of_one_token(self) -> dict[str, Buffer]:
         """What a graph of any number of tokens takes and gives besides, when it makes a step."""
@@ -196,39 +198,39 @@ class SessionTensors:
             tensors["residual"] = allocate((sizes.batch,), "float32")
         return tensors
 
-    def _swap(self, groups: Sequence[Group], next_positions: list[int]) -> None:
+    def _swap(self, batches: Sequence[Batch], next_positions: list[int]) -> None:
         """Make the written set the current one, after carrying over the state of the rows that did not run."""
-        source, target = self._ends[self._current], self._ends[1 - self._current]
+        source, target = self._sides[self._current], self._sides[1 - self._current]
         begin = 0
-        for group in (*groups, Group(self._sizes.batch, self._sizes.batch, 0)):
-            if begin < group.start and target.state is not None and source.state is not None:
-                target.state.copy_rows(source.state, slice(begin, group.start))
-            begin = group.stop
+        for batch in (*batches, Batch(self._sizes.batch, self._sizes.batch, 0)):
+            if begin < batch.start and target.state is not None and source.state is not None:
+                target.state.copy_rows(source.state, slice(begin, batch.start))
+            begin = batch.stop
         chosen = target.ids.read()[:, 0].tolist()
-        for group in groups:
-            rows = slice(group.start, group.stop)
+        for batch in batches:
+            rows = slice(batch.start, batch.stop)
             target.known_ids[rows] = chosen[rows]
             target.known_position[rows] = next_positions[rows]
         self._current = 1 - self._current
 
-    def _step_launch(self, group: Group) -> Launch:
-        key = (group.start, group.stop, self._current)
+    def _step_launch(self, batch: Batch) -> Launch:
+        key = (batch.start, batch.stop, self._current)
         launch = self._step_launches.get(key)
         if launch is None:
             if len(self._step_launches) >= max(_MOST_KEPT_LAUNCHES, 4 * self._sizes.batch):
                 self._step_launches.clear()
             program = self._engine.program("step")
-            own = {name: Rows(buffer, group.start, group.stop) for name, buffer in self._single.items()}
-            launch = bind_by_name(program, own, lambda name: self._shared(name, group), repeated=True)
+            own = {name: BufferSlice(buffer, batch.start, batch.stop) for name, buffer in self._single.items()}
+            launch = bind_by_name(program, own, lambda name: self._shared(name, batch), repeated=True)
             self._step_launches[key] = launch
         return launch
 
-    def _shared(self, name: str, group: Group) -> Rows:
+    def _shared(self, name: str, batch: Batch) -> BufferSlice:
         """The rows of the session's tensor that a graph calls ``name``."""
         family, _, rest = name.partition(".")
         if family in ("past_key_values", "present_key_values"):
-            return self._caches.rows(rest, group.start, group.stop)
-        now, then = self._ends[self._current], self._ends[1 - self._current]
+            return self._caches.rows(rest, batch.start, batch.stop)
+        now, then = self._sides[self._current], self._sides[1 - self._current]
         tensors: dict[str, Buffer | None] = {
             "input_ids": now.ids,
             "position": now.position,
@@ -240,4 +242,4 @@ class SessionTensors:
         }
         buffer = tensors[name]
         assert buffer is not None  # the contract of a plain transformer has no state
-        return Rows(buffer, group.start, group.stop)
+        return BufferSlice(buffer, batch.start, batch.stop)

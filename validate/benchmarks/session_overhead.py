@@ -17,7 +17,7 @@ from statistics import median
 
 from crt_export.runtime import Bundle, GenerationOptions, Session, load_bundle
 from crt_export.runtime.opening import engine_from_target
-from crt_export.runtime.rows import Group
+from crt_export.runtime.rows import Batch
 from crt_export.runtime.tensors import SessionTensors
 
 TOKENS, TURNS, CAPACITY = 200, 25, 256
@@ -29,7 +29,7 @@ def python_figures(bundle: Bundle, name: str) -> dict[str, float]:
     target = bundle.target(name)
     engine = engine_from_target(bundle.files, target, bundle.config, 1)
     tensors = SessionTensors(engine, target.sizes(bundle.config, 1, CAPACITY))
-    launch = tensors._step_launch(Group(0, 1, 1))  # the very launch that a session makes
+    launch = tensors._step_launch(Batch(0, 1, 1))  # the very launch that a session makes
     options = GenerationOptions(max_new_tokens=TOKENS, ignore_eos=True)
 
     def bare(session: Session) -> None:

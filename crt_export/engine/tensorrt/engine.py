@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from crt_export.engine.base import Buffer, Launch, Rows
+from crt_export.engine.base import Buffer, BufferSlice, Launch
 from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.engine.tensorrt.launch import CapturedLaunch, Lanes, LaunchTools, PlainLaunch
 from crt_export.engine.tensorrt.launch_plan import LaunchPlan, plan_launch
@@ -35,7 +35,9 @@ class TensorRTProgram:
         self._memory = memory
         self._tools = {captured: self._tools_for(captured) for captured in (True, False)}
 
-    def bind(self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False) -> Launch:
+    def bind(
+        self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
+    ) -> Launch:
         """Fix the memory of every input and output; a repeated launch becomes a CUDA graph.
 
         Raises:
@@ -53,7 +55,7 @@ class TensorRTProgram:
     def _tools_for(self, captured: bool) -> LaunchTools:
         loaded, memory = self.loaded, self._memory
 
-        def plan(inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> LaunchPlan:
+        def plan(inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]) -> LaunchPlan:
             return plan_launch(loaded.tensors, inputs, outputs, memory, label=loaded.label)
 
         lanes = Lanes(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from crt_export.engine.base import Rows
+from crt_export.engine.base import BufferSlice
 from crt_export.engine.tensorrt.api import IExecutionContext
 from crt_export.engine.tensorrt.calls import RuntimeLog, enqueue, set_tensors
 from crt_export.engine.tensorrt.device import Device
@@ -71,7 +71,7 @@ class Lanes:
 
 
 #: Lays out a launch from where its tensors are now.
-Planner = Callable[[Mapping[str, Rows], Mapping[str, Rows]], LaunchPlan]
+Planner = Callable[[Mapping[str, BufferSlice], Mapping[str, BufferSlice]], LaunchPlan]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class LaunchTools:
 class PlainLaunch:
     """Enqueues the engine on every call, in a context borrowed for the call: for prefills, whose shapes change."""
 
-    def __init__(self, tools: LaunchTools, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> None:
+    def __init__(
+        self, tools: LaunchTools, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]
+    ) -> None:
         """Lay the launch out; raises ContractError for tensors the engine does not take."""
         self._tools = tools
         self._tensors = (inputs, outputs)  # keeps the memory
@@ -124,7 +126,9 @@ class CapturedLaunch:
     so they are saved before it and put back after it.
     """
 
-    def __init__(self, tools: LaunchTools, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]) -> None:
+    def __init__(
+        self, tools: LaunchTools, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]
+    ) -> None:
         """Lay the launch out; raises ContractError for tensors the engine does not take."""
         self._tools = tools
         self._tensors = (inputs, outputs)

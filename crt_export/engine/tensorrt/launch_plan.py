@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.engine.base import Rows
+from crt_export.engine.base import BufferSlice
 from crt_export.engine.tensorrt.calls import EngineTensor
 from crt_export.engine.tensorrt.memory import DeviceMemory
 from crt_export.errors import ContractError, problem_list
@@ -59,8 +59,8 @@ class StagingBuffer:
 
 def plan_launch(
     tensors: Sequence[EngineTensor],
-    inputs: Mapping[str, Rows],
-    outputs: Mapping[str, Rows],
+    inputs: Mapping[str, BufferSlice],
+    outputs: Mapping[str, BufferSlice],
     memory: DeviceMemory,
     *,
     label: str,
@@ -99,12 +99,12 @@ def plan_launch(
     )
 
 
-def _size(rows: Rows) -> int:
+def _size(rows: BufferSlice) -> int:
     return math.prod(rows.shape) * rows.buffer.dtype.itemsize
 
 
 def _name_problems(
-    tensors: Sequence[EngineTensor], inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]
+    tensors: Sequence[EngineTensor], inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]
 ) -> Iterator[str]:
     for side, given, known in (
         ("input", inputs, [t.spec.name for t in tensors if t.is_input]),
@@ -115,7 +115,7 @@ def _name_problems(
 
 
 def _shape_problems(
-    tensors: Sequence[EngineTensor], inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]
+    tensors: Sequence[EngineTensor], inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]
 ) -> Iterator[str]:
     for tensor in tensors:
         name = tensor.spec.name
@@ -136,7 +136,7 @@ def _fits(tensor: EngineTensor, shape: tuple[int, ...]) -> bool:
 
 
 def _memory_problems(
-    tensors: Sequence[EngineTensor], inputs: Mapping[str, Rows], outputs: Mapping[str, Rows]
+    tensors: Sequence[EngineTensor], inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]
 ) -> Iterator[str]:
     """Caches share their input's memory; what any other output writes is read and written by nobody else."""
     for tensor in tensors:
@@ -150,5 +150,5 @@ def _memory_problems(
             taken.append((tensor.spec.name, rows))
 
 
-def _overlap(one: Rows, other: Rows) -> bool:
+def _overlap(one: BufferSlice, other: BufferSlice) -> bool:
     return one.address < other.address + _size(other) and other.address < one.address + _size(one)

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from crt_export.engine.base import Buffer, Rows
+from crt_export.engine.base import Buffer, BufferSlice
 from crt_export.engine.onnxruntime import DeviceBuffer, OrtEngine, OrtGraph, load_graph
 from crt_export.engine.onnxruntime_loading import OrtSettings
 from crt_export.engine.onnxruntime_process import import_onnxruntime
@@ -137,12 +137,12 @@ def test_bound_rows_are_updated_in_place_and_no_other(tmp_path: Path, dtype: str
     states[0].write(np.full((4, 1, WIDTH), 3))
     launch = engine.program("step").bind(
         {
-            "past": Rows(cache, 1, 3),
-            "update": Rows(update, 0, 2),
-            "position": Rows(position, 1, 3),
-            "state": Rows(states[0], 1, 3),
+            "past": BufferSlice(cache, 1, 3),
+            "update": BufferSlice(update, 0, 2),
+            "position": BufferSlice(position, 1, 3),
+            "state": BufferSlice(states[0], 1, 3),
         },
-        {"present": Rows(cache, 1, 3), "next_state": Rows(states[1], 1, 3)},
+        {"present": BufferSlice(cache, 1, 3), "next_state": BufferSlice(states[1], 1, 3)},
     )
     launch()
     written = {(int(row), int(slot)) for row, _, slot, _ in np.argwhere(cache.read())}

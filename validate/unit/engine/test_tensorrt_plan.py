@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from crt_export.engine.base import Rows
+from crt_export.engine.base import BufferSlice
 from crt_export.engine.tensorrt.calls import EngineTensor
 from crt_export.engine.tensorrt.launch_plan import ALIGNMENT, LaunchPlan, plan_launch
 from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
 from crt_export.errors import ContractError
 from crt_export.spec import TensorSpec
 
-Bound = dict[str, Rows]
+Bound = dict[str, BufferSlice]
 
 
 def tensor(
@@ -42,8 +42,8 @@ def memory(recording: Any) -> DeviceMemory:
 
 
 def bound(memory: DeviceMemory, start: int = 0, stop: int = 4) -> tuple[Bound, Bound]:
-    def rows(shape: tuple[int, ...], dtype: str = "float32") -> Rows:
-        return Rows(DeviceTensor(memory, shape, dtype), start, stop)
+    def rows(shape: tuple[int, ...], dtype: str = "float32") -> BufferSlice:
+        return BufferSlice(DeviceTensor(memory, shape, dtype), start, stop)
 
     inputs = {"ids": rows((4, 1), "int64"), "state": rows((4, 1, 8)), "past": rows((4, 2, 3, 5))}
     outputs = {"logits": rows((4, 64)), "next_state": rows((4, 1, 8)), "present": inputs["past"]}
@@ -91,24 +91,24 @@ def swap(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
 
 
 def copy_cache(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
-    outputs["present"] = Rows(DeviceTensor(memory, (4, 2, 3, 5), "float32"), 0, 4)
+    outputs["present"] = BufferSlice(DeviceTensor(memory, (4, 2, 3, 5), "float32"), 0, 4)
 
 
 def two_outputs(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
-    outputs["next_state"] = Rows(outputs["logits"].buffer, 0, 4)
+    outputs["next_state"] = BufferSlice(outputs["logits"].buffer, 0, 4)
 
 
 def partly(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
     both = DeviceTensor(memory, (6, 1, 8), "float32")
-    inputs["state"], outputs["next_state"] = Rows(both, 0, 4), Rows(both, 2, 6)
+    inputs["state"], outputs["next_state"] = BufferSlice(both, 0, 4), BufferSlice(both, 2, 6)
 
 
 def wrong_dtype(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
-    inputs["ids"] = Rows(DeviceTensor(memory, (4, 1), "float32"), 0, 4)
+    inputs["ids"] = BufferSlice(DeviceTensor(memory, (4, 1), "float32"), 0, 4)
 
 
 def too_many(inputs: Bound, outputs: Bound, memory: DeviceMemory) -> None:
-    inputs["ids"] = Rows(DeviceTensor(memory, (5, 1), "int64"), 0, 5)
+    inputs["ids"] = BufferSlice(DeviceTensor(memory, (5, 1), "int64"), 0, 5)
 
 
 @pytest.mark.parametrize(

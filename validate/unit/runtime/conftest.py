@@ -113,7 +113,7 @@ class Runnable:
     @staticmethod
     def cache_buffers(session: Session) -> list[Buffer]:
         """The memory of every cache, row after row where rows have caches of their own."""
-        return [buffer for lane in session._guard.decoder.tensors._caches._lanes for buffer in lane.buffers.values()]
+        return [buffer for group in session._guard.decoder.tensors._caches._groups for buffer in group.buffers.values()]
 
 
 @pytest.fixture(scope="session", params=ENGINES)

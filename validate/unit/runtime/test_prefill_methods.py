@@ -14,7 +14,7 @@ import pytest
 
 from crt_export.bundle import open_bundle
 from crt_export.bundle.integrity import sealed
-from crt_export.engine.base import Engine, Launch, Rows
+from crt_export.engine.base import BufferSlice, Engine, Launch
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.runtime import Bundle, GenerationOptions
 from crt_export.runtime.bundle import OpenEngine
@@ -78,7 +78,7 @@ class CountingEngine:
             inputs, outputs = program.inputs, program.outputs
 
             def bind(
-                self, inputs: Mapping[str, Rows], outputs: Mapping[str, Rows], *, repeated: bool = False
+                self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
             ) -> Launch:
                 launch = program.bind(inputs, outputs, repeated=repeated)
 

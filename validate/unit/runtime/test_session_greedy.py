@@ -60,9 +60,9 @@ def test_a_greedy_loop_uploads_nothing(either: Any, monkeypatch: pytest.MonkeyPa
     session = either.session(batch=2)
     session.prefill([either.ids(4), either.ids(2, seed=1)])
     written: list[str] = []
-    for ends in session._guard.decoder.tensors._ends:
+    for side in session._guard.decoder.tensors._sides:
         for name in ("ids", "position"):
-            buffer = getattr(ends, name)
+            buffer = getattr(side, name)
             write = buffer.write
 
             def counted(values: np.ndarray, name: str = name, write: Any = write) -> None:

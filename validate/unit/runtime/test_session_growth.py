@@ -23,10 +23,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["rows share calls", "each row alone"])
-def joins_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def rows_are_independent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As an FP32 and as a target with INT8 weights runs the rows of a batch."""
     joins = request.param == "rows share calls"
-    monkeypatch.setattr(Target, "joins_rows", joins)
+    monkeypatch.setattr(Target, "rows_are_independent", joins)
     return joins
 
 
@@ -46,14 +46,16 @@ def talk(model: Any, session: Session, row: int, mate: list[int], tokens: int) -
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_what_a_row_computes_does_not_depend_on_the_length_of_its_mate(either: Any, row: int, joins_rows: bool) -> None:
+def test_what_a_row_computes_does_not_depend_on_the_length_of_its_mate(
+    either: Any, row: int, rows_are_independent: bool
+) -> None:
     results = []
     for mate in (either.ids(3, seed=1), either.ids(30, seed=2), either.ids(43, seed=3)):
         session = either.session(batch=2, capacity=64)
         results.append(talk(either, session, row, mate, 18))
         if grows(either, session):
             longest = -(-(len(mate) + 18) // BLOCK) * BLOCK
-            assert lengths(either, session) == {longest} if joins_rows else {24, longest}
+            assert lengths(either, session) == {longest} if rows_are_independent else {24, longest}
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 
@@ -61,7 +63,7 @@ def test_what_a_row_computes_does_not_depend_on_the_length_of_its_mate(either: A
 def test_rows_with_caches_of_their_own_compute_what_each_computes_alone(
     crt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Target, "joins_rows", False)
+    monkeypatch.setattr(Target, "rows_are_independent", False)
     prompts = [crt.ids(3), crt.ids(21, seed=1), [], crt.ids(9, seed=2)]
     together = crt.session(batch=4, capacity=64)
     found = together.prefill(prompts)
@@ -74,8 +76,8 @@ def test_rows_with_caches_of_their_own_compute_what_each_computes_alone(
             np.testing.assert_array_equal(alone.step([token])[0], more[row])
 
 
-def test_growing_changes_nothing(either: Any, joins_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    del joins_rows
+def test_growing_changes_nothing(either: Any, rows_are_independent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    del rows_are_independent
     tokens = either.ids(40)
     growing = either.session(capacity=60)
     found = [growing.prefill([tokens[:5]]), *(growing.step([token]) for token in tokens[5:])]
@@ -100,8 +102,8 @@ def test_the_capacity_is_the_limit_whatever_the_blocks(either: Any) -> None:
     assert lengths(either, small) == {BLOCK - 3}
 
 
-def test_snapshots_of_long_rows_go_into_short_sessions_and_back(either: Any, joins_rows: bool) -> None:
-    del joins_rows
+def test_snapshots_of_long_rows_go_into_short_sessions_and_back(either: Any, rows_are_independent: bool) -> None:
+    del rows_are_independent
     session = either.session(batch=2, capacity=64)
     session.prefill([either.ids(35), either.ids(4, seed=1)])
     other = either.session(batch=2, capacity=48)
@@ -164,9 +166,9 @@ def test_memory_that_runs_out_while_caches_grow_poisons_until_reset(crt: Any, mo
     np.testing.assert_array_equal(session.prefill([tokens]), fresh.prefill([tokens]))
 
 
-def test_rows_slide_in_caches_that_grow(windowed: Any) -> None:
+def test_rows_evict_in_caches_that_grow(windowed: Any) -> None:
     tokens = windowed.ids(40)
-    growing = windowed.session(capacity=BLOCK + 3, on_full="slide")
+    growing = windowed.session(capacity=BLOCK + 3, on_full="evict")
     found = [growing.step([token])[0] for token in tokens]
     parts = [windowed.logits([], tokens[: count + 1]) for count in range(40)]
     np.testing.assert_allclose(found, parts, rtol=0, atol=5e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crt_export.rotary import rope_tables, rotate
-from crt_export.runtime.slide import Window
+from crt_export.runtime.window import Window
 
 THETA = 10000.0
 
@@ -34,7 +34,7 @@ def test_keys_turned_back_are_the_keys_of_the_smaller_position(
     keys = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     cached = rotated(keys, range(shift, shift + 5), layout).astype(dtype)
     turned = window(layout).turn_back(cached, shift)
-    assert turned.dtype == np.float64  # slide() rounds once, when it stores them
+    assert turned.dtype == np.float64  # evict() rounds once, when it stores them
     np.testing.assert_allclose(turned, rotated(keys, range(5), layout), rtol=0, atol=atol)
 
 
@@ -47,8 +47,8 @@ def test_turning_by_nothing_changes_nothing_and_padding_is_left_alone(layout: st
     assert (turned[..., :8] != padded[..., :8]).all()
 
 
-def test_many_slides_do_not_wear_the_keys_out() -> None:
-    """A key is turned back at most once per slide it survives; the error of ten stays at rounding."""
+def test_many_evictions_do_not_wear_the_keys_out() -> None:
+    """A key is turned back at most once per eviction it survives; the error of ten stays at rounding."""
     keys = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0))
     cached = rotated(keys, range(50, 51), "interleaved")
     for _ in range(10):
@@ -57,24 +57,24 @@ def test_many_slides_do_not_wear_the_keys_out() -> None:
 
 
 @pytest.mark.parametrize(("position", "kept"), [(0, 0), (3, 3), (5, 5), (8, 5)])
-def test_a_slide_keeps_what_a_further_token_sees(position: int, kept: int) -> None:
+def test_an_eviction_keeps_what_a_further_token_sees(position: int, kept: int) -> None:
     row = np.zeros((2, 9, 8), np.float32)
     row[:, :position] = np.arange(1, position + 1)[:, None]
-    slid = window("half").slide(row, position, keys=False)
+    moved = window("half").evict(row, position, keys=False)
     assert window("half").kept(position) == kept
-    assert slid[0, :kept, 0].tolist() == list(range(position - kept + 1, position + 1))
-    assert not slid[:, kept:].any()
-    turned = window("half").slide(row, position, keys=True)
-    exact = window("half").turn_back(slid[:, :kept], position - kept)
+    assert moved[0, :kept, 0].tolist() == list(range(position - kept + 1, position + 1))
+    assert not moved[:, kept:].any()
+    turned = window("half").evict(row, position, keys=True)
+    exact = window("half").turn_back(moved[:, :kept], position - kept)
     np.testing.assert_array_equal(turned[:, :kept], exact.astype(np.float32))
 
 
 def test_a_window_of_one_keeps_nothing() -> None:
-    assert not window("half", size=1).slide(np.ones((1, 4, 8), np.float32), 4, keys=True).any()
+    assert not window("half", size=1).evict(np.ones((1, 4, 8), np.float32), 4, keys=True).any()
 
 
 def endured(size: int, capacity: int, schedule: list[int], theta: float = THETA) -> float:
-    """Relative error of float16 keys as they leave the window, after slides by these shifts in turn."""
+    """Relative error of float16 keys as they leave the window, after evictions with these shifts in turn."""
     keys = np.random.default_rng(0).normal(size=(8, 1, 64)).astype(np.float16)
     attention = Window(size=size, head_dim=64, rope_theta=theta, rope_layout="half")
     cache, index, moved = np.zeros((8, capacity, 64), np.float16), size - 2 + schedule[0], 0
@@ -83,7 +83,7 @@ def endured(size: int, capacity: int, schedule: list[int], theta: float = THETA)
         shift = schedule[turn % len(schedule)]
         if index < shift:
             break
-        cache = attention.slide(cache, size - 1 + shift, keys=True)
+        cache = attention.evict(cache, size - 1 + shift, keys=True)
         index, moved = index - shift, moved + shift
     exact = attention.turn_back(keys, moved)
     return float(np.linalg.norm(cache[:, index : index + 1] - exact) / np.linalg.norm(exact))
@@ -107,7 +107,7 @@ def test_a_float16_key_stays_within_a_thousandth_at_the_least_capacity(size: int
 def test_single_float16_keys(
     size: int, head_dim: int, capacity: float, smallest_shift: float, mean: float, worst: float
 ) -> None:
-    """What slide.py says of them: token by token a row moves by all its room; chunks can make it half of that."""
+    """What window.py says of them: token by token a row moves by all its room; chunks can make it half of that."""
     attention = Window(size=size, head_dim=head_dim, rope_theta=10000.0, rope_layout="half")
     shift = math.ceil((size * capacity - (size - 1)) * smallest_shift)
     keys = np.random.default_rng(0).normal(size=(1000, head_dim)).astype(np.float16)

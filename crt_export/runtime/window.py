@@ -1,4 +1,4 @@
-"""What a full row does in a session that slides: forget what the attention window no longer sees.
+"""The attention window of a model, and what a full row evicts: what that window no longer sees.
 
 A model with an attention window of W sees the latest W keys, the token itself included, so W - 1 cached tokens
 are all that a further token needs. A row that is full keeps those: its cache entries move to the front, and
@@ -6,12 +6,12 @@ every key is turned back by as many positions as it moved. Rotary embedding is r
 position p and turned back by s is the key of position p - s, up to rounding), so the row goes on as if the
 forgotten tokens had never been counted, and its positions stay within the model's rotary tables for ever.
 
-A key is rounded to the cache's dtype at every slide it survives. In float32 that is nothing. In float16 it is 2e-4 each
-time, and a turn by a small angle rounds to no turn at all, so what matters is how often: a capacity just above the
-window slides at every token, and a key of a window of 1,024 has lost its place (error 5e-2) before it leaves. With a
-capacity of 9/8 of the window a key survives 8 slides: an error of 6e-4 on average, 1.2e-3 of the worst of a thousand.
-Chunks of several tokens slide a row before it is full; at worst that halves the shifts, and makes it 9e-4 and 1.8e-3.
-With 3/2 of the window every key stays within 1e-3, whatever the chunks.
+A key is rounded to the cache's dtype at every eviction it survives. In float32 that is nothing. In float16 it is 2e-4
+each time, and a turn by a small angle rounds to no turn at all, so what matters is how often: a capacity just above the
+window evicts at every token, and a key of a window of 1,024 has lost its place (error 5e-2) before it leaves. With a
+capacity of 9/8 of the window a key survives 8 evictions: an error of 6e-4 on average, 1.2e-3 of the worst of a
+thousand. Chunks of several tokens evict from a row before it is full; at worst that halves the shifts, and makes it
+9e-4 and 1.8e-3. With 3/2 of the window every key stays within 1e-3, whatever the chunks.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Window:
     rope_layout: str
 
     def least_capacity(self, cache_dtype: str) -> int:
-        """Smallest capacity to slide in: the window, and an eighth more where keys are rounded to float16."""
+        """Smallest capacity to evict in: the window, and an eighth more where keys are rounded to float16."""
         return self.size + (-(-self.size // 8) if cache_dtype == "float16" else 0)
 
     def kept(self, position: int) -> int:
-        """How many of a row's tokens a slide keeps."""
+        """How many of a row's tokens an eviction keeps."""
         return min(self.size - 1, position)
 
-    def slide(self, row: np.ndarray, position: int, *, keys: bool) -> np.ndarray:
-        """The cache of one row after a slide.
+    def evict(self, row: np.ndarray, position: int, *, keys: bool) -> np.ndarray:
+        """The cache of one row after an eviction.
 
         Args:
             row: Keys or values, [heads, capacity, head_dim], ``position`` tokens in it.
@@ -60,9 +60,9 @@ class Window:
         """
         kept = self.kept(position)
         latest = row[:, position - kept : position]
-        slid = np.zeros_like(row)
-        slid[:, :kept] = self.turn_back(latest, position - kept) if keys else latest
-        return slid
+        moved = np.zeros_like(row)
+        moved[:, :kept] = self.turn_back(latest, position - kept) if keys else latest
+        return moved
 
     def turn_back(self, keys: np.ndarray, shift: int) -> np.ndarray:
         """Keys as they would be ``shift`` positions earlier.
@@ -74,7 +74,7 @@ class Window:
             shift: Positions to go back.
 
         Returns:
-            float64 of the same shape, not rounded: slide() rounds once, when it stores them.
+            float64 of the same shape, not rounded: evict() rounds once, when it stores them.
         """
         half = self.head_dim // 2
         angles = shift * self.rope_theta ** (-2.0 * np.arange(half, dtype=np.float64) / self.head_dim)

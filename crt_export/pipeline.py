@@ -17,6 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crt_export.build.calibration import quantization_plan, read_build_text
+from crt_export.build.graphs import write_graphs
+from crt_export.build.manifest import manifest_from_build
+from crt_export.build.options import BuildOptions, profiles_from_options
+from crt_export.build.prefill import prefill_plans
+from crt_export.build.store import StageStore
+from crt_export.build.targets import BuiltTarget, build_targets
+from crt_export.build.vectors import write_vectors
 from crt_export.bundle import stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
@@ -26,14 +34,6 @@ from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan
-from crt_export.stages.calibration import quantization_plan, read_build_text
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.manifest import manifest_from_build
-from crt_export.stages.options import BuildOptions, profiles_from_options
-from crt_export.stages.prefill import prefill_plans
-from crt_export.stages.store import StageStore
-from crt_export.stages.targets import BuiltTarget, build_targets
-from crt_export.stages.vectors import write_vectors
 from crt_export.temporary_folder import sweep_abandoned
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer

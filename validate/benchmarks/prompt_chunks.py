@@ -1,4 +1,4 @@
-"""Seconds for a prompt by the size of its chunks, ``prefill(..., chunk=N)``: what ``stages/prefill.py`` chose by.
+"""Seconds for a prompt by the size of its chunks, ``prefill(..., chunk=N)``: what ``build/prefill.py`` chose by.
 
     python validate/benchmarks/prompt_chunks.py build/presets/d5-1120/bundle build/presets/d1-2048/bundle build/demo
 

@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
+from crt_export.build import targets
+from crt_export.build.graphs import GraphFile, GraphForm, write_graphs
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
-from crt_export.stages import targets
-from crt_export.stages.graphs import GraphFile, GraphForm, write_graphs
 
 Prepared = tuple[Checkpoint, EngineProfile, dict[GraphForm, GraphFile], Path]
 

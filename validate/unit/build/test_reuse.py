@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crt_export.build import graphs as graphs_module
+from crt_export.build.options import SHORT_VALIDATION
+from crt_export.build.plan_file import plan_digest, read_plan, write_plan
+from crt_export.build.store import StageStore
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
 from crt_export.pipeline import BuildOptions, build
@@ -19,10 +23,6 @@ from crt_export.progress import no_progress
 from crt_export.quantize.linears import linear_inputs
 from crt_export.quantize.plan import QuantizedInput, QuantizedLinear, W8A8Options, W8A8Plan
 from crt_export.spec import graph_names
-from crt_export.stages import graphs as graphs_module
-from crt_export.stages.options import SHORT_VALIDATION
-from crt_export.stages.plan_file import plan_digest, read_plan, write_plan
-from crt_export.stages.store import StageStore
 
 ONE_LAYER: dict[str, Any] = {
     "model_type": "transformer",

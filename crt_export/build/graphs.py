@@ -15,6 +15,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from crt_export.build.keys import stage_key
+from crt_export.build.plan_file import plan_digest
+from crt_export.build.store import NO_STORE, StageStore
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
@@ -26,9 +29,6 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import W8A8Plan, expected_matmuls, quantize_w8, quantize_w8a8
 from crt_export.spec import graph_names
-from crt_export.stages.keys import stage_key
-from crt_export.stages.plan_file import plan_digest
-from crt_export.stages.store import NO_STORE, StageStore
 
 GRAPHS_FOLDER = "graphs"
 _STAGE = "graphs"

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from crt_export import __version__
+from crt_export.build.graphs import GraphFile
+from crt_export.build.options import BuildOptions
+from crt_export.build.targets import BuiltTarget
 from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
 from crt_export.runtime.prefill_plan import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
-from crt_export.stages.graphs import GraphFile
-from crt_export.stages.options import BuildOptions
-from crt_export.stages.targets import BuiltTarget
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from crt_export.build.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
+from crt_export.build.keys import stage_key
+from crt_export.build.side_by_side import Task, compilers_at_once, run_side_by_side
+from crt_export.build.store import NO_STORE, StageStore
 from crt_export.child_process import UNGROUPED, ChildGroup
 from crt_export.config import ModelConfig
 from crt_export.errors import NoEngineError
@@ -23,10 +27,6 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
 from crt_export.spec import graph_spec
-from crt_export.stages.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
-from crt_export.stages.keys import stage_key
-from crt_export.stages.side_by_side import Task, compilers_at_once, run_side_by_side
-from crt_export.stages.store import NO_STORE, StageStore
 
 ENGINES_FOLDER = "engines"
 _STAGE = "engines"

@@ -1,0 +1,1 @@
+"""Stages of :func:`crt_export.pipeline.build`, one per file."""

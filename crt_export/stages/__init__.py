@@ -1,1 +1,0 @@
-"""The stages of :func:`crt_export.pipeline.build`, one per file."""

@@ -43,7 +43,7 @@ from crt_export.engine.tensorrt.api import (
 from crt_export.errors import BuildError, CrtExportError, MissingDependencyError, NoEngineError, problem_list
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import TensorRTOptions
-from crt_export.spec import GraphSpec
+from crt_export.spec import GraphSpec, TensorSpec, interface_problems, same_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def logger_from_log(api: Api, log: BuildLog) -> ILogger:
 
 #: Before the answer's JSON header: its length as an unsigned 64-bit little-endian integer.
 HEADER_LENGTH = struct.Struct("<Q")
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,22 +202,13 @@ def _parse(api: Api, job: BuildJob, network: INetworkDefinition, logger: ILogger
 
 def _check_network(api: Api, job: BuildJob, network: INetworkDefinition) -> None:
     """Hold the parsed network against the contract: same inputs and outputs, every cache updated in place."""
-    found = {}
-    for index in range(network.num_inputs):
-        tensor: ITensor = network.get_input(index)
-        found[tensor.name] = (str(tensor.dtype), tuple(tensor.shape))
-    for index in range(network.num_outputs):
-        tensor: ITensor = network.get_output(index)
-        found[tensor.name] = (str(tensor.dtype), tuple(tensor.shape))
-    expected = {}
-    for spec in (*job.contract.inputs, *job.contract.outputs):
-        dtype = getattr(api.DataType, _DTYPES.get(spec.dtype, ""), spec.dtype)
-        expected[spec.name] = (str(dtype), tuple(dim if isinstance(dim, int) else -1 for dim in spec.dims))
-    problems = [
-        f"{name}: {expected.get(name, 'nothing')} expected, {found.get(name, 'nothing')} found"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
+    found = GraphSpec(
+        name=job.contract.name,
+        inputs=tuple(_spec(network.get_input(index)) for index in range(network.num_inputs)),
+        outputs=tuple(_spec(network.get_output(index)) for index in range(network.num_outputs)),
+        aliases=(),
+    )
+    problems = [*interface_problems(job.contract, found, same_sizes)]
     updates = 0
     for index in range(network.num_layers):
         layer: ILayer = network.get_layer(index)
@@ -226,6 +217,11 @@ def _check_network(api: Api, job: BuildJob, network: INetworkDefinition) -> None
         problems.append(f"{updates} in-place cache updates, {len(job.contract.aliases)} expected")
     if problems:
         raise BuildError(problem_list(f"{job.label}: what the parser made of {job.path.name}", problems))
+
+
+def _spec(tensor: ITensor) -> TensorSpec:
+    dtype = str(tensor.dtype).rpartition(".")[2]
+    return TensorSpec(name=tensor.name, dtype=_DTYPES.get(dtype, dtype), dims=tuple(tensor.shape))
 
 
 def _configure(api: Api, config: IBuilderConfig, profile: EngineProfile) -> None:

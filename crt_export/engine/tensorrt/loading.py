@@ -17,6 +17,7 @@ from crt_export.engine.tensorrt.sidecar import EngineFacts, EngineFile, read_sid
 from crt_export.errors import ContractError, problem_list
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile
+from crt_export.spec import GraphSpec, interface_problems, same_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +114,17 @@ class LoadedEngine:
 
 def engine_problems(tensors: tuple[EngineTensor, ...], facts: EngineFacts) -> Iterator[str]:
     """What the loaded engine and its sidecar disagree about."""
+    sides = ([tensor.spec for tensor in tensors if tensor.is_input is wanted] for wanted in (True, False))
+    inputs, outputs = map(tuple, sides)
+    loaded = GraphSpec(name=facts.contract.name, inputs=inputs, outputs=outputs, aliases=())
+    yield from interface_problems(facts.contract, loaded, same_sizes)
     aliases = dict(facts.contract.aliases)
-    found = {(tensor.is_input, tensor.spec.name): tensor for tensor in tensors}
-    for is_input, specs in ((True, facts.contract.inputs), (False, facts.contract.outputs)):
-        for spec in specs:
-            tensor = found.pop((is_input, spec.name), None)
-            if tensor is None:
-                yield f"{'input' if is_input else 'output'} {spec.name} is missing"
-                continue
-            dims = tuple(dim if isinstance(dim, int) else -1 for dim in spec.dims)
-            if (tensor.spec.dtype, tensor.spec.dims) != (spec.dtype, dims):
-                yield f"{spec.dtype} {list(dims)} expected for {spec.name}, found {tensor.spec}"
-            if is_input and (tensor.least, tensor.most) != (facts.least[spec.name], facts.most[spec.name]):
-                yield (
-                    f"{spec.name} must take shapes {list(facts.least[spec.name])} to {list(facts.most[spec.name])}, "
-                    f"found {list(tensor.least)} to {list(tensor.most)}"
-                )
-            if tensor.alias != aliases.get(spec.name, ""):
-                yield f"{spec.name} must share memory with {aliases.get(spec.name, 'nothing')}, found {tensor.alias!r}"
-    yield from (f"{name} is not in the sidecar" for _, name in found)
+    for tensor in tensors:
+        name, shapes = tensor.spec.name, (tensor.least, tensor.most)
+        if tensor.is_input and name in facts.least and shapes != (facts.least[name], facts.most[name]):
+            yield (
+                f"{name} must take shapes {list(facts.least[name])} to {list(facts.most[name])}, "
+                f"found {list(tensor.least)} to {list(tensor.most)}"
+            )
+        if tensor.alias != aliases.get(name, ""):
+            yield f"{name} must share memory with {aliases.get(name, 'nothing')}, found {tensor.alias!r}"

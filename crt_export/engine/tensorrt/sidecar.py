@@ -15,7 +15,7 @@ from crt_export.environment import find_dependency, is_ampere_plus
 from crt_export.errors import BundleError, ContractError, MissingDependencyError, problem_list
 from crt_export.gpu import Gpu
 from crt_export.profile import EngineProfile
-from crt_export.spec import GraphSpec, TensorSpec
+from crt_export.spec import GraphSpec, interface_problems
 from crt_export.strict_json import parse_json
 
 _KEYS: dict[str, type] = {
@@ -91,7 +91,9 @@ def read_sidecar(file: EngineFile, profile: EngineProfile, gpu: Gpu, version: st
         limits = {side: _shapes(values["inputs"], side) for side in ("min", "opt", "max")}
     except (ContractError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{file.sidecar}: its inputs and outputs cannot be read ({error!r}); {_again()}") from None
-    problems += _contract_problems(contract, file.contract)
+    problems += interface_problems(file.contract, contract)
+    if set(contract.aliases) != set(file.contract.aliases):
+        problems.append(f"in-place updates {sorted(file.contract.aliases)} expected, {sorted(contract.aliases)} found")
     if problems:
         raise BundleError(problem_list(f"{file.sidecar} does not fit {profile.name}", problems) + f"\n{_again()}")
     needs = [*_version_problems(values, profile, version), *_gpu_problems(values, profile, gpu)]
@@ -137,21 +139,6 @@ def _target_problems(values: Mapping[str, Any], file: EngineFile, profile: Engin
     yield from (
         f"{key} {wanted!r} expected, {values[key]!r} found" for key, wanted in expected.items() if values[key] != wanted
     )
-
-
-def _contract_problems(found: GraphSpec, wanted: GraphSpec) -> Iterator[str]:
-    for side, here, there in (("input", found.inputs, wanted.inputs), ("output", found.outputs, wanted.outputs)):
-        yield from (f"{side} {text}" for text in _difference(here, there))
-    if set(found.aliases) != set(wanted.aliases):
-        yield f"in-place updates {sorted(wanted.aliases)} expected, {sorted(found.aliases)} found"
-
-
-def _difference(found: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> Iterator[str]:
-    known = {spec.name: str(spec) for spec in wanted}
-    loaded = {spec.name: str(spec) for spec in found}
-    for name in sorted(known.keys() | loaded.keys()):
-        if known.get(name) != loaded.get(name):
-            yield f"{known.get(name, 'none named ' + name)} expected, {loaded.get(name, 'nothing')} found"
 
 
 def _version_problems(values: Mapping[str, Any], profile: EngineProfile, version: str) -> Iterator[str]:

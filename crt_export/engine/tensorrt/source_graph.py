@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from crt_export.errors import BuildError, problem_list
-from crt_export.spec import GraphSpec, TensorSpec
+from crt_export.graph.contract import interface_of
+from crt_export.spec import GraphSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,10 @@ def source_graph_from_file(path: Path) -> SourceGraph:
             word; lists every such node.
     """
     try:
-        graph = ir.load(path).graph
+        model = ir.load(path)
     except Exception as error:  # onnx_ir passes on whatever protobuf and its own reader raise
         raise BuildError(f"{path} cannot be read as ONNX: {error}") from error
+    graph = model.graph
     problems = _dialect_problems(graph)
     if problems:
         raise BuildError(problem_list(f"{path} is outside the dialect that TensorRT compiles correctly", problems))
@@ -45,7 +48,7 @@ def source_graph_from_file(path: Path) -> SourceGraph:
     linears = tuple(_name(node) for node in matmuls if _is_weight(node.inputs[1]))
     attention = [node for node in graph if node.op_type == "Attention"]
     return SourceGraph(
-        contract=_contract(graph),
+        contract=dataclasses.replace(interface_of(model), aliases=_updates(graph)),
         linears=linears,
         products=tuple(_name(node) for node in (*matmuls, *attention) if _name(node) not in linears),
     )
@@ -86,18 +89,6 @@ def _name(item: ir.Node | ir.Value | None) -> str:
     return (item.name if item is not None else None) or ""
 
 
-def _contract(graph: ir.Graph) -> GraphSpec:
-    updates = [node for node in graph if node.op_type == "TensorScatter"]
-    return GraphSpec(
-        name=graph.name or "graph",
-        inputs=tuple(_spec(value) for value in graph.inputs),
-        outputs=tuple(_spec(value) for value in graph.outputs),
-        aliases=tuple((_name(node.outputs[0]), _name(node.inputs[0])) for node in updates),
-    )
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    if value.shape is None or value.dtype is None:
-        raise BuildError(f"graph input or output {value.name!r} has no shape or no type")
-    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorSpec(name=_name(value), dtype=str(value.dtype.numpy()), dims=dims)
+def _updates(graph: ir.Graph) -> tuple[tuple[str, str], ...]:
+    """Caches updated in place: output and input of every TensorScatter."""
+    return tuple((_name(node.outputs[0]), _name(node.inputs[0])) for node in graph if node.op_type == "TensorScatter")

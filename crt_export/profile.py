@@ -8,21 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from crt_export import catalog
+from crt_export.bundle.paths import name_problem
+from crt_export.checked import FLAG, Checked, Rule, Rules, choice, plain_int, plain_text, shown, whole
 from crt_export.errors import InputError, problem_list
 from crt_export.input_file import read_input
-from crt_export.profile_check import profile_problems
-from crt_export.profile_options import OPTIONS_OF_RUNTIME, OrtOptions, TensorRTOptions
 
 #: A profile has a few kilobytes.
 _MOST_BYTES = 2**20
+_MOST_NAMES = 64
+
+PRECISIONS = ("fp32", "fp16", "w8", "w8a8")
+#: More threads than any machine this runs on; a number from a bundle must not be able to exhaust one.
+MOST_THREADS = 1024
+
+# Which precisions a runtime can execute. MatMulNBits (w8) is an ONNX Runtime CPU operator; TensorRT compiles
+# strongly typed FP16 graphs, with or without Q/DQ, and has no fused FP32 attention kernel.
+_PRECISIONS_OF = {
+    ("onnxruntime", "cpu"): PRECISIONS,
+    ("onnxruntime", "cuda"): ("fp32", "fp16"),
+    ("tensorrt", "cuda"): ("fp16", "w8a8"),
+    ("tensorrt-rtx", "cuda"): ("fp16", "w8a8"),
+}
+# SM versions that the builder accepts as a target.
+_CAPABILITIES_OF = {
+    "tensorrt": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
+    "tensorrt-rtx": (75, 80, 86, 89, 120, 121),
+}
 
 
 class DimRange(NamedTuple):
@@ -34,7 +54,91 @@ class DimRange(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineProfile:
+class OrtOptions(Checked):
+    """Options of an ONNX Runtime session.
+
+    Attributes:
+        graph_optimization: Highest level of graph rewriting: ``disable``, ``basic``, ``extended`` or ``all``.
+        disabled_optimizers: Names of single rewrites to leave out, such as ``MatMulAddFusion``.
+        spinning: Whether idle threads spin between calls: fastest for a lone session, harmful for several
+            (two spinning sessions in one thread took 22.6 ms instead of 12.1).
+        huge_pages: Whether a CPU's weights are moved into huge pages as they are loaded, where Linux has them to
+            give: steps take 5 to 8 % less time for 5 ms of loading per 2 MiB.
+        mmap: Whether weights that ONNX Runtime does not pack, such as the embedding table, may stay mapped from the
+            bundle's file: processes then share them, but who overwrites the file in place changes what open sessions
+            compute, and who truncates it ends the process.
+    """
+
+    HEADING: ClassVar[str] = "OrtOptions"
+    PREFIX: ClassVar[str] = "options."
+    # ONNX Runtime takes the names joined by semicolons, in a short text.
+    RULES: ClassVar[Rules] = {
+        "graph_optimization": choice("disable", "basic", "extended", "all"),
+        "disabled_optimizers": Rule(
+            lambda value: tuple(value) if isinstance(value, list | tuple) else None,
+            "a list of names",
+            lambda names: len(names) <= _MOST_NAMES and all(map(_is_optimizer_name, names)),
+        ),
+        "spinning": FLAG,
+        "huge_pages": FLAG,
+        "mmap": FLAG,
+    }
+
+    graph_optimization: str = "all"
+    disabled_optimizers: tuple[str, ...] = ()
+    spinning: bool = True
+    huge_pages: bool = True
+    mmap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTOptions(Checked):
+    """Options of the TensorRT and TensorRT-RTX builder.
+
+    Attributes:
+        optimization_level: How long the builder searches for kernels, 0 (not) to 5 (longest).
+        workspace_mib: Most scratch memory that a kernel may take, in MiB; 0 leaves the builder's own limit.
+        ampere_plus: Whether the engine must also run on every GPU newer than SM 8.0 (TensorRT only).
+        version_compatible: Whether later TensorRT versions may load the engine (TensorRT only).
+    """
+
+    HEADING: ClassVar[str] = "TensorRTOptions"
+    PREFIX: ClassVar[str] = "options."
+    RULES: ClassVar[Rules] = {
+        "optimization_level": whole("0 to 5", least=0, most=5),
+        "workspace_mib": whole("0 or more MiB", least=0),
+        "ampere_plus": FLAG,
+        "version_compatible": FLAG,
+    }
+
+    optimization_level: int = 3
+    workspace_mib: int = 0
+    ampere_plus: bool = False
+    version_compatible: bool = False
+
+
+_OPTIONS_OF: dict[str, type[OrtOptions] | type[TensorRTOptions]] = {
+    "onnxruntime": OrtOptions,
+    "tensorrt": TensorRTOptions,
+    "tensorrt-rtx": TensorRTOptions,
+}
+
+
+def _is_optimizer_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{1,64}", value) is not None
+
+
+def _dim_range(value: Any) -> DimRange | None:
+    given = value if isinstance(value, list | tuple) else ()
+    sizes = [size for size in map(plain_int, given) if size is not None]
+    return DimRange(*sizes) if len(sizes) == len(given) == 3 else None
+
+
+_RANGE = Rule(_dim_range, "[min, opt, max], each at least 1", lambda sizes: min(sizes) >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineProfile(Checked):
     """One target that a bundle can be built for.
 
     Attributes:
@@ -54,10 +158,31 @@ class EngineProfile:
         attention: ``auto``, ``fused`` (one Attention node) or ``decomposed`` (MatMul, Softmax, MatMul).
         threads: CPU threads of a session, 0 for all; always 0 on a GPU.
         options: Settings that only this runtime has.
-
-    Raises:
-        InputError: A value is impossible, or two values exclude each other; lists every problem.
     """
+
+    RULES: ClassVar[Rules] = {
+        "name": Rule(
+            plain_text,
+            "lower-case letters, digits, '.', '_' or '-' (at most 64)",
+            lambda value: re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", value) is not None,
+        ),
+        "title": Rule(
+            plain_text,
+            "one line of text that names the hardware",
+            lambda value: bool(value.strip()) and "\n" not in value,
+        ),
+        "runtime": choice(*_OPTIONS_OF),
+        "device": choice("cpu", "cuda"),
+        "precision": choice(*PRECISIONS),
+        "capacity": whole("at least 1 token", least=1),
+        "batch": _RANGE,
+        "seq": _RANGE,
+        "residual_dtype": choice("float16", "float32"),
+        "unroll": whole("at least 1 pass", least=1, optional=True),
+        "prefill": choice("auto", "steps", "passes", "adaptive"),
+        "attention": choice("auto", "fused", "decomposed"),
+        "threads": whole(f"0 (all) or more, at most {MOST_THREADS}", least=0, most=MOST_THREADS),
+    }
 
     name: str
     title: str
@@ -75,12 +200,24 @@ class EngineProfile:
     threads: int = 0
     options: OrtOptions | TensorRTOptions = field(default_factory=OrtOptions)
 
-    def __post_init__(self) -> None:
-        """Refuse impossible profiles, whatever way they were made."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        problems = profile_problems(values)
-        if problems:
-            raise InputError(problem_list(f"engine profile {self.name!r}", problems))
+    def heading(self) -> str:
+        """What an error calls this one."""
+        return f"engine profile {self.name!r}"
+
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong between values that are right on their own."""
+        yield from _name_conflicts(values.get("name"))
+        for key in ("batch", "seq"):
+            if key in values and list(values[key]) != sorted(values[key]):
+                yield f"{key} must rise from min over opt to max, found {list(values[key])}"
+        capacity, seq = values.get("capacity"), values.get("seq")
+        if capacity is not None and seq is not None and max(seq) > capacity:
+            yield f"seq may not exceed the capacity of {capacity} tokens, but its largest size is {max(seq)}"
+        yield from _precision_conflicts(values)
+        yield from _device_conflicts(values)
+        if "runtime" in values:
+            yield from _runtime_conflicts(values["runtime"], values)
 
     @property
     def compiled(self) -> bool:
@@ -122,17 +259,15 @@ class EngineProfile:
         Raises:
             InputError: Unknown or missing keys and impossible values, all in one message.
         """
-        problems = _key_problems(values)
-        known = {f.name for f in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if key in known}
-        precision = given.get("precision")
+        fields = [f.name for f in dataclasses.fields(cls)]
+        required = ("name", "title", "runtime", "device", "precision", "capacity", "batch", "seq")
+        problems = cls.unknown_keys(values)
+        problems += [f"missing key {key!r}" for key in required if key not in values]
+        given = {key: value for key, value in values.items() if key in fields}
         given.setdefault("compute_capability", None)
-        given.setdefault("residual_dtype", "float16" if precision in ("fp16", "w8a8") else "float32")
-        given = {key: _range_from_list(value) if key in ("batch", "seq") else value for key, value in given.items()}
-        options_class = OPTIONS_OF_RUNTIME.get(str(given.get("runtime")), OrtOptions)
-        options, option_problems = options_class.parse(given.get("options", {}))
-        given["options"] = options
-        problems += profile_problems(given) + option_problems
+        given.setdefault("residual_dtype", "float16" if given.get("precision") in ("fp16", "w8a8") else "float32")
+        given["options"], option_problems = _options_from_table(given.get("options", {}), given.get("runtime"))
+        problems += cls.judge(given)[1] + option_problems
         if problems:
             raise InputError(problem_list(f"engine profile {source}", problems))
         return cls(**given)
@@ -182,18 +317,60 @@ def _profile_from_file(path: Traversable) -> EngineProfile:
     return EngineProfile.from_dict({"name": _stem(path), **values}, source=str(path))
 
 
-def _key_problems(values: Mapping[str, Any]) -> list[str]:
-    """Name unknown keys (with the nearest known one) and missing keys."""
-    fields = {f.name: f for f in dataclasses.fields(EngineProfile)}
-    problems = []
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    required = ("name", "title", "runtime", "device", "precision", "capacity", "batch", "seq")
-    return problems + [f"missing key {key!r}" for key in required if key not in values]
+def _options_from_table(table: Any, runtime: Any) -> tuple[OrtOptions | TensorRTOptions, list[str]]:
+    """The options of a profile, defaults where the table cannot be used, and every problem found."""
+    kind = _OPTIONS_OF.get(runtime, OrtOptions) if isinstance(runtime, str) else OrtOptions
+    if not isinstance(table, dict):
+        return kind(), [f"options must be a table, found {shown(table)}"]
+    unknown = kind.unknown_keys(table)
+    _, problems = kind.judge({key: value for key, value in table.items() if key in kind.RULES})
+    return (kind(), unknown + problems) if unknown + problems else (kind(**table), [])
 
 
-def _range_from_list(value: Any) -> Any:
-    """Turn ``[min, opt, max]`` into a DimRange; leave anything else for the check to refuse."""
-    return DimRange(*value) if isinstance(value, list) and len(value) == 3 else value
+def _name_conflicts(name: str | None) -> Iterator[str]:
+    problem = None if name is None else name_problem(name)
+    if problem is not None:
+        yield f"name {name!r} {problem}: files of the bundle are named after it"
+    if name in PRECISIONS:
+        yield f"name {name!r} is the name of a precision: graph files of the two would collide"
+
+
+def _precision_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
+    runtime, device, precision = (values.get(key) for key in ("runtime", "device", "precision"))
+    if runtime is not None and device is not None:
+        allowed = _PRECISIONS_OF.get((runtime, device))
+        if allowed is None:
+            yield f"{runtime} does not run on {device}"
+        elif precision is not None and precision not in allowed:
+            yield f"{runtime} on {device} runs {', '.join(allowed)}, not {precision}"
+    if precision in ("fp32", "w8") and values.get("residual_dtype", "float32") != "float32":
+        yield f"residual_dtype must be float32 with precision {precision}"
+
+
+def _device_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("device") == "cuda":
+        if values.get("threads"):
+            yield "threads is for device cpu"
+        if values.get("prefill") == "adaptive":
+            yield "prefill = 'adaptive' is for device cpu, where a look at the residual between passes costs nothing"
+
+
+def _runtime_conflicts(runtime: str, values: Mapping[str, Any]) -> Iterator[str]:
+    if runtime == "onnxruntime" and values.get("attention", "auto") != "auto":
+        yield "attention is for TensorRT: ONNX Runtime runs the exported graph as it is"
+    capability, capabilities = values.get("compute_capability"), _CAPABILITIES_OF.get(runtime)
+    if "compute_capability" in values and capabilities is None and capability is not None:
+        yield f"compute_capability is for TensorRT, not for {runtime}"
+    if "compute_capability" in values and capabilities is not None and plain_int(capability) not in capabilities:
+        listed = ", ".join(map(str, capabilities))
+        yield (
+            f"compute_capability of a {runtime} profile must be one of {listed} (80 is SM 8.0), found "
+            f"{shown(capability)}"
+        )
+    options, expected = values.get("options"), _OPTIONS_OF[runtime]
+    if options is not None and not isinstance(options, expected):
+        yield f"options of a {runtime} profile must be {expected.__name__}, found {type(options).__name__}"
+    elif runtime == "tensorrt-rtx":
+        for name in ("ampere_plus", "version_compatible"):
+            if getattr(options, name, False):
+                yield f"options.{name} does not apply to tensorrt-rtx"

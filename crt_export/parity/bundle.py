@@ -21,8 +21,7 @@ from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
-from crt_export.profile import EngineProfile
-from crt_export.profile_options import OrtOptions
+from crt_export.profile import EngineProfile, OrtOptions
 from crt_export.progress import Progress, no_progress
 from crt_export.report.own_model import own_model_text, was_compared
 from crt_export.text import TokenText, read_text

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from numbers import Integral, Real
 
 import numpy as np
 
+from crt_export.checked import plain_float as plain_float
+from crt_export.checked import plain_int as plain_int
+from crt_export.checked import shown as shown
 from crt_export.errors import InputError
-
-_SHOWN = 80
 
 
 def whole_number(name: str, value: int, *, least: int = 1, most: int | None = None, limit: str = "") -> int:
@@ -38,22 +37,6 @@ def whole_number(name: str, value: int, *, least: int = 1, most: int | None = No
         upper = f" and at most {most}{limit}" if most is not None else ""
         raise InputError(f"{name} must be at least {least}{upper}, found {shown(number)}")
     return number
-
-
-def plain_int(value: object) -> int | None:
-    """The whole number as Python's own; None if it is none."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-
-
-def plain_float(value: object) -> float | None:
-    """The number as a finite float64; None if it is none, or too large to be one."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def items(values: object) -> list[object] | None:
@@ -87,14 +70,3 @@ def kind_of(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of shape {list(value.shape)}"
     return type(value).__name__
-
-
-def shown(value: object) -> str:
-    """A value for a message: cut where it is long, and any number, which repr() refuses beyond 4,300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of more than 4300 digits" if isinstance(value, int) else f"an object of {type(value)}"
-    except Exception:  # an object of the caller's
-        return f"an object of {type(value)}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

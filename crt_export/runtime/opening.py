@@ -18,8 +18,7 @@ from crt_export.errors import (
     InputError,
     problem_list,
 )
-from crt_export.profile import EngineProfile
-from crt_export.profile_options import OrtOptions
+from crt_export.profile import EngineProfile, OrtOptions
 from crt_export.runtime.counts import shown
 from crt_export.runtime.prefill_plan import PrefillPlan, plan_from_entry
 from crt_export.runtime.sizes import TensorSizes

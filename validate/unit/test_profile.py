@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.profile import DimRange, EngineProfile, list_profiles, load_profile
-from crt_export.profile_options import OrtOptions, TensorRTOptions
+from crt_export.profile import DimRange, EngineProfile, OrtOptions, TensorRTOptions, list_profiles, load_profile
 
 TRACKED = (
     "ort-cpu-fp32",
@@ -88,14 +87,14 @@ def test_ranges_have_names() -> None:
         ({"title": " "}, "title must be"),
         (
             {"runtime": "openvino"},
-            "runtime must be one of onnxruntime, tensorrt, tensorrt-rtx, not 'openvino'",
+            "runtime must be one of onnxruntime, tensorrt, tensorrt-rtx, found 'openvino'",
         ),
         ({"device": "cpu"}, "tensorrt-rtx does not run on cpu"),
         ({"precision": "int4"}, "precision must be one of"),
         ({"precision": "w8"}, "runs fp16, w8a8, not w8"),
         ({"compute_capability": None}, "compute_capability of a tensorrt-rtx profile must be"),
         ({"compute_capability": 90}, "75, 80, 86, 89, 120, 121"),
-        ({"compute_capability": 8.9}, "not 8.9"),
+        ({"compute_capability": 8.9}, "found 8.9"),
         ({"capacity": 0}, "capacity must be at least 1"),
         ({"capacity": True}, "capacity must be at least 1"),
         ({"capacity": 64}, "seq may not exceed the capacity of 64 tokens, but its largest size is 128"),

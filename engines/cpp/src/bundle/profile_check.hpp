@@ -1,4 +1,4 @@
-// What makes an engine profile impossible: the twin of crt_export/profile_check.py and profile_options.py.
+// What makes an engine profile impossible: the twin of crt_export/profile.py.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from crt_export.errors import MissingDependencyError
-from crt_export.gpu import Gpu, list_gpus
 from crt_export.installed import UNKNOWN, distribution_version, distributions_of, module_spec, module_version
+from crt_export.machine import Gpu, list_gpus
 from crt_export.profile import EngineProfile, TensorRTOptions
 
 _ORT = "onnxruntime"

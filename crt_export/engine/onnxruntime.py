@@ -18,6 +18,7 @@ from crt_export.errors import (
     problem_list,
 )
 from crt_export.exclusive import Exclusive
+from crt_export.profile import OrtOptions
 from crt_export.spec import TensorSpec
 
 _DTYPES = {
@@ -105,12 +106,7 @@ class OrtGraph:
 
 
 def load_graph(
-    path: str | Path,
-    *,
-    threads: int = 0,
-    disabled_optimizers: Sequence[str] = (),
-    graph_optimization: str = "all",
-    device: str = "cpu",
+    path: str | Path, *, threads: int = 0, disabled_optimizers: Sequence[str] = (), device: str = "cpu"
 ) -> OrtGraph:
     """Load one ONNX file, to be run on host arrays.
 
@@ -118,19 +114,14 @@ def load_graph(
         path: The file; external data is read from its folder.
         threads: CPU threads, 0 for every core.
         disabled_optimizers: Names of single graph rewrites to leave out, such as ``MatMulAddFusion``.
-        graph_optimization: ``disable``, ``basic``, ``extended`` or ``all``.
         device: ``cpu`` or ``cuda``.
 
     Raises:
         MissingDependencyError: ONNX Runtime or its GPU build is not installed, or installed twice.
         ContractError: The file is missing or ONNX Runtime refuses it.
     """
-    settings = OrtSettings(
-        device=device,
-        threads=threads,
-        graph_optimization=graph_optimization,
-        disabled_optimizers=tuple(disabled_optimizers),
-    )
+    options = OrtOptions(disabled_optimizers=tuple(disabled_optimizers), huge_pages=False)
+    settings = OrtSettings(device=device, threads=threads, options=options)
     return load_with_settings(import_onnxruntime(device), Path(path), settings, stop_spinning=True)
 
 

@@ -14,22 +14,22 @@ import ctypes
 import mmap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from crt_export.bundle import HeldGraph
+from crt_export.checked import Checked, Rules, choice, whole
 from crt_export.engine.huge_pages import allocated_in_huge_pages
 from crt_export.engine.onnxruntime_process import PROVIDERS
 from crt_export.engine.private_weights import REPLACES_MAPPINGS, make_private, mappings_of
 from crt_export.errors import (
     ContractError,
     CrtExportError,
-    InputError,
     MissingDependencyError,
-    problem_list,
 )
 from crt_export.exclusive import Exclusive
+from crt_export.profile import OrtOptions
 
 _LEVELS = {
     "disable": "ORT_DISABLE_ALL",
@@ -42,42 +42,27 @@ _FATAL = 4  # ONNX Runtime's severity scale: errors reach the caller as exceptio
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrtSettings:
+class OrtSettings(Checked):
     """How graphs are loaded.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of one graph; 0 takes every core.
-        graph_optimization: ``disable``, ``basic``, ``extended`` or ``all``.
-        disabled_optimizers: Names of single rewrites to leave out.
-        spinning: Whether idle threads spin between the operators and calls of a step.
-        huge_pages: Whether what a CPU's graph allocates as it is loaded, its weights, is moved into huge pages.
-        mmap: Whether weights of a bundle may stay mapped from their file.
+        options: What a profile says about it.
 
     Raises:
         InputError: A value is impossible.
     """
 
+    HEADING: ClassVar[str] = "ONNX Runtime settings"
+    RULES: ClassVar[Rules] = {
+        "device": choice(*PROVIDERS),
+        "threads": whole("a number of at least 0 (0 takes every core)", least=0),
+    }
+
     device: str = "cpu"
     threads: int = 0
-    graph_optimization: str = "all"
-    disabled_optimizers: tuple[str, ...] = ()
-    spinning: bool = True
-    huge_pages: bool = False
-    mmap: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        problems = []
-        if self.device not in PROVIDERS:
-            problems.append(f"device must be one of {', '.join(PROVIDERS)}, found {self.device!r}")
-        if type(self.threads) is not int or self.threads < 0:
-            problems.append(f"threads must be a number of at least 0 (0 takes every core), found {self.threads!r}")
-        if self.graph_optimization not in _LEVELS:
-            levels = ", ".join(_LEVELS)
-            problems.append(f"graph_optimization must be one of {levels}, found {self.graph_optimization!r}")
-        if problems:
-            raise InputError(problem_list("ONNX Runtime settings", problems))
+    options: OrtOptions = field(default_factory=OrtOptions)
 
 
 def open_session(library: Any, graph: Path | HeldGraph, settings: OrtSettings, *, stop_spinning: bool) -> Any:
@@ -105,19 +90,19 @@ def open_session(library: Any, graph: Path | HeldGraph, settings: OrtSettings, *
         if contents:
             names, files = list(contents), list(contents.values())
             options.add_external_initializers_from_files_in_memory(names, files, [len(file) for file in files])
-        with allocated_in_huge_pages(settings.huge_pages and settings.device == "cpu"):
+        with allocated_in_huge_pages(settings.options.huge_pages and settings.device == "cpu"):
             return library.InferenceSession(
                 model,
                 sess_options=options,
                 providers=[provider],
-                disabled_optimizers=list(settings.disabled_optimizers) or None,
+                disabled_optimizers=list(settings.options.disabled_optimizers) or None,
             )
 
     try:
         if isinstance(graph, Path):
             session = load(str(path), {}, {})
         else:
-            session = load_held_graph(graph, load, keep_mapped=settings.mmap)
+            session = load_held_graph(graph, load, keep_mapped=settings.options.mmap)
     except CrtExportError:
         raise
     except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
@@ -135,10 +120,12 @@ def _session_options(library: Any, settings: OrtSettings, *, stop_spinning: bool
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = getattr(library.GraphOptimizationLevel, _LEVELS[settings.graph_optimization])
+    options.graph_optimization_level = getattr(
+        library.GraphOptimizationLevel, _LEVELS[settings.options.graph_optimization]
+    )
     # Threads take a loop in ever smaller pieces, so that one which is held up does not keep the others waiting.
     options.add_session_config_entry("session.dynamic_block_base", _BLOCK_BASE)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.options.spinning else "0")
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

@@ -160,15 +160,7 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
     from crt_export.engine.onnxruntime import OrtEngine
     from crt_export.engine.onnxruntime_loading import OrtSettings
 
-    settings = OrtSettings(
-        device=target.profile.device,
-        threads=threads,
-        graph_optimization=options.graph_optimization,
-        disabled_optimizers=options.disabled_optimizers,
-        spinning=options.spinning,
-        huge_pages=options.huge_pages,
-        mmap=options.mmap,
-    )
+    settings = OrtSettings(device=target.profile.device, threads=threads, options=options)
     engine = OrtEngine(
         graphs,
         settings,

@@ -15,7 +15,7 @@ from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.engine.tensorrt.loading import Machine
 from crt_export.environment import gpus, run_obstacles, target_status
 from crt_export.errors import CrtExportError
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.parity import load_tolerances
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile

@@ -12,7 +12,7 @@ from resign import signed_text
 
 from crt_export.bundle import MANIFEST_NAME, open_bundle
 from crt_export.config import ModelConfig
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime import Snapshot
 from crt_export.spec import GraphSpec, graph_spec

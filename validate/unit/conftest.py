@@ -16,7 +16,7 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.tensorrt.loading import Machine
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.runtime import Bundle
 from crt_export.runtime.compiled import compiled_engine
 from crt_export.runtime.opening import Target, engine_from_target

@@ -12,7 +12,7 @@ import pytest
 
 from crt_export import environment, installed
 from crt_export.environment import target_status
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import load_profile
 
 Install = Callable[..., None]

@@ -14,6 +14,7 @@ from crt_export.engine.huge_pages import allocated_in_huge_pages, huge_page_size
 from crt_export.engine.onnxruntime import load_with_settings
 from crt_export.engine.onnxruntime_loading import OrtSettings
 from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.profile import OrtOptions
 
 _MAPS = """\
 555500000000-555500021000 rw-p 00000000 00:00 0                          [heap]
@@ -81,7 +82,7 @@ def test_a_graph_lies_in_huge_pages_only_where_its_settings_say_so(tmp_path: Pat
     gains = []
     for wanted in (False, True):
         before = _huge_bytes()
-        settings = OrtSettings(threads=1, huge_pages=wanted)
+        settings = OrtSettings(threads=1, options=OrtOptions(huge_pages=wanted))
         loaded = load_with_settings(import_onnxruntime(), path, settings, stop_spinning=True)
         gains.append(_huge_bytes() - before)
         value = np.ones((1, 2048), np.float32)

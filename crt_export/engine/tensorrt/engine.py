@@ -12,14 +12,14 @@ from typing import Any
 
 from crt_export.engine.base import Buffer, BufferSlice, Launch
 from crt_export.engine.tensorrt.device import CudaDevice
-from crt_export.engine.tensorrt.launch import CapturedLaunch, Lanes, LaunchTools, PlainLaunch
+from crt_export.engine.tensorrt.launch import CapturedLaunch, LaunchTools, PlainLaunch, StreamContexts
 from crt_export.engine.tensorrt.launch_plan import LaunchPlan, plan_launch
 from crt_export.engine.tensorrt.loading import LoadedEngine, Machine
-from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources, DeviceTensor
 from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.environment import find_dependency, run_obstacles
 from crt_export.errors import MissingDependencyError, UnsupportedError, problem_list
-from crt_export.gpu import list_gpus
+from crt_export.machine import list_gpus
 from crt_export.profile import EngineProfile
 from crt_export.spec import TensorSpec
 
@@ -49,7 +49,7 @@ class TensorRTProgram:
     def close(self) -> None:
         """Destroy the contexts, then the engine."""
         for tools in self._tools.values():
-            tools.lanes.close()
+            tools.contexts.close()
         self.loaded.close()
 
     def _tools_for(self, captured: bool) -> LaunchTools:
@@ -58,11 +58,16 @@ class TensorRTProgram:
         def plan(inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice]) -> LaunchPlan:
             return plan_launch(loaded.tensors, inputs, outputs, memory, label=loaded.label)
 
-        lanes = Lanes(
-            lambda: loaded.create_context(captured=captured), memory.device, memory.releases, label=loaded.label
+        contexts = StreamContexts(
+            lambda: loaded.create_context(captured=captured), memory.device, memory.resources, label=loaded.label
         )
         return LaunchTools(
-            memory=memory, plan=plan, lanes=lanes, capturable=loaded.capturable, log=loaded.log, label=loaded.label
+            memory=memory,
+            plan=plan,
+            contexts=contexts,
+            capturable=loaded.capturable,
+            log=loaded.log,
+            label=loaded.label,
         )
 
 
@@ -86,9 +91,9 @@ class TensorRTEngine:
             ContractError: TensorRT does not load an engine, or the engine is not what its sidecar says.
         """
         self._name = profile.name
-        self._releases = Releases()
+        self._resources = DeviceResources()
         loaded = {graph: LoadedEngine(machine, file, profile) for graph, file in files.items()}
-        self._memory = DeviceMemory(machine.device, self._releases)
+        self._memory = DeviceMemory(machine.device, self._resources)
         self._programs = {graph: TensorRTProgram(engine, self._memory) for graph, engine in loaded.items()}
         prefill, step = loaded["prefill"].facts.most, loaded["step"].facts.most
         self.max_tokens: int = prefill["input_ids"][1]
@@ -117,8 +122,8 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Free everything on the device: graphs, tensors, contexts and engines; closing twice is harmless."""
-        if not self._releases.closed:
-            self._releases.close()
+        if not self._resources.closed:
+            self._resources.close()
             for program in self._programs.values():
                 program.close()
 

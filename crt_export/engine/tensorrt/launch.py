@@ -16,54 +16,54 @@ from crt_export.engine.tensorrt.api import IExecutionContext
 from crt_export.engine.tensorrt.calls import RuntimeLog, enqueue, set_tensors
 from crt_export.engine.tensorrt.device import Device
 from crt_export.engine.tensorrt.launch_plan import LaunchPlan, StagingBuffer
-from crt_export.engine.tensorrt.memory import DeviceMemory, Releases
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources
 from crt_export.errors import ContractError, problem_list
 
 
 @dataclass
-class Lane:
+class StreamContext:
     """A context and the stream that its runs are enqueued on."""
 
-    context: IExecutionContext
+    execution: IExecutionContext
     stream: int
 
 
-class Lanes:
-    """The lanes of one engine that are captured, or of those that are not."""
+class StreamContexts:
+    """The contexts of one engine that are captured, or of those that are not."""
 
     def __init__(
-        self, create: Callable[[], IExecutionContext | None], device: Device, releases: Releases, *, label: str
+        self, create: Callable[[], IExecutionContext | None], device: Device, resources: DeviceResources, *, label: str
     ) -> None:
         self._create = create
         self._device = device
-        self._releases = releases
+        self._resources = resources
         self._label = label
-        self._free: list[Lane] = []
+        self._free: list[StreamContext] = []
         self._lock = threading.Lock()
 
-    def borrow(self) -> Lane:
-        """A lane that nobody else uses until it is given back.
+    def borrow(self) -> StreamContext:
+        """A context that nobody else uses until it is given back.
 
         Raises:
             ContractError: TensorRT makes no further context.
         """
-        self._releases.require_open()
+        self._resources.require_open()
         with self._lock:
             if self._free:
                 return self._free.pop()
-            context = self._create()
-        if context is None:
+            execution = self._create()
+        if execution is None:
             raise ContractError(
                 f"{self._label}: no execution context, most often for lack of GPU memory: close other sessions, or "
                 "build with a smaller --capacity"
             )
-        lane = Lane(context, self._device.create_stream())
-        self._releases.attach(lane, self._device.free_stream, lane.stream)
-        return lane
+        context = StreamContext(execution, self._device.create_stream())
+        self._resources.attach(context, self._device.free_stream, context.stream)
+        return context
 
-    def give_back(self, lane: Lane) -> None:
-        """Let others use the lane; nothing of it runs any more. May be called while Python collects garbage."""
-        self._free.append(lane)
+    def give_back(self, context: StreamContext) -> None:
+        """Let others use the context; nothing of it runs any more. May be called while Python collects garbage."""
+        self._free.append(context)
 
     def close(self) -> None:
         """Destroy the contexts that nobody holds: they must go before their engine."""
@@ -81,16 +81,16 @@ class LaunchTools:
     Attributes:
         memory: The device's memory.
         plan: Lays out a launch.
-        lanes: Contexts for this kind of launch.
-        capturable: Whether a run of a lane's context can be captured.
+        contexts: Contexts for this kind of launch.
+        capturable: Whether a run of a context can be captured.
         log: What TensorRT complained about.
         label: What to call the engine in messages.
     """
 
     memory: DeviceMemory
     plan: Planner
-    lanes: Lanes
-    capturable: Callable[[Lane], bool]
+    contexts: StreamContexts
+    capturable: Callable[[StreamContext], bool]
     log: RuntimeLog
     label: str
 
@@ -112,11 +112,11 @@ class PlainLaunch:
         Raises:
             ContractError: TensorRT or CUDA refused or failed.
         """
-        lane = self._tools.lanes.borrow()
-        # A lane whose run failed is not given back: what its context holds is unknown.
-        _set_tensors(self._tools, lane, self._plan)
-        _run_to_end(self._tools, lane, lambda: _enqueue(self._tools, lane, self._plan))
-        self._tools.lanes.give_back(lane)
+        context = self._tools.contexts.borrow()
+        # A context whose run failed is not given back: what it holds is unknown.
+        _set_tensors(self._tools, context, self._plan)
+        _run_to_end(self._tools, context, lambda: _enqueue(self._tools, context, self._plan))
+        self._tools.contexts.give_back(context)
 
 
 class CapturedLaunch:
@@ -144,7 +144,7 @@ class CapturedLaunch:
             ContractError: TensorRT or CUDA refused or failed.
         """
         tools = self._tools
-        tools.memory.releases.require_open()
+        tools.memory.resources.require_open()
         place = self._current_place()
         if place != self._place:
             self._captured = None
@@ -153,8 +153,8 @@ class CapturedLaunch:
         captured, self._captured = self._captured, None  # a graph that fails is captured anew
         if captured is None:
             captured = capture(tools, self._plan)
-        graph, lane = captured.graph, captured.lane
-        _run_to_end(tools, lane, lambda: tools.memory.device.launch_graph(graph, lane.stream))
+        graph, context = captured.graph, captured.context
+        _run_to_end(tools, context, lambda: tools.memory.device.launch_graph(graph, context.stream))
         self._captured = captured
 
     def _current_place(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -163,18 +163,20 @@ class CapturedLaunch:
 
 
 class Captured:
-    """A graph, the lane it was captured in, and the memory it writes besides the session's."""
+    """A graph, the context it was captured in, and the memory it writes besides the session's."""
 
-    def __init__(self, tools: LaunchTools, lane: Lane, graph: int, staging: tuple[StagingBuffer, ...]) -> None:
-        self.lane = lane
+    def __init__(
+        self, tools: LaunchTools, context: StreamContext, graph: int, staging: tuple[StagingBuffer, ...]
+    ) -> None:
+        self.context = context
         self.graph = graph
         self._staging = staging
-        tools.memory.releases.attach(self, _retire, tools.memory.device, tools.lanes, lane, graph)
+        tools.memory.resources.attach(self, _retire, tools.memory.device, tools.contexts, context, graph)
 
 
-def _retire(device: Device, lanes: Lanes, lane: Lane, graph: int) -> None:
+def _retire(device: Device, contexts: StreamContexts, context: StreamContext, graph: int) -> None:
     device.free_graph(graph)
-    lanes.give_back(lane)
+    contexts.give_back(context)
 
 
 def capture(tools: LaunchTools, plan: LaunchPlan) -> Captured:
@@ -183,54 +185,54 @@ def capture(tools: LaunchTools, plan: LaunchPlan) -> Captured:
     Raises:
         ContractError: TensorRT or CUDA refused or failed.
     """
-    device, lane = tools.memory.device, tools.lanes.borrow()
-    _set_tensors(tools, lane, plan)
-    _warm_up(tools, lane, plan)
-    if not tools.capturable(lane):
+    device, context = tools.memory.device, tools.contexts.borrow()
+    _set_tensors(tools, context, plan)
+    _warm_up(tools, context, plan)
+    if not tools.capturable(context):
         raise ContractError(f"{tools.label}: TensorRT says that this engine cannot be captured into a CUDA graph")
-    with tools.memory.releases.deferred():
-        device.begin_capture(lane.stream)
+    with tools.memory.resources.deferred():
+        device.begin_capture(context.stream)
         with ExitStack() as undo:
-            undo.callback(device.abandon_capture, lane.stream)
-            _enqueue(tools, lane, plan)
+            undo.callback(device.abandon_capture, context.stream)
+            _enqueue(tools, context, plan)
             undo.pop_all()
-        graph = device.end_capture(lane.stream)
-    return Captured(tools, lane, graph, plan.staging)
+        graph = device.end_capture(context.stream)
+    return Captured(tools, context, graph, plan.staging)
 
 
-def _warm_up(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
+def _warm_up(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> None:
     """Run once; every tensor that is updated in place is as it was before, also after a failure to run."""
     device = tools.memory.device
     saved = [(StagingBuffer(tools.memory, size), address, size) for address, size in plan.in_place]
     for scratch, address, size in saved:
-        device.copy(scratch.address, address, size, lane.stream)
+        device.copy(scratch.address, address, size, context.stream)
     try:
-        _enqueue(tools, lane, plan)
+        _enqueue(tools, context, plan)
     finally:
         for scratch, address, size in saved:
-            device.copy(address, scratch.address, size, lane.stream)
-        device.synchronize(lane.stream)
+            device.copy(address, scratch.address, size, context.stream)
+        device.synchronize(context.stream)
 
 
-def _run_to_end(tools: LaunchTools, lane: Lane, run: Callable[[], None]) -> None:
+def _run_to_end(tools: LaunchTools, context: StreamContext, run: Callable[[], None]) -> None:
     """Enqueue and wait, also where an interrupt comes between: what is cleared or freed next must not be in use."""
     try:
         run()
     finally:
-        tools.memory.device.synchronize(lane.stream)
+        tools.memory.device.synchronize(context.stream)
 
 
-def _set_tensors(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
-    refused = set_tensors(lane.context, plan.shapes, plan.addresses)
+def _set_tensors(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> None:
+    refused = set_tensors(context.execution, plan.shapes, plan.addresses)
     if refused:
         raise ContractError(problem_list(f"{tools.label}: TensorRT refused ({tools.log.take()})", refused))
 
 
-def _enqueue(tools: LaunchTools, lane: Lane, plan: LaunchPlan) -> None:
+def _enqueue(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> None:
     device = tools.memory.device
     for copy in plan.copies_in:
-        device.copy(copy.target, copy.source, copy.size, lane.stream)
-    if not enqueue(lane.context, lane.stream):
+        device.copy(copy.target, copy.source, copy.size, context.stream)
+    if not enqueue(context.execution, context.stream):
         raise ContractError(f"{tools.label}: TensorRT did not run the engine ({tools.log.take()})")
     for copy in plan.copies_out:
-        device.copy(copy.target, copy.source, copy.size, lane.stream)
+        device.copy(copy.target, copy.source, copy.size, context.stream)

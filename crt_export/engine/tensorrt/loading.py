@@ -12,10 +12,10 @@ from crt_export.engine.tensorrt import calls, runtime_cache
 from crt_export.engine.tensorrt.api import Api, ICudaEngine, IExecutionContext, Runtime
 from crt_export.engine.tensorrt.calls import EngineTensor, RuntimeLog
 from crt_export.engine.tensorrt.device import Device
-from crt_export.engine.tensorrt.launch import Lane
+from crt_export.engine.tensorrt.launch import StreamContext
 from crt_export.engine.tensorrt.sidecar import EngineFacts, EngineFile, read_sidecar
 from crt_export.errors import ContractError, problem_list
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, interface_problems, same_sizes
 
@@ -75,9 +75,9 @@ class LoadedEngine:
             self._configs[captured] = calls.context_config_rtx(self._api, self._engine, self._cache, captured=captured)
         return calls.create_context_rtx(self._engine, self._configs[captured])
 
-    def capturable(self, lane: Lane) -> bool:
-        """Whether TensorRT lets a run in this lane be captured; only TensorRT-RTX can be asked."""
-        return not self._rtx or calls.stream_capturable_rtx(lane.context, lane.stream)
+    def capturable(self, context: StreamContext) -> bool:
+        """Whether TensorRT lets a run in this context be captured; only TensorRT-RTX can be asked."""
+        return not self._rtx or calls.stream_capturable_rtx(context.execution, context.stream)
 
     def close(self) -> None:
         """Keep the compiled kernels for the next process, then destroy the engine before its runtime."""

@@ -21,7 +21,7 @@ from crt_export.engine.tensorrt.device import Device
 from crt_export.errors import ContractError
 
 
-class Releases:
+class DeviceResources:
     """What one engine must give back. Python decides when an owner goes, so each release may come in any thread."""
 
     def __init__(self) -> None:
@@ -96,11 +96,11 @@ MOST_PINNED = 16 << 20
 class DeviceMemory:
     """Allocates an engine's tensors and runs the copies between them and the host, on a stream of its own."""
 
-    def __init__(self, device: Device, releases: Releases) -> None:
+    def __init__(self, device: Device, resources: DeviceResources) -> None:
         self.device = device
-        self.releases = releases
+        self.resources = resources
         self.stream = device.create_stream()
-        releases.attach(self, device.free_stream, self.stream)
+        resources.attach(self, device.free_stream, self.stream)
 
     def allocate(self, size: int, owner: object) -> int:
         """Address of ``size`` bytes (content undefined) that are freed with their owner.
@@ -108,16 +108,16 @@ class DeviceMemory:
         Raises:
             ContractError: The device has no more, or the engine is closed.
         """
-        self.releases.require_open()
+        self.resources.require_open()
         address = self.device.allocate(max(size, 1))
-        self.releases.attach(owner, self.device.free, address)
+        self.resources.attach(owner, self.device.free, address)
         return address
 
     def pinned(self, size: int) -> np.ndarray:
         """Pinned host memory, uint8 [size], that lives as long as the array or any view of it."""
         address = self.device.allocate_host(max(size, 1))
         block = _PinnedBlock(address, size)
-        self.releases.attach(block, self.device.free_host, address, outlives_engine=True)
+        self.resources.attach(block, self.device.free_host, address, outlives_engine=True)
         return np.asarray(block)
 
 
@@ -170,7 +170,7 @@ class DeviceTensor:
         memory.device.synchronize(memory.stream)
 
     def _open_memory(self) -> DeviceMemory:
-        self._memory.releases.require_open()
+        self._memory.resources.require_open()
         return self._memory
 
     def _host_memory(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 from crt_export.environment import find_dependency, is_ampere_plus
 from crt_export.errors import BundleError, ContractError, MissingDependencyError, problem_list
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile
 from crt_export.spec import GraphSpec, interface_problems
 from crt_export.strict_json import parse_json

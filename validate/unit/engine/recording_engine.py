@@ -20,7 +20,7 @@ from crt_export.engine.onnxruntime import load_graph
 from crt_export.engine.tensorrt.engine import TensorRTEngine
 from crt_export.engine.tensorrt.loading import Machine
 from crt_export.engine.tensorrt.sidecar import EngineFile
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime.opening import Target, check_contract, engine_from_target
 from crt_export.spec import GraphSpec, graph_spec

@@ -15,7 +15,7 @@ import pytest
 from crt_export.engine.tensorrt import device
 from crt_export.engine.tensorrt.device import CudaDevice, Device
 from crt_export.errors import ContractError, MissingDependencyError
-from crt_export.gpu import list_gpus
+from crt_export.machine import list_gpus
 
 GPU = bool(list_gpus())
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from crt_export.engine.tensorrt import memory as device_memory
-from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources, DeviceTensor
 from crt_export.errors import ContractError
 
 
 @pytest.fixture
 def memory(recording: Any) -> DeviceMemory:
-    return DeviceMemory(recording.device, Releases())
+    return DeviceMemory(recording.device, DeviceResources())
 
 
 def test_a_new_tensor_is_zero_and_keeps_what_is_written(memory: DeviceMemory) -> None:
@@ -73,11 +73,11 @@ def test_memory_goes_with_its_tensor_but_not_while_what_was_read_is_in_use(
 
 
 def test_a_closed_engine_has_no_memory(recording: Any) -> None:
-    releases = Releases()
-    memory = DeviceMemory(recording.device, releases)
+    resources = DeviceResources()
+    memory = DeviceMemory(recording.device, resources)
     tensor = DeviceTensor(memory, (8,), "int64")
-    releases.close()
-    releases.close()
+    resources.close()
+    resources.close()
     assert recording.device.live == {"memory": 0, "pinned": 0, "streams": 0, "graphs": 0}
     for call in (tensor.read, lambda: tensor.write(np.zeros(8)), lambda: DeviceTensor(memory, (1,), "int64")):
         with pytest.raises(ContractError, match="this engine is closed"):
@@ -86,10 +86,10 @@ def test_a_closed_engine_has_no_memory(recording: Any) -> None:
 
 def test_nothing_is_released_while_a_stream_is_captured(recording: Any) -> None:
     """Python may collect garbage in the middle of a capture, in the very thread that captures."""
-    releases = Releases()
-    memory = DeviceMemory(recording.device, releases)
+    resources = DeviceResources()
+    memory = DeviceMemory(recording.device, resources)
     tensor = DeviceTensor(memory, (8,), "int64")
-    with releases.deferred():
+    with resources.deferred():
         recording.device.begin_capture(memory.stream)
         del tensor
         gc.collect()
@@ -99,10 +99,10 @@ def test_nothing_is_released_while_a_stream_is_captured(recording: Any) -> None:
 
 
 def test_a_device_that_cannot_free_is_no_error_of_its_own(recording: Any) -> None:
-    releases = Releases()
-    memory = DeviceMemory(recording.device, releases)
+    resources = DeviceResources()
+    memory = DeviceMemory(recording.device, resources)
     tensor = DeviceTensor(memory, (8,), "int64")
     recording.device.fail["free"] = 0
     del tensor
-    releases.close()
-    assert releases.closed
+    resources.close()
+    assert resources.closed

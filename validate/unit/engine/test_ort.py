@@ -193,7 +193,6 @@ def test_tensors_outside_the_contracts_dtypes_are_refused(tmp_path: Path) -> Non
     [
         ({"threads": -1}, "threads"),
         ({"threads": 1.5}, "threads"),
-        ({"graph_optimization": "most"}, "graph_optimization"),
         ({"device": "tpu", "threads": -1}, "2 problems"),
     ],
 )

@@ -331,11 +331,11 @@ def test_tensorrt_that_does_not_start_is_a_missing_dependency(version: str, stub
     code = """
 import sys
 from pathlib import Path
-from crt_export import errors, gpu
+from crt_export import errors, machine
 from crt_export.engine.tensorrt import api, builder
 from crt_export.profile import load_profile
 from crt_export.spec import GraphSpec
-api.list_gpus = lambda: (gpu.Gpu(name="GPU", compute_capability=90),)
+api.list_gpus = lambda: (machine.Gpu(name="GPU", compute_capability=90),)
 contract = GraphSpec(name="step", inputs=(), outputs=(), aliases=())
 job = builder.BuildJob(
     path=Path("step.onnx"), label="x", profile=load_profile("trt-sm80-fp16"), contract=contract, shapes={}

@@ -20,7 +20,7 @@ from crt_export.engine.tensorrt.api import load_api
 from crt_export.engine.tensorrt.build import build_engine
 from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError, MissingDependencyError, UnsupportedError
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile, load_profile
 
 WIDTH = 64

@@ -11,7 +11,7 @@ import pytest
 from crt_export.engine.base import BufferSlice
 from crt_export.engine.tensorrt.calls import EngineTensor
 from crt_export.engine.tensorrt.launch_plan import ALIGNMENT, LaunchPlan, plan_launch
-from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceTensor, Releases
+from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources, DeviceTensor
 from crt_export.errors import ContractError
 from crt_export.spec import TensorSpec
 
@@ -38,7 +38,7 @@ ENGINE = (
 
 @pytest.fixture
 def memory(recording: Any) -> DeviceMemory:
-    return DeviceMemory(recording.device, Releases())
+    return DeviceMemory(recording.device, DeviceResources())
 
 
 def bound(memory: DeviceMemory, start: int = 0, stop: int = 4) -> tuple[Bound, Bound]:

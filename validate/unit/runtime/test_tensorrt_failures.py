@@ -15,7 +15,7 @@ import pytest
 from crt_export.bundle import MANIFEST_NAME
 from crt_export.bundle.integrity import sealed
 from crt_export.errors import BundleError, ContractError, InputError, MissingDependencyError
-from crt_export.gpu import Gpu
+from crt_export.machine import Gpu
 from crt_export.runtime import Bundle, load_bundle
 
 Open = Callable[..., Bundle]

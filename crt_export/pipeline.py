@@ -3,18 +3,20 @@
 ::
 
     folder --load_checkpoint--> Checkpoint --write_graphs--> graphs/*.onnx --build_targets--> engines/
-           --check_parity--> ParityReport --Staging.commit--> bundle
+           --Staging.complete--> BundleFiles --check_parity--> ParityReport --Staging.commit--> bundle
 
 Before the first graph, PyTorch FP32 is compared with the user's own model, where there is a file of what that gives.
-Every stage works in a staging folder beside the output. Only a complete bundle whose report passed takes the output's
-place; an error, Ctrl-C or a crash at any point leaves what was there.
+Every stage works in a staging folder beside the output. The bundle there is complete but for its verdict when the
+evidence opens it, as an application would, and only one whose report passed takes the output's place. An error, Ctrl-C
+or a crash at any point leaves what was there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from crt_export.build.calibration import quantization_plan, read_build_text
@@ -25,11 +27,11 @@ from crt_export.build.prefill import prefill_plans
 from crt_export.build.store import StageStore
 from crt_export.build.targets import BuiltTarget, build_targets
 from crt_export.build.vectors import write_vectors
-from crt_export.bundle import stage_bundle
+from crt_export.bundle import BundleFiles, stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
 from crt_export.parity import ParityReport, check_parity
-from crt_export.parity.bundle import REFERENCE_FOLDER
+from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, no_progress
@@ -79,40 +81,41 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
         write_vectors(checkpoint, tokenizer, profiles, text.validation, plan, staging.path, progress)
+        manifest = partial(
+            manifest_from_build,
+            checkpoint,
+            options,
+            text=text.identity,
+            calibration=calibration,
+            graphs=graphs.values(),
+            targets=targets,
+            prefills=prefills,
+        )
         report = None
         if options.validated and text.validation is not None:
-            report = _validated(checkpoint, targets, text.validation, plan, own_model, staging.path, options, progress)
+            progress("complete the bundle", 0, 0)
+            with closing(staging.complete(manifest(report=None))) as files:
+                report = _validated(files, checkpoint, text.validation, plan, own_model, options, progress)
             (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
-        staging.commit(
-            manifest_from_build(
-                checkpoint,
-                options,
-                text=text.identity,
-                calibration=calibration,
-                graphs=graphs.values(),
-                targets=targets,
-                prefills=prefills,
-                report=report,
-            )
-        )
+        staging.commit(manifest(report=report))
     return BuildResult(path=options.output, targets=targets, report=report)
 
 
 def _validated(
+    files: BundleFiles,
     checkpoint: Checkpoint,
-    targets: Sequence[BuiltTarget],
     text: TokenText,
     plan: W8A8Plan | None,
     own_model: LevelResult,
-    folder: Path,
     options: BuildOptions,
     progress: Progress,
 ) -> ParityReport:
-    cases = [target.parity_case(folder, checkpoint.config) for target in targets]
+    cases = [case_from_manifest(files, name) for name in files.manifest["targets"]]
     report = check_parity(
         checkpoint, cases, text, options=options.parity, plan=plan, own_model=own_model, progress=progress
     )
+    files.check_unchanged()
     if not report.passed:
         heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"
         raise ParityError(problem_list(heading, report.failures), report.to_dict())

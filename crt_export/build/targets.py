@@ -22,7 +22,6 @@ from crt_export.graph import check_contract
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
-from crt_export.parity import ParityCase, case_from_profile
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
@@ -55,16 +54,6 @@ class BuiltTarget:
     refused: str
     files: tuple[GraphFile, ...]
     layers: Mapping[str, Mapping[str, int]]
-
-    def parity_case(self, folder: Path, config: ModelConfig) -> ParityCase:
-        """What the parity stage checks, with absolute paths."""
-        return case_from_profile(
-            self.profile,
-            {name: folder / file for name, file in self.graphs.items()},
-            unroll=self.profile.unroll or 1,
-            capacity=self.profile.capacity,
-            compiled=tuple(self.engines),
-        )
 
     def to_dict(self, config: ModelConfig) -> dict[str, Any]:
         """The target's entry in the manifest."""

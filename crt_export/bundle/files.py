@@ -39,6 +39,7 @@ class BundleFiles:
         self._held: dict[str, HeldFile] = {}
         self._verified: dict[str, FileState] = {}
         self._scanned: dict[str, tuple[FileState, tuple[ExternalTensor, ...]]] = {}
+        self._used: set[str] = set()
         self._closed = False
 
     @property
@@ -60,6 +61,11 @@ class BundleFiles:
     def names(self) -> tuple[str, ...]:
         """Every file that the manifest lists, relative to the bundle, sorted."""
         return tuple(sorted(self._manifest["files"]))
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the files that were given out so far, weights of graphs included; a mere check is no use."""
+        return frozenset(self._used)
 
     def __contains__(self, name: object) -> bool:
         return name in self._manifest["files"]
@@ -84,7 +90,18 @@ class BundleFiles:
         except OSError as error:
             raise BundleError(f"{name!r} in {self.path} cannot be read ({error.strerror})") from error
         self._refuse(name, "changed while it was read" if changed else None)
+        self._used.add(name)
         return content
+
+    def check(self, name: str) -> None:
+        """Check what a listed file is now, and the weight files of a graph; nothing is given out.
+
+        Raises:
+            BundleError: As :meth:`file` and :meth:`graph`.
+        """
+        self._checked(name)
+        if name.endswith(".onnx"):
+            self._checked_weights(name)
 
     def file(self, name: str) -> Path:
         """Return the path of a listed file after checking what is there now.
@@ -100,9 +117,9 @@ class BundleFiles:
             BundleError: The file is not listed, missing, a link, or differs from what was built; or the bundle was
                 replaced since it was opened.
         """
-        self._refuse_other_place()
-        self._refuse(name, self._problem_of_name(name))
-        return self.path / name
+        path = self._checked(name)
+        self._used.add(name)
+        return path
 
     def graph(self, name: str) -> Path:
         """Return the path of an ONNX graph after checking it and every weight file it points at.
@@ -119,9 +136,7 @@ class BundleFiles:
         """
         self._refuse_other_than_graph(name)
         path = self.file(name)
-        for weights in self._weights_of_entry(name):
-            self.file(weights)
-        self._refuse_external(name, self._problem_of_name)
+        self._used |= self._checked_weights(name)
         return path
 
     def held_graph(self, name: str) -> HeldGraph:
@@ -138,6 +153,7 @@ class BundleFiles:
         held = {}
         for location in self._refuse_external(name, self._problem):
             other = posixpath.join(folder, location)
+            self._used.add(other)
             held[location] = HeldWeights(
                 path=self.path / other,
                 file=self._held[other],
@@ -216,6 +232,19 @@ class BundleFiles:
         known = sorted({entry["file"] for entry in self._manifest["graphs"]})
         if name not in known and not any(name in graphs for graphs in of_targets):
             raise BundleError(f"{name!r} is not a graph of {self.path}; its graphs are {', '.join(known) or '(none)'}")
+
+    def _checked(self, name: str) -> Path:
+        self._refuse_other_place()
+        self._refuse(name, self._problem_of_name(name))
+        return self.path / name
+
+    def _checked_weights(self, name: str) -> set[str]:
+        """Check the weight files of a (checked) graph; their names."""
+        names = set(self._weights_of_entry(name))
+        for weights in names:
+            self._checked(weights)
+        folder = posixpath.dirname(name)
+        return names | {posixpath.join(folder, place) for place in self._refuse_external(name, self._problem_of_name)}
 
     def _weights_of_entry(self, name: str) -> list[str]:
         entries = (entry for entry in self._manifest["graphs"] if entry["file"] == name)

@@ -62,6 +62,15 @@ def open_bundle(
     return bundle
 
 
+def open_staged(folder: Path) -> BundleFiles:
+    """Open the bundle that a build has completed in its staging folder, and will put in its place if it agrees.
+
+    Raises:
+        BundleError: Its manifest cannot be read.
+    """
+    return _proven(_read_bundle(folder)[0])
+
+
 def _real_folder(path: str | os.PathLike[str]) -> Path:
     """The folder, links resolved; refuses what no path can be: NUL characters, too many of them, other types."""
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.bundle.exchange import replace_folder, sync_folder
+from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.leftovers import (
     leftover_path,
     remove_or_warn,
@@ -17,9 +18,10 @@ from crt_export.bundle.leftovers import (
     sweep_leftovers,
 )
 from crt_export.bundle.manifest import manifest_text
+from crt_export.bundle.opening import open_staged
 from crt_export.bundle.output import check_output, check_target
 from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
-from crt_export.bundle.paths import collision_problems, hash_file, list_tree, name_problem
+from crt_export.bundle.paths import FileState, collision_problems, file_state, hash_file, list_tree, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
 from crt_export.termination import not_interrupted, orderly_termination
@@ -39,11 +41,31 @@ class Staging:
         self.path = path
         self.output = output
         self._committed = False
+        self._completed = False
+        self._sealed: dict[str, tuple[FileState, str]] = {}
 
     @property
     def committed(self) -> bool:
         """True once the bundle is at ``output``."""
         return self._committed
+
+    def complete(self, manifest: Mapping[str, Any]) -> BundleFiles:
+        """Write the manifest and open the folder as applications open a bundle: what is checked is what ships.
+
+        Args:
+            manifest: As for :meth:`commit`, which completes it again with the verdict.
+
+        Returns:
+            The files; close them before the commit.
+
+        Raises:
+            BundleError: As for :meth:`commit`.
+        """
+        try:
+            self._write(manifest)
+        except OSError as error:
+            raise _error_of_write(error, self.output) from error
+        return open_staged(self.path)
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Complete the bundle and put it at ``output``; only then is an old bundle there removed.
@@ -59,10 +81,7 @@ class Staging:
         if self._committed:
             raise BundleError(f"the bundle {self.output} is committed already; call stage_bundle again for another one")
         try:
-            files = _sealed_files(self.path)
-            text = manifest_text({**manifest, "schema_version": SCHEMA_VERSION, "files": files})
-            _write_synced(self.path / MANIFEST_NAME, text)
-            sync_folder(self.path)
+            self._write(manifest)
             with folder_lock(self.output.parent):
                 check_target(self.output)  # minutes have passed since the first check
                 old = replace_folder(self.path, self.output, leftover_path(self.output, "previous"))
@@ -71,6 +90,47 @@ class Staging:
                     remove_or_warn(old)
         except OSError as error:
             raise _error_of_write(error, self.output) from error
+
+    def _write(self, manifest: Mapping[str, Any]) -> None:
+        """Force every file and folder to the disk, the manifest last."""
+        if self._completed:
+            (self.path / MANIFEST_NAME).unlink()
+            self._completed = False
+        files = self._sealed_files()
+        text = manifest_text({**manifest, "schema_version": SCHEMA_VERSION, "files": files})
+        _write_synced(self.path / MANIFEST_NAME, text)
+        self._completed = True
+        sync_folder(self.path)
+
+    def _sealed_files(self) -> dict[str, dict[str, Any]]:
+        """Force every file and folder to the disk; return the manifest's ``files``."""
+        tree = list_tree(self.path)
+        problems = list(tree.problems)
+        for name in (*tree.files, *tree.folders):
+            problem = name_problem(name)
+            if problem:
+                problems.append(f"{name!r}: the path {problem}")
+        problems += collision_problems(tree.files)
+        if MANIFEST_NAME in tree.files or MANIFEST_NAME in tree.folders:
+            problems.append(f"{MANIFEST_NAME!r} is written by commit and by nobody else")
+        if problems:
+            raise BundleError(problem_list(f"these files cannot go into a bundle ({self.path})", problems))
+        files: dict[str, dict[str, Any]] = {}
+        for name in tree.files:
+            state, digest = self._seal(name)
+            files[name] = {"size": state.size, "sha256": digest}
+        for name in reversed(tree.folders):
+            sync_folder(self.path / name)
+        return files
+
+    def _seal(self, name: str) -> tuple[FileState, str]:
+        """State and digest of a file that is on the disk; hashed again only where it changed."""
+        path = self.path / name
+        sealed = self._sealed.get(name)
+        if sealed is None or sealed[0] != file_state(path.lstat()):
+            digest, state = hash_file(path, sync=True)
+            sealed = self._sealed[name] = (state, digest)
+        return sealed
 
 
 @contextmanager
@@ -169,28 +229,6 @@ def _remove_empty(made: list[Path]) -> None:
     for folder in made:
         with suppress(OSError):  # no longer empty: in use
             folder.rmdir()
-
-
-def _sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Force every file and folder to the disk; return the manifest's ``files``."""
-    tree = list_tree(folder)
-    problems = list(tree.problems)
-    for name in (*tree.files, *tree.folders):
-        problem = name_problem(name)
-        if problem:
-            problems.append(f"{name!r}: the path {problem}")
-    problems += collision_problems(tree.files)
-    if MANIFEST_NAME in tree.files or MANIFEST_NAME in tree.folders:
-        problems.append(f"{MANIFEST_NAME!r} is written by commit and by nobody else")
-    if problems:
-        raise BundleError(problem_list(f"these files cannot go into a bundle ({folder})", problems))
-    files: dict[str, dict[str, Any]] = {}
-    for name in tree.files:
-        digest, state = hash_file(folder / name, sync=True)
-        files[name] = {"size": state.size, "sha256": digest}
-    for name in reversed(tree.folders):
-        sync_folder(folder / name)
-    return files
 
 
 def _write_synced(path: Path, text: str) -> None:

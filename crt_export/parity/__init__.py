@@ -1,6 +1,6 @@
 """Does the deployed form still compute the model? Every graph against PyTorch FP32 on held-out text."""
 
-from crt_export.parity.bundle import case_from_profile, validate_bundle
+from crt_export.parity.bundle import validate_bundle
 from crt_export.parity.case import ParityCase
 from crt_export.parity.check import check_parity
 from crt_export.parity.report import ParityReport, ParityRow
@@ -14,7 +14,6 @@ __all__ = [
     "ParityRow",
     "Tolerance",
     "Tolerances",
-    "case_from_profile",
     "check_parity",
     "load_tolerances",
     "validate_bundle",

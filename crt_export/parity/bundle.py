@@ -14,14 +14,15 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.ladder import OWN_MODEL
-from crt_export.parity.case import ParityCase
+from crt_export.parity.case import ParityCase, TargetGraphs
 from crt_export.parity.check import check_parity
 from crt_export.parity.own_model import check_own_model, not_compared, own_model_report
 from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
+from crt_export.parity.runner import disabled_optimizers
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
-from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.report.own_model import own_model_text, was_compared
 from crt_export.text import TokenText, read_text
@@ -99,58 +100,28 @@ def validate_bundle(
 
 
 def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
-    """One target of a bundle, every file it needs verified."""
+    """One target of a bundle, every file it needs checked; the one way from a bundle to what is compared."""
     entry = files.manifest["targets"][name]
     try:
         profile = EngineProfile.from_dict(entry["profile"], source=f"{name} of {files.path}")
     except InputError as error:
         raise BundleError(str(error)) from error
-    for engine in entry["engines"].values():
-        files.file(engine)
-    return case_from_profile(
-        profile,
-        {graph: files.graph(file) for graph, file in entry["graphs"].items()},
-        unroll=entry["unroll"] or 1,
-        capacity=entry["capacity"],
-        compiled=tuple(entry["engines"]),
-    )
-
-
-def case_from_profile(
-    profile: EngineProfile,
-    graphs: dict[str, Path],
-    *,
-    unroll: int,
-    capacity: int | None,
-    compiled: tuple[str, ...] = (),
-) -> ParityCase:
-    """One target from its profile and files.
-
-    Args:
-        profile: The target.
-        graphs: ONNX file per graph name, as they are deployed or compiled.
-        unroll: Passes K of the prefill graph.
-        capacity: Cache length of the target; the graphs of a compiled target are fixed to it, those that ONNX Runtime
-            deploys leave it open.
-        compiled: Graphs an engine was compiled of.
-    """
-    settings = profile.options
+    for file in (*entry["engines"].values(), *entry["graphs"].values()):
+        files.check(file)
     return ParityCase(
         target=profile.name,
         runtime=profile.runtime,
         precision=profile.precision,
-        graphs=graphs,
-        unroll=unroll,
+        graphs=TargetGraphs(files, entry["graphs"]),
+        unroll=entry["unroll"] or 1,
         cache_dtype=profile.cache_dtype,
-        capacity=capacity if profile.compiled else None,
+        # The graphs of a compiled target are fixed to its capacity; those that ONNX Runtime deploys leave it open.
+        capacity=entry["capacity"] if profile.compiled else None,
         residual_dtype=profile.residual_dtype,
-        compiled=compiled,
-        disabled_optimizers=settings.disabled_optimizers if isinstance(settings, OrtOptions) else STATIC_DISABLED,
+        compiled=tuple(entry["engines"]),
+        disabled_optimizers=disabled_optimizers(profile),
+        files=files,
     )
-
-
-#: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
-STATIC_DISABLED = ("MatMulAddFusion",)
 
 
 def _chosen(files: BundleFiles, targets: Sequence[str]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
+from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
@@ -16,6 +17,28 @@ from crt_export.spec import GraphSpec, graph_names, graph_spec
 
 HALF_PRECISIONS = ("fp16", "w8a8")
 _ARITHMETIC = {"fp32": "fp32", "w8": "int8+fp32", "fp16": "fp32-emulated", "w8a8": "fp32-emulated"}
+
+
+class TargetGraphs(Mapping[str, Path]):
+    """ONNX file per graph name of a target, given out by the bundle when it is asked for."""
+
+    def __init__(self, files: BundleFiles, names: Mapping[str, str]) -> None:
+        """Name the files.
+
+        Args:
+            files: The opened bundle.
+            names: File of the bundle per graph name.
+        """
+        self._files, self._names = files, dict(names)
+
+    def __getitem__(self, graph: str) -> Path:
+        return self._files.graph(self._names[graph])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +56,7 @@ class ParityCase:
         residual_dtype: Of the residual stream: ``float16`` or ``float32``.
         compiled: Names of the graphs for which an engine was compiled; listed, never passed.
         disabled_optimizers: ONNX Runtime rewrites to leave out.
+        files: The bundle it is a target of.
     """
 
     target: str
@@ -44,7 +68,8 @@ class ParityCase:
     capacity: int | None = None
     residual_dtype: str = "float32"
     compiled: tuple[str, ...] = ()
-    disabled_optimizers: tuple[str, ...] = field(default=())
+    disabled_optimizers: tuple[str, ...] = ()
+    files: BundleFiles | None = field(default=None, repr=False)
 
     @property
     def arithmetic(self) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.model import Model
+from crt_export.parity.case import ParityCase
 from crt_export.parity.metrics import AT_LEAST, AT_MOST, WITHIN, Check, failed_check, json_value
 from crt_export.parity.reference import Reference
+from crt_export.parity.runner import Runner, Runners
 from crt_export.parity.tolerances import Tolerance, Tolerances
 from crt_export.parity.windows import ParityOptions, Windows
 from crt_export.progress import Progress
@@ -145,6 +148,21 @@ class ParitySetup:
     def threads(self) -> int:
         """CPU threads. PyTorch's count honours OMP_NUM_THREADS, so that checks side by side do not fight for cores."""
         return self.options.threads or torch.get_num_threads()
+
+    @cached_property
+    def runners(self) -> Runners:
+        """The deployed engines of the targets, loaded when a level first asks for one."""
+        return Runners(self.config, self.threads)
+
+    def runner(self, case: ParityCase) -> Runner:
+        """The deployed engine of a target.
+
+        Raises:
+            BundleError: A file is missing or differs from what was built.
+            ContractError: A graph cannot be loaded or breaks the contract.
+        """
+        assert case.files is not None, "a target is compared as the bundle holds it"
+        return self.runners.of(case.files, case.target)
 
     def limits(self, precision: str) -> Tolerance:
         """The limits of one precision."""

@@ -13,11 +13,12 @@ from crt_export.build.graphs import forms_of_profile, write_graphs
 from crt_export.build.targets import _write_target_form
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, case_from_profile
+from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.one_step import check_one_step
 from crt_export.parity.reference import Reference
+from crt_export.parity.runner import disabled_optimizers
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile, load_profile
@@ -108,4 +109,14 @@ def _case(profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: 
             name: folder / _write_target_form(profile, file, "decomposed", config, folder).file
             for name, file in own.items()
         }
-    return case_from_profile(profile, graphs, unroll=profile.unroll or 1, capacity=profile.capacity)
+    return ParityCase(
+        target=profile.name,
+        runtime=profile.runtime,
+        precision=profile.precision,
+        graphs=graphs,
+        unroll=profile.unroll or 1,
+        cache_dtype=profile.cache_dtype,
+        capacity=profile.capacity if profile.compiled else None,
+        residual_dtype=profile.residual_dtype,
+        disabled_optimizers=disabled_optimizers(profile),
+    )

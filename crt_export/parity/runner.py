@@ -1,0 +1,523 @@
+"""Runner: the deployed engine and decoder of one target, with a tap on every call that the engine makes.
+
+Every level that decodes, prefills or hands over does it here, so what it measures is what an application gets: the
+files are opened as a session opens them (:func:`crt_export.runtime.opening.engine_from_target`), with the profile's
+options, and tokens go through :class:`crt_export.runtime.decoder.Decoder` with its batching rule, caches and passes.
+
+A target of a GPU has no engine on the CPU that evidence runs on. Its decoder then runs over ONNX Runtime, which loads
+the ONNX files that are deployed or that its engines were compiled from, with the capacity fixed as there, rows padded
+as there, and FP16 multiplied in FP32 (``fp32-emulated``).
+
+Two things differ from a session, so that a level can say where and what comes after. What the engine delivers is
+looked at call by call (:attr:`Decoding.broken`); and values that are not finite or ids outside the vocabulary, at which
+a session ends, are noted (:attr:`Decoding.refused`) and decoding goes on. An output that a graph leaves unwritten is
+NaN, or -1, and never what the call before left there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from crt_export.bundle import BundleFiles
+from crt_export.config import ModelConfig
+from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
+from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
+from crt_export.errors import BundleError, ContractError
+from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.runtime.decoder import Decoder
+from crt_export.runtime.opening import (
+    DEMANDED_GRAPHS,
+    SESSION_GRAPHS,
+    Target,
+    check_contract,
+    config_from_manifest,
+    engine_from_target,
+    target_from_manifest,
+)
+from crt_export.runtime.prefill_plan import PrefillRule
+from crt_export.runtime.rows import Batch
+from crt_export.runtime.window import Window
+
+#: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
+_STATIC_DISABLED = ("MatMulAddFusion",)
+_PASS = "prefill_pass"
+_HEAD = "head"
+#: Up to so many parameters all targets of a bundle stay loaded; a larger model has one at a time.
+_SMALL_PARAMETERS = 20_000_000
+#: Memory that the caches of one decoding may take.
+_BATCH_BYTES = 512 * 2**20
+
+
+class Runner:
+    """The loaded graphs of one target.
+
+    Attributes:
+        target: The target, as a session reads it from the manifest.
+        config: The model.
+        engine: Where its decoders run.
+    """
+
+    def __init__(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> None:
+        """Open the target; :func:`open_runner` does it by name.
+
+        Args:
+            files: The opened bundle.
+            target: One of its targets.
+            config: The model.
+            threads: CPU threads, 0 for every core.
+
+        Raises:
+            BundleError: A file is missing or differs from what was built.
+            ContractError: A graph cannot be loaded or breaks the contract.
+            MissingDependencyError: ONNX Runtime is not installed.
+        """
+        self.target, self.config = target, config
+        self.engine = (
+            engine_from_target(files, target, config, threads)
+            if target.profile.device == "cpu"
+            else _emulated_engine(files, target, config, threads)
+        )
+        self._files, self._threads = files, threads
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether steps and prefill are the same graph, as on a CPU; the K-fold prefill is then K passes of it."""
+        return self.engine.one_graph
+
+    @property
+    def capacity(self) -> int | None:
+        """The only capacity that the target runs with; None where any does."""
+        return self.engine.fixed_capacity
+
+    def graph_name(self, graph: str) -> str:
+        """The graph that makes this step or prefill: ``prefill_pass`` where one graph makes all."""
+        return self.target.one_graph(self.config) or graph
+
+    def decoding(self, rows: int, capacity: int, window: Window | None = None) -> Decoding:
+        """A decoder for some rows, empty.
+
+        Args:
+            rows: How many.
+            capacity: Most tokens of a row; a target with a fixed capacity has that one instead.
+            window: Given where full rows slide.
+        """
+        return Decoding(self, rows, self.capacity or capacity, window)
+
+    def most_rows(self, capacity: int) -> int:
+        """How many rows of that capacity keep the caches of a decoding within half a gigabyte; at least one."""
+        sizes = self.target.sizes(self.config, 1, self.capacity or capacity)
+        items = 2 * sizes.layers * sizes.heads * sizes.capacity * sizes.head_dim
+        return max(1, _BATCH_BYTES // (items * np.dtype(sizes.cache_dtype).itemsize))
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits of hidden states through the validation graph ``head``.
+
+        Args:
+            hidden: float32 [rows, seq, hidden].
+
+        Returns:
+            float32 [rows, seq, vocab]; each row in a call of its own where the target runs rows apart.
+
+        Raises:
+            ContractError: The graph cannot be loaded, breaks the contract or failed.
+            BundleError: Its file is missing or differs from what was built.
+        """
+        parts = [hidden] if self.target.rows_are_independent else [hidden[row : row + 1] for row in range(len(hidden))]
+        logits = [self._head.run({"hidden": np.ascontiguousarray(part)})["logits"] for part in parts]
+        found = np.concatenate(logits) if len(logits) > 1 else logits[0]
+        expected = (*hidden.shape[:2], self.config.vocab_size)
+        if found.shape != expected or found.dtype != np.float32:
+            raise ContractError(
+                f"head: logits are {found.dtype} {list(found.shape)}, expected float32 {list(expected)}"
+            )
+        return found
+
+    def close(self) -> None:
+        """Release the graphs."""
+        self.engine.close()
+        self.__dict__.pop("_head", None)
+
+    @cached_property
+    def _head(self) -> OrtGraph:
+        if _HEAD not in self.target.graphs:
+            raise ContractError(f"target {self.target.name} has no {_HEAD} graph, which validation needs")
+        graphs = {_HEAD: self._files.held_graph(self.target.graphs[_HEAD])}
+        engine = OrtEngine(graphs, _settings(self.target, self._threads), max_tokens=self.engine.max_tokens)
+        program = engine.program(_HEAD)
+        check_contract({_HEAD: program}, self.target, self.config)
+        return program
+
+
+def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
+    """Open a target of a bundle for evidence.
+
+    Args:
+        files: The opened bundle.
+        name: The target.
+        threads: CPU threads, 0 for every core.
+
+    Raises:
+        InputError: The bundle has no such target.
+        BundleError: Its entry is unusable, or a file is missing or differs from what was built.
+        ContractError: A graph cannot be loaded or breaks the contract.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    config = config_from_manifest(files)
+    return Runner(files, target_from_manifest(files, name, config), config, threads)
+
+
+class Runners:
+    """The runners of a check, kept from level to level where the model is small enough to have them all open."""
+
+    def __init__(self, config: ModelConfig, threads: int) -> None:
+        """Start with none.
+
+        Args:
+            config: The model.
+            threads: CPU threads, 0 for every core.
+        """
+        self._keeps_all = config.parameter_count <= _SMALL_PARAMETERS
+        self._threads = threads
+        self._open: dict[tuple[int, str], Runner] = {}
+
+    def of(self, files: BundleFiles, name: str) -> Runner:
+        """The runner of a target, opened when it is first asked for; raises as :func:`open_runner`."""
+        key = (id(files), name)  # who asks holds the files
+        if key not in self._open:
+            if not self._keeps_all:
+                self.close()
+            self._open[key] = open_runner(files, name, self._threads)
+        return self._open[key]
+
+    def close(self) -> None:
+        """Release all of them."""
+        for runner in self._open.values():
+            runner.close()
+        self._open.clear()
+
+
+class Decoding:
+    """Rows that decode together, and what the engine delivered in the latest call.
+
+    Attributes:
+        runner: Whose engine runs.
+        refused: What a session would have ended at in the latest call: values that are not finite, unknown ids.
+    """
+
+    def __init__(self, runner: Runner, rows: int, capacity: int, window: Window | None) -> None:
+        """Allocate; :meth:`Runner.decoding` makes one."""
+        target = runner.target
+        self.runner = runner
+        self._tap = _Tap()
+        self._decoder = _NotingDecoder(
+            _TappedEngine(runner.engine, self._tap),
+            target.sizes(runner.config, rows, capacity),
+            target=target.name,
+            window=window,
+            rows_are_independent=target.rows_are_independent,
+            plan=target.prefill,
+        )
+        self.refused: list[str] = self._decoder.refused
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self._decoder.sizes.batch
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of a row."""
+        return self._decoder.sizes.capacity
+
+    @property
+    def position(self) -> list[int]:
+        """Tokens in the cache of each row, as the decoder counts them."""
+        return self._decoder.position
+
+    @property
+    def broken(self) -> list[str]:
+        """What outputs of the latest call contradict each other or the inputs, as sentences."""
+        return self._tap.broken
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """h of every token of the latest prefill, float32 [rows, tokens, hidden]."""
+        return self._tap.hidden
+
+    def step(self, ids: np.ndarray) -> None:
+        """Feed one token per row, int64 [rows].
+
+        Raises:
+            ContractError: The engine failed.
+        """
+        self._begin(1)
+        self._decoder.step(ids.tolist(), read_logits=True)
+
+    def prefill(self, ids: np.ndarray, passes: int, *, pass_by_pass: bool = False) -> None:
+        """Feed some tokens per row in parallel passes.
+
+        Args:
+            ids: int64 [rows, tokens].
+            passes: Number K of passes.
+            pass_by_pass: Through the graph of one pass even where the target has one that makes all K.
+
+        Raises:
+            ContractError: The engine failed.
+            UnsupportedError: The target has no graph of one pass.
+        """
+        self._begin(ids.shape[1])
+        rule = self._decoder.prefill_rule(passes if self.runner.config.recurrent else None, None)
+        if pass_by_pass:
+            rule = PrefillRule(passes=passes, bound=None, shortest=1, chunk=self._decoder.max_chunk)
+        self._decoder.prefill(list(ids), rule)
+
+    def reset(self) -> None:
+        """Forget every token, as a session does before another text."""
+        self._decoder.reset()
+
+    def empty_caches(self) -> None:
+        """Start again at position 0 with the state as it is, which no session does: the rule of chained windows."""
+        state = self._decoder.tensors.state()
+        kept = None if state is None else state.copy()
+        self._decoder.reset()
+        self._decoder.tensors.restore(self._decoder.tensors.caches(0), kept)
+
+    def place(self, position: int, state: np.ndarray | None, caches: Mapping[str, np.ndarray]) -> None:
+        """Go on from another place, as from a snapshot.
+
+        Args:
+            position: Tokens in the cache of each row.
+            state: float32 [rows, 1, hidden]; None for a plain transformer.
+            caches: ``0.key`` and so on to the entries, [rows, heads, position, head_dim].
+        """
+        self._decoder.reset()
+        self._decoder.tensors.restore(caches, state)
+        self._decoder.position = [position] * self.rows
+        self._decoder.tensors.clear(self._decoder.position)
+
+    def output(self, name: str) -> np.ndarray | None:
+        """What the engine wrote to an output in the latest call, [rows, ...]; None where its graph has none.
+
+        Caches are whole, ``present_key_values.0.key`` [rows, heads, length, head_dim]; may be the memory itself.
+        """
+        return self._tap.output(name)
+
+    def state(self) -> np.ndarray | None:
+        """Recurrent state, float32 [rows, 1, hidden], a copy; None for a plain transformer."""
+        state = self._decoder.tensors.state()
+        return None if state is None else state.copy()
+
+    def logits(self) -> np.ndarray:
+        """Logits after each row's last token, float32 [rows, vocab]; may be the memory itself."""
+        return self._decoder.tensors.logits()
+
+    def next_tokens(self) -> np.ndarray:
+        """The engine's choice after each row's last token, int64 [rows]."""
+        return np.array(self._decoder.next_tokens)
+
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        """Copies of the first ``length`` entries of every cache, ``0.key`` [rows, heads, length, head_dim]."""
+        return self._decoder.tensors.caches(length)
+
+    def _begin(self, tokens: int) -> None:
+        self.refused.clear()
+        self._tap.begin(self._decoder.position, tokens, self.runner.config.hidden_size)
+
+
+class _NotingDecoder(Decoder):
+    """The deployed decoder, which notes what it would refuse."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.refused: list[str] = []
+
+    def _refuse_non_finite(self, name: str, values: np.ndarray | None, batch: Batch, lengths: Sequence[int]) -> None:
+        try:
+            super()._refuse_non_finite(name, values, batch, lengths)
+        except ContractError as error:
+            self.refused.append(str(error))
+
+    def _refuse_unknown_tokens(self, chosen: list[int], batch: Batch) -> None:
+        try:
+            super()._refuse_unknown_tokens(chosen, batch)
+        except ContractError as error:
+            self.refused.append(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A launch and the memory it was bound to."""
+
+    graph: str
+    inputs: Mapping[str, BufferSlice]
+    outputs: Mapping[str, BufferSlice]
+
+    def read(self, name: str) -> np.ndarray:
+        """An input or output, the memory itself."""
+        return _view(self.inputs[name] if name in self.inputs else self.outputs[name])
+
+
+class _Tap:
+    """Sees every launch of a decoding."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+        self.hidden = np.empty((0, 0, 0), np.float32)
+        self._latest: dict[int, _Ran] = {}
+        self._start: list[int] = []
+
+    def begin(self, positions: Sequence[int], tokens: int, hidden: int) -> None:
+        """A call begins; ``positions`` are the tokens in the caches before it, ``tokens`` those it brings per row."""
+        self.broken.clear()
+        self._latest.clear()
+        self._start = list(positions)
+        if tokens > 1:
+            self.hidden = np.full((len(positions), tokens, hidden), np.nan, np.float32)
+
+    def saw(self, ran: _Ran) -> None:
+        """A launch has ended."""
+        first = ran.outputs["logits"].start
+        self._latest[first] = ran
+        place = f"row {first}" if len(self._start) > 1 else "the row"
+        self.broken += [f"{ran.graph}: {text}" for text in _contradictions(ran, self._start[first:], place)]
+        if "next_hidden" in ran.outputs and ran.graph != "step":
+            self._keep_hidden(ran)
+
+    def output(self, name: str) -> np.ndarray | None:
+        """The rows of an output, of all launches that were the last of theirs."""
+        ran = [self._latest[first] for first in sorted(self._latest)]
+        if not ran or name not in ran[0].outputs:
+            return None
+        parts = [launch.read(name) for launch in ran]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _keep_hidden(self, ran: _Ran) -> None:
+        """Passes leave out what is exact already, so a token's h is that of the last pass over it."""
+        rows, values = ran.outputs["logits"], ran.read("next_hidden")
+        for index, position in enumerate(ran.read("position").tolist()):
+            row = rows.start + index
+            # At the first call of a chunk the engine may read a position of its own; the decoder's count is the truth.
+            begin = max(0, position - self._start[row])
+            kept = self.hidden[row, begin : begin + values.shape[1]]
+            kept[...] = values[index, : len(kept)]
+
+
+def _contradictions(ran: _Ran, positions: Sequence[int], place: str) -> Iterator[str]:
+    """What the outputs of a launch say against each other and against its inputs."""
+    logits, chosen = ran.read("logits"), ran.read("next_token")[:, 0]
+    length = ran.read("length") if "length" in ran.inputs else np.ones(len(logits), np.int64)
+    before = np.asarray(positions[: len(logits)]) if ran.graph == "step" else ran.read("position")
+    found = ran.read("next_position")
+    wrong = found != before + length
+    if wrong.any():
+        row = int(wrong.argmax())
+        expected = int(before[row] + length[row])
+        yield f"next_position is {found[row]} after token {expected - 1} of {place}, expected {expected}"
+    finite = np.isfinite(logits).all(axis=1)
+    if (finite & (chosen != logits.argmax(axis=1))).any():
+        yield f"next_token after token {int(before[0] + length[0]) - 1} of {place} is not the argmax of logits"
+    if "next_state" in ran.outputs and "next_hidden" in ran.outputs:
+        hidden, last = ran.read("next_hidden"), np.maximum(length - 1, 0)
+        state = ran.read("next_state")[:, 0]
+        if not np.array_equal(state, hidden[np.arange(len(hidden)), last], equal_nan=True):
+            yield "next_state is not next_hidden of the last token"
+
+
+class _TappedEngine:
+    """An engine whose launches are seen by a tap; see :class:`crt_export.engine.base.Engine`."""
+
+    def __init__(self, engine: Engine, tap: _Tap) -> None:
+        self._engine, self._tap = engine, tap
+        self.max_tokens = engine.max_tokens
+        self.max_batch = engine.max_batch
+        self.fixed_capacity = engine.fixed_capacity
+        self.host_memory = engine.host_memory
+        self.one_graph = engine.one_graph
+
+    def program(self, graph: str) -> _TappedProgram:
+        return _TappedProgram(graph, self._engine.program(graph), self._tap)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return self._engine.allocate(shape, dtype)
+
+    def close(self) -> None:
+        """The engine is the runner's."""
+
+
+class _TappedProgram:
+    """A program whose launches are seen by a tap; see :class:`crt_export.engine.base.Program`."""
+
+    def __init__(self, graph: str, program: Program, tap: _Tap) -> None:
+        self._graph, self._program, self._tap = graph, program, tap
+        self.inputs, self.outputs = program.inputs, program.outputs
+
+    def bind(
+        self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
+    ) -> Launch:
+        launch = self._program.bind(inputs, outputs, repeated=repeated)
+        ran = _Ran(self._graph, dict(inputs), dict(outputs))
+        addresses = {rows.address for rows in inputs.values()}
+        # What is updated in place holds what earlier calls wrote; all else must be written by this one.
+        owned = [_view(rows) for rows in outputs.values() if rows.address not in addresses]
+        unwritten = [(values, np.nan if values.dtype.kind == "f" else -1) for values in owned]
+
+        def run() -> None:
+            for values, poison in unwritten:
+                values.fill(poison)
+            launch()
+            self._tap.saw(ran)
+
+        return run
+
+
+class _EmulatedEngine(OrtEngine):
+    """ONNX Runtime in the place of a GPU's engine: what the decoder asks an engine about is answered as there."""
+
+    host_memory = False  # type: ignore[assignment]  # pads rows and leaves no token out of a pass, as on a device
+
+
+def _emulated_engine(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    """Load the ONNX files of a GPU's target, the prefills when they are first asked for: K passes take gigabytes."""
+    missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
+    if missing:
+        raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
+    later = ("prefill", *DEMANDED_GRAPHS)
+    engine = _EmulatedEngine(
+        {"step": files.held_graph(target.graphs["step"])},
+        _settings(target, threads),
+        max_tokens=target.profile.seq.max,
+        on_demand={graph: partial(files.held_graph, target.graphs[graph]) for graph in later if graph in target.graphs},
+        check=lambda graph, program: check_contract({graph: program}, target, config),
+    )
+    check_contract({"step": engine.program("step")}, target, config)
+    engine.fixed_capacity = target.capacity if target.profile.compiled else None
+    return engine
+
+
+def _settings(target: Target, threads: int) -> OrtSettings:
+    """How ONNX Runtime loads a graph of the target on a CPU."""
+    options = target.profile.options
+    if not isinstance(options, OrtOptions):
+        return OrtSettings(threads=threads, disabled_optimizers=disabled_optimizers(target.profile))
+    return OrtSettings(
+        threads=threads,
+        graph_optimization=options.graph_optimization,
+        disabled_optimizers=options.disabled_optimizers,
+        spinning=options.spinning,
+        mmap=options.mmap,
+    )
+
+
+def disabled_optimizers(profile: EngineProfile) -> tuple[str, ...]:
+    """ONNX Runtime's rewrites that are left out where the target's files run on it."""
+    return profile.options.disabled_optimizers if isinstance(profile.options, OrtOptions) else _STATIC_DISABLED
+
+
+def _view(rows: BufferSlice) -> np.ndarray:
+    """The rows of a buffer in host memory, the memory itself."""
+    return rows.buffer.read()[rows.start : rows.stop]

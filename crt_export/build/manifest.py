@@ -14,7 +14,7 @@ from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
-from crt_export.runtime.prefill_plan import PrefillPlan
+from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")

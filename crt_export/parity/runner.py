@@ -29,6 +29,7 @@ from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
 from crt_export.errors import BundleError, ContractError
 from crt_export.parity.tap import Tap, TappedEngine
 from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.runtime.caches import Window
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import (
     DEMANDED_GRAPHS,
@@ -39,9 +40,8 @@ from crt_export.runtime.opening import (
     engine_from_target,
     target_from_manifest,
 )
-from crt_export.runtime.prefill_plan import PrefillRule
+from crt_export.runtime.prefill import PrefillRule
 from crt_export.runtime.rows import Batch
-from crt_export.runtime.window import Window
 
 #: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
 _STATIC_DISABLED = ("MatMulAddFusion",)

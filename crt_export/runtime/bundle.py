@@ -14,13 +14,11 @@ from crt_export.engine.base import Engine
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.exclusive import Exclusive
 from crt_export.profile import MOST_THREADS
+from crt_export.runtime.caches import TensorSizes, Window, window_from_config
 from crt_export.runtime.counts import shown, whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
-from crt_export.runtime.origin import SessionOrigin
-from crt_export.runtime.session import Session
-from crt_export.runtime.sizes import TensorSizes
-from crt_export.runtime.window import Window, window_from_config
+from crt_export.runtime.session import ModelInfo, Session
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 #: Loads the graphs of a target: files, target, configuration, threads.
@@ -134,7 +132,7 @@ class Bundle:
                 for what is needed; on a CPU it costs by the longest row.
             on_full: What happens to a row whose tokens exceed the capacity: ``error`` refuses them. ``evict``,
                 for models with an attention window, forgets what the window no longer sees, see
-                :mod:`crt_export.runtime.window`; ``position`` then counts what is left in the cache. Needs a capacity
+                :mod:`crt_export.runtime.caches`; ``position`` then counts what is left in the cache. Needs a capacity
                 of the window, of 9/8 of it on a target with float16 caches.
 
         Raises:
@@ -187,14 +185,14 @@ class Bundle:
         engine = self._engine(chosen, count)
         _check_limits(chosen, engine, rows, size)
         sizes = chosen.sizes(self._config, rows, size)
-        origin = SessionOrigin(
+        info = ModelInfo(
             bundle=self._files.identity,
             target=target,
             eos_token_ids=self._config.eos_token_ids,
             tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
             reopen=lambda: self.session(target, rows, count, size, on_full),
         )
-        session = Session(_decoder(engine, sizes, chosen, window), origin)
+        session = Session(_decoder(engine, sizes, chosen, window), info)
         self._sessions.add(session)
         return session
 

@@ -30,11 +30,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from crt_export.errors import InputError, MissingDependencyError, problem_list
-from crt_export.runtime.call import Call
 from crt_export.runtime.counts import shown
 from crt_export.runtime.generation_options import GenerationOptions
-from crt_export.runtime.history import NO_TOKEN, History
+from crt_export.runtime.guard import Call
 from crt_export.runtime.row_text import RowText
+from crt_export.runtime.rows import NO_TOKEN, History
 from crt_export.runtime.sampling import sample_token
 from crt_export.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from crt_export.errors import InputError, problem_list
 from crt_export.runtime.counts import plain_int, read_once, shown
-from crt_export.runtime.prefill_plan import passes_problems
+from crt_export.runtime.prefill import passes_problems
 from crt_export.runtime.sampling import SamplingOptions
 
 

@@ -1,29 +1,28 @@
-"""From a target of a bundle to an engine that runs: checked files, loaded graphs, contract compared."""
+"""An engine that runs, from a target of a bundle: checked files, loaded graphs, contract compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Program
 from crt_export.environment import gpus, run_obstacles
-from crt_export.errors import (
-    BundleError,
-    ContractError,
-    CrtExportError,
-    InputError,
-    problem_list,
-)
+from crt_export.errors import BundleError, ContractError, CrtExportError, InputError, problem_list
 from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.counts import shown
-from crt_export.runtime.prefill_plan import PrefillPlan, plan_from_entry
-from crt_export.runtime.sizes import TensorSizes
+from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
 from crt_export.spec import compatible_sizes, graph_spec, interface_problems
 
+if TYPE_CHECKING:
+    from crt_export.engine.tensorrt.loading import Machine
+
+#: Without these there is no session; further engines of a compiled target are loaded too.
 SESSION_GRAPHS = ("step", "prefill")
 #: Loaded when a session first asks for them.
 DEMANDED_GRAPHS = ("prefill_pass",)
@@ -143,12 +142,8 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
     """
     options = target.profile.options
     if not isinstance(options, OrtOptions):
-        from crt_export.runtime.compiled import compiled_engine
-
         return compiled_engine(files, target, config)
-    missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
-    if missing:
-        raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
+    _refuse_missing(files, target, target.graphs, "graph")
     one_graph = target.one_graph(config)
     loaded = SESSION_GRAPHS if one_graph is None else (one_graph,)
     graphs = {graph: files.held_graph(target.graphs[graph]) for graph in loaded}
@@ -186,3 +181,46 @@ def check_contract(programs: Mapping[str, Program], target: Target, config: Mode
     ]
     if problems:
         raise ContractError(problem_list(f"the graphs of {target.name} break the contract", problems))
+
+
+def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, machine: Machine | None = None) -> Engine:
+    """Check this machine, then the target's files, then load its engines.
+
+    Args:
+        files: The opened bundle.
+        target: The target.
+        config: The model's configuration.
+        machine: Where the engines run; None: on this machine.
+
+    Raises:
+        MissingDependencyError: This machine lacks a package or the GPU, or has another one than the engine needs.
+        BundleError: A file is missing or differs from what was built.
+        ContractError: An engine cannot be loaded or breaks the contract.
+    """
+    from crt_export.engine.tensorrt.engine import TensorRTEngine, machine_of_profile
+    from crt_export.engine.tensorrt.sidecar import EngineFile
+
+    place = machine_of_profile(target.profile) if machine is None else machine
+    entries: Mapping[str, str] = files.manifest["targets"][target.name]["engines"]
+    _refuse_missing(files, target, entries, "engine")
+    engines = {
+        graph: EngineFile(
+            graph=graph,
+            path=files.path / name,
+            sidecar=files.path / (sidecar := str(PurePosixPath(name).with_suffix(".json"))),
+            read_plan=partial(files.content, name),
+            read_sidecar=partial(files.content, sidecar),
+            contract=graph_spec(graph, config, target.cache_dtype, target.profile.capacity),
+            unroll=(target.unroll or 1) if graph == "prefill" else 1,
+        )
+        for graph, name in entries.items()
+    }
+    return TensorRTEngine(place, engines, target.profile)
+
+
+def _refuse_missing(files: BundleFiles, target: Target, there: Mapping[str, str], kind: str) -> None:
+    missing = [graph for graph in SESSION_GRAPHS if graph not in there]
+    if missing:
+        raise BundleError(
+            f"{files.path}: target {target.name} has no {' and no '.join(missing)} {kind}; build it again"
+        )

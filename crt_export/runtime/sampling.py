@@ -4,7 +4,7 @@ Every number is an IEEE 754 float64, every operation rounded on its own (to near
 multiply-add (C and C++: ``-ffp-contract=off``, never ``-ffast-math``), no other order of a sum.
 
 Given are the logits of one row (float32, one per token), the options, ``seen`` (per token whether the row was fed
-it or drew it and kept it; see history.py), the row's number in the batch, and ``step``: the number of tokens this row
+it or drew it and kept it; see rows.py), the row's number in the batch, and ``step``: the number of tokens this row
 has drawn before, greedy choices and stop tokens included.
 
 1. *Penalty.* v = float64(logit). For a seen token, and a ``repetition_penalty`` p other than 1: v / p where v > 0,

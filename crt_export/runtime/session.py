@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
-from crt_export.runtime.call import Call
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
-from crt_export.runtime.guard import Guard
-from crt_export.runtime.history import NO_TOKEN, History
-from crt_export.runtime.origin import SessionOrigin
-from crt_export.runtime.rows import continuing_rows
+from crt_export.runtime.guard import Call, Guard
+from crt_export.runtime.rows import NO_TOKEN, History, continuing_rows
 from crt_export.runtime.snapshot import Snapshot, check_snapshot
 from crt_export.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a session knows of its bundle and of the model in it.
+
+    Attributes:
+        bundle: Identity of the bundle.
+        target: Name of the target.
+        eos_token_ids: The tokens that end a sequence; empty if the model has none.
+        tokenizer: Gives the bundle's tokenizer, or None if the model has none.
+        reopen: Opens another session of the same kind.
+    """
+
+    bundle: str
+    target: str
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Callable[[], Tokenizer | None]
+    reopen: Callable[[], Session]
 
 
 class Session:
@@ -42,16 +59,16 @@ class Session:
             step() or advance() is seen, and takes the place of a pending token.
     """
 
-    def __init__(self, decoder: Decoder, origin: SessionOrigin) -> None:
+    def __init__(self, decoder: Decoder, info: ModelInfo) -> None:
         """Take over a decoder; applications call ``bundle.session()``."""
         sizes = decoder.sizes
-        self.target = origin.target
+        self.target = info.target
         self.batch = sizes.batch
         self.capacity = sizes.capacity
         self.vocab_size = sizes.vocab
-        self.eos_token_ids = origin.eos_token_ids
+        self.eos_token_ids = info.eos_token_ids
         self.history = History(sizes.batch, sizes.vocab)
-        self._origin = origin
+        self._info = info
         self._guard = Guard(decoder, self.history)
 
     @property
@@ -62,7 +79,7 @@ class Session:
             MissingDependencyError: It needs the ``tokenizers`` library, which is not installed.
             BundleError: Its file is missing or differs from what was built.
         """
-        return self._origin.tokenizer()
+        return self._info.tokenizer()
 
     @property
     def position(self) -> np.ndarray:
@@ -181,7 +198,7 @@ class Session:
             InputError: Closed, poisoned or busy session.
         """
         tensors = self._guard.run(Call.contents)
-        return Snapshot(bundle=self._origin.bundle, target=self.target, tensors=tensors)
+        return Snapshot(bundle=self._info.bundle, target=self.target, tensors=tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take everything from a snapshot and lift a poisoning; the session's own content is lost.
@@ -199,7 +216,7 @@ class Session:
     def fork(self) -> Session:
         """A second session of the bundle with the same content; the two go on independently."""
         snapshot = self.snapshot()
-        other = self._origin.reopen()
+        other = self._info.reopen()
         other.restore(snapshot)
         return other
 
@@ -236,5 +253,5 @@ class Session:
         return tokens
 
     def _restore(self, call: Call, snapshot: Snapshot) -> None:
-        check_snapshot(snapshot, bundle=self._origin.bundle, target=self.target, sizes=call.decoder.sizes)
+        check_snapshot(snapshot, bundle=self._info.bundle, target=self.target, sizes=call.decoder.sizes)
         call.restore(snapshot.tensors)

@@ -25,19 +25,70 @@ little-endian bytes of all tensors in order of their sorted names. Its tensors, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from crt_export.errors import BundleError, InputError, problem_list
+from crt_export.errors import BundleError, CrtExportError, InputError, problem_list
+from crt_export.input_file import is_input, kind_of
+from crt_export.output_file import write_file
+from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.counts import shown
-from crt_export.runtime.history import RECENT_TOKENS
-from crt_export.runtime.sizes import TensorSizes
+from crt_export.runtime.rows import RECENT_TOKENS
+from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 from crt_export.text_stream import TEXT_END
 
 #: A session that goes on counts further, and the count must never overflow an int64.
 MOST_DRAWS = 2**62
+
+
+#: Dtype and dims of a session's tensors; equal names are equal sizes, whatever session it is.
+_FORMS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), ("int64", ("batch",))),
+    "recent": ("int64", ("batch", RECENT_TOKENS)),
+    "logits": ("float32", ("batch", "vocab")),
+    "seen": ("uint8", ("batch", "vocab")),
+    "state": ("float32", ("batch", 1, "hidden")),
+}
+_CACHE_DIMS = ("batch", "heads", "tokens", "head_dim")
+_CACHE_NAME = re.compile(r"past_key_values\.[0-9]+\.(key|value)")
+
+
+def _form_problems(
+    forms: Mapping[str, tuple[str, tuple[int, ...]]],
+    known: Mapping[str | int, int] | None = None,
+    cache_dtypes: Sequence[str] = ("float32", "float16"),
+) -> list[str]:
+    """What no session has; with the sizes and the cache dtype of one, what that session has not."""
+    problems = []
+    sizes: dict[str | int, int] = dict(known or {})
+    for name, (dtype, shape) in forms.items():
+        if _CACHE_NAME.fullmatch(name):
+            dtypes, dims = cache_dtypes, _CACHE_DIMS
+        elif name in _FORMS:
+            dtypes, dims = _FORMS[name][:1], _FORMS[name][1]
+        else:
+            problems.append(f"{name!r:.80} is unknown")
+            continue
+        fitting = [
+            sizes.setdefault(dim, dim if isinstance(dim, int) else size) for dim, size in zip(dims, shape, strict=False)
+        ]
+        if dtype not in dtypes or len(shape) != len(dims) or fitting != list(shape):
+            wanted = ", ".join(str(sizes.get(dim, dim)) for dim in dims)
+            problems.append(f"{name} must be {' or '.join(dtypes)} [{wanted}], found {dtype} {list(shape)}")
+    return problems
+
+
+SNAPSHOT = TensorFileKind(
+    format="crt-export snapshot",
+    version=1,
+    title="a snapshot",
+    required=("bundle", "target"),
+    problems=_form_problems,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +121,39 @@ class Snapshot:
             raise InputError(problem_list("snapshot; take it with session.snapshot() or Snapshot.load()", problems))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file; a file that is there is replaced in one step, or stays as it was.
+        """Write a file in one step; a link stays, and what it leads to is replaced.
 
         Raises:
-            InputError: It cannot be written.
+            InputError: It cannot be written; what was at ``path`` is unchanged.
         """
-        from crt_export.runtime.snapshot_file import save_snapshot
-
-        save_snapshot(path, self.bundle, self.target, self.tensors)
+        final = _checked_path(path, InputError)
+        if "\0" in str(final):
+            raise InputError(f"cannot write the snapshot {str(final)!r}: a path must not hold a NUL byte")
+        if not final.name:  # "", "." or "/"
+            raise InputError(
+                f"expected a file name to write the snapshot to, such as 'chat.snapshot', found {shown(path)}"
+            )
+        content = tensor_file_bytes(SNAPSHOT, {"bundle": self.bundle, "target": self.target}, self.tensors)
+        try:
+            write_file(final, content)
+        except OSError as error:
+            raise InputError(f"cannot write the snapshot {final}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """Read a file.
+        """Read a file and compare its checksum; whether a session can use it, restore() finds out.
 
         Raises:
             BundleError: It is missing, damaged, no snapshot, or of a newer format version.
         """
-        from crt_export.runtime.snapshot_file import load_snapshot
-
-        bundle, target, tensors = load_snapshot(path)
-        return cls(bundle=bundle, target=target, tensors=tensors)
+        file = _checked_path(path, BundleError)
+        if "\0" in str(file):
+            raise BundleError(f"expected a snapshot file, found a path with a NUL byte: {str(file)!r}")
+        if not is_input(file):
+            found = kind_of(file.stat().st_mode) if file.exists() else "nothing"
+            raise BundleError(f"expected a snapshot file, found {found}: {file}")
+        metadata, tensors = read_tensor_file(SNAPSHOT, file)
+        return cls(bundle=metadata["bundle"], target=metadata["target"], tensors=tensors)
 
 
 def check_snapshot(snapshot: Snapshot, *, bundle: str, target: str, sizes: TensorSizes) -> None:
@@ -139,34 +203,23 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
         for row in outside:
             yield f"row {row} holds {position[row]} tokens, this session has a capacity of {sizes.capacity}"
         return
-    expected = _expected(sizes, int(position.max()))
-    yield from (f"{name} is missing" for name in expected if name not in tensors)
-    yield from (f"{name} is unknown" for name in tensors if name not in expected)
-    for name, (dtype, shape) in expected.items():
-        found = tensors.get(name)
-        if found is None:
-            continue
-        if not isinstance(found, np.ndarray):
-            yield f"{name} must be an array, found {type(found).__name__}"
-        elif found.dtype != dtype or found.shape != shape:
-            yield f"{name} must be {dtype} {list(shape)}, found {found.dtype} {list(found.shape)}"
-
-
-def _expected(sizes: TensorSizes, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    batch, vocab = sizes.batch, sizes.vocab
-    cache = (batch, sizes.heads, length, sizes.head_dim)
-    return {
-        **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), ("int64", (batch,))),
-        "recent": ("int64", (batch, RECENT_TOKENS)),
-        "logits": ("float32", (batch, vocab)),
-        "seen": ("uint8", (batch, vocab)),
-        **({"state": ("float32", (batch, 1, sizes.hidden))} if sizes.recurrent else {}),
-        **{
-            f"past_key_values.{layer}.{kind}": (sizes.cache_dtype, cache)
-            for layer in range(sizes.layers)
-            for kind in ("key", "value")
-        },
+    names = [name for name in _FORMS if name != "state" or sizes.recurrent]
+    names += [f"past_key_values.{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")]
+    yield from (f"{name} is missing" for name in names if name not in tensors)
+    yield from (f"{name} is unknown" for name in tensors if name not in names)
+    there = {name: tensors[name] for name in names if name in tensors}
+    strange = [name for name, values in there.items() if not isinstance(values, np.ndarray)]
+    yield from (f"{name} must be an array, found {type(there[name]).__name__}" for name in strange)
+    forms = {name: (str(values.dtype), values.shape) for name, values in there.items() if name not in strange}
+    known: dict[str | int, int] = {
+        "batch": sizes.batch,
+        "vocab": sizes.vocab,
+        "hidden": sizes.hidden,
+        "heads": sizes.heads,
+        "head_dim": sizes.head_dim,
+        "tokens": int(position.max()),
     }
+    yield from _form_problems(forms, known, (sizes.cache_dtype,))
 
 
 def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> Iterator[str]:
@@ -190,3 +243,12 @@ def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
             yield f"row {row}: a recent token is outside the vocabulary (0 to {vocab - 1}, -1 for none)"
         if held < 0:
             yield f"row {row}: {held} characters held back, must be at least 0"
+
+
+def _checked_path(path: str | os.PathLike[str], kind: type[CrtExportError]) -> Path:
+    try:
+        found = Path(path)
+        os.fsencode(found)
+    except (TypeError, UnicodeError) as error:
+        raise kind(f"expected the path of a snapshot file, found {shown(path)} ({error})") from error
+    return found

@@ -20,7 +20,7 @@ from crt_export.parity import load_tolerances
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
 from crt_export.runtime import Bundle, load_bundle
-from crt_export.runtime.compiled import compiled_engine
+from crt_export.runtime.opening import compiled_engine
 
 Note = Callable[..., None]
 REFERENCE = "ort-cpu-fp32"

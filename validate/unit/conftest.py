@@ -18,8 +18,7 @@ from crt_export.engine.base import Engine
 from crt_export.engine.tensorrt.loading import Machine
 from crt_export.machine import Gpu
 from crt_export.runtime import Bundle
-from crt_export.runtime.compiled import compiled_engine
-from crt_export.runtime.opening import Target, engine_from_target
+from crt_export.runtime.opening import Target, compiled_engine, engine_from_target
 
 UNIT_TESTS = Path(__file__).parent
 ENGINE_TESTS = UNIT_TESTS / "engine"

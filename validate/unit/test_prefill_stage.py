@@ -15,7 +15,7 @@ from crt_export.errors import UnsupportedError
 from crt_export.parity.certificate.stopping import Stopping
 from crt_export.parity.statistics import Interval
 from crt_export.profile import EngineProfile, load_profile
-from crt_export.runtime.prefill_plan import PrefillPlan
+from crt_export.runtime.prefill import PrefillPlan
 from crt_export.text import TokenText
 
 UNROLL = 3

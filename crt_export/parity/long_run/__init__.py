@@ -7,7 +7,7 @@ decodes the same tokens in the very same way:
     One uninterrupted run, positions 0, 1, 2 and so on, in a cache with room for all of it. Most of it lies beyond the
     training length, where no model promises anything, so it is gated below that length and reported above it. Where
     the target's capacity or the model's ``max_position_embeddings`` is smaller, the run ends there and a note says so;
-    a model with an attention window goes on by the runtime's rule of eviction (:mod:`crt_export.runtime.window`)
+    a model with an attention window goes on by the runtime's rule of eviction (:mod:`crt_export.runtime.caches`)
     instead, while PyTorch goes on counting.
 
 ``chained``

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from crt_export.runtime.stops import StopMatcher
+from crt_export.runtime.row_text import StopMatcher
 
 
 def passed_on(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crt_export.rotary import rope_tables, rotate
-from crt_export.runtime.window import Window
+from crt_export.runtime.caches import Window
 
 THETA = 10000.0
 
@@ -107,7 +107,7 @@ def test_a_float16_key_stays_within_a_thousandth_at_the_least_capacity(size: int
 def test_single_float16_keys(
     size: int, head_dim: int, capacity: float, smallest_shift: float, mean: float, worst: float
 ) -> None:
-    """What window.py says of them: token by token a row moves by all its room; chunks can make it half of that."""
+    """What caches.py says of them: token by token a row moves by all its room; chunks can make it half of that."""
     attention = Window(size=size, head_dim=head_dim, rope_theta=10000.0, rope_layout="half")
     shift = math.ceil((size * capacity - (size - 1)) * smallest_shift)
     keys = np.random.default_rng(0).normal(size=(1000, head_dim)).astype(np.float16)

@@ -8,7 +8,7 @@ namespace crt {
 
 enum class PrefillMethod { steps, passes, adaptive };
 
-/// The C++ twin of PrefillPlan in crt_export/runtime/prefill_plan.py.
+/// The C++ twin of PrefillPlan in crt_export/runtime/prefill.py.
 struct PrefillPlan {
   PrefillMethod method = PrefillMethod::passes;
   /// Of `passes`, and the most of `adaptive`; unset: those that the bundle was built with, one for a plain transformer.

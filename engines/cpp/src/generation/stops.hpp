@@ -1,5 +1,5 @@
 // Finds stop strings in text that arrives in pieces, and holds back what may still become one.
-// The C++ twin of crt_export/runtime/stops.py.
+// The C++ twin of crt_export/runtime/row_text.py.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // What a generation needs of a session's past: draws so far, the token not yet fed, the tokens seen, what the text goes
 // on from.
-// The C++ twin of crt_export/runtime/history.py.
+// The C++ twin of crt_export/runtime/rows.py.
 #pragma once
 
 #include <cstddef>

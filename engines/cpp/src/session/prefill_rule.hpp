@@ -1,5 +1,5 @@
 // How one prefill runs: what its caller asks for, and what the target does of its own accord. The C++ twin of
-// prefill_rule() in crt_export/runtime/prefill_plan.py.
+// prefill_rule() in crt_export/runtime/prefill.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // What a full row does in a session that slides: forget what the attention window no longer sees. The C++ twin of
-// crt_export/runtime/window.py, which says why this is exact up to rounding.
+// crt_export/runtime/caches.py, which says why this is exact up to rounding.
 #pragma once
 
 #include <cstdint>

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import ExitStack
 from importlib.resources.abc import Traversable
 from io import BufferedReader
 from pathlib import Path
@@ -41,21 +42,39 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow:
     try:
         if follow:
             _refuse_other_kinds(path, Path(path).stat())  # opening a device or a pipe may do something already
-        flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-        for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-            flags |= getattr(os, flag, 0)
-        descriptor = os.open(path, flags)
+        stream = os.fdopen(open_regular(path, follow=follow), "rb")
     except ValueError as error:  # a NUL byte, or characters that no file name can have
         raise OSError(errno.EINVAL, f"that is no name of a file ({error})", os.fspath(path)) from None
+    with ExitStack() as unless_returned:
+        unless_returned.callback(stream.close)
+        size = os.fstat(stream.fileno()).st_size
+        if most is not None and size > most:
+            raise _too_large(path, size, most)
+        unless_returned.pop_all()
+    return stream
+
+
+def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None, follow: bool = False) -> int:
+    """A descriptor of a regular file; opening it waits for no pipe.
+
+    Args:
+        path: The file.
+        dir_fd: The folder that ``path`` is relative to, held open; None for the current one.
+        follow: Whether a link in its last component is followed; if not, it is refused (ELOOP).
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file (EINVAL, EISDIR).
+    """
+    flags = os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+    for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+        flags |= getattr(os, flag, 0)
+    descriptor = os.open(path, flags) if dir_fd is None else os.open(path, flags, dir_fd=dir_fd)
     try:
-        status = os.fstat(descriptor)
-        _refuse_other_kinds(path, status)
-        if most is not None and status.st_size > most:
-            raise _too_large(path, status.st_size, most)
-        return os.fdopen(descriptor, "rb")
+        _refuse_other_kinds(path, os.fstat(descriptor))
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def read_input(path: str | os.PathLike[str] | Traversable, *, most: int) -> bytes:

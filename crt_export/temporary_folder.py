@@ -4,7 +4,7 @@
 
     PREFIX-PID-RANDOM    locked (``flock``) by the process PID while it lives
 
-The rules are those of unfinished bundles (:mod:`crt_export.bundle.leftovers`): a folder is abandoned when its lock is
+The rules are those of unfinished bundles (:mod:`crt_export.bundle.recovery`): a folder is abandoned when its lock is
 free and no process with its PID can have made it. Nobody else's folders are touched, nor links, whatever they are
 called.
 """

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from safetensors import SafetensorError
 
-from crt_export.bundle.paths import FileState, file_problem, file_state, hash_file, name_problem
+from crt_export.bundle.held import hash_file
+from crt_export.bundle.paths import FileState, file_problem, file_state, name_problem
 from crt_export.errors import CrtExportError
 from crt_export.input_file import open_input
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from crt_export.bundle.paths import open_regular
 from crt_export.errors import BundleError
+from crt_export.input_file import open_input
 
 _MAX_DEPTH = 100  # what protobuf itself allows
 _MAX_STRING = 4096
@@ -65,10 +65,10 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
             location.
     """
     try:
-        descriptor = open_regular(path)
+        stream = open_input(path, follow=False)
     except OSError as error:
         raise BundleError(f"cannot open the graph {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as stream:
+    with stream:
         return external_tensors_of(stream, path)
 
 

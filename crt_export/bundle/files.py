@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.bundle.external_data import ExternalTensor, external_tensors_of
-from crt_export.bundle.held import HOLDS_FOLDERS, HeldFile, HeldFolder
-from crt_export.bundle.held_graph import HeldGraph, HeldWeights
+from crt_export.bundle.held import HOLDS_FOLDERS, HeldFile, HeldFolder, HeldGraph, HeldWeights
 from crt_export.bundle.paths import FileState, name_problem
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError, problem_list

@@ -10,12 +10,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import mmap
 import os
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from crt_export.bundle.paths import FileState, Tree, file_problem, file_state, list_tree, open_regular
+from crt_export.bundle.paths import FileState, Tree, file_problem, file_state, list_tree
+from crt_export.errors import BundleError
+from crt_export.input_file import open_regular
 
 #: Whether files can be opened below a folder that is held open.
 HOLDS_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
@@ -149,6 +154,101 @@ class _Positions(io.RawIOBase):
         return count
 
 
+def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
+    """SHA-256 of a regular file.
+
+    Args:
+        path: The file; a link as its last component is refused.
+        sync: Also force the content to the disk (``fsync``).
+
+    Returns:
+        The digest in lower-case hex, and the state of the very file that was hashed.
+
+    Raises:
+        OSError: The file cannot be read, or changed while it was read (ESTALE).
+    """
+    held = HeldFile(open_regular(path))
+    try:
+        found = held.digest()
+        if sync and os.name == "posix":
+            os.fsync(held.descriptor)
+    finally:
+        held.close()
+    if sync and os.name != "posix":  # Windows only syncs files that are open for writing
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    return found
+
+
 def _close(descriptor: int | None) -> None:
     if descriptor is not None:
         os.close(descriptor)
+
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldWeights:
+    """A weight file whose content was compared with the manifest.
+
+    Attributes:
+        path: What messages call it.
+        file: The open file.
+        state: What ``fstat`` said while it was hashed.
+        sha256: Digest of the content, lower-case hex.
+    """
+
+    path: Path
+    file: HeldFile
+    state: FileState
+    sha256: str
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file is as it was hashed; a rename or a removal, which leave the content, count as changes."""
+        return self.file.state() == self.state
+
+    def private_copy(self) -> mmap.mmap:
+        """The content in memory of this process, hashed as it was read.
+
+        Raises:
+            BundleError: It is no longer what the manifest says.
+        """
+        content = mmap.mmap(-1, max(1, self.state.size))
+        digest = hashlib.sha256()
+        try:
+            with self.file.reader() as stream, memoryview(content) as view:
+                for begin in range(0, self.state.size, _PIECE):
+                    piece = view[begin : min(begin + _PIECE, self.state.size)]
+                    if stream.readinto(piece) != len(piece):
+                        raise OSError(errno.ESTALE, "became shorter")
+                    digest.update(piece)
+                    piece.release()
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read ({error.strerror})") from error
+        if digest.hexdigest() != self.sha256:
+            raise BundleError(f"{self.path} was changed while it was loaded; restore the bundle or build it again")
+        return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldGraph:
+    """A checked graph.
+
+    Attributes:
+        path: What messages call it.
+        model: Content of the .onnx file, the very bytes that were hashed and searched.
+        folder: Where the locations of its weights are looked up; leads to the held folder, not to its name.
+        weights: Location in the graph to weight file.
+    """
+
+    path: Path
+    model: bytes
+    folder: Path
+    weights: Mapping[str, HeldWeights]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether every weight file is as it was hashed."""
+        return all(weights.unchanged for weights in self.weights.values())

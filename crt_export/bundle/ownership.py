@@ -1,4 +1,4 @@
-"""Locks on folders, and processes: who may be working on a folder right now."""
+"""Ownership of folders: locks on them, and whether a process that may be working on one still runs."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import re
 import stat
@@ -113,52 +111,6 @@ def file_problem(folder: Path, name: str, dir_fd: int | None = None) -> str | No
         if index == len(parts) - 1 and not stat.S_ISREG(status.st_mode):
             return "is not a regular file"
     return None
-
-
-def open_regular(path: Path | str, dir_fd: int | None = None) -> int:
-    """Open a file for reading without following a link in its last component and without blocking on a pipe.
-
-    Returns:
-        The file descriptor; the caller closes it.
-
-    Raises:
-        OSError: The file cannot be opened, is a link (ELOOP), or is not a regular file (EINVAL).
-    """
-    flags = os.O_RDONLY
-    for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-        flags |= getattr(os, flag, 0)
-    descriptor = os.open(path, flags) if dir_fd is None else os.open(path, flags, dir_fd=dir_fd)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return descriptor
-
-
-def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
-    """SHA-256 of a regular file.
-
-    Args:
-        path: The file; a link as its last component is refused.
-        sync: Also force the content to the disk (``fsync``).
-
-    Returns:
-        The digest in lower-case hex, and the state of the very file that was hashed.
-
-    Raises:
-        OSError: The file cannot be read, or changed while it was read (ESTALE).
-    """
-    with os.fdopen(open_regular(path), "rb") as stream:
-        before = file_state(os.fstat(stream.fileno()))
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        after = file_state(os.fstat(stream.fileno()))
-        if before != after:
-            raise OSError(errno.ESTALE, "changed while it was read", str(path))
-        if sync and os.name == "posix":
-            os.fsync(stream.fileno())
-    if sync and os.name != "posix":  # Windows only syncs files that are open for writing
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
-    return digest, after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crt_export.bundle.opening import BundleFiles, open_bundle
+from crt_export.bundle.read import BundleFiles, open_bundle
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.environment import require_extra
 from crt_export.errors import BundleError, InputError, MissingDependencyError, problem_list

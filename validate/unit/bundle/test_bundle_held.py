@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.bundle import open_bundle, opening
-from crt_export.bundle.exchange import exchange_folders
+from crt_export.bundle import open_bundle
+from crt_export.bundle import read as reading
 from crt_export.bundle.held import HOLDS_FOLDERS, HeldFolder
+from crt_export.bundle.recovery import exchange_folders
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]
@@ -51,7 +52,7 @@ def test_a_removed_bundle_reads_as_it_was_opened(bundle: Path) -> None:
 def test_a_bundle_exchanged_between_manifest_and_files_is_opened_once_more(
     bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = opening.read_manifest_and_identity
+    original = reading.read_manifest_and_identity
     read = []
 
     def then_replaced(folder: HeldFolder) -> tuple[dict, str]:
@@ -62,7 +63,7 @@ def test_a_bundle_exchanged_between_manifest_and_files_is_opened_once_more(
         read.append(found[1])
         return found
 
-    monkeypatch.setattr(opening, "read_manifest_and_identity", then_replaced)
+    monkeypatch.setattr(reading, "read_manifest_and_identity", then_replaced)
     opened = open_bundle(bundle)
     assert opened.content("report.md") == b"other"
     assert opened.identity == read[1] != read[0]

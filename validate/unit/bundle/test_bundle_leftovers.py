@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.bundle import leftovers, open_bundle, ownership, stage_bundle
-from crt_export.bundle import staging as staging_module
+from crt_export.bundle import open_bundle, ownership, recovery, stage_bundle
+from crt_export.bundle import write as writing
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]
@@ -86,7 +86,7 @@ def test_a_pid_that_is_used_again_does_not_protect_an_old_partial(
     process = subprocess.Popen(["sleep", "60"])
     try:
         partial = make_partial(tmp_path, process.pid)
-        found = leftovers.parse_leftover(partial)
+        found = recovery.parse_leftover(partial)
         assert found is not None
         assert not ownership.is_abandoned(found.path, found.pid)
         # ctime cannot be set; a process that started an hour later is the same thing seen from the other side
@@ -152,7 +152,7 @@ def test_links_inside_a_stale_partial_are_not_followed(tmp_path: Path, build: Bu
 
 def test_many_builds_of_one_output_at_once(tmp_path: Path, start: Start) -> None:
     script = 'for number in range(10):\n    build(f"{os.getpid()}-{number}")\n'
-    two = "exchange.exchange_folders = lambda first, second: False\n"
+    two = "recovery.exchange_folders = lambda first, second: False\n"
     processes = [start(script), start(two + script), start(two + script)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -165,7 +165,7 @@ def test_many_builds_of_one_output_at_once(tmp_path: Path, start: Start) -> None
 def test_a_reader_always_finds_a_bundle_while_builds_replace_it(tmp_path: Path, build: Build, start: Start) -> None:
     output = build(tmp_path / "demo")
     process = start(
-        "exchange.exchange_folders = lambda first, second: False\nfor number in range(40):\n    build(str(number))\n"
+        "recovery.exchange_folders = lambda first, second: False\nfor number in range(40):\n    build(str(number))\n"
     )
     opened = 0
     while process.poll() is None:
@@ -179,7 +179,7 @@ def test_without_folder_locks_the_pid_decides(tmp_path: Path, build: Build, monk
     def no_locks(folder: Path) -> int:
         raise OSError(95, "Operation not supported", str(folder))
 
-    for module in (ownership, staging_module):
+    for module in (ownership, writing):
         monkeypatch.setattr(module, "lock_folder", no_locks)
     make_partial(tmp_path, DEAD_PID)
     alive = make_partial(tmp_path, os.getppid())
@@ -210,7 +210,7 @@ def test_an_old_bundle_that_cannot_be_removed_is_a_warning_not_a_failure(
     def failing(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(leftovers, "remove_folder", failing)
+    monkeypatch.setattr(recovery, "remove_folder", failing)
     with pytest.warns(RuntimeWarning, match=r"could not remove .*by hand"):
         build(tmp_path / "demo", content="new")
     monkeypatch.undo()

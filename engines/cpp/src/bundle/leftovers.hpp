@@ -1,5 +1,5 @@
 // What killed builds leave beside a bundle: recognised, never touched. Putting an old bundle back is for
-// crt_export (crt_export/bundle/leftovers.py); this library only reads.
+// crt_export (crt_export/bundle/recovery.py); this library only reads.
 #pragma once
 
 #include <optional>

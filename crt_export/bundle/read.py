@@ -1,4 +1,4 @@
-"""Open a bundle: the manifest and the files of one and the same folder, whatever a build does to it meanwhile."""
+"""Opening of a bundle: manifest and files of one and the same folder, whatever a build does to it meanwhile."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held import HeldFolder
 from crt_export.bundle.integrity import files_are_as_written
-from crt_export.bundle.leftovers import find_leftovers, parse_leftover, restore_previous
 from crt_export.bundle.manifest import read_manifest_and_identity
 from crt_export.bundle.ownership import folder_lock
+from crt_export.bundle.recovery import find_leftovers, parse_leftover, restore_previous
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
 

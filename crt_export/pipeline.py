@@ -35,7 +35,6 @@ from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize import W8A8Plan
 from crt_export.temporary_folder import sweep_abandoned
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
@@ -95,7 +94,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         if options.validated and text.validation is not None:
             progress("complete the bundle", 0, 0)
             with closing(staging.complete(manifest(report=None))) as files:
-                report = _validated(files, checkpoint, text.validation, plan, own_model, options, progress)
+                report = _validated(files, checkpoint, text.validation, own_model, options, progress)
             (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
         staging.commit(manifest(report=report))
@@ -106,15 +105,12 @@ def _validated(
     files: BundleFiles,
     checkpoint: Checkpoint,
     text: TokenText,
-    plan: W8A8Plan | None,
     own_model: LevelResult,
     options: BuildOptions,
     progress: Progress,
 ) -> ParityReport:
     cases = [case_from_manifest(files, name) for name in files.manifest["targets"]]
-    report = check_parity(
-        checkpoint, cases, text, options=options.parity, plan=plan, own_model=own_model, progress=progress
-    )
+    report = check_parity(checkpoint, cases, text, options=options.parity, own_model=own_model, progress=progress)
     files.check_unchanged()
     if not report.passed:
         heading = "the built graphs do not agree with PyTorch FP32, no bundle was written"

@@ -369,6 +369,7 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
                     }
                     for name in graphs
                 ],
+                "quantization": {},
                 "targets": {
                     **{name: {**target, "profile": p.to_dict()} for name, p in profiles.items()},
                     "broken": {**target, "profile": _whole().to_dict(), "cache_dtype": "float16"},

@@ -8,7 +8,6 @@ from typing import Any
 
 from crt_export.build.keys import stage_key
 from crt_export.build.options import BuildOptions
-from crt_export.build.plan_file import read_plan, write_plan
 from crt_export.build.store import NO_STORE, StageStore
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
@@ -16,7 +15,7 @@ from crt_export.model import model_from_checkpoint
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8, read_plan
 from crt_export.quantize.calibration import CalibrationOptions
 from crt_export.temporary_folder import temporary_folder
 from crt_export.text import TokenText, read_text, split_text
@@ -126,15 +125,15 @@ def quantization_plan(
     key = stage_key(_STAGE, inputs)
     with temporary_folder() as folder:
         stored = store.restore_as(
-            _STAGE, key, folder, lambda answer: (read_plan(folder / _PLAN_FILE, answer["plan"]), answer["record"])
+            _STAGE, key, folder, lambda answer: (read_plan(folder / _PLAN_FILE, checkpoint.config), answer["record"])
         )
         if stored is not None:
             progress("calibrate w8a8: as stored by an earlier build", 0, 0)
             return stored
         plan, record = _calibrated(checkpoint, text, max(unrolls), progress)
         if store.folder is not None:
-            rest = write_plan(plan, folder / _PLAN_FILE)
-            store.keep(_STAGE, key, folder, [_PLAN_FILE], {"plan": rest, "record": record})
+            (folder / _PLAN_FILE).write_bytes(plan.to_bytes())
+            store.keep(_STAGE, key, folder, [_PLAN_FILE], {"record": record})
     return plan, record
 
 
@@ -157,6 +156,5 @@ def _calibrated(
         "windows": list(windows.shape),
         "unroll": statistics.unroll,
         "evidence": {"repetition": statistics.evidence.repetition, "dependence": statistics.evidence.dependence},
-        "w8a8": plan.options.to_dict(),
     }
     return plan, record

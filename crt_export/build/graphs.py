@@ -16,7 +16,6 @@ import onnx_ir as ir
 import torch
 
 from crt_export.build.keys import stage_key
-from crt_export.build.plan_file import plan_digest
 from crt_export.build.store import NO_STORE, StageStore
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
@@ -27,7 +26,15 @@ from crt_export.memo import Memo
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
-from crt_export.quantize import W8A8Plan, expected_matmuls, quantize_w8, quantize_w8a8
+from crt_export.quantize import (
+    PLAN_FILE,
+    QuantizedLinears,
+    W8A8Plan,
+    expected_matmuls,
+    quantize_linears,
+    quantize_w8,
+    quantize_w8a8,
+)
 from crt_export.spec import graph_names
 
 GRAPHS_FOLDER = "graphs"
@@ -95,7 +102,7 @@ def write_graphs(
     progress: Progress,
     store: StageStore = NO_STORE,
 ) -> dict[GraphForm, GraphFile]:
-    """Export every graph the targets need into ``folder/graphs``.
+    """Export every graph the targets need into ``folder/graphs``, and keep the plan of w8a8 beside them.
 
     Args:
         checkpoint: The model.
@@ -110,6 +117,8 @@ def write_graphs(
         BuildError: The exporter failed, or a quantisation pass missed a MatMul.
     """
     (folder / GRAPHS_FOLDER).mkdir()
+    if plan is not None:
+        (folder / PLAN_FILE).write_bytes(plan.to_bytes())
     wanted = {form for profile in profiles for form in forms_of_profile(profile, checkpoint.config).values()}
     writer = _Writer(checkpoint, plan, folder, store, progress)
     written: dict[GraphForm, GraphFile] = {}
@@ -176,9 +185,12 @@ class _Writer:
         forms, config = sorted(graphs), self.checkpoint.config
         precision = _only(form.precision for form in forms)
         counts, memo = dict[GraphForm, int](), Memo()
+        quantized = None
+        if precision == "w8a8" and self._plan is not None:
+            quantized = quantize_linears(model_from_checkpoint(self.checkpoint), self._plan)
         for done, form in enumerate(forms if precision not in _DERIVED else []):
             self.progress(f"quantise {precision}", done, len(forms))
-            counts[form] = _quantize(form, graphs[form], self._plan, config, memo)
+            counts[form] = _quantize(form, graphs[form], quantized, config, memo)
         self.progress(f"write {precision}", 0, 0)
         written = _write(graphs, counts, config, self._folder)
         names = sorted({name for file in written.values() for name in (file.file, file.weights)})
@@ -194,7 +206,7 @@ class _Writer:
             _STAGE,
             {
                 "checkpoint": self.checkpoint.sha256,
-                "plan": None if plan is None else plan_digest(plan),
+                "plan": None if plan is None else plan.sha256,
                 "forms": [dataclasses.asdict(form) for form in forms],
             },
         )
@@ -223,11 +235,13 @@ def _export(
     return graphs
 
 
-def _quantize(form: GraphForm, graph: ir.Model, plan: W8A8Plan | None, config: ModelConfig, memo: Memo) -> int:
+def _quantize(
+    form: GraphForm, graph: ir.Model, quantized: QuantizedLinears | None, config: ModelConfig, memo: Memo
+) -> int:
     if form.precision == "w8":
         count = quantize_w8(graph, memo=memo)
-    elif plan is not None:
-        count = quantize_w8a8(graph, plan)
+    elif quantized is not None:
+        count = quantize_w8a8(graph, quantized)
     else:
         raise BuildError(f"graph {form.graph}: precision {form.precision} needs a quantisation plan")
     expected = expected_matmuls(config, form.graph, form.unroll)

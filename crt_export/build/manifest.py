@@ -14,6 +14,7 @@ from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
+from crt_export.quantize import PLAN_FILE
 from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 
@@ -46,6 +47,7 @@ def manifest_from_build(
         "options": _resolved_options(options, text, calibration, targets),
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
         "graphs": [_graph_entry(file) for file in every],
+        "quantization": {"w8a8": PLAN_FILE} if any(target.profile.precision == "w8a8" for target in targets) else {},
         "targets": {
             target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
             for target in targets

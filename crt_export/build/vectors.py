@@ -99,7 +99,8 @@ def make_vectors(
         tensors=tensors,
     )
     if plan is not None:
-        tensors |= _value_divisors(plan, config)
+        divisors = plan.value_divisors(config)
+        tensors |= {divisor_name("w8a8", layer): values for layer, values in enumerate(divisors)}
     tensors |= _run(model, empty, RECURRENCE, None)
     for unroll, chunk in sorted(chunks):
         tensors |= _run(model, empty, prefill_run(unroll, chunk), (unroll, chunk))
@@ -136,15 +137,6 @@ def _ids(
         return packaged.ids[:count], "packaged text", ""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(config.vocab_size, (count,), generator=generator).numpy(), "random", str(_SEED)
-
-
-def _value_divisors(plan: W8A8Plan, config: ModelConfig) -> dict[str, np.ndarray]:
-    """What smoothing divides the channels of v by, and with them the value caches; o takes it back."""
-    shape = (config.num_attention_heads, config.head_dim)
-    return {
-        divisor_name("w8a8", layer): plan.factors[f"layers.{layer}.attn.o"].astype(np.float32).reshape(shape)
-        for layer in range(config.num_hidden_layers)
-    }
 
 
 @torch.no_grad()

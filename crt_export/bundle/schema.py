@@ -26,6 +26,7 @@ _TOP: dict[str, _Types] = {
     "options": dict,
     "contract": dict,
     "graphs": list,
+    "quantization": dict,
     "targets": dict,
     "files": dict,
     "parity": (dict, NoneType),
@@ -73,6 +74,7 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     problems += _contract_problems(manifest["contract"])
     problems += _file_problems(manifest["files"])
     problems += _graph_problems(manifest["graphs"], manifest["files"])
+    problems += _reference_problems("quantization", manifest["quantization"], manifest["files"])
     problems += _target_problems(manifest["targets"], manifest["files"])
     if manifest["validated"] and (manifest["parity"] is None or manifest["parity"].get("passed") is not True):
         problems.append("validated is true, but there is no parity report that passed")

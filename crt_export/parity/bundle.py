@@ -12,6 +12,7 @@ import numpy as np
 
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
+from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, InputError
 from crt_export.ladder import OWN_MODEL
 from crt_export.parity.case import ParityCase, TargetGraphs
@@ -24,6 +25,7 @@ from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
+from crt_export.quantize.plan import W8A8Plan, read_plan
 from crt_export.report.own_model import own_model_text, was_compared
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import load_tokenizer
@@ -66,7 +68,8 @@ def validate_bundle(
         The report, whether it passed or not.
 
     Raises:
-        BundleError: The bundle is unusable, a file was changed, or it has no reference and no checkpoint is given.
+        BundleError: The bundle is unusable, a file was changed, it has no reference and no checkpoint is given, or it
+            has a target of w8a8 and no plan of it.
         InputError: An unknown target, a checkpoint the bundle was not built from, unusable text or expected outputs.
         CheckpointError: The checkpoint is unusable.
     """
@@ -121,7 +124,18 @@ def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
         compiled=tuple(entry["engines"]),
         disabled_optimizers=disabled_optimizers(profile),
         files=files,
+        plan=_plan(files, name) if profile.precision == "w8a8" else None,
     )
+
+
+def _plan(files: BundleFiles, target: str) -> W8A8Plan:
+    manifest = files.manifest
+    if "w8a8" not in manifest["quantization"]:
+        raise BundleError(
+            f"{files.path}: target {target} is w8a8, expected the file of its plan in 'quantization' of the manifest, "
+            "found none: the INT8 weights cannot be compared with the checkpoint; build it again"
+        )
+    return read_plan(files.file(manifest["quantization"]["w8a8"]), ModelConfig.from_dict(manifest["config"]))
 
 
 def _chosen(files: BundleFiles, targets: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from crt_export.bundle import BundleFiles
@@ -13,6 +14,7 @@ from crt_export.config import ModelConfig
 from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
 from crt_export.graph.contract import check_contract
+from crt_export.quantize.plan import W8A8Plan
 from crt_export.spec import GraphSpec, graph_names, graph_spec
 
 HALF_PRECISIONS = ("fp16", "w8a8")
@@ -57,6 +59,7 @@ class ParityCase:
         compiled: Names of the graphs for which an engine was compiled; listed, never passed.
         disabled_optimizers: ONNX Runtime rewrites to leave out.
         files: The bundle it is a target of.
+        plan: What the graphs of ``w8a8`` were made by; None in other precisions.
     """
 
     target: str
@@ -70,6 +73,17 @@ class ParityCase:
     compiled: tuple[str, ...] = ()
     disabled_optimizers: tuple[str, ...] = ()
     files: BundleFiles | None = field(default=None, repr=False)
+    plan: W8A8Plan | None = None
+
+    def __post_init__(self) -> None:
+        """A plan is had by those that need it.
+
+        Raises:
+            ContractError: It lacks one, or has one that its graphs were not made by.
+        """
+        if (self.precision == "w8a8") != (self.plan is not None):
+            found = f"{'no' if self.plan is None else 'a'} plan for {self.precision}"
+            raise ContractError(f"target {self.target}: expected a plan for w8a8 and none for others, found {found}")
 
     @property
     def arithmetic(self) -> str:
@@ -80,6 +94,13 @@ class ParityCase:
     def half(self) -> bool:
         """Whether the graphs compute in FP16 where they are deployed."""
         return self.precision in HALF_PRECISIONS
+
+    def value_divisors(self, config: ModelConfig) -> tuple[np.ndarray, ...]:
+        """What its graphs divide the values in their caches by, per layer float32 [heads, 1, head_dim]."""
+        if self.plan is None:
+            shape = (config.num_attention_heads, 1, config.head_dim)
+            return (np.ones(shape, np.float32),) * config.num_hidden_layers
+        return tuple(divisor[:, None] for divisor in self.plan.value_divisors(config))
 
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""

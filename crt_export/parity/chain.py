@@ -25,17 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from crt_export.errors import ContractError
 from crt_export.ladder import CHAIN
 from crt_export.parity.case import ParityCase, load_checked_graph
 from crt_export.parity.chain_errors import ChainErrors, ChainText
 from crt_export.parity.chain_run import ChainReference, TargetChain, tensor_order
-from crt_export.parity.folded_weights import value_factors
 from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check, gate_at_most
 from crt_export.parity.trace import trace_tokens
-from crt_export.parity.weight_audit import Weights
 from crt_export.spec import graph_names
 
 #: Steps that are repeated after the last reset.
@@ -113,7 +110,7 @@ def _run_texts(case: ParityCase, setup: ParitySetup, chain: _Chain) -> _Outcome:
     starts = [0, 0] if len(chain.windows) == 1 else starts
     trace = trace_tokens(setup.reference, chain.ids)
     graph = load_checked_graph(case, "step", setup.config, setup.threads)
-    reference = ChainReference(setup.model, trace, _value_factors(case, setup))
+    reference = ChainReference(setup.model, trace, case.value_divisors(setup.config))
     target = TargetChain(case, reference, graph, rows)
     texts = [
         ChainText(window=chain.windows[start + row], after_reset=turn > 0)
@@ -136,11 +133,6 @@ def _run_texts(case: ParityCase, setup: ParitySetup, chain: _Chain) -> _Outcome:
     return _Outcome(errors=errors, cache_problems=tuple(problems), reset_problem=reset_problem)
 
 
-def _value_factors(case: ParityCase, setup: ParitySetup) -> tuple[np.ndarray, ...]:
-    """What the step graph, which was loaded already, divides the values of its caches by."""
-    return value_factors(setup.checkpoint, case.precision, Weights(ir.load(case.graphs["step"])))
-
-
 def _repeats(target: TargetChain, rows: int, steps: int) -> str:
     """Two fresh starts on the same text must agree bit by bit; what differs, or nothing."""
     runs = []
@@ -160,7 +152,7 @@ def _handover(case: ParityCase, setup: ParitySetup, chain: _Chain, tolerance: st
         return Check(name="hand-over"), None
     start, count = chain.ids.shape[1] // 2, len(chain.windows)
     trace = trace_tokens(setup.reference, chain.ids, start=start, passes=case.unroll)
-    reference = ChainReference(setup.model, trace, _value_factors(case, setup))
+    reference = ChainReference(setup.model, trace, case.value_divisors(setup.config))
     steps = range(start - 1, chain.ids.shape[1])
     errors = ChainErrors(
         tensor_order(reference, setup.config.recurrent),

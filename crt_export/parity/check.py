@@ -24,7 +24,6 @@ from crt_export.parity.text_gate import check_text
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize.plan import W8A8Plan
 from crt_export.text import TokenText
 
 
@@ -35,7 +34,6 @@ def check_parity(
     *,
     options: ParityOptions | None = None,
     tolerances: Tolerances | None = None,
-    plan: W8A8Plan | None = None,
     saved_outputs: Path | None = None,
     recorded_nll: float | None = None,
     own_model: LevelResult | None = None,
@@ -49,7 +47,6 @@ def check_parity(
         text: Held-out text; none of it may have been calibrated on.
         options: Which levels, and how much to measure.
         tolerances: Limits; None reads ``validate/tolerances.toml``.
-        plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
         saved_outputs: Folder for the tensors of the one-step level, in the format of Polygraphy's tools.
         recorded_nll: How well PyTorch FP32 predicted the text that the bundle was built on, nats per token; a text it
             predicts worse than a uniform guess is then refused as not the model's.
@@ -80,7 +77,7 @@ def check_parity(
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll,
     )
-    levels, corpus = _climb_ladder(cases, setup, plan)
+    levels, corpus = _climb_ladder(cases, setup)
     results = [own_model or not_compared(), *levels]
     return ParityReport(
         rows=corpus.rows,
@@ -94,16 +91,14 @@ def check_parity(
     )
 
 
-def _climb_ladder(
-    cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None
-) -> tuple[list[LevelResult], CorpusResult]:
+def _climb_ladder(cases: Sequence[ParityCase], setup: ParitySetup) -> tuple[list[LevelResult], CorpusResult]:
     """Every level that was asked for, all targets of one before the next; what the corpus level adds to its results."""
     corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
     results: list[LevelResult] = []
     for level in (level for level in LEVELS if level in setup.options.levels and level != OWN_MODEL):
         if level == CORPUS:
             _prepare_reference(cases, setup)
-            corpus = check_corpus(cases, setup, plan)
+            corpus = check_corpus(cases, setup)
             results += corpus.levels
         else:
             results += [_climb(level, case, setup) for case in cases]

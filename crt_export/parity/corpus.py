@@ -21,7 +21,6 @@ from crt_export.parity.rows import Comparison
 from crt_export.parity.target import check_target
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import Windows
-from crt_export.quantize.plan import W8A8Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +33,14 @@ class CorpusResult:
     largest_fp16: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None) -> CorpusResult:
+def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup) -> CorpusResult:
     """Run every regime of every target over all windows.
 
     Args:
         cases: The targets.
         setup: Reference, text and limits.
-        plan: What the W8A8 graphs were made of, to run them in real FP16 arithmetic too; None notes that it did not.
     """
-    halves, notes = _halves(cases, setup, plan)
+    halves, notes = _halves(cases, setup)
     rows = [half.row for half in halves]
     levels = [corpus_result("pytorch-half", halves)] if halves else []
     setup.progress("PyTorch FP32: regime gap", 0, setup.windows.count)
@@ -80,27 +78,17 @@ def _reference_nll(gaps: Sequence[ParityRow]) -> float:
     return sum((row.reference_nll or 0.0) * row.tokens for row in gaps) / sum(row.tokens for row in gaps)
 
 
-def _halves(
-    cases: Sequence[ParityCase], setup: ParitySetup, plan: W8A8Plan | None
-) -> tuple[list[Comparison], list[str]]:
+def _halves(cases: Sequence[ParityCase], setup: ParitySetup) -> tuple[list[Comparison], list[str]]:
     """Real FP16 arithmetic: one per residual dtype of the half-precision targets, W8A8 on its own, and notes."""
-    quantized = {case.residual_dtype for case in cases if case.precision == "w8a8"}
-    wanted: list[tuple[str, W8A8Plan | None]] = [
-        (dtype, None) for dtype in sorted({case.residual_dtype for case in cases if case.half})
-    ]
-    wanted += [(dtype, plan) for dtype in sorted(quantized) if plan is not None]
+    plain = dict.fromkeys(sorted({case.residual_dtype for case in cases if case.half}))
+    quantized = {case.residual_dtype: case.plan for case in cases if case.plan is not None}
     halves, notes = [], []
-    for residual_dtype, form in wanted:
+    for residual_dtype, plan in (*plain.items(), *sorted(quantized.items())):
         half, found = compare_half(
-            setup.checkpoint, setup.reference, residual_dtype, setup.tolerances, setup.progress, plan=form
+            setup.checkpoint, setup.reference, residual_dtype, setup.tolerances, setup.progress, plan=plan
         )
         halves.append(half)
         notes += [note for note in found if note not in notes]
-    if quantized and plan is None:
-        notes.append(
-            "pytorch-half ran plain FP16 and not W8A8: a bundle holds the graphs, not the plan they were made of; "
-            "the largest FP16 values of the W8A8 graphs were observed all the same"
-        )
     return halves, notes
 
 

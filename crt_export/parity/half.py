@@ -7,15 +7,13 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import UnsupportedError
 from crt_export.model import model_from_checkpoint
-from crt_export.parity.half_products import widen_products
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.report import ParityRow
 from crt_export.parity.rows import Comparison, compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
-from crt_export.quantize.emulation import emulate_w8a8
-from crt_export.quantize.plan import W8A8Plan
+from crt_export.quantize import W8A8Plan, emulate_fp16, emulate_w8a8, quantize_linears
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 #: Half-precision attention is slow on a CPU, and every target is compared on all windows: larger models run fewer here.
@@ -64,7 +62,7 @@ def compare_half(
         model = model_from_checkpoint(checkpoint, torch.float16, _DTYPES[residual_dtype])
     except UnsupportedError as error:
         return compare(row, scorer.scores(), tolerances, [str(error)], label=label), notes
-    model = widen_products(model) if plan is None else emulate_w8a8(model, plan)
+    model = emulate_fp16(model) if plan is None else emulate_w8a8(model, quantize_linears(reference.model, plan))
     half = Reference(model, windows, batch=windows.count)
     block = max(1, 2_000_000 // (windows.count * checkpoint.config.vocab_size))
     for first in range(0, windows.length, block):

@@ -7,20 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 import torch
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx_ir.serde import SerdeError
 from torch import Tensor
 
 from crt_export.model import Carry, Model
 from crt_export.parity.case import ParityCase
-from crt_export.parity.folded_weights import value_factors
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.trace import computed_once
-from crt_export.parity.weight_audit import Weights
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -31,8 +26,6 @@ _ROWS = 4
 #: Free slots behind the last one written where the capacity is open; none of them may be touched.
 _SPARE = 5
 _PADDING_TOKEN = 0
-#: What loading a graph or its weights raises: missing, no protobuf, no ONNX model, too short, or of another type.
-_UNREADABLE = (OSError, DecodeError, SerdeError, ValueError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +74,7 @@ class OneStepCalls:
         self._hidden, carry = setup.reference.decode(self._ids)
         self._keys = [self._as_cached(keys) for keys in carry.keys]
         # A cache of values is smoothed in some precisions: both what goes in and what is expected to come out.
-        self._smoothing = [torch.from_numpy(factor) for factor in _smoothing(case, setup)]
+        self._smoothing = [torch.from_numpy(factor) for factor in case.value_divisors(setup.config)]
         smoothed = [values / factor for values, factor in zip(carry.values, self._smoothing, strict=True)]
         self._values = [self._as_cached(values) for values in smoothed]
         self.capacity = case.capacity or self.past + self.seq + _SPARE
@@ -261,19 +254,6 @@ def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, 
     for layer, (keys, values) in enumerate(zip(after.keys, after.values, strict=True)):
         outputs = {**outputs, f"present_key_values.{layer}.key": keys, f"present_key_values.{layer}.value": values}
     return {name: tensor.numpy() for name, tensor in outputs.items()}
-
-
-def _smoothing(case: ParityCase, setup: ParitySetup) -> tuple[NDArray[np.float32], ...]:
-    """Factors of the target's value caches, from its step graph; a file that cannot be read fails its own checks."""
-    path, config = case.graphs.get(STEP), setup.config
-    ones = np.ones((config.num_attention_heads, 1, config.head_dim), np.float32)
-    unknown = (ones,) * config.num_hidden_layers
-    if path is None:
-        return unknown
-    try:
-        return value_factors(setup.checkpoint, case.precision, Weights(ir.load(path)))
-    except _UNREADABLE:
-        return unknown
 
 
 def _by_position(rows: list[Row]) -> list[list[int]]:

@@ -1,17 +1,18 @@
 """Every weight in a graph file against the checkpoint.
 
-Linears lie in the files as [in, out]; FP16 files hold the weights rounded to FP16. The INT8 forms fold smoothing
-factors, powers of two, from a LayerNorm (or from v) into the linears that read it. Each factor is recovered from the
-folded gain and bias, which must be the checkpoint's divided by it to the last bit; the dequantised weight must then be
-the checkpoint's times it to within half a quantisation step, with the very step that its largest value asks for. So a
-weight or scale off by a per cent is found in every precision, and none of the quantising code is trusted. Activation
-scales have no counterpart in a checkpoint: they must be the same in every graph of the target.
+Linears lie in the files as [in, out]; FP16 files hold the weights rounded to FP16. The INT8 precisions fold smoothing
+factors, powers of two, from a LayerNorm (or from v) into the linears that read it. ``w8a8`` has them in its plan; in
+``w8`` the stored gain says what it was divided by. The folded gain and bias must then be the checkpoint's divided by
+the factor to the last bit, and the dequantised weight the checkpoint's times it to within half a quantisation step,
+with the very step that its largest value needs. So a weight or scale off by a per cent is found in every precision, and
+none of the quantising code is trusted. Ranges of activations have no counterpart in a checkpoint: every graph must have
+those of the plan.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
 from crt_export.parity.case import HALF_PRECISIONS
-from crt_export.parity.folded_weights import FoldedGroup, folded_names, is_fused
-from crt_export.quantize.linears import HEAD, linear_inputs, linear_names
+from crt_export.parity.quantized_weights import BlockWeight, ColumnWeight, StoredWeight, deviation
+from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
+from crt_export.quantize.plan import W8A8Plan
 from crt_export.rotary import rope_tables
 
 Array = NDArray[Any]
@@ -33,6 +35,12 @@ _LARGEST_CONSTANT = 16
 _TABLE_ERROR = {"float32": 1.2e-7, "float16": 9.8e-4}
 _TABLES = ("rope_cos", "rope_sin")
 _ROWS = 256
+#: A bias with a folded shift is a sum in float64, rounded to float32 once.
+_BIAS_ERROR = 1e-6
+_PARTS = ("weight", "bias")
+
+#: Names of initializers that belong together, and what says what is wrong with them.
+_Part = tuple[tuple[str, ...], Callable[[], list[str]]]
 
 
 class Weights:
@@ -71,7 +79,7 @@ class Weights:
         return (*kind, hashlib.sha256(tensor.tobytes()).hexdigest())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WeightAudit:
     """Checks the files of one target; what several files share is looked at once.
 
@@ -79,6 +87,7 @@ class WeightAudit:
         checkpoint: What the weights must be.
         precision: ``fp32``, ``fp16``, ``w8`` or ``w8a8``.
         rounding: How far an INT8 weight may be from the checkpoint's, quantisation steps.
+        plan: What ``w8a8`` was made by; None in other precisions.
         deviation: Largest distance of an INT8 weight from the checkpoint's in quantisation steps; 0 without INT8.
         different: Values that differ from the checkpoint's where they must be equal.
     """
@@ -86,10 +95,10 @@ class WeightAudit:
     checkpoint: Checkpoint
     precision: str
     rounding: float
+    plan: W8A8Plan | None = None
     deviation: float = 0.0
     different: int = 0
     _known: dict[object, list[str]] = field(default_factory=dict)
-    _scalars: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def problems(self, graph: str, model: ir.Model) -> tuple[list[str], int]:
         """What is wrong with the weights of one graph.
@@ -102,23 +111,23 @@ class WeightAudit:
             Sentences, empty if nothing is wrong, and the number of weights looked at.
         """
         weights = Weights(model)
-        expected = self._expected(graph, weights)
+        parts = [*self._parts(graph, weights)]
+        expected = {name for names, _ in parts for name in names}
         problems = [f"weight {name} is missing" for name in sorted(expected - weights.names)]
         problems += [
             f"constant {name} of {weights.size(name)} values is no weight of the checkpoint"
             for name in sorted(weights.names - expected)
             if weights.size(name) > _LARGEST_CONSTANT
         ]
-        for name in sorted(self._plain_names(graph, weights) & weights.names):
-            problems += self._once((weights.identity(name),), lambda name=name: self._plain(weights, name))
-        if self._quantised:
-            problems += self._groups(graph, weights)
-        problems += self._differing_scalars(graph, weights)
+        problems += [
+            f"{name} is no range of the plan"
+            for name in sorted(weights.names - expected)
+            if name.endswith((".input_scale", ".input_shift"))
+        ]
+        for names, check in parts:
+            if weights.names.issuperset(names):
+                problems += self._once((names, *map(weights.identity, names)), check)
         return problems, len(expected & weights.names)
-
-    @property
-    def _quantised(self) -> bool:
-        return self.precision in ("w8", "w8a8")
 
     def _once(self, key: tuple[object, ...], check: Callable[[], list[str]]) -> list[str]:
         """Shared weights are read once, and what is wrong with them is said of every graph that has them."""
@@ -126,101 +135,175 @@ class WeightAudit:
             self._known[key] = check()
         return self._known[key]
 
-    def _expected(self, graph: str, weights: Weights) -> set[str]:
-        folded = folded_names(self.checkpoint.config, self.precision, graph, weights.names)
-        return self._plain_names(graph, weights) | folded
-
-    def _plain_names(self, graph: str, weights: Weights) -> set[str]:
-        """What must be the checkpoint's own values, rounded to the precision at most."""
+    def _parts(self, graph: str, weights: Weights) -> Iterator[_Part]:
+        """What a graph must hold."""
         config = self.checkpoint.config
-        names = {*tensor_shapes(config), f"{HEAD}.weight", *_TABLES}
+        plain = {*tensor_shapes(config), f"{HEAD}.weight", *_TABLES}
         if graph == "head":
-            names = {name for name in names if name.startswith(("final_norm.", f"{HEAD}."))}
-        if self._quantised:
-            folded = [f"{name}.weight" for name in linear_names(config)]
-            folded += [f"{group.norm}.{part}" for group in linear_inputs(config) for part in ("weight", "bias")]
-            if self.precision == "w8a8":
-                folded += [f"{name}.bias" for name in linear_names(config)]
-            names -= set(folded)
-        if graph != "head":
-            for joined, parts in self._joined_biases(weights).items():
-                names = (names - {*parts}) | {joined}
-        return names
-
-    def _joined_biases(self, weights: Weights) -> dict[str, list[str]]:
-        """Of the linears that a file multiplies as one: the name of their bias and of the parts it is made of."""
-        groups = linear_inputs(self.checkpoint.config)
-        fused = [group for group in groups if is_fused(group, self.precision, weights.names)]
-        return {f"{group.name}.bias": [f"{linear}.bias" for linear in group.linears] for group in fused}
+            plain = {name for name in plain if name.startswith(("final_norm.", f"{HEAD}."))}
+        groups = [group for group in linear_inputs(config) if graph != "head" or group.name == HEAD]
+        for group in groups if self.precision in ("w8", "w8a8") else []:
+            folded = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+            linears = [f"{linear}.weight" for linear in group.linears]
+            if self.plan is not None:
+                names, check = self._planned(group, self.plan, weights)
+                folded += [f"{linear}.bias" for linear in group.linears]
+            else:
+                names, check = self._weight_only(group, weights)
+                if _is_joined(group, weights):
+                    linears += [f"{linear}.bias" for linear in group.linears]
+                    yield self._joined_bias(group, weights)
+            plain -= {*folded, *linears}
+            yield names, check
+        for name in sorted(plain):
+            yield (name,), lambda name=name: self._plain(weights, name)
 
     def _plain(self, weights: Weights, name: str) -> list[str]:
-        found = weights.array(name)
-        dtype = np.dtype("float16" if self.precision in HALF_PRECISIONS else "float32")
-        parts = self._joined_biases(weights).get(name)
-        expected = np.concatenate([*map(self._original, parts)]) if parts else self._due(name)
-        if expected.ndim == 2 and name not in (*_TABLES, "embed.weight"):
-            expected = expected.T
-        if found.dtype != dtype or found.shape != expected.shape:
-            return [f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"]
+        """The checkpoint's own values, rounded to the precision at most."""
+        dtype = np.float16 if self.precision in HALF_PRECISIONS else np.float32
         if name in _TABLES:
-            error = float(np.abs(found.astype(np.float32) - expected).max())
-            sentence = f"{name}: differs from position x theta^(-2j/head_dim) by up to {error:.3g}"
-            return [] if error <= _TABLE_ERROR[str(dtype)] else [sentence]
-        return [*self._differences(name, found, expected)]
+            return [*self._table_problems(name, weights.array(name), np.dtype(dtype))]
+        expected = self._original(name)
+        if expected.ndim == 2 and name != "embed.weight":
+            expected = expected.T
+        return self._differences(name, weights.array(name), expected, dtype)
 
-    def _differences(self, name: str, found: Array, expected: Array) -> Iterator[str]:
+    def _joined_bias(self, group: LinearInput, weights: Weights) -> _Part:
+        name, parts = f"{group.name}.bias", [f"{linear}.bias" for linear in group.linears]
+        return (name,), lambda: self._differences(
+            name, weights.array(name), np.concatenate([*map(self._original, parts)]), np.float32
+        )
+
+    def _weight_only(self, group: LinearInput, weights: Weights) -> _Part:
+        """``w8``: blocks of the linears of one activation, which may be stored side by side under its name."""
+        norms = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        joined = _is_joined(group, weights)
+        stored = (group.name,) if joined else group.linears
+
+        def check() -> list[str]:
+            factor: Array = np.ones(self._original(f"{group.linears[0]}.weight").shape[1], np.float32)
+            if norms:
+                factor = _divisor([self._original(name) for name in norms], [weights.array(name) for name in norms])
+            problems = self._folded(norms, weights, factor, np.float32)
+            first = 0
+            for linear in group.linears:
+                out, into = self._original(f"{linear}.weight").shape
+                name = group.name if joined else linear
+                blocks, scales = (weights.array(f"{name}.weight_{part}") for part in ("blocks", "scales"))
+                rows = slice(first, first + out) if joined else slice(None)
+                first += out
+                block_weight = BlockWeight(blocks=blocks[rows], scales=scales[rows], into=into)
+                problems += self._deviation(linear, block_weight, factor)
+            return problems
+
+        return (*norms, *(f"{name}.weight_{part}" for name in stored for part in ("blocks", "scales"))), check
+
+    def _planned(self, group: LinearInput, plan: W8A8Plan, weights: Weights) -> _Part:
+        """``w8a8``: the ranges of one activation and the linears that read it, by the plan."""
+        config, given = self.checkpoint.config, plan.inputs[group.name]
+        norms = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        has_bias = {linear: linear != HEAD or not config.tie_word_embeddings for linear in group.linears}
+        ranges = {f"{group.name}.input_scale": given.scale}
+        if given.shift:
+            ranges[f"{group.name}.input_shift"] = given.shift
+        # v hands its output to o, whose factor its own columns are divided by.
+        divisors = {other.producer: plan.inputs[other.name].factor for other in linear_inputs(config)}
+
+        def check() -> list[str]:
+            problems = self._folded(norms, weights, given.factor, np.float16)
+            for name, value in ranges.items():
+                problems += self._differences(name, weights.array(name), np.asarray(value), np.float32, of="plan")
+            for linear in group.linears:
+                integers, scales = (weights.array(f"{linear}.weight_{part}") for part in ("q", "scale"))
+                stored, divisor = ColumnWeight(integers=integers, scales=scales), divisors.get(linear)
+                problems += self._deviation(linear, stored, given.factor, divisor)
+                if has_bias[linear]:
+                    problems += self._bias(linear, weights, stored, given.shift, divisor)
+            return problems
+
+        names = [name for linear in group.linears for name in (f"{linear}.weight_q", f"{linear}.weight_scale")]
+        names += [f"{linear}.bias_fp32" for linear in group.linears if has_bias[linear]]
+        return (*norms, *ranges, *names), check
+
+    def _folded(self, norms: Sequence[str], weights: Weights, factor: Array, dtype: type) -> list[str]:
+        """Gain and bias of a LayerNorm, divided by the factors."""
+        return [
+            problem
+            for name in norms
+            for problem in self._differences(name, weights.array(name), self._original(name) / factor, dtype)
+        ]
+
+    def _deviation(self, linear: str, stored: StoredWeight, factor: Array, divisor: Array | None = None) -> list[str]:
+        weight = self._original(f"{linear}.weight")
+        if stored.shape != weight.shape or len(factor) != weight.shape[1]:
+            return [f"weight {linear}: expected [out, in] {list(weight.shape)}, found {list(stored.shape)}"]
+        distance, problem = deviation(stored, weight, factor, divisor, limit=self.rounding)
+        self.deviation = max(self.deviation, distance)
+        return [f"weight {linear}: {problem}"] if problem else []
+
+    def _bias(
+        self, linear: str, weights: Weights, stored: ColumnWeight, shift: np.float32, divisor: Array | None
+    ) -> list[str]:
+        """The checkpoint's bias plus what the shift of the activation adds to every output."""
+        expected = self._original(f"{linear}.bias").astype(np.float64)
+        if divisor is not None:
+            expected = expected / divisor
+        error = 0.0
+        if shift:
+            expected, error = expected + float(shift) * stored.column_sums(), _BIAS_ERROR
+        name = f"{linear}.bias_fp32"
+        return self._differences(name, weights.array(name), expected, np.float32, error=error)
+
+    def _differences(
+        self, name: str, found: Array, expected: Array, dtype: type, *, error: float = 0.0, of: str = "checkpoint"
+    ) -> list[str]:
+        """A sentence on the values that are not the expected ones in ``dtype``, to a relative error."""
+        if found.dtype != dtype or found.shape != expected.shape:
+            wanted = f"{np.dtype(dtype)} {list(expected.shape)}"
+            return [f"{name}: expected {wanted}, found {found.dtype} {list(found.shape)}"]
         count, largest, example = 0, 0.0, ""
+        found, expected = np.atleast_1d(found), np.atleast_1d(expected)
         for start in range(0, len(found), _ROWS):
-            rows = slice(start, start + _ROWS)
-            due = expected[rows].astype(found.dtype)
-            wrong = found[rows] != due
+            part, wanted = found[start : start + _ROWS], expected[start : start + _ROWS].astype(dtype)
+            distance = np.abs(part.astype(np.float64) - wanted)
+            wrong = (part != wanted) & ~(distance <= error * np.abs(wanted))
             if wrong.any():
-                error = np.abs(found[rows].astype(np.float64) - due)
-                worst = np.unravel_index(int(np.nan_to_num(error, nan=np.inf).argmax()), error.shape)
+                place = np.unravel_index(int(np.nan_to_num(distance, nan=np.inf).argmax()), distance.shape)
                 count += int(wrong.sum())
-                if not float(error[worst]) <= largest:
-                    largest = float(error[worst])
-                    place = [int(worst[0]) + start, *map(int, worst[1:])]
-                    example = f"at {place} expected {due[worst]:.6g}, found {found[rows][worst]:.6g}"
+                if not float(distance[place]) <= largest:
+                    largest = float(distance[place])
+                    where = [int(place[0]) + start, *map(int, place[1:])]
+                    example = f"at {where} expected {wanted[place]:.6g}, found {part[place]:.6g}"
         self.different += count
-        if count:
-            yield f"{name}: {count} of {found.size} values differ from the checkpoint's, {example}"
+        return [f"{name}: {count} of {found.size} values differ from the {of}'s, {example}"] if count else []
 
-    def _groups(self, graph: str, weights: Weights) -> Iterator[str]:
-        for group in linear_inputs(self.checkpoint.config):
-            if graph == "head" and group.name != HEAD:
-                continue
-            folded = FoldedGroup(group, self.checkpoint, self.precision, weights)
-            if not weights.names.issuperset(folded.names):
-                continue  # said to be missing
-            yield from self._once((group.name, *map(weights.identity, folded.names)), lambda it=folded: self._fold(it))
-
-    def _fold(self, folded: FoldedGroup) -> list[str]:
-        problems, worst = folded.check(self.rounding)
-        self.deviation = max(self.deviation, worst)
-        return problems
-
-    def _differing_scalars(self, graph: str, weights: Weights) -> Iterator[str]:
-        for name in sorted(name for name in weights.names if name.endswith((".input_scale", ".input_shift"))):
-            value = weights.array(name)
-            if not (value.size == 1 and value.dtype == np.float32 and np.isfinite(value).all()):
-                yield f"{name}: expected one finite float32, found {value.dtype} {value.tolist()!r:.60}"
-            elif name.endswith("scale") and not value > 0:
-                yield f"{name}: expected a scale above 0, found {value.item():.6g}"
-            first, known = self._scalars.setdefault(name, (graph, value.tobytes()))
-            if known != value.tobytes():
-                due = np.frombuffer(known, value.dtype)
-                yield f"{name} is {value.item():.6g}, in {first} it is {due.item():.6g}: the graphs must share one"
-
-    def _due(self, name: str) -> Array:
-        return self._table(name) if name in _TABLES else self._original(name)
+    def _table_problems(self, name: str, found: Array, dtype: np.dtype) -> Iterator[str]:
+        config = self.checkpoint.config
+        tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        expected = tables[_TABLES.index(name)].numpy()
+        if found.dtype != dtype or found.shape != expected.shape:
+            yield f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"
+            return
+        error = float(np.abs(found.astype(np.float32) - expected).max())
+        if not error <= _TABLE_ERROR[str(dtype)]:
+            yield f"{name}: differs from position x theta^(-2j/head_dim) by up to {error:.3g}"
 
     def _original(self, name: str) -> Array:
         tensors = self.checkpoint.tensors
         # A tied head is the embedding.
         return tensors[name if name in tensors else "embed.weight"].numpy()
 
-    def _table(self, name: str) -> Array:
-        config = self.checkpoint.config
-        tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        return tables[_TABLES.index(name)].numpy()
+
+def _is_joined(group: LinearInput, weights: Weights) -> bool:
+    """Whether a ``w8`` file multiplies the linears of an activation as one, under the activation's name."""
+    return len(group.linears) > 1 and f"{group.name}.weight_blocks" in weights.names
+
+
+def _divisor(originals: Sequence[Array], stored: Sequence[Array]) -> Array:
+    """The power of two nearest to what a stored gain, or bias where the gain is zero, was divided by, [channels]."""
+    ratio = np.ones(originals[0].shape, np.float64)
+    for original, found in zip(originals, stored, strict=True):
+        if found.shape == original.shape:
+            usable = (ratio == 1) & (original != 0) & (found != 0) & np.isfinite(found)
+            ratio[usable] = np.abs(original[usable].astype(np.float64) / found[usable])
+    return np.exp2(np.clip(np.rint(np.log2(ratio)), -126, 126)).astype(np.float32)

@@ -17,7 +17,6 @@ from crt_export.quantize.smooth import balancing_exponents
 
 #: A normalised channel rarely exceeds this many standard deviations.
 _DEVIATIONS = 4.0
-_ALPHA = 0.5
 
 
 def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
@@ -55,7 +54,7 @@ def balanced(
     """Gain, bias and weights float32 [in, out] of the same function, with channels of similar magnitude."""
     activation = _DEVIATIONS * np.abs(gain.astype(np.float64)) + np.abs(bias)
     largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
-    factor = np.exp2(balancing_exponents(activation, largest, _ALPHA)).astype(np.float32)
+    factor = np.exp2(balancing_exponents(activation, largest)).astype(np.float32)
     return (gain / factor, bias / factor, *(weight * factor[:, None] for weight in weights))
 
 

@@ -1,67 +1,80 @@
-"""W8A8: what every linear becomes, decided once and shared by all graphs of the precision."""
+"""W8A8 plan: the range of every activation and what smoothing divides its channels by, decided once on real text.
+
+The plan is all that calibration adds to a checkpoint: :func:`quantize_linears` makes the INT8 weights of both, and
+whoever has the plan and the checkpoint can say what a graph must hold. It is kept in the bundle as a safetensors file
+of three float32 tensors for each activation::
+
+    <activation>.input_scale   []           step of its int8 grid
+    <activation>.input_shift   []           what is subtracted before it is rounded
+    <activation>.factor        [channels]   what smoothing divided its channels by, powers of two
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from crt_export.errors import InputError, UnsupportedError, problem_list
+from crt_export.checkpoint import tensor_shapes
+from crt_export.config import ModelConfig
+from crt_export.errors import BundleError, UnsupportedError, problem_list
 from crt_export.model import Model
-from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.calibration import ActivationStatistics, InputStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
-from crt_export.quantize.ranges import RANGE_METHODS, quantize_columns, scale_from_range, value_range
-from crt_export.quantize.smooth import FP16_LIMIT, Folded, fold
+from crt_export.quantize.ranges import quantize_columns, scale_from_range, value_range
+from crt_export.quantize.smooth import FP16_LIMIT, fold, smoothing_factors
+
+Array = NDArray[np.float32]
+#: In a bundle.
+PLAN_FILE = "graphs/w8a8.plan.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class W8A8Options:
-    """How W8A8 is done; the defaults lost least on the demo (mean KL over its held-out text).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedInput:
+    """One activation: ``int8 = round((x / factor - shift) / scale)``, zero point 0.
 
     Attributes:
-        smooth: Fold channel outliers into the weights.
-        alpha: How far, from 0 (not at all) to 1 (entirely).
-        range_method: ``percentile``, ``mse`` or ``max``, see :func:`crt_export.quantize.ranges.value_range`.
-        percentile: Per cent of the values inside the range, for ``percentile``.
-        gelu_shift: Quantise ``g - c`` instead of a one-sided GELU output ``g``, with c in the middle of its range.
+        scale: float32.
+        shift: Middle of the range of a one-sided GELU output, float32; 0 for others.
+        factor: What smoothing divides its channels by, float32 [channels], powers of two.
     """
-
-    smooth: bool = True
-    alpha: float = 0.5
-    range_method: str = "percentile"
-    percentile: float = 99.99
-    gelu_shift: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: With every value that is out of range.
-        """
-        problems = []
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha must be in [0, 1], found {self.alpha}")
-        if self.range_method not in RANGE_METHODS:
-            problems.append(f"range_method must be one of {', '.join(RANGE_METHODS)}, found {self.range_method!r}")
-        if not 50 < self.percentile <= 100:
-            problems.append(f"percentile must be in (50, 100], found {self.percentile}")
-        if problems:
-            raise InputError(problem_list("W8A8 options", problems))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every option with its value, ready for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedInput:
-    """One activation: ``int8 = round((x - shift) / scale)``, zero point 0."""
 
     scale: np.float32
     shift: np.float32
+    factor: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class W8A8Plan:
+    """What every activation that enters a linear becomes, by name (:func:`crt_export.quantize.linear_inputs`)."""
+
+    inputs: Mapping[str, QuantizedInput]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file of the plan, in hex."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file; :func:`read_plan` reads it back."""
+        tensors = {}
+        for name, given in self.inputs.items():
+            tensors[f"{name}.input_scale"] = np.asarray(given.scale)
+            tensors[f"{name}.input_shift"] = np.asarray(given.shift)
+            tensors[f"{name}.factor"] = np.ascontiguousarray(given.factor)
+        return save(tensors)
+
+    def value_divisors(self, config: ModelConfig) -> tuple[Array, ...]:
+        """What smoothing divides the channels of v by, and with them the value caches, per layer [heads, head_dim]."""
+        shape = (config.num_attention_heads, config.head_dim)
+        groups = [group for group in linear_inputs(config) if group.producer is not None]
+        return tuple(self.inputs[group.name].factor.reshape(shape) for group in groups)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,110 +90,142 @@ class QuantizedLinear:
 
     input: str
     weight: NDArray[np.int8]
-    weight_scale: NDArray[np.float32]
-    bias: NDArray[np.float32] | None
+    weight_scale: Array
+    bias: Array | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class W8A8Plan:
+class QuantizedLinears:
     """Everything the W8A8 graphs need beyond the FP16 graphs.
 
     Attributes:
-        options: What it was made with.
-        inputs: Quantised activations by name.
+        plan: What they were made by.
         linears: Quantised linears by checkpoint name.
         norms: LayerNorm gains and biases with the smoothing folded in, float32 by checkpoint name.
-        factors: What each activation's channels were divided by, powers of two.
     """
 
-    options: W8A8Options
-    inputs: Mapping[str, QuantizedInput]
+    plan: W8A8Plan
     linears: Mapping[str, QuantizedLinear]
-    norms: Mapping[str, NDArray[np.float32]]
-    factors: Mapping[str, NDArray[np.float32]]
+    norms: Mapping[str, Array]
 
 
-def plan_w8a8(model: Model, statistics: ActivationStatistics, options: W8A8Options | None = None) -> W8A8Plan:
-    """Fold, then choose every scale, shift, int8 weight and bias.
+def plan_w8a8(model: Model, statistics: ActivationStatistics) -> W8A8Plan:
+    """Choose every factor, scale and shift.
 
     Args:
         model: The FP32 reference model.
         statistics: Calibrated on it.
-        options: How.
 
     Raises:
-        UnsupportedError: A LayerNorm or its output would not fit into FP16.
+        UnsupportedError: An activation would not fit into FP16, or a weight into FP32.
     """
-    options = options or W8A8Options()
-    tensors = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    groups = linear_inputs(model.config)
-    if options.smooth:
-        folded = fold(tensors, model.config, statistics, alpha=options.alpha)
-    else:
-        ones = {group.name: np.ones_like(statistics.inputs[group.name].low) for group in groups}
-        folded = Folded(tensors=tensors, factors=ones)
-    _check_half_range(groups, folded, statistics)
-    inputs = {group.name: _quantized_input(group, folded, statistics, options) for group in groups}
-    linears = {
-        name: _quantized_linear(name, group.name, folded.tensors, inputs[group.name])
-        for group in groups
-        for name in group.linears
-    }
-    norms = {
-        f"{group.norm}.{part}": folded.tensors[f"{group.norm}.{part}"]
-        for group in groups
-        if group.norm is not None
-        for part in ("weight", "bias")
-    }
-    return W8A8Plan(options=options, inputs=inputs, linears=linears, norms=norms, factors=folded.factors)
-
-
-def _quantized_input(
-    group: LinearInput, folded: Folded, statistics: ActivationStatistics, options: W8A8Options
-) -> QuantizedInput:
-    seen, factor = statistics.inputs[group.name], folded.factors[group.name]
-    shifted = group.after_gelu and options.gelu_shift
-    low, high = value_range(
-        seen.rows / factor,
-        float((seen.low / factor).min()),
-        float((seen.high / factor).max()),
-        method=options.range_method,
-        percentile=options.percentile,
-        symmetric=not shifted,
+    tensors, groups = _tensors(model), linear_inputs(model.config)
+    factors = smoothing_factors(tensors, model.config, statistics)
+    _check_range(groups, fold(tensors, model.config, factors), statistics, factors)
+    return W8A8Plan(
+        inputs={
+            group.name: _quantized_input(group, statistics.inputs[group.name], factors[group.name]) for group in groups
+        }
     )
-    shift = np.float32((low + high) / 2) if shifted else np.float32(0)
-    return QuantizedInput(scale=scale_from_range(low, high), shift=shift)
 
 
-def _quantized_linear(
-    name: str, input_name: str, tensors: Mapping[str, NDArray[np.float32]], quantized_input: QuantizedInput
-) -> QuantizedLinear:
+def quantize_linears(model: Model, plan: W8A8Plan) -> QuantizedLinears:
+    """The INT8 weights, FP32 biases and folded LayerNorms of a model.
+
+    Args:
+        model: The FP32 reference model.
+        plan: Made for it.
+    """
+    groups = linear_inputs(model.config)
+    folded = fold(_tensors(model), model.config, {name: given.factor for name, given in plan.inputs.items()})
+    norms = [group.norm for group in groups if group.norm is not None]
+    return QuantizedLinears(
+        plan=plan,
+        linears={
+            name: _quantized_linear(name, group.name, folded, plan.inputs[group.name].shift)
+            for group in groups
+            for name in group.linears
+        },
+        norms={f"{norm}.{part}": folded[f"{norm}.{part}"] for norm in norms for part in ("weight", "bias")},
+    )
+
+
+def read_plan(path: Path, config: ModelConfig) -> W8A8Plan:
+    """Read the plan of a bundle.
+
+    Args:
+        path: What :meth:`W8A8Plan.to_bytes` gave.
+        config: The model that it was made for.
+
+    Raises:
+        BundleError: It is no plan for this model, with every tensor that is missing, unknown or unusable.
+    """
+    try:
+        found = load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: expected the plan of w8a8, a safetensors file ({error}); build it again") from error
+    shapes, groups = tensor_shapes(config), linear_inputs(config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        channels = shapes.get(f"{group.linears[0]}.weight", shapes["embed.weight"])[1]
+        expected |= {f"{group.name}.input_{part}": () for part in ("scale", "shift")}
+        expected[f"{group.name}.factor"] = (channels,)
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} belongs to no linear of the model" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        values, positive = found[name], not name.endswith("shift")
+        if values.dtype != np.float32 or values.shape != expected[name]:
+            problems.append(f"{name} is {values.dtype} {list(values.shape)}, expected float32 {list(expected[name])}")
+        elif not (np.isfinite(values).all() and (not positive or (values > 0).all())):
+            problems.append(f"{name} must be finite{' and above 0' if positive else ''}")
+    if problems:
+        raise BundleError(problem_list(f"{path}: the plan of w8a8 is not one for this model, build it again", problems))
+    return W8A8Plan(
+        inputs={
+            group.name: QuantizedInput(
+                scale=np.float32(found[f"{group.name}.input_scale"]),
+                shift=np.float32(found[f"{group.name}.input_shift"]),
+                factor=found[f"{group.name}.factor"],
+            )
+            for group in groups
+        }
+    )
+
+
+def _tensors(model: Model) -> dict[str, Array]:
+    return {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+
+
+def _quantized_input(group: LinearInput, seen: InputStatistics, factor: Array) -> QuantizedInput:
+    low, high = value_range(seen.rows / factor, symmetric=not group.after_gelu)
+    shift = np.float32((low + high) / 2) if group.after_gelu else np.float32(0)
+    return QuantizedInput(scale=scale_from_range(low, high), shift=shift, factor=factor)
+
+
+def _quantized_linear(name: str, input_name: str, tensors: Mapping[str, Array], shift: np.float32) -> QuantizedLinear:
     weight, scale = quantize_columns(tensors[f"{name}.weight"])
     bias = tensors.get(f"{name}.bias")
-    if bias is not None and quantized_input.shift:
+    if bias is not None and shift:
         column_sums = weight.astype(np.int64).sum(axis=0) * scale.astype(np.float64)
-        bias = (bias + float(quantized_input.shift) * column_sums).astype(np.float32)
+        bias = (bias + float(shift) * column_sums).astype(np.float32)
     return QuantizedLinear(input=input_name, weight=weight, weight_scale=scale, bias=bias)
 
 
-def _check_half_range(groups: tuple[LinearInput, ...], folded: Folded, statistics: ActivationStatistics) -> None:
+def _check_range(
+    groups: tuple[LinearInput, ...],
+    folded: Mapping[str, Array],
+    statistics: ActivationStatistics,
+    factors: Mapping[str, Array],
+) -> None:
     problems = []
     for group in groups:
-        found = {
-            f"input of {', '.join(group.linears)}": statistics.inputs[group.name].absmax / folded.factors[group.name]
-        }
-        if group.norm is not None:
-            found |= {f"{group.norm}.{part}": folded.tensors[f"{group.norm}.{part}"] for part in ("weight", "bias")}
+        largest = float((statistics.inputs[group.name].absmax / factors[group.name]).max())
+        if not largest <= FP16_LIMIT:  # NaN is none either
+            problems.append(f"input of {', '.join(group.linears)}: largest magnitude {largest:.6g}")
         problems += [
-            f"{what}: largest magnitude {float(np.abs(values).max()):.6g}"
-            for what, values in found.items()
-            if not np.abs(values).max() <= FP16_LIMIT  # NaN is none either
-        ]
-        weights = {f"{name}.weight": folded.tensors[f"{name}.weight"] for name in group.linears}
-        problems += [
-            f"{name}: its values leave the range of FP32 where its input is scaled down to fit"
-            for name, values in weights.items()
-            if not np.isfinite(values).all()
+            f"{name}.weight: its values leave the range of FP32 where its input is scaled down to fit"
+            for name in group.linears
+            if not np.isfinite(folded[f"{name}.weight"]).all()
         ]
     if problems:
         raise UnsupportedError(

@@ -9,17 +9,18 @@ through a GELU. All factors are powers of two, so the folded model computes bit 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
-from crt_export.quantize.calibration import ActivationStatistics, InputStatistics
+from crt_export.quantize.calibration import ActivationStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Array = NDArray[np.float32]
 
+#: How far outliers move, from 0 (they stay in the activations) to 1 (they go into the weights entirely).
+ALPHA = 0.5
 #: Folded LayerNorm gains, biases and outputs stay below this, a quarter of the largest FP16 value.
 FP16_LIMIT = 65504 / 4
 #: No channel is rescaled by more than this, so that FP16 gains do not become subnormal.
@@ -28,71 +29,69 @@ LARGEST_FACTOR = 2.0**12
 _LARGEST_EXPONENT = 127
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Folded:
-    """The same function with smoother activations.
-
-    Attributes:
-        tensors: All tensors of the model, float32, linears as [in, out].
-        factors: What each activation's channels were divided by, float32 [channels], powers of two.
-    """
-
-    tensors: dict[str, NDArray[np.float32]]
-    factors: dict[str, NDArray[np.float32]]
-
-
-def fold(tensors: Arrays, config: ModelConfig, statistics: ActivationStatistics, *, alpha: float = 0.5) -> Folded:
-    """Fold smoothing factors into LayerNorms, v and the weights that read them.
+def smoothing_factors(
+    tensors: Mapping[str, Array], config: ModelConfig, statistics: ActivationStatistics
+) -> dict[str, Array]:
+    """What to divide each activation's channels by, float32 [channels] by name, powers of two.
 
     Args:
         tensors: State of the FP32 model by parameter name, linears as [in, out].
         config: Architecture.
         statistics: Calibrated on the same model.
-        alpha: 0 leaves outliers to the activations, 1 moves them to the weights entirely.
+    """
+    folded, factors = dict(tensors), {}
+    for group in linear_inputs(config):
+        factors[group.name] = _smoothing_factor(folded, group, statistics.inputs[group.name].absmax)
+        _fold(folded, group, factors[group.name])
+    return factors
 
-    Returns:
-        New tensors and the factors; the input is not changed.
+
+def fold(tensors: Mapping[str, Array], config: ModelConfig, factors: Mapping[str, Array]) -> dict[str, Array]:
+    """The same function with other magnitudes: factors folded into LayerNorms, v and the weights that read them.
+
+    Args:
+        tensors: State of the FP32 model by parameter name, linears as [in, out]; it is not changed.
+        config: Architecture.
+        factors: What each activation's channels are divided by; 1 where nothing can be folded.
     """
     folded = {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
-    factors = {}
     for group in linear_inputs(config):
-        seen = statistics.inputs[group.name]
-        if group.norm is None and group.producer is None:
-            factors[group.name] = np.ones(seen.absmax.shape, np.float32)
-            continue
-        factors[group.name] = factor = smoothing_factor(folded, group, seen, alpha)
-        for name in _producing_tensors(group):
-            folded[name] = folded[name] / factor
-        for linear in group.linears:
-            folded[f"{linear}.weight"] = folded[f"{linear}.weight"] * factor[:, None]
-    return Folded(tensors=folded, factors=factors)
+        _fold(folded, group, factors[group.name])
+    return folded
 
 
-def smoothing_factor(tensors: Arrays, group: LinearInput, seen: InputStatistics, alpha: float) -> NDArray[np.float32]:
-    """The powers of two to divide one activation's channels by, float32 [channels], 1 for the median channel."""
+def _fold(tensors: dict[str, Array], group: LinearInput, factor: Array) -> None:
+    for name in _producing_tensors(group):
+        tensors[name] = tensors[name] / factor
+    for linear in group.linears:
+        tensors[f"{linear}.weight"] = tensors[f"{linear}.weight"] * factor[:, None]
+
+
+def _smoothing_factor(tensors: Mapping[str, Array], group: LinearInput, absmax: Array) -> Array:
+    """The powers of two to divide one activation's channels by, 1 for the median channel and behind a GELU."""
+    producing = _producing_tensors(group)
+    if not producing:
+        return np.ones(absmax.shape, np.float32)
     weight = np.max([np.abs(tensors[f"{linear}.weight"]).max(axis=1) for linear in group.linears], axis=0)
-    exponent = balancing_exponents(seen.absmax, weight, alpha)
-    produced = [np.abs(tensors[name]) for name in _producing_tensors(group) if group.norm is not None]
-    magnitude = np.max([seen.absmax, *produced], axis=0).astype(np.float64)
+    exponent = balancing_exponents(absmax, weight)
+    produced = [np.abs(tensors[name]) for name in producing if group.norm is not None]
+    magnitude = np.max([absmax, *produced], axis=0).astype(np.float64)
     least = np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny) / FP16_LIMIT))
     return np.exp2(np.maximum(exponent, least)).astype(np.float32)
 
 
-def balancing_exponents(
-    activation: NDArray[np.floating], weight: NDArray[np.floating], alpha: float
-) -> NDArray[np.float64]:
+def balancing_exponents(activation: NDArray[np.floating], weight: NDArray[np.floating]) -> NDArray[np.float64]:
     """``log2 s_j``, rounded, 0 for the median channel and for those that are zero on either side.
 
     Args:
         activation: Largest magnitude of each channel, [channels].
         weight: Largest magnitude of the weights that read it, [channels].
-        alpha: 0 leaves outliers to the activations, 1 moves them to the weights entirely.
     """
     usable = (activation > 0) & (weight > 0)
     exponent = np.zeros(activation.shape)
     if usable.any():
         wide = activation[usable].astype(np.float64), weight[usable].astype(np.float64)
-        log = alpha * np.log2(wide[0]) - (1 - alpha) * np.log2(wide[1])
+        log = ALPHA * np.log2(wide[0]) - (1 - ALPHA) * np.log2(wide[1])
         exponent[usable] = log - np.median(log)
     largest = np.log2(LARGEST_FACTOR)
     # Neither the weights that are multiplied nor what is divided by a factor below one leaves the range of FP32.
@@ -105,6 +104,6 @@ def _log2(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _producing_tensors(group: LinearInput) -> tuple[str, ...]:
-    """Tensors whose last axis is the activation's channels."""
+    """Tensors whose last axis is the activation's channels, and into which a factor can be folded."""
     source = group.norm or group.producer
-    return (f"{source}.weight", f"{source}.bias")
+    return (f"{source}.weight", f"{source}.bias") if source is not None else ()

@@ -18,51 +18,51 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from crt_export.errors import BuildError, problem_list
-from crt_export.quantize.plan import W8A8Plan
+from crt_export.quantize.plan import QuantizedLinears
 from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
 
 _FLOAT = ir.DataType.FLOAT
 
 
-def quantize_w8a8(graph: ir.Model, plan: W8A8Plan) -> int:
+def quantize_w8a8(graph: ir.Model, quantized: QuantizedLinears) -> int:
     """Quantise every linear of an FP16 graph, in place, and put the folded LayerNorms in.
 
     Args:
         graph: Exported from the FP16 model, weights under their checkpoint names.
-        plan: Made for the same checkpoint.
+        quantized: Of the same checkpoint.
 
     Returns:
         Number of quantised MatMuls, a weight used by K passes counted K times.
 
     Raises:
-        BuildError: A linear could not be quantised, or the plan is for other weights.
+        BuildError: A linear could not be quantised, or they are those of another model.
     """
     body = graph.graph
     matmuls = weight_matmuls(body)
-    _check_plan(body, matmuls, plan)
-    _replace_norms(body, plan)
-    quantizer = _Quantizer(body, plan)
+    _check_shapes(body, matmuls, quantized)
+    _replace_norms(body, quantized)
+    quantizer = _Quantizer(body, quantized)
     for name, node in matmuls:
         quantizer.quantize(name, node)
     RemoveUnusedNodesPass()(graph)
-    require_none_left(body, plan.linears)
+    require_none_left(body, quantized.linears)
     return len(matmuls)
 
 
-def _check_plan(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]], plan: W8A8Plan) -> None:
+def _check_shapes(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]], quantized: QuantizedLinears) -> None:
     problems = []
     for name in sorted({name for name, _ in matmuls}):
         found = list(graph.initializers[f"{name}.weight"].const_value.shape)  # type: ignore[union-attr]
-        if name not in plan.linears:
+        if name not in quantized.linears:
             problems.append(f"{name}.weight is not in the plan")
-        elif found != list(plan.linears[name].weight.shape):
-            problems.append(f"{name}.weight is {found}, the plan has {list(plan.linears[name].weight.shape)}")
+        elif found != list(quantized.linears[name].weight.shape):
+            problems.append(f"{name}.weight is {found}, the plan has {list(quantized.linears[name].weight.shape)}")
     if problems:
         raise BuildError(problem_list(f"graph {graph.name}: the W8A8 plan is for another model", problems))
 
 
-def _replace_norms(graph: ir.Graph, plan: W8A8Plan) -> None:
-    for name, values in plan.norms.items():
+def _replace_norms(graph: ir.Graph, quantized: QuantizedLinears) -> None:
+    for name, values in quantized.norms.items():
         if name in graph.initializers:
             value = graph.initializers[name]
             assert value.dtype is not None
@@ -72,13 +72,13 @@ def _replace_norms(graph: ir.Graph, plan: W8A8Plan) -> None:
 class _Quantizer:
     """Rewrites one MatMul after another; an activation is quantised once for all that read it."""
 
-    def __init__(self, graph: ir.Graph, plan: W8A8Plan) -> None:
-        self._graph, self._plan = graph, plan
+    def __init__(self, graph: ir.Graph, quantized: QuantizedLinears) -> None:
+        self._graph, self._linears, self._inputs = graph, quantized.linears, quantized.plan.inputs
         self._quantized: dict[tuple[int, str], ir.Value] = {}
 
     def quantize(self, name: str, node: ir.Node) -> None:
         """``MatMul(x, weight)`` with its bias Add, all of it FP32 afterwards; the MatMul keeps its name."""
-        linear = self._plan.linears[name]
+        linear = self._linears[name]
         x = node.inputs[0]
         assert x is not None
         bias_add = self._bias_add(name, node)
@@ -104,7 +104,7 @@ class _Quantizer:
 
     def _bias_add(self, name: str, node: ir.Node) -> ir.Node | None:
         """The Add of the linear's bias, or None for a linear without one."""
-        if self._plan.linears[name].bias is None:
+        if self._linears[name].bias is None:
             return None
         users = [user for user, _ in node.outputs[0].uses()]
         bias = self._graph.initializers.get(f"{name}.bias")
@@ -116,7 +116,7 @@ class _Quantizer:
         return users[0]
 
     def _quantized_activation(self, x: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        quantized_input = self._plan.inputs[name]
+        quantized_input = self._inputs[name]
         label = f"{before.name}/input"
         x = self._widened(x, label, before)
         if quantized_input.shift:

@@ -84,6 +84,7 @@ def manifest(folder: Path) -> None:
         "options": {"targets": ["ort-cpu-fp32"], "text": None, "validated": False, "reference": False},
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
         "graphs": [{"file": file, "graph": name, **entry} for name, file in graphs.items()],
+        "quantization": {},
         "targets": {
             "ort-cpu-fp32": {
                 "profile": load_profile("ort-cpu-fp32").with_capacity(64).with_unroll(2).to_dict(),

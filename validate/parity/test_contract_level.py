@@ -32,6 +32,7 @@ from contract_edits import (
     swap_updates,
 )
 from onnx import helper, numpy_helper
+from safetensors.numpy import load, save
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.graph import GraphExporter, write_graph, write_weights
@@ -49,8 +50,10 @@ from crt_export.quantize import (
     calibrate,
     calibration_windows,
     plan_w8a8,
+    quantize_linears,
     quantize_w8,
     quantize_w8a8,
+    read_plan,
 )
 from crt_export.text import TokenText
 
@@ -74,8 +77,16 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
 
 
 @pytest.fixture(scope="session")
+def plan(parity_checkpoint: Checkpoint, real_text: TokenText) -> W8A8Plan:
+    model = model_from_checkpoint(parity_checkpoint)
+    options = CalibrationOptions(windows=32, minimum_tokens=512)
+    windows = calibration_windows(real_text.ids, seq=16, options=options)
+    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options))
+
+
+@pytest.fixture(scope="session")
 def forms(
-    parity_bundle: Path, parity_checkpoint: Checkpoint, real_text: TokenText, tmp_path_factory: pytest.TempPathFactory
+    parity_bundle: Path, parity_checkpoint: Checkpoint, plan: W8A8Plan, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """``step`` and ``head`` in every precision; only FP16 is exported for it."""
     folder = tmp_path_factory.mktemp("forms")
@@ -87,19 +98,13 @@ def forms(
         quantize_w8(made["w8"][name], 16)
         made["fp16"][name] = exporter.graph(name)
         made["w8a8"][name] = made["fp16"][name].clone()
-        quantize_w8a8(made["w8a8"][name], _plan(parity_checkpoint, real_text))
+        quantize_w8a8(made["w8a8"][name], quantize_linears(model_from_checkpoint(parity_checkpoint), plan))
+    (folder / "plan").write_bytes(plan.to_bytes())
     for form, models in made.items():
         weights = write_weights(models, folder / f"{form}.weights")
         for name, model in models.items():
             write_graph(model, folder / f"{name}.{form}.onnx", weights)
     return folder
-
-
-def _plan(checkpoint: Checkpoint, text: TokenText) -> W8A8Plan:
-    model = model_from_checkpoint(checkpoint)
-    options = CalibrationOptions(windows=32, minimum_tokens=512)
-    windows = calibration_windows(text.ids, seq=16, options=options)
-    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options))
 
 
 def _case(folder: Path, checkpoint: Checkpoint, form: str = "fp32", runtime: str = "onnxruntime") -> ParityCase:
@@ -112,6 +117,7 @@ def _case(folder: Path, checkpoint: Checkpoint, form: str = "fp32", runtime: str
         graphs={name: path for name, path in files.items() if path.is_file()},
         unroll=2,
         cache_dtype="float16" if half else "float32",
+        plan=read_plan(folder / "plan", checkpoint.config) if form == "w8a8" else None,
     )
 
 
@@ -302,17 +308,22 @@ def _last(count: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[n
         ("fp16", "layers.1.mlp_norm.bias", _one_percent, "layers.1.mlp_norm.bias: "),
         ("w8", "layers.0.mlp.up.weight_scales", _one_percent, "weight layers.0.mlp.up: value"),
         ("w8", "layers.0.mlp.up.weight_blocks", _one_level, "weight layers.0.mlp.up: value"),
-        ("w8", "layers.0.attn_norm.weight", _one_percent, "16 of 16 channels are not the checkpoint's divided by one"),
-        ("w8", "layers.0.attn_norm.weight", lambda gain: gain * 2, "channels are not the checkpoint's divided by one"),
+        ("w8", "layers.0.attn_norm.weight", _one_percent, "layers.0.attn_norm.weight: 16 of 16 values differ"),
+        ("w8", "layers.0.attn_norm.weight", lambda gain: gain * 2, "layers.0.attn_norm.bias: 16 of 16 values differ"),
         ("w8", "layers.0.attn.qkv.bias", _last(16, _one_percent), "layers.0.attn.qkv.bias: 16 of 48 values differ"),
         ("w8", "layers.1.attn.qkv.weight_scales", _last(16, _one_percent), "weight layers.1.attn.v: value"),
         ("w8", "layers.1.attn.qkv.weight_blocks", _one_level, "weight layers.1.attn.q: value"),
         ("w8a8", "layers.1.attn.v.weight_scale", _one_percent, "weight layers.1.attn.v: value"),
         ("w8a8", "layers.1.attn.o.weight_q", _one_level, "weight layers.1.attn.o: value"),
-        ("w8a8", "layers.1.attn.v.bias_fp32", _one_percent, "16 of 16 channels are not the checkpoint's divided by"),
+        ("w8a8", "layers.1.attn.v.bias_fp32", _one_percent, "layers.1.attn.v.bias_fp32: 16 of 16 values differ"),
         ("w8a8", "layers.0.mlp.down.bias_fp32", _one_percent, "layers.0.mlp.down.bias_fp32: 16 of 16 values differ"),
-        ("w8a8", "layers.0.mlp.down.input_shift", _one_percent, "layers.0.mlp.down.bias_fp32: "),
-        ("w8a8", "final_norm.bias", _one_percent, "channels are not the checkpoint's divided by one power of two"),
+        (
+            "w8a8",
+            "layers.0.mlp.down.input_shift",
+            _one_percent,
+            "layers.0.mlp.down.input_shift: 1 of 1 values differ from the plan's",
+        ),
+        ("w8a8", "final_norm.bias", _one_percent, "final_norm.bias: 16 of 16 values differ"),
     ],
 )
 def test_a_weight_off_by_one_per_cent_is_found(
@@ -346,5 +357,41 @@ def test_an_activation_scale_of_its_own_in_one_graph_is_found(forms: Path, setup
     _edit(folder, "head", edit, "w8a8")
     found = _failures(check_contract_level(_case(folder, setup.checkpoint, "w8a8"), setup), "head")
     assert len(found) == 1
-    assert "lm_head.input_scale is" in found[0]
-    assert "in step it is" in found[0]
+    assert "lm_head.input_scale: 1 of 1 values differ from the plan's" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "sentence"),
+    [
+        ("layers.1.attn.qkv.factor", lambda factor: factor * 2, "layers.1.attn_norm.weight: 16 of 16 values differ"),
+        ("layers.1.attn.o.factor", _last(1, lambda factor: factor / 2), "layers.1.attn.v.bias_fp32: 1 of 16 values"),
+        ("layers.1.mlp.down.factor", lambda factor: factor * 2, "weight layers.1.mlp.down: value"),
+        ("layers.0.mlp.down.input_shift", _one_percent, "layers.0.mlp.down.input_shift: 1 of 1 values differ from the"),
+        (
+            "layers.0.mlp.up.input_scale",
+            _one_percent,
+            "layers.0.mlp.up.input_scale: 1 of 1 values differ from the plan",
+        ),
+    ],
+)
+def test_a_fault_in_the_plan_is_found(
+    forms: Path, setup: ParitySetup, tmp_path: Path, tensor: str, change: Callable, sentence: str
+) -> None:
+    folder = Path(shutil.copytree(forms, tmp_path / "forms"))
+    tensors = load((folder / "plan").read_bytes())
+    tensors[tensor] = np.asarray(change(tensors[tensor]), np.float32)
+    (folder / "plan").write_bytes(save(tensors))
+    failures = _failures(check_contract_level(_case(folder, setup.checkpoint, "w8a8"), setup), "step")
+    assert any(sentence in failure for failure in failures), failures
+    assert all(failure.startswith("step: weights: ") for failure in failures), failures
+
+
+def test_a_shift_that_the_plan_has_not_is_found(forms: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(forms, tmp_path / "forms"))
+
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(0.5, np.float32), "lm_head.input_shift"))
+
+    _edit(folder, "head", edit, "w8a8")
+    found = _failures(check_contract_level(_case(folder, setup.checkpoint, "w8a8"), setup), "head")
+    assert any("lm_head.input_shift is no range of the plan" in failure for failure in found), found

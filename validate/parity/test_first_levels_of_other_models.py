@@ -31,7 +31,7 @@ LENGTH = 32
 
 
 def _no_bias(tensors: dict[str, Any]) -> None:
-    """Biases of an untrained model: nothing tells which factor smoothing folded into v but its weights."""
+    """Biases of an untrained model: they tell nothing of what smoothing folded into v."""
     for name, tensor in tensors.items():
         if name.endswith("bias"):
             tensor.zero_()
@@ -89,8 +89,9 @@ def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[Parity
     profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
     # Decomposed attention and an FP32 residual stream: the other form of each choice.
     profiles.append(dataclasses.replace(profiles[-1], name="other-forms", residual_dtype="float32"))
-    written = write_graphs(checkpoint, profiles, _plan(checkpoint, text, unroll), folder, no_progress)
-    return [_case(profile, written, checkpoint, folder) for profile in profiles]
+    plan = _plan(checkpoint, text, unroll)
+    written = write_graphs(checkpoint, profiles, plan, folder, no_progress)
+    return [_case(profile, written, checkpoint, folder, plan) for profile in profiles]
 
 
 def _plan(checkpoint: Checkpoint, text: TokenText, unroll: int) -> W8A8Plan:
@@ -99,7 +100,9 @@ def _plan(checkpoint: Checkpoint, text: TokenText, unroll: int) -> W8A8Plan:
     return plan_w8a8(model, calibrate(model, windows, unroll=unroll))
 
 
-def _case(profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: Path) -> ParityCase:
+def _case(
+    profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: Path, plan: W8A8Plan | None
+) -> ParityCase:
     config = checkpoint.config
     files = {name: written[form] for name, form in forms_of_profile(profile, config).items()}
     graphs = {name: folder / file.file for name, file in files.items()}
@@ -119,4 +122,5 @@ def _case(profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: 
         capacity=profile.capacity if profile.compiled else None,
         residual_dtype=profile.residual_dtype,
         disabled_optimizers=disabled_optimizers(profile),
+        plan=plan if profile.precision == "w8a8" else None,
     )

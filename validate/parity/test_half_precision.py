@@ -25,7 +25,7 @@ from crt_export.parity.headroom import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
-from crt_export.quantize import CalibrationOptions, W8A8Options, W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.quantize import CalibrationOptions, W8A8Plan, calibrate, calibration_windows, plan_w8a8
 from crt_export.text import TokenText
 
 OPTIONS = ParityOptions(validation_tokens=128, window=16, short_reason="overflow test", threads=1)
@@ -71,8 +71,9 @@ def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., 
             capacity=CAPACITY,
             residual_dtype="float16",
             compiled=("step", "prefill"),
+            plan=plan,
         )
-        return check_parity(parity_checkpoint, [case], real_text, options=OPTIONS, plan=plan)
+        return check_parity(parity_checkpoint, [case], real_text, options=OPTIONS)
 
     return run
 
@@ -168,7 +169,7 @@ def plan(parity_checkpoint: Checkpoint, train_text: Path) -> W8A8Plan:
     model, options = model_from_checkpoint(parity_checkpoint), CalibrationOptions(windows=64, minimum_tokens=512)
     tokens = np.frombuffer(train_text.read_bytes(), np.uint8).astype(np.int64)
     windows = calibration_windows(tokens, seq=16, options=options)
-    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options), W8A8Options())
+    return plan_w8a8(model, calibrate(model, windows, unroll=2, options=options))
 
 
 def test_w8a8_runs_in_real_half_arithmetic_under_its_own_gate(
@@ -186,19 +187,18 @@ def test_w8a8_runs_in_real_half_arithmetic_under_its_own_gate(
 def test_a_wrong_w8a8_scale_fails_the_half_precision_chain(
     parity_checkpoint: Checkpoint, real_text: TokenText, plan: W8A8Plan
 ) -> None:
-    linears = dict(plan.linears)
-    linears["lm_head"] = dataclasses.replace(linears["lm_head"], weight_scale=linears["lm_head"].weight_scale * 1.2)
-    assert _half(parity_checkpoint, real_text, dataclasses.replace(plan, linears=linears)).passed is False
+    head = dataclasses.replace(plan.inputs["lm_head"], scale=plan.inputs["lm_head"].scale * np.float32(0.5))
+    wrong = W8A8Plan(inputs={**plan.inputs, "lm_head": head})
+    assert _half(parity_checkpoint, real_text, wrong).passed is False
 
 
-def test_a_w8a8_target_gets_its_half_precision_row_or_a_note(
+def test_a_w8a8_target_gets_its_half_precision_row_and_has_a_plan(
     built: Path, check: Callable[..., ParityReport], plan: W8A8Plan
 ) -> None:
-    with_plan, without = (check(built, precision="w8a8", plan=given) for given in (plan, None))
-    rows = [row.precision for row in with_plan.rows if row.target == "pytorch-half"]
+    rows = [row.precision for row in check(built, precision="w8a8", plan=plan).rows if row.target == "pytorch-half"]
     assert rows == ["fp16", "w8a8"]
-    assert [row.precision for row in without.rows if row.target == "pytorch-half"] == ["fp16"]
-    assert [any("not W8A8" in note for note in report.notes) for report in (with_plan, without)] == [False, True]
+    with pytest.raises(ContractError, match="expected a plan for w8a8 and none for others, found no plan for w8a8"):
+        check(built, precision="w8a8")
 
 
 def test_real_half_arithmetic_overflows_and_fails(make_checkpoint: Callable[..., Path], real_text: TokenText) -> None:

@@ -8,9 +8,9 @@ import torch
 
 from crt_export.config import ModelConfig
 from crt_export.model import Linear, Model, model_from_checkpoint
-from crt_export.parity.half_products import WideLinear, widen_products
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.windows import ParityOptions, windows_from_text
+from crt_export.quantize.emulation import WideLinear, emulate_fp16
 from crt_export.text import TokenText
 
 
@@ -57,7 +57,7 @@ def test_agrees_with_pytorchs_own_product(bias: bool) -> None:
 
 
 def test_every_linear_is_replaced(parity_checkpoint) -> None:
-    model = widen_products(model_from_checkpoint(parity_checkpoint, torch.float16))
+    model = emulate_fp16(model_from_checkpoint(parity_checkpoint, torch.float16))
     assert not [name for name, module in model.named_modules() if isinstance(module, Linear)]
     wide = [module for module in model.modules() if isinstance(module, WideLinear)]
     assert wide

@@ -130,6 +130,7 @@ BundleFolder::BundleFolder(const std::string& location) : parent_(new_folder()) 
               {"options", Json::object()},
               {"contract", Json::object()},
               {"graphs", Json::array()},
+              {"quantization", Json::object()},
               {"targets", {{"ort", target("ort", "onnxruntime")}, {"rtx", target("rtx", "tensorrt-rtx")}}},
               {"files", Json::object()},
               {"parity", {{"passed", true}}}};

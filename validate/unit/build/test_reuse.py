@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from crt_export.build import graphs as graphs_module
 from crt_export.build.options import SHORT_VALIDATION
-from crt_export.build.plan_file import plan_digest, read_plan, write_plan
 from crt_export.build.store import StageStore
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
@@ -20,8 +18,6 @@ from crt_export.pipeline import BuildOptions, build
 from crt_export.presets import write_preset
 from crt_export.profile import load_profile
 from crt_export.progress import no_progress
-from crt_export.quantize.linears import linear_inputs
-from crt_export.quantize.plan import QuantizedInput, QuantizedLinear, W8A8Options, W8A8Plan
 from crt_export.spec import graph_names
 
 ONE_LAYER: dict[str, Any] = {
@@ -96,33 +92,6 @@ def test_another_target_leaves_the_files_of_the_others_as_they_were(tmp_path: Pa
     assert {name: anew[name] for name in anew if "engines/" not in name} == {
         name: more[name] for name in more if "engines/" not in name
     }
-
-
-def test_plan_comes_back_bit_for_bit(tiny_config: Callable[..., Any], tmp_path: Path) -> None:
-    generator, groups = np.random.default_rng(0), linear_inputs(tiny_config())
-
-    def linear(group: str, bias: bool) -> QuantizedLinear:
-        return QuantizedLinear(
-            input=group,
-            weight=generator.integers(-127, 128, (8, 4), np.int8),
-            weight_scale=generator.random(4, np.float32),
-            bias=generator.random(4, np.float32) if bias else None,
-        )
-
-    plan = W8A8Plan(
-        options=W8A8Options(alpha=0.25),
-        inputs={g.name: QuantizedInput(scale=np.float32(0.1), shift=np.float32(i / 3)) for i, g in enumerate(groups)},
-        linears={name: linear(g.name, i % 2 == 0) for i, g in enumerate(groups) for name in g.linears},
-        norms={"final_norm.weight": generator.random(4, np.float32)},
-        factors={g.name: generator.random(4, np.float32) for g in groups},
-    )
-    found = read_plan(tmp_path / "plan", write_plan(plan, tmp_path / "plan"))
-    assert plan_digest(found) == plan_digest(plan)
-    assert (found.options, found.inputs, list(found.linears)) == (plan.options, plan.inputs, list(plan.linears))
-    for name, expected in plan.linears.items():
-        assert (found.linears[name].bias is None) == (expected.bias is None)
-        np.testing.assert_array_equal(found.linears[name].weight, expected.weight)
-    np.testing.assert_array_equal(found.norms["final_norm.weight"], plan.norms["final_norm.weight"])
 
 
 def test_short_validation_has_a_reason_and_no_number_of_its_own(tmp_path: Path) -> None:

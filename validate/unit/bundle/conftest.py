@@ -51,6 +51,7 @@ def manifest() -> Manifest:
                 "quantized_matmuls": 0,
             }
         ],
+        "quantization": {},
         "targets": {"ort-cpu-fp32": target},
         "parity": {"passed": True, "rows": []},
     }

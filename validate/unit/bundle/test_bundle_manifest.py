@@ -88,6 +88,7 @@ def test_manifest_that_is_a_link_or_a_pipe_or_huge(bundle: Path) -> None:
         "options",
         "contract",
         "graphs",
+        "quantization",
         "targets",
         "files",
         "parity",
@@ -129,6 +130,8 @@ INNER = [
     (_set("graphs", 0, []), r"graphs\[0\] must be an object"),
     (_set("graphs", 0, "weights", "graphs/absent"), "'graphs/absent', which is not listed in 'files'"),
     (_set("graphs", 0, "quantized_matmuls", True), "'quantized_matmuls' must be an integer, found True"),
+    (_set("quantization", "w8a8", "graphs/absent"), r"quantization\['w8a8'\] is 'graphs/absent', which is not listed"),
+    (_set("quantization", "w8a8", {}), r"quantization\['w8a8'\] must be a file name"),
     (_set("targets", "t", {}), r"targets\['t'\] lacks 'profile'"),
     (
         _set("targets", "ort-cpu-fp32", "engines", "step", "x"),

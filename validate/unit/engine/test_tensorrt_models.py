@@ -18,7 +18,14 @@ from crt_export.graph import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.model import model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import calibrate, calibration_windows, expected_matmuls, plan_w8a8, quantize_w8a8
+from crt_export.quantize import (
+    calibrate,
+    calibration_windows,
+    expected_matmuls,
+    plan_w8a8,
+    quantize_linears,
+    quantize_w8a8,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 
@@ -63,10 +70,11 @@ def test_int8_step_and_prefill(
     model = model_from_checkpoint(load_checkpoint(small))
     tokens = np.frombuffer(train_text.read_bytes(), np.uint8).astype(np.int64)
     plan = plan_w8a8(model, calibrate(model, calibration_windows(tokens, seq=32), unroll=UNROLL))
+    linears = quantize_linears(model, plan)
     profile = load_profile("rtx-sm80-int8").with_capacity(32)
     for name in ("step", "prefill"):
         graph = graphs[name].clone()
-        count = quantize_w8a8(graph, plan)
+        count = quantize_w8a8(graph, linears)
         engine = compile_graph(graph, model.config, profile, tmp_path)
         assert engine.sidecar["linears"] == count
         gemms = [layer for layer in engine.layers if is_int8_gemm(layer)]

@@ -14,7 +14,14 @@ from crt_export.engine.tensorrt.build import CompiledEngine
 from crt_export.graph import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import CalibrationOptions, W8A8Plan, calibrate, plan_w8a8, quantize_w8a8
+from crt_export.quantize import (
+    CalibrationOptions,
+    QuantizedLinears,
+    calibrate,
+    plan_w8a8,
+    quantize_linears,
+    quantize_w8a8,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 
@@ -43,12 +50,12 @@ def test_the_published_size_with_70_wide_heads(
     checkpoint = load_checkpoint(folder)
     config = checkpoint.config
     assert config.head_dim == 70
-    plan = _plan(model_from_checkpoint(checkpoint), heldout_text)
+    linears = _linears(model_from_checkpoint(checkpoint), heldout_text)
     exporter = GraphExporter(model_from_checkpoint(checkpoint, torch.float16))
     fp16, int8 = (load_profile(name).with_capacity(64) for name in ("rtx-sm80-fp16", "rtx-sm80-int8"))
     step, prefill = exporter.graph("step"), exporter.graph("prefill", unroll=UNROLL)
     quantized = step.clone()
-    quantize_w8a8(quantized, plan)
+    quantize_w8a8(quantized, linears)
     # Per layer: query, key and value in one GEMM, output, up, down; the correction's two; the head once.
     for graph, profile, kind, gemms in (
         (step, fp16, "float16 -> float16", 23),
@@ -59,7 +66,8 @@ def test_the_published_size_with_70_wide_heads(
         assert engine.sidecar["layers"][f"gemm {kind}"] == gemms
 
 
-def _plan(model: Model, text: Path) -> W8A8Plan:
+def _linears(model: Model, text: Path) -> QuantizedLinears:
     """Little real text, enough for scales that are real; how well they fit is no matter of compiling."""
     ids = np.frombuffer(text.read_bytes()[:512], np.uint8).astype(np.int64).reshape(16, 32)
-    return plan_w8a8(model, calibrate(model, ids, unroll=UNROLL, options=CalibrationOptions(minimum_tokens=512)))
+    statistics = calibrate(model, ids, unroll=UNROLL, options=CalibrationOptions(minimum_tokens=512))
+    return quantize_linears(model, plan_w8a8(model, statistics))

@@ -20,12 +20,21 @@ from crt_export.parity.rollout import Rollout
 from crt_export.parity.rows import compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
-from crt_export.quantize import W8A8Options, calibrate, calibration_windows, plan_w8a8, quantize_w8, quantize_w8a8
+from crt_export.quantize import (
+    W8A8Plan,
+    calibrate,
+    calibration_windows,
+    plan_w8a8,
+    quantize_linears,
+    quantize_w8,
+    quantize_w8a8,
+    smooth,
+)
 from crt_export.text import TokenText
 
 DTYPES = {"w8": torch.float32, "w8a8": torch.float16}
 UNROLL = 4
-Check = Callable[[str, Callable[[ir.Model], object]], ParityRow]
+Check = Callable[..., ParityRow]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +57,9 @@ def reference(demo_checkpoint: Path, heldout_text: Path) -> Reference:
 
 @pytest.fixture
 def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> Check:
-    """``check(precision, quantize)``: quantise the step and compare its chain as a build does."""
+    """``check(precision, quantize, plan)``: quantise the step and compare its chain as a build does."""
 
-    def run(precision: str, quantize: Callable[[ir.Model], object]) -> ParityRow:
+    def run(precision: str, quantize: Callable[[ir.Model], object], plan: W8A8Plan | None = None) -> ParityRow:
         graph = ir.from_proto(onnx.load_model_from_string(exported[precision]))
         quantize(graph)
         ir.save(graph, tmp_path / "step.onnx")
@@ -62,6 +71,7 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
             graphs={STEP: tmp_path / "step.onnx"},
             unroll=UNROLL,
             cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
+            plan=plan,
         )
         scorer = Scorer(reference, STEP, UNROLL)
         Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
@@ -112,13 +122,15 @@ def test_w8a8_with_outlier_channels_stays_within_the_gates(
     check: Check,
     text_tokens: np.ndarray,
     with_outliers: Callable[[Model, float], Model],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)
     statistics = calibrate(model, calibration_windows(text_tokens, seq=64), unroll=UNROLL)
-    plan = plan_w8a8(model, statistics, W8A8Options())
+    plan = plan_w8a8(model, statistics)
     # The plan replaces every weight that outliers change.
-    _require_within_the_gates(check("w8a8", lambda graph: quantize_w8a8(graph, plan)))
+    _require_within_the_gates(check("w8a8", lambda graph: quantize_w8a8(graph, quantize_linears(model, plan)), plan))
     if factor > 1:
-        rough_plan = plan_w8a8(model, statistics, W8A8Options(smooth=False))
-        rough = check("w8a8", lambda graph: quantize_w8a8(graph, rough_plan))
+        monkeypatch.setattr(smooth, "balancing_exponents", lambda activation, _: np.zeros(activation.shape))
+        plain = plan_w8a8(model, statistics)
+        rough = check("w8a8", lambda graph: quantize_w8a8(graph, quantize_linears(model, plain)), plain)
         assert rough.passed is False, "without folding this checkpoint shows nothing: it is no test"

@@ -6,11 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load, save
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.errors import InputError, UnsupportedError
+from crt_export.config import ModelConfig
+from crt_export.errors import BundleError, UnsupportedError
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import ActivationStatistics, W8A8Options, W8A8Plan, emulate_w8a8, linear_names, plan_w8a8
+from crt_export.quantize import (
+    ActivationStatistics,
+    QuantizedInput,
+    QuantizedLinears,
+    W8A8Plan,
+    emulate_w8a8,
+    linear_inputs,
+    linear_names,
+    plan_w8a8,
+    quantize_linears,
+    read_plan,
+)
 from crt_export.quantize.ranges import LARGEST_SCALE, SMALLEST_SCALE, quantize_columns, scale_from_range, value_range
 
 Calibrated = Callable[[Model], ActivationStatistics]
@@ -24,44 +37,31 @@ def _model(path: Path) -> Model:
     return model_from_checkpoint(load_checkpoint(path))
 
 
-def _logit_error(model: Model, plan: W8A8Plan) -> float:
+def _logit_error(model: Model, quantized: QuantizedLinears) -> float:
     ids = torch.arange(97, 121)[None]
     exact = model.head(model.sequential(ids)[0])
-    found = emulate_w8a8(model, plan)
+    found = emulate_w8a8(model, quantized)
     return float((found.head(found.sequential(ids)[0]) - exact).square().mean().sqrt() / exact.std())
 
 
-def _assert_usable(plan: W8A8Plan) -> None:
-    scales = [q.scale for q in plan.inputs.values()] + [s for q in plan.linears.values() for s in q.weight_scale]
+def _quantized(model: Model, calibrated: Calibrated) -> QuantizedLinears:
+    return quantize_linears(model, plan_w8a8(model, calibrated(model)))
+
+
+def _assert_usable(quantized: QuantizedLinears) -> None:
+    linears = quantized.linears.values()
+    scales = [q.scale for q in quantized.plan.inputs.values()] + [s for q in linears for s in q.weight_scale]
     assert all(SMALLEST_SCALE <= scale <= LARGEST_SCALE for scale in scales)
-    assert all(np.isfinite(q.bias).all() for q in plan.linears.values() if q.bias is not None)
-    assert all(np.abs(q.weight).max() <= 127 for q in plan.linears.values())
+    assert all(np.isfinite(q.bias).all() for q in linears if q.bias is not None)
+    assert all(np.abs(q.weight).max() <= 127 for q in linears)
 
 
 def test_a_plan_covers_every_linear_and_stays_close_to_the_model(tiny_checkpoint: Path, calibrated: Calibrated) -> None:
     model = _model(tiny_checkpoint)
-    plan = plan_w8a8(model, calibrated(model))
-    assert set(plan.linears) == set(linear_names(model.config))
-    _assert_usable(plan)
-    assert _logit_error(model, plan) < CLOSE
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        W8A8Options(smooth=False),
-        W8A8Options(range_method="mse"),
-        W8A8Options(range_method="max"),
-        W8A8Options(gelu_shift=False),
-    ],
-    ids=str,
-)
-def test_every_option_gives_a_usable_plan(options: W8A8Options, tiny_checkpoint: Path, calibrated: Calibrated) -> None:
-    model = _model(tiny_checkpoint)
-    plan = plan_w8a8(model, calibrated(model), options)
-    _assert_usable(plan)
-    assert _logit_error(model, plan) < CLOSE
-    assert plan.options.to_dict()["range_method"] == options.range_method
+    quantized = _quantized(model, calibrated)
+    assert set(quantized.linears) == set(linear_names(model.config))
+    _assert_usable(quantized)
+    assert _logit_error(model, quantized) < CLOSE
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_zero_tensors_get_scale_one_and_stay_exact(
             tensors[name].zero_()
 
     model = _model(make_checkpoint(edit=zero))
-    plan = plan_w8a8(model, calibrated(model))
-    _assert_usable(plan)
+    quantized = _quantized(model, calibrated)
+    _assert_usable(quantized)
     for name in names:
         linear = name.removesuffix(".weight")
-        if linear in plan.linears:
-            assert not plan.linears[linear].weight.any()
-            assert np.all(plan.linears[linear].weight_scale == 1)
-    assert _logit_error(model, plan) < CLOSE
+        if linear in quantized.linears:
+            assert not quantized.linears[linear].weight.any()
+            assert np.all(quantized.linears[linear].weight_scale == 1)
+    assert _logit_error(model, quantized) < CLOSE
 
 
 def test_zero_channels_get_scale_one(make_checkpoint: Callable[..., Path], calibrated: Calibrated) -> None:
@@ -102,10 +102,10 @@ def test_zero_channels_get_scale_one(make_checkpoint: Callable[..., Path], calib
         tensors["layers.0.attn_norm.weight"][4] = tensors["layers.0.attn_norm.bias"][4] = 0
 
     model = _model(make_checkpoint(edit=zero))
-    plan = plan_w8a8(model, calibrated(model))
-    _assert_usable(plan)
-    assert plan.linears["layers.0.mlp.up"].weight_scale[5] == 1
-    assert _logit_error(model, plan) < CLOSE
+    quantized = _quantized(model, calibrated)
+    _assert_usable(quantized)
+    assert quantized.linears["layers.0.mlp.up"].weight_scale[5] == 1
+    assert _logit_error(model, quantized) < CLOSE
 
 
 def test_an_input_that_is_one_value_everywhere_is_represented_exactly(
@@ -116,18 +116,18 @@ def test_an_input_that_is_one_value_everywhere_is_represented_exactly(
         tensors["layers.0.mlp.up.bias"].fill_(1.5)
 
     model = _model(make_checkpoint(edit=constant))
-    plan = plan_w8a8(model, calibrated(model))
+    quantized = _quantized(model, calibrated)
     value = float(torch.nn.functional.gelu(torch.tensor(1.5)))
-    down = plan.inputs["layers.0.mlp.down"]
+    down = quantized.plan.inputs["layers.0.mlp.down"]
     assert down.scale == 1
     assert down.shift == pytest.approx(value, rel=1e-6)
-    assert _logit_error(model, plan) < CLOSE
+    assert _logit_error(model, quantized) < CLOSE
 
 
 def test_the_gelu_shift_is_folded_into_the_bias_exactly(tiny_checkpoint: Path, calibrated: Calibrated) -> None:
     model = _model(tiny_checkpoint)
-    plan = plan_w8a8(model, calibrated(model))
-    down, given = plan.linears["correction.down"], plan.inputs["correction.down"]
+    quantized = _quantized(model, calibrated)
+    down, given = quantized.linears["correction.down"], quantized.plan.inputs["correction.down"]
     assert down.bias is not None
     dequantized = down.weight * down.weight_scale.astype(np.float64)
     g = float(given.shift) + float(given.scale) * np.random.default_rng(0).integers(
@@ -136,33 +136,88 @@ def test_the_gelu_shift_is_folded_into_the_bias_exactly(tiny_checkpoint: Path, c
     bias = model.get_parameter("correction.down.bias").numpy()
     np.testing.assert_allclose((g - given.shift) @ dequantized + down.bias, g @ dequantized + bias, atol=1e-5)
     assert given.shift > 0
-    assert all(plan.inputs[name].shift == 0 for name in plan.inputs if not name.endswith("down"))
+    assert all(quantized.plan.inputs[name].shift == 0 for name in quantized.plan.inputs if not name.endswith("down"))
 
 
 def test_a_tied_head_has_no_bias(make_checkpoint: Callable[..., Path], calibrated: Calibrated) -> None:
     model = _model(make_checkpoint(tie_word_embeddings=True))
-    assert plan_w8a8(model, calibrated(model)).linears["lm_head"].bias is None
+    assert _quantized(model, calibrated).linears["lm_head"].bias is None
 
 
 def test_what_does_not_fit_into_half_precision_is_refused_by_name(
     make_checkpoint: Callable[..., Path], calibrated: Calibrated
 ) -> None:
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["layers.1.mlp_norm.weight"][3] = 30000
+        tensors["layers.1.mlp_norm.weight"][3] = 30000  # folded into the weights, as nothing behind a GELU can be
         tensors["layers.1.mlp.up.weight"][:, 3] /= 30000
+        tensors["layers.1.mlp.down.weight"][:, 5] = 0
 
     model = _model(make_checkpoint(edit=enlarge))
-    statistics = calibrated(model)
-    with pytest.raises(
-        UnsupportedError, match=r"(?s)layers.1.mlp.up.*layers.1.mlp_norm.weight: largest magnitude 30000"
+    assert _logit_error(model, _quantized(model, calibrated)) < CLOSE
+    model.get_parameter("layers.1.mlp.up.bias").data[5] = 30000
+    with pytest.raises(UnsupportedError, match=r"(?s)below 16376.*input of layers.1.mlp.down: largest magnitude 3000"):
+        plan_w8a8(model, calibrated(model))
+
+
+def _plan(config: ModelConfig) -> W8A8Plan:
+    generator = np.random.default_rng(0)
+    return W8A8Plan(
+        inputs={
+            group.name: QuantizedInput(
+                scale=np.float32(0.1 * (i + 1)),
+                shift=np.float32(i / 3),
+                factor=np.exp2(generator.integers(-3, 4, _channels(group.name, config))).astype(np.float32),
+            )
+            for i, group in enumerate(linear_inputs(config))
+        }
+    )
+
+
+def _channels(name: str, config: ModelConfig) -> int:
+    if not name.endswith("down"):
+        return config.hidden_size
+    return config.correction_intermediate_size or 0 if name.startswith("correction") else config.intermediate_size
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_a_plan_comes_back_bit_for_bit(changes: dict, tiny_config: Callable[..., ModelConfig], tmp_path: Path) -> None:
+    config = tiny_config(**changes)
+    plan = _plan(config)
+    (tmp_path / "plan").write_bytes(plan.to_bytes())
+    found = read_plan(tmp_path / "plan", config)
+    assert found.sha256 == plan.sha256
+    assert list(found.inputs) == list(plan.inputs)
+    for name, expected in plan.inputs.items():
+        assert (found.inputs[name].scale, found.inputs[name].shift) == (expected.scale, expected.shift)
+        np.testing.assert_array_equal(found.inputs[name].factor, expected.factor)
+
+
+def test_a_file_that_is_no_plan_of_this_model_is_refused_with_all_that_is_wrong(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    config, path = tiny_config(), tmp_path / "plan"
+    with pytest.raises(BundleError, match="expected the plan of w8a8"):
+        read_plan(path, config)
+    path.write_bytes(b"no plan")
+    with pytest.raises(BundleError, match="expected the plan of w8a8"):
+        read_plan(path, config)
+    tensors = load(_plan(config).to_bytes())
+    del tensors["layers.0.attn.o.input_shift"]
+    tensors["layers.9.attn.o.factor"] = np.ones(4, np.float32)
+    tensors["lm_head.factor"] = tensors["lm_head.factor"][1:]
+    tensors["lm_head.input_scale"] = np.zeros((), np.float32)
+    tensors["lm_head.input_shift"] = np.asarray(np.nan, np.float32)
+    path.write_bytes(save(tensors))
+    with pytest.raises(BundleError) as caught:
+        read_plan(path, config)
+    for sentence in (
+        "layers.0.attn.o.input_shift is missing",
+        "layers.9.attn.o.factor belongs to no linear of the model",
+        f"lm_head.factor is float32 [{config.hidden_size - 1}], expected float32 [{config.hidden_size}]",
+        "lm_head.input_scale must be finite and above 0",
+        "lm_head.input_shift must be finite",
     ):
-        plan_w8a8(model, statistics, W8A8Options(smooth=False))
-    assert _logit_error(model, plan_w8a8(model, statistics)) < CLOSE
-
-
-def test_all_bad_options_are_reported_at_once() -> None:
-    with pytest.raises(InputError, match=r"(?s)alpha.*range_method.*percentile"):
-        W8A8Options(alpha=2, range_method="guess", percentile=10)
+        assert sentence in str(caught.value)
 
 
 def test_columns_are_quantised_to_half_a_step() -> None:
@@ -179,17 +234,13 @@ def test_tiny_columns_keep_a_scale_that_half_precision_holds() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_ranges_shrink_from_max_to_percentile_and_stay_inside(symmetric: bool) -> None:
+def test_a_range_leaves_the_outermost_values_out_and_no_others(symmetric: bool) -> None:
     values = np.random.default_rng(0).standard_t(3, 100_000).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
-
-    def width(method: str, percentile: float = 99.99) -> float:
-        a, b = value_range(values, low, high, method=method, percentile=percentile, symmetric=symmetric)
-        assert not symmetric or a == -b
-        return b - a
-
-    assert width("max") > width("percentile") > width("percentile", 99.9) > 0
-    assert width("max") > width("mse") > 0
+    low, high = value_range(values, symmetric=symmetric)
+    assert not symmetric or low == -high
+    outside = int(((values < low) | (values > high)).sum())
+    assert 5 <= outside <= 15, "0.01 per cent of them"
+    assert values.min() < low < high < values.max()
 
 
 def test_an_empty_range_has_scale_one() -> None:

@@ -13,12 +13,13 @@ from crt_export.errors import BuildError, InputError
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.quantize import (
     ActivationStatistics,
-    W8A8Plan,
+    QuantizedLinears,
     emulate_w8a8,
     expected_matmuls,
     linear_inputs,
     linear_names,
     plan_w8a8,
+    quantize_linears,
     quantize_w8a8,
 )
 
@@ -27,15 +28,15 @@ GRAPHS = ("step", "prefill", "head")
 
 
 @pytest.fixture(scope="module")
-def plan(small: Checkpoint, calibrated: Callable[[Model], ActivationStatistics]) -> W8A8Plan:
+def linears(small: Checkpoint, calibrated: Callable[[Model], ActivationStatistics]) -> QuantizedLinears:
     model = model_from_checkpoint(small)
-    return plan_w8a8(model, calibrated(model))
+    return quantize_linears(model, plan_w8a8(model, calibrated(model)))
 
 
 @pytest.fixture(scope="module")
-def quantized(exported: Exported, plan: W8A8Plan) -> dict[str, tuple[ir.Model, int]]:
+def quantized(exported: Exported, linears: QuantizedLinears) -> dict[str, tuple[ir.Model, int]]:
     graphs = {name: exported(name, torch.float16) for name in GRAPHS}
-    return {name: (graph, quantize_w8a8(graph, plan)) for name, graph in graphs.items()}
+    return {name: (graph, quantize_w8a8(graph, linears)) for name, graph in graphs.items()}
 
 
 def _nodes(graph: ir.Model, operator: str) -> list[ir.Node]:
@@ -106,14 +107,14 @@ def test_weights_are_the_same_by_name_in_every_graph(quantized: dict[str, tuple[
 def test_the_step_chain_is_the_emulated_half_precision_model(
     quantized: dict[str, tuple[ir.Model, int]],
     small: Checkpoint,
-    plan: W8A8Plan,
+    linears: QuantizedLinears,
     step_chain: Callable[..., np.ndarray],
     text_tokens: np.ndarray,
 ) -> None:
     exact, half = model_from_checkpoint(small), model_from_checkpoint(small, torch.float16)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
     reference = exact.head(exact.sequential(torch.from_numpy(ids))[0]).numpy()
-    emulated = emulate_w8a8(half, plan)
+    emulated = emulate_w8a8(half, linears)
     expected = emulated.head(emulated.sequential(torch.from_numpy(ids))[0]).float().numpy()
     found = step_chain(quantized["step"][0], exact, ids)
     spread = reference.std()
@@ -145,7 +146,7 @@ def test_the_result_does_not_depend_on_who_else_is_in_the_call(
     np.testing.assert_allclose(alone[0, 0], together[1, 2], atol=1e-6)
 
 
-def test_a_weight_behind_a_transpose_is_reported(exported: Exported, plan: W8A8Plan) -> None:
+def test_a_weight_behind_a_transpose_is_reported(exported: Exported, linears: QuantizedLinears) -> None:
     graph = exported("head", torch.float16)
     (node,) = [n for n in graph.graph if n.op_type == "MatMul"]
     weight = graph.graph.initializers["lm_head.weight"]
@@ -156,31 +157,32 @@ def test_a_weight_behind_a_transpose_is_reported(exported: Exported, plan: W8A8P
     graph.graph.insert_before(node, transpose)
     node.replace_input_with(1, transpose.outputs[0])
     with pytest.raises(BuildError, match=r"(?s)2 problems.*by a constant matrix.*lm_head\.weight is read by Transpose"):
-        quantize_w8a8(graph, plan)
+        quantize_w8a8(graph, linears)
 
 
-def test_a_weight_under_a_foreign_name_is_reported(exported: Exported, plan: W8A8Plan) -> None:
+def test_a_weight_under_a_foreign_name_is_reported(exported: Exported, linears: QuantizedLinears) -> None:
     graph = exported("head", torch.float16)
     graph.graph.initializers["lm_head.weight"].name = "folded_constant"
     with pytest.raises(BuildError, match="multiplies by a constant matrix"):
-        quantize_w8a8(graph, plan)
+        quantize_w8a8(graph, linears)
 
 
-def test_a_missing_bias_add_is_reported(exported: Exported, plan: W8A8Plan) -> None:
+def test_a_missing_bias_add_is_reported(exported: Exported, linears: QuantizedLinears) -> None:
     graph = exported("head", torch.float16)
     graph.graph.initializers["lm_head.bias"].name = "another.bias"
     with pytest.raises(BuildError, match=r"expected Add of lm_head\.bias after MatMul"):
-        quantize_w8a8(graph, plan)
+        quantize_w8a8(graph, linears)
 
 
-def test_a_plan_for_another_model_is_refused(exported: Exported, plan: W8A8Plan) -> None:
+def test_a_plan_for_another_model_is_refused(exported: Exported, linears: QuantizedLinears) -> None:
     graph = exported("head", torch.float16)
-    smaller = W8A8Plan(options=plan.options, inputs=plan.inputs, linears={}, norms=plan.norms, factors=plan.factors)
+    smaller = dataclasses.replace(linears, linears={})
     with pytest.raises(BuildError, match=r"another model: lm_head\.weight is not in the plan"):
         quantize_w8a8(graph, smaller)
-    head = dataclasses.replace(plan.linears["lm_head"], weight=plan.linears["lm_head"].weight[:, :9])
+    head = linears.linears["lm_head"]
+    head = dataclasses.replace(head, weight=head.weight[:, :9])
     with pytest.raises(BuildError, match=r"is \[32, 256\], the plan has \[32, 9\]"):
-        quantize_w8a8(graph, dataclasses.replace(plan, linears={"lm_head": head}))
+        quantize_w8a8(graph, dataclasses.replace(linears, linears={"lm_head": head}))
 
 
 def test_an_unknown_graph_has_no_expected_count(small: Checkpoint) -> None:

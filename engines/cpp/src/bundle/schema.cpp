@@ -27,7 +27,7 @@ using FieldRules = std::initializer_list<FieldRule>;
 const FieldRules kTopFields{
     {"tool", kObject},    {"libraries", kObject}, {"validated", kBoolean}, {"config", kObject},
     {"checkpoint", kObject}, {"options", kObject}, {"contract", kObject},  {"graphs", kList},
-    {"targets", kObject}, {"files", kObject},     {"parity", kObject | kNull},
+    {"quantization", kObject}, {"targets", kObject}, {"files", kObject}, {"parity", kObject | kNull},
 };
 const FieldRules kGraphFields{
     {"file", kText},
@@ -244,6 +244,9 @@ std::vector<std::string> manifest_problems(const JsonValue& manifest) {
   check_contract(problems, manifest.at("contract"));
   check_files(problems, files);
   check_graphs(problems, manifest.at("graphs"), files);
+  for (const auto& [precision, plan] : manifest.at("quantization").object().members()) {
+    check_reference(problems, "quantization", precision, plan, files);
+  }
   check_targets(problems, manifest.at("targets"), files);
   if (manifest.at("validated").boolean() && !parity_passed(manifest.at("parity"))) {
     problems.emplace_back("validated is true, but there is no parity report that passed");

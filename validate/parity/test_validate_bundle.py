@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
 from crt_export.parity.bundle import held_out_text
+from crt_export.profile import load_profile
+from crt_export.quantize import PLAN_FILE
 from crt_export.text import TokenText, split_text
 
 SHORT = ParityOptions(validation_tokens=128, window=16, short_reason="test of the way there", threads=1)
@@ -72,6 +75,34 @@ def test_a_changed_graph_is_refused_before_it_is_run(copy: Path) -> None:
     step = copy / "graphs" / "step.fp32.onnx"
     step.write_bytes(step.read_bytes()[:-1] + b"\0")
     with pytest.raises(BundleError, match=r"step\.fp32\.onnx"):
+        validate_bundle(copy, options=SHORT)
+
+
+def _with_int8_target(bundle: Path, quantization: dict[str, str]) -> None:
+    """Give a bundle a target of w8a8, whose graphs are those of the first."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    profile = load_profile("rtx-sm80-int8").with_capacity(64).with_unroll(2)
+    target = {**next(iter(manifest["targets"].values())), "profile": profile.to_dict(), "cache_dtype": "float16"}
+    manifest["targets"]["rtx-sm80-int8"], manifest["quantization"] = target, quantization
+    for name in quantization.values():
+        content = (bundle / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+def test_a_target_of_w8a8_without_its_plan_is_refused(copy: Path) -> None:
+    _with_int8_target(copy, {})
+    with pytest.raises(BundleError, match=r"target rtx-sm80-int8 is w8a8, expected the file of its plan .* found none"):
+        validate_bundle(copy, options=SHORT)
+
+
+def test_a_plan_that_is_damaged_or_none_is_refused(copy: Path) -> None:
+    (copy / PLAN_FILE).write_bytes(b"no plan")
+    _with_int8_target(copy, {"w8a8": PLAN_FILE})
+    with pytest.raises(BundleError, match="expected the plan of w8a8, a safetensors file"):
+        validate_bundle(copy, options=SHORT)
+    (copy / PLAN_FILE).write_bytes(b"no_plan")
+    with pytest.raises(BundleError, match=r"w8a8\.plan\.safetensors"):
         validate_bundle(copy, options=SHORT)
 
 

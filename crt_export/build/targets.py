@@ -24,7 +24,7 @@ from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
-from crt_export.quantize import PLAN_FILE, expected_matmuls, read_plan
+from crt_export.quantize import expected_matmuls
 from crt_export.spec import graph_spec
 
 ENGINES_FOLDER = "engines"

@@ -26,7 +26,15 @@ from crt_export.parity.rollout import Rollout
 from crt_export.parity.rows import Comparison, compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
-from crt_export.quantize import W8A8Options, calibrate, calibration_windows, plan_w8a8, quantize_w8, quantize_w8a8
+from crt_export.quantize import (
+    W8A8Plan,
+    calibrate,
+    calibration_windows,
+    plan_w8a8,
+    quantize_linears,
+    quantize_w8,
+    quantize_w8a8,
+)
 from crt_export.text import TokenText
 
 _log = logging.getLogger(__name__)
@@ -70,15 +78,18 @@ def _written(model: Model, count: int, length: int) -> np.ndarray:
     return ids.flatten().numpy()
 
 
-def _step_graph(checkpoint: Checkpoint, precision: str, calibration: np.ndarray, length: int) -> ir.Model:
-    graph = export_graph(model_from_checkpoint(checkpoint, DTYPES[precision]), STEP)
+def _step_graph(
+    checkpoint: Checkpoint, precision: str, calibration: np.ndarray, length: int
+) -> tuple[ir.Model, W8A8Plan | None]:
+    graph, plan = export_graph(model_from_checkpoint(checkpoint, DTYPES[precision]), STEP), None
     if precision == "w8":
         quantize_w8(graph)
     elif precision == "w8a8":
         model = model_from_checkpoint(checkpoint)
         statistics = calibrate(model, calibration_windows(calibration, seq=min(128, length)), unroll=2)
-        quantize_w8a8(graph, plan_w8a8(model, statistics, W8A8Options()))
-    return graph
+        plan = plan_w8a8(model, statistics)
+        quantize_w8a8(graph, quantize_linears(model, plan))
+    return graph, plan
 
 
 def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Comparison:
@@ -87,10 +98,11 @@ def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Compariso
     ids = _written(model, -(-2 * (CALIBRATION + length) // length), length)
     text = TokenText(ids=ids[-(-CALIBRATION // length) * length :], source="its own samples")
     windows = windows_from_text(text, ParityOptions(), longest=length, longest_reason="test")
-    ir.save(_step_graph(checkpoint, precision, ids[:CALIBRATION], length), folder / "step.onnx")
+    graph, plan = _step_graph(checkpoint, precision, ids[:CALIBRATION], length)
+    ir.save(graph, folder / "step.onnx")
     case = ParityCase(
         target="random", runtime="onnxruntime", precision=precision, graphs={STEP: folder / "step.onnx"}, unroll=2,
-        cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
+        cache_dtype=str(DTYPES[precision]).removeprefix("torch."), plan=plan,
     )  # fmt: skip
     reference = Reference(model, windows, batch=windows.count)
     scorer = Scorer(reference, STEP, 2, near_tie_margin=limits.near_tie_margin)

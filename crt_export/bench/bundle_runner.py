@@ -1,4 +1,4 @@
-"""A target of a bundle as a contestant, through the API that applications use."""
+"""A target of a bundle as a candidate, through the API that applications use."""
 
 from __future__ import annotations
 

@@ -35,16 +35,16 @@ class BenchOptions:
         against: What runs in turns with it: a target of the bundle, one of ``BASELINES``, or another bundle's folder.
         positions: Tokens in the cache at the first measured step; empty takes one of 64 or less.
         prompt_tokens: Lengths of prompts; empty takes 16 and 64, cut to the capacity.
-        passes: Ways to feed a prompt beside the contestant's own: numbers of passes, ``adaptive``, ``exact``.
-        turns: Blocks of steps of every contestant.
-        prefill_turns: Prompts of every length, contestant and way.
+        passes: Ways to feed a prompt beside the candidate's own: numbers of passes, ``adaptive``, ``exact``.
+        rounds: Blocks of steps of every candidate.
+        prefill_rounds: Prompts of every length, candidate and way.
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
         warmups: Steps before each block that are not counted.
         batch: Rows.
         text: UTF-8 file that prompts are the beginning of; None takes the package's, or random ids where the model has
             no tokenizer.
         tokens: File of token ids in its place, .npy.
-        threads: CPU threads of every contestant, 0 for every core; None takes the target's profile.
+        threads: CPU threads of every candidate, 0 for every core; None takes the target's profile.
         probe_bytes: Size of the array whose reading gives the bandwidth, far beyond the caches.
         pause_s: Sleep before each block, in which the threads of the one before stop spinning.
     """
@@ -54,8 +54,8 @@ class BenchOptions:
     positions: tuple[int, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
     passes: tuple[int | str, ...] = ()
-    turns: int = 10
-    prefill_turns: int = 3
+    rounds: int = 10
+    prefill_rounds: int = 3
     steps: int = 0
     warmups: int = 3
     batch: int = 1
@@ -71,7 +71,7 @@ class BenchOptions:
         Raises:
             InputError: Lists them.
         """
-        least = {"turns": 1, "prefill_turns": 1, "steps": 0, "warmups": 0, "batch": 1, "probe_bytes": 1 << 20}
+        least = {"rounds": 1, "prefill_rounds": 1, "steps": 0, "warmups": 0, "batch": 1, "probe_bytes": 1 << 20}
         problems = [
             f"{name} must be at least {low}, found {getattr(self, name)}"
             for name, low in least.items()
@@ -92,7 +92,7 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant that was asked for.
+    """One candidate that was asked for.
 
     Attributes:
         name: Unique in the report.
@@ -115,16 +115,16 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Options with every default resolved, and the contestants.
+    """Options with every default resolved, and the candidates.
 
     Attributes:
         files: The bundle.
         config: Its model.
         target: The target that is judged.
-        entries: The contestants, the target first.
+        entries: The candidates, the target first.
         threads: CPU threads.
         positions, prompt_tokens, steps: As in the options.
-        ways: How prompts are fed; None is the contestant's own way and comes first.
+        ways: How prompts are fed; None is the candidate's own way and comes first.
         text: Where prompts come from.
         options: What they came from.
     """
@@ -201,7 +201,7 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Room:
-    """What all contestants share: rows, threads, the largest position that is reached, and what prompts say."""
+    """What all candidates share: rows, threads, the largest position that is reached, and what prompts say."""
 
     batch: int
     threads: int
@@ -212,7 +212,7 @@ class _Room:
         """The part of a request that is about these.
 
         Raises:
-            InputError: The contestant's model does not know a token of the text.
+            InputError: The candidate's model does not know a token of the text.
         """
         if self.text and max(self.text) >= config.vocab_size:
             raise InputError(

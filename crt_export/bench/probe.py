@@ -19,7 +19,7 @@ _GEMM_REPEATS = 4
 
 
 class Probe:
-    """Reads and multiplies in as many threads as a contestant uses.
+    """Reads and multiplies in as many threads as a candidate uses.
 
     BLAS must have been told to use one thread (``OPENBLAS_NUM_THREADS=1``) before numpy was imported.
     """

@@ -1,4 +1,4 @@
-"""PyTorch as a contestant: eager, compiled, or with dynamically quantised linears."""
+"""PyTorch as a candidate: eager, compiled, or with dynamically quantised linears."""
 
 from __future__ import annotations
 

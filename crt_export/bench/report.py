@@ -2,7 +2,7 @@
 
 Units are in the names: ``_s`` seconds, ``_ms`` milliseconds, ``_gb_s`` 1e9 bytes per second, ``_gflop_s`` 1e9 floating
 point operations per second; everything called bytes, weights, cache or memory is bytes. ``None`` (JSON null) is a
-figure that this machine or contestant does not have, never a zero.
+figure that this machine or candidate does not have, never a zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 FORMAT = "crt-export-bench"
 FORMAT_VERSION = 1
 
-#: What a contestant can be.
+#: What a candidate can be.
 KINDS = ("target", "pytorch-eager", "pytorch-compile", "pytorch-dynamic-int8", "bundle")
 #: Whether it ran.
 MEASURED, NOT_RUN = "measured", "not run"
@@ -47,7 +47,7 @@ class Bandwidth:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How fast float32 matrices were multiplied, sampled in the same turns."""
+    """How fast float32 matrices were multiplied, sampled in the same rounds."""
 
     threads: int
     gflop_s: Quantiles
@@ -116,7 +116,7 @@ class StepFigures:
         p10_ms: 10th percentile, and likewise the others.
         tokens_per_s: Rows per mean step.
         runtime_overhead: Median share of a step spent outside the engine's run call, 0 to 1.
-        bytes: What a step has to move; None where the weights of a contestant are unknown.
+        bytes: What a step has to move; None where the weights of a candidate are unknown.
         flops: Floating point operations of a step, two for each multiply-add.
         floor_ms: bytes.total / 90th percentile of the read bandwidth.
         compute_floor_ms: flops / 90th percentile of the compute rate.
@@ -151,10 +151,10 @@ class PrefillFigures:
 
     Attributes:
         tokens: Length of the prompt.
-        method: ``default`` (the contestant's own: what the bundle's manifest says, for PyTorch the passes that the
+        method: ``default`` (the candidate's own: what the bundle's manifest says, for PyTorch the passes that the
             model was trained for), ``passes`` (this many), ``adaptive`` or ``exact``.
         passes: Number of passes K where the method has one.
-        chunk: Tokens of one call, None for the contestant's own.
+        chunk: Tokens of one call, None for the candidate's own.
         samples: Prompts that were timed.
         p50_s: Median, and likewise the 90th percentile.
     """
@@ -170,7 +170,7 @@ class PrefillFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of memory of the contestant's own process.
+    """Bytes of memory of the candidate's own process.
 
     Attributes:
         weight_file: Size of the weight file it runs from.
@@ -198,7 +198,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class Candidate:
     """One of the things that were measured in turns.
 
     Attributes:
@@ -229,14 +229,14 @@ class Ratio:
     """How many times longer ``against`` took than ``of``, measured pair by pair: above 1 ``of`` is the faster one.
 
     Attributes:
-        of: Name of the contestant that is judged.
+        of: Name of the candidate that is judged.
         against: Name of the one it is compared with.
         what: ``step`` or ``prefill``.
         at: Position of the step, or tokens of the prompt.
-        ratio: Median over turns of (median of ``against``) / (median of ``of``) within a turn.
-        low: Lower end of its 95 % bootstrap interval over turns.
+        ratio: Median over rounds of (median of ``against``) / (median of ``of``) within a round.
+        low: Lower end of its 95 % bootstrap interval over rounds.
         high: Upper end.
-        turns: Number of turns, each one pair.
+        rounds: Number of rounds, each one pair.
     """
 
     of: str
@@ -246,7 +246,7 @@ class Ratio:
     ratio: float
     low: float
     high: float
-    turns: int
+    rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +264,7 @@ class BenchReport:
         options: Every option of the run, resolved.
         bandwidth: None where nothing on a CPU was measured.
         compute: Likewise.
-        contestants: In the order of their turns; the target first.
+        candidates: In the order they were measured in the first round; the target first.
         ratios: The target, and where asked others, against each of the rest.
         notes: What a reader must know, one sentence each.
     """
@@ -279,7 +279,7 @@ class BenchReport:
     options: Mapping[str, Any]
     bandwidth: Bandwidth | None
     compute: Compute | None
-    contestants: tuple[Contestant, ...]
+    candidates: tuple[Candidate, ...]
     ratios: tuple[Ratio, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -293,9 +293,9 @@ class BenchReport:
         }
         return _lists(values)
 
-    def contestant(self, name: str) -> Contestant:
-        """The contestant of this name."""
-        return next(contestant for contestant in self.contestants if contestant.name == name)
+    def candidate(self, name: str) -> Candidate:
+        """The candidate of this name."""
+        return next(candidate for candidate in self.candidates if candidate.name == name)
 
 
 def _ratio_dict(ratio: Ratio) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from crt_export.bench.report import (
     NOT_RUN,
     Bandwidth,
     BenchReport,
+    Candidate,
     Compute,
-    Contestant,
     Load,
     Memory,
     ModelSize,
@@ -24,10 +24,10 @@ from crt_export.bench.report import (
     Ratio,
     StepFigures,
 )
+from crt_export.bench.rounds import Measured, Samples, samples_from_plan
 from crt_export.bench.runner import Passes
 from crt_export.bench.statistics import paired_ratio, quantiles
 from crt_export.bench.step_cost import step_bytes, step_flops
-from crt_export.bench.turns import Measured, Samples, samples_from_plan
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
@@ -83,21 +83,21 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
         options=_options(plan),
         bandwidth=bandwidth if on_cpu else None,
         compute=compute if on_cpu else None,
-        contestants=tuple(_contestant(plan, measured, bandwidth, compute) for measured in samples.measured),
+        candidates=tuple(_candidate(plan, measured, bandwidth, compute) for measured in samples.measured),
         ratios=tuple(_ratios(samples.measured)),
         notes=tuple(dict.fromkeys(_notes(plan, samples.measured))),
     )
 
 
-def _contestant(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Contestant:
+def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Candidate:
     entry = measured.entry
     other = entry.path is not None and entry.path != plan.files.path
     model = _model(entry.name, entry.config) if other else None
     if measured.reason:
-        return Contestant(name=entry.name, kind=entry.kind, status=NOT_RUN, reason=measured.reason, model=model)
+        return Candidate(name=entry.name, kind=entry.kind, status=NOT_RUN, reason=measured.reason, model=model)
     steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
     prefill = [_prefill(entry, tokens, way, seconds) for (tokens, way), seconds in measured.prefill.items()]
-    return Contestant(
+    return Candidate(
         name=entry.name,
         kind=entry.kind,
         status=MEASURED,
@@ -207,7 +207,7 @@ def _ratio(
         ratio=found.median,
         low=found.low,
         high=found.high,
-        turns=len(own),
+        rounds=len(own),
     )
 
 

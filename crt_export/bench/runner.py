@@ -1,4 +1,4 @@
-"""What a worker process can be asked to run: one contestant that is open."""
+"""What a worker process can be asked to run: one candidate that is open."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-#: How a prompt is fed: None is the contestant's own choice, a number that many passes, or ``adaptive``, ``exact``.
+#: How a prompt is fed: None is the candidate's own choice, a number that many passes, or ``adaptive``, ``exact``.
 Passes = int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the report needs to know of an opened contestant.
+    """What the report needs to know of an opened candidate.
 
     Attributes:
         weight_file: Size in bytes of the file its weights came from; None where there is none.
@@ -40,7 +40,7 @@ class StepTimes:
 
 
 class Runner(Protocol):
-    """One contestant, its libraries imported; it is opened by open()."""
+    """One candidate, its libraries imported; it is opened by open()."""
 
     def weight_path(self) -> Path | None:
         """The file that open() will read weights from."""
@@ -72,7 +72,7 @@ class Runner(Protocol):
         """Feed a prompt to empty caches; the seconds until its last logits are there.
 
         Raises:
-            UnsupportedError, InputError: The contestant has no such method.
+            UnsupportedError, InputError: The candidate has no such method.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Percentiles of samples, and ratios of contestants that ran in turns."""
+"""Percentiles of samples, and ratios of candidates that ran in turns."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
 
 
 def paired_ratio(of: Sequence[Sequence[float]], against: Sequence[Sequence[float]]) -> Interval:
-    """How many times longer ``against`` took than ``of``, turn by turn, so that a machine's drift cancels.
+    """How many times longer ``against`` took than ``of``, round by round, so that a machine's drift cancels.
 
     Args:
-        of: Per turn the times of the contestant that is judged, any unit.
-        against: Per turn those of the other one.
+        of: Per round the times of the candidate that is judged, any unit.
+        against: Per round those of the other one.
 
     Returns:
-        The median of the turns' ratios of medians. Its interval is a percentile bootstrap over turns
-        (``RESAMPLES`` resamples, a fixed seed), which says how much the turns differ, not what another day gives.
+        The median of the rounds' ratios of medians. Its interval is a percentile bootstrap over rounds
+        (``RESAMPLES`` resamples, a fixed seed), which says how much the rounds differ, not what another day gives.
     """
     ratios = np.array([np.median(b) / np.median(a) for a, b in zip(of, against, strict=True)], np.float64)
     drawn = np.random.default_rng(SEED).integers(ratios.size, size=(RESAMPLES, ratios.size))

@@ -1,7 +1,7 @@
-"""One contestant in a process of its own: ``python -m crt_export.bench.worker``, spoken to in JSON lines.
+"""One candidate in a process of its own: ``python -m crt_export.bench.worker``, spoken to in JSON lines.
 
 A request is one object on stdin, ``{"op": name, ...}``; its answer one object on stdout, ``{"result": ...}`` or
-``{"error": {"type", "message"}}``. What libraries print goes to stderr. The first request names the contestant.
+``{"error": {"type", "message"}}``. What libraries print goes to stderr. The first request names the candidate.
 When stdin ends, because the parent closed it or died, the process ends at once, whatever it is doing.
 """
 
@@ -22,14 +22,14 @@ from crt_export.bench import process_memory
 from crt_export.bench.runner import Runner
 from crt_export.config import ModelConfig
 
-#: Kinds of contestants beside those of the report: the probe of bandwidth and compute.
+#: Kinds of candidates beside those of the report: the probe of bandwidth and compute.
 PROBE = "probe"
 
 Request = Mapping[str, Any]
 
 
 class Worker:
-    """Answers requests about one contestant."""
+    """Answers requests about one candidate."""
 
     def __init__(self) -> None:
         self._runner: Runner | None = None
@@ -68,7 +68,7 @@ class Worker:
         }
 
     def memory(self, request: Request) -> dict[str, Any]:
-        """What a prompt, and then a second session, add; a contestant without prefill keeps what it held."""
+        """What a prompt, and then a second session, add; a candidate without prefill keeps what it held."""
         runner = self._opened()
         if request["tokens"]:
             runner.prefill(request["tokens"], None)
@@ -100,7 +100,7 @@ class Worker:
 
     def _opened(self) -> Runner:
         if self._runner is None:
-            raise RuntimeError("the first request must open a contestant")
+            raise RuntimeError("the first request must open a candidate")
         return self._runner
 
 
@@ -125,7 +125,7 @@ class ProbeWorker:
 
 
 def runner_from_request(request: Request) -> Runner:
-    """The contestant that a request names, its libraries imported."""
+    """The candidate that a request names, its libraries imported."""
     if request["kind"] in ("target", "bundle"):
         from crt_export.bench.bundle_runner import BundleRunner
 

@@ -31,7 +31,16 @@ from crt_export.cli.options import PATH, json_option, require_one_text, text_opt
     help="Also feed prompts in K parallel passes, in as many as they need, or exactly; may be repeated.",
 )
 @text_options
-@click.option("--turns", type=int, default=10, show_default=True, metavar="N", help="Blocks of steps of everybody.")
+@click.option(
+    "--rounds",
+    "--turns",
+    "rounds",
+    type=int,
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Blocks of steps of everybody.",
+)
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps of a block. Default: 20, fewer in small caches.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads, 0 for every core. Default: the target's.")
@@ -47,7 +56,7 @@ def bench(
     passes: tuple[str, ...],
     text: Path | None,
     tokens: Path | None,
-    turns: int,
+    rounds: int,
     steps: int,
     batch: int,
     threads: int | None,
@@ -72,7 +81,7 @@ def bench(
         positions=positions,
         prompt_tokens=prompt_tokens,
         passes=passes_from_text(passes),
-        turns=turns,
+        rounds=rounds,
         steps=steps,
         batch=batch,
         text=text,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crt_export.bench.report import BenchReport, Contestant, PrefillFigures, Quantiles
+from crt_export.bench.report import BenchReport, Candidate, PrefillFigures, Quantiles
 from crt_export.cli.console import write_table, write_text
 
 _STEP_COLUMNS = (
@@ -26,19 +26,19 @@ def write_bench_tables(report: BenchReport) -> None:
     if report.bandwidth is not None and report.compute is not None:
         write_text(_rates("read bandwidth", report.bandwidth.read_gb_s, "GB/s"))
         write_text(_rates("float32 products", report.compute.gflop_s, "GFLOP/s"))
-    ran = [contestant for contestant in report.contestants if not contestant.reason]
+    ran = [candidate for candidate in report.candidates if not candidate.reason]
     write_text("")
     write_table(_STEP_COLUMNS, _step_rows(ran))
     write_text("")
     write_table(_PREFILL_COLUMNS, [_prefill_row(c, row) for c in ran for row in c.prefill])
     write_text("")
-    write_table(_MEMORY_COLUMNS, [_memory_row(contestant) for contestant in ran])
+    write_table(_MEMORY_COLUMNS, [_memory_row(candidate) for candidate in ran])
     if report.ratios:
         write_text("")
-        write_table(("faster than", "what", "ratio>", "95 %>", "turns>"), _ratio_rows(report))
-    for contestant in report.contestants:
-        if contestant.reason:
-            write_text(f"not run: {contestant.name}: {contestant.reason}")
+        write_table(("faster than", "what", "ratio>", "95 %>", "rounds>"), _ratio_rows(report))
+    for candidate in report.candidates:
+        if candidate.reason:
+            write_text(f"not run: {candidate.name}: {candidate.reason}")
     for note in report.notes:
         write_text(f"note: {note}")
 
@@ -47,14 +47,14 @@ def _rates(name: str, rates: Quantiles, unit: str) -> str:
     return f"{name}: p10 {rates.p10:.1f}, p50 {rates.p50:.1f}, p90 {rates.p90:.1f} {unit}"
 
 
-def _step_rows(contestants: list[Contestant]) -> list[tuple[str, ...]]:
+def _step_rows(candidates: list[Candidate]) -> list[tuple[str, ...]]:
     rows = []
-    for contestant in contestants:
-        for step in contestant.step:
+    for candidate in candidates:
+        for step in candidate.step:
             times = (step.p50_ms, step.p90_ms, step.p99_ms, step.max_ms)
             rows.append(
                 (
-                    contestant.name,
+                    candidate.name,
                     str(step.position),
                     *(f"{value:.3f}" for value in times),
                     f"{step.tokens_per_s:.1f}",
@@ -68,13 +68,13 @@ def _step_rows(contestants: list[Contestant]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _prefill_row(contestant: Contestant, row: PrefillFigures) -> tuple[str, ...]:
+def _prefill_row(candidate: Candidate, row: PrefillFigures) -> tuple[str, ...]:
     passes = "-" if row.passes is None else str(row.passes)
-    return (contestant.name, str(row.tokens), row.method, passes, f"{row.p50_s:.4f}", f"{row.p90_s:.4f}")
+    return (candidate.name, str(row.tokens), row.method, passes, f"{row.p50_s:.4f}", f"{row.p90_s:.4f}")
 
 
-def _memory_row(contestant: Contestant) -> tuple[str, ...]:
-    load, memory = contestant.load, contestant.memory
+def _memory_row(candidate: Candidate) -> tuple[str, ...]:
+    load, memory = candidate.load, candidate.memory
     times = (None, None, None) if load is None else (load.import_s, load.open_s, load.first_token_s)
     sizes = (None,) * 8
     if memory is not None:
@@ -89,7 +89,7 @@ def _memory_row(contestant: Contestant) -> tuple[str, ...]:
             memory.device,
         )
     mebibytes = ("-" if size is None else f"{size / 2**20:.1f}" for size in sizes)
-    return (contestant.name, *(_number(seconds, 2) for seconds in times), *mebibytes)
+    return (candidate.name, *(_number(seconds, 2) for seconds in times), *mebibytes)
 
 
 def _ratio_rows(report: BenchReport) -> list[tuple[str, ...]]:
@@ -99,7 +99,7 @@ def _ratio_rows(report: BenchReport) -> list[tuple[str, ...]]:
             f"step at {ratio.at}" if ratio.what == "step" else f"prompt of {ratio.at}",
             f"{ratio.ratio:.2f} x",
             f"{ratio.low:.2f} to {ratio.high:.2f}",
-            str(ratio.turns),
+            str(ratio.rounds),
         )
         for ratio in report.ratios
     ]

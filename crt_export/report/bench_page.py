@@ -55,14 +55,14 @@ def page_from_bench(document: Mapping[str, Any], plots: Sequence[Any]) -> BenchP
         document: The benchmark, as :func:`crt_export.report.reading.read_document` gives it.
         plots: What :func:`crt_export.report.plots.bench.draw_bench_plots` gave.
     """
-    contestants = document["contestants"]
-    tables = (_steps(contestants), _ratios(document), _prompts(contestants), _memory(contestants))
+    candidates = document["candidates"]
+    tables = (_steps(candidates), _ratios(document), _prompts(candidates), _memory(candidates))
     return BenchPage(
-        headline=_headline(contestants[0]),
+        headline=_headline(candidates[0]),
         summary=_summary(document),
         subtitle=_subtitle(document),
         tables=tuple(table for table in tables if table.rows),
-        absent=tuple((who["name"], who["reason"]) for who in contestants if who["status"] != "measured"),
+        absent=tuple((who["name"], who["reason"]) for who in candidates if who["status"] != "measured"),
         plots=tuple(plots),
         facts=_facts(document),
         notes=tuple(document["notes"]),
@@ -79,7 +79,7 @@ def _headline(target: Mapping[str, Any]) -> str:
 
 def _summary(document: Mapping[str, Any]) -> str:
     """The target's first step in a sentence."""
-    target = document["contestants"][0]
+    target = document["candidates"][0]
     if not target["step"]:
         return f"{target['name']} did not run: {target['reason']}"
     step = target["step"][0]
@@ -100,9 +100,9 @@ def _subtitle(document: Mapping[str, Any]) -> str:
 
 
 # --- tables
-def _steps(contestants: Sequence[Mapping[str, Any]]) -> Table:
+def _steps(candidates: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
-        "Contestant", "tokens in cache", "batch", "p50, ms", "p90, ms", "p99, ms", "max, ms", "tokens/s", "MB moved",
+        "Candidate", "tokens in cache", "batch", "p50, ms", "p90, ms", "p99, ms", "max, ms", "tokens/s", "MB moved",
         "floor, ms", "compute floor, ms", "over floor", "outside the engine",
     )  # fmt: skip
     return Table(
@@ -110,7 +110,7 @@ def _steps(contestants: Sequence[Mapping[str, Any]]) -> Table:
         heading="Steps",
         caption="One token. Floor: bytes that have to be moved, at the 90th percentile of the sampled read rate.",
         columns=columns,
-        rows=tuple((who["name"], *_step_cells(step)) for who in contestants for step in who["step"]),
+        rows=tuple((who["name"], *_step_cells(step)) for who in candidates for step in who["step"]),
     )
 
 
@@ -130,20 +130,20 @@ def _ratios(document: Mapping[str, Any]) -> Table:
             ratio_place(ratio),
             number_text(ratio["ratio"]),
             interval_text((ratio["low"], ratio["high"]), 3),
-            f"{ratio['turns']:,}",
+            f"{ratio['rounds']:,}",
         )
         for ratio in document["ratios"]
     )
     return Table(
         anchor="ratios",
         heading="Against others",
-        caption=f"How many times longer each took than {document['contestants'][0]['name']}, turn by turn.",
-        columns=("Contestant", "what", "ratio", "95 % interval", "turns"),
+        caption=f"How many times longer each took than {document['candidates'][0]['name']}, round by round.",
+        columns=("Candidate", "what", "ratio", "95 % interval", "rounds"),
         rows=rows,
     )
 
 
-def _prompts(contestants: Sequence[Mapping[str, Any]]) -> Table:
+def _prompts(candidates: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple(
         (
             who["name"],
@@ -153,22 +153,22 @@ def _prompts(contestants: Sequence[Mapping[str, Any]]) -> Table:
             number_text(prompt["p90_s"] * 1e3),
             number_text(prompt["tokens"] / prompt["p50_s"]) if prompt["p50_s"] else MISSING,
         )
-        for who in contestants
+        for who in candidates
         for prompt in who["prefill"]
     )
     return Table(
         anchor="prompts",
         heading="Time to first token",
         caption="From an empty cache to the logits after the prompt.",
-        columns=("Contestant", "tokens", "how", "p50, ms", "p90, ms", "tokens/s"),
+        columns=("Candidate", "tokens", "how", "p50, ms", "p90, ms", "tokens/s"),
         rows=rows,
     )
 
 
-def _memory(contestants: Sequence[Mapping[str, Any]]) -> Table:
+def _memory(candidates: Sequence[Mapping[str, Any]]) -> Table:
     kinds = ("weight_file", "pss_step", "anonymous_step", "pss", "anonymous", "second_session", "peak_rss", "device")
     rows = []
-    for who in contestants:
+    for who in candidates:
         load, memory = who["load"] or {}, who["memory"] or {}
         if load or memory:
             seconds = (number_text(load.get(name)) for name in ("open_s", "first_token_s"))
@@ -176,13 +176,13 @@ def _memory(contestants: Sequence[Mapping[str, Any]]) -> Table:
             mib = (MISSING if size is None else number_text(size / _MIB, 4) for size in sizes)
             rows.append((who["name"], *seconds, *mib))
     columns = (
-        "Contestant", "open, s", "first token, s", "weight file", "PSS, steps", "anonymous, steps", "PSS", "anonymous",
+        "Candidate", "open, s", "first token, s", "weight file", "PSS, steps", "anonymous, steps", "PSS", "anonymous",
         "second session", "peak RSS", "device",
     )  # fmt: skip
     return Table(
         anchor="memory",
         heading="Load and memory",
-        caption="Sizes in MiB, each contestant in a process of its own, libraries included.",
+        caption="Sizes in MiB, each candidate in a process of its own, libraries included.",
         columns=columns,
         rows=tuple(rows),
     )

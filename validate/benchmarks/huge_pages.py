@@ -33,16 +33,16 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--turns", type=int, default=10, help="blocks of steps of each")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks of steps of each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="huge-pages-") as folder:
         copy = Path(folder) / "without"
         copy_without(arguments.bundle, copy)
         for target in ("ort-cpu-fp32", "ort-cpu-int8"):
-            options = BenchOptions(target=target, against=(str(copy),), prompt_tokens=(1,), turns=arguments.turns)
+            options = BenchOptions(target=target, against=(str(copy),), prompt_tokens=(1,), rounds=arguments.rounds)
             report = run_bench(arguments.bundle, options)
             step = next(ratio for ratio in report.ratios if ratio.what == "step")
-            loads = [who.load.open_s for who in report.contestants if who.load is not None]
+            loads = [who.load.open_s for who in report.candidates if who.load is not None]
             sys.stdout.write(
                 f"{target}: step without / with {step.ratio:.3f} [{step.low:.3f}, {step.high:.3f}], "
                 f"opened in {loads[0]:.2f} s with, {loads[1]:.2f} s without\n"

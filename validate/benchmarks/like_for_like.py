@@ -63,7 +63,7 @@ def entry_of(steps: PairedSteps, published: float, launches: Sequence[int | None
     ):
         figures[name] = {**side_figures(blocks, cost, steps.read_gb_s), "launches": count}
     values = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
-    figures |= {key: float(f"{value:.4g}") for key, value in values.items()} | {"turns": len(steps.first)}
+    figures |= {key: float(f"{value:.4g}") for key, value in values.items()} | {"rounds": len(steps.first)}
     rates = quantiles(steps.read_gb_s)
     figures["read_gb_s"] = {"p10": round(rates.p10, 2), "p50": round(rates.p50, 2), "p90": round(rates.p90, 2)}
     return {**figures, "published_ratio": published, "advantage": advantage(ratio.low, ratio.high, published)}
@@ -91,7 +91,7 @@ def compare(places: Mapping[str, PresetFolder], arguments: argparse.Namespace, t
                 measured = measure_pair(
                     (sides[0], sides[1]),
                     arguments.position or (128, 960),
-                    turns=arguments.turns,
+                    rounds=arguments.rounds,
                     steps=arguments.steps,
                     threads=threads,
                 )
@@ -179,7 +179,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file too")
     parser.add_argument("--position", type=int, action="append", help="tokens in the cache (128 and 960)")
-    parser.add_argument("--turns", type=int, default=16, help="blocks of each contestant")
+    parser.add_argument("--rounds", type=int, default=16, help="blocks of each candidate")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a block")
     parser.add_argument("--threads", type=int, help="CPU threads (all)")
     arguments = parser.parse_args(words)
@@ -188,8 +188,8 @@ def main(words: list[str] | None = None) -> int:
     places = {name: preset_folder(arguments.folder, name, say) for name in presets}
     begin = time.perf_counter()
     entries = compare(places, arguments, threads)
-    options = {"threads": threads, "turns": arguments.turns, "steps": arguments.steps, "capacity": 1024, "batch": 1}
-    words_of = [f"--turns {arguments.turns}", f"--steps {arguments.steps}", f"--threads {threads}"]
+    options = {"threads": threads, "rounds": arguments.rounds, "steps": arguments.steps, "capacity": 1024, "batch": 1}
+    words_of = [f"--rounds {arguments.rounds}", f"--steps {arguments.steps}", f"--threads {threads}"]
     words_of += [f"--position {position}" for position in arguments.position or ()]
     command = " ".join(["python validate/benchmarks/like_for_like.py --folder FOLDER", *words_of])
     taken = round(time.perf_counter() - begin, 1)

@@ -1,4 +1,4 @@
-"""Two contestants that decode in turns, each in a process of its own, the memory's read rate sampled between them."""
+"""Two candidates that decode in turns, each in a process of its own, the memory's read rate sampled between them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedSteps:
-    """What was measured at one position, times in seconds, turn by turn.
+    """What was measured at one position, times in seconds, round by round.
 
     Attributes:
         position: Tokens in the cache before the first timed step of a block.
-        first: Of the first contestant.
+        first: Of the first candidate.
         second: Of the second.
         read_gb_s: Rates of the probe.
         bytes: What a step of each has to move; None where its weights are unknown.
@@ -61,19 +61,19 @@ class PairedSteps:
 
 
 def measure_pair(
-    sides: tuple[Side, Side], positions: Sequence[int], *, turns: int, steps: int, threads: int
+    sides: tuple[Side, Side], positions: Sequence[int], *, rounds: int, steps: int, threads: int
 ) -> list[PairedSteps]:
     """Open both, then at each position let them decode in turns; which begins alternates.
 
     Args:
-        sides: The contestants.
+        sides: The candidates.
         positions: Tokens in the cache.
-        turns: Blocks of each.
+        rounds: Blocks of each.
         steps: Timed steps of a block, after three warm-ups.
         threads: Of the probe.
 
     Raises:
-        CrtExportError: A contestant cannot be opened, or its process died.
+        CrtExportError: A candidate cannot be opened, or its process died.
     """
     with ExitStack() as stack:
         probe = stack.enter_context(WorkerProcess("the probe of bandwidth", single_threaded_blas=True))
@@ -86,9 +86,9 @@ def measure_pair(
             rates: list[float] = []
             for worker in workers:  # the caches are filled up to the position, and torch.compile compiles
                 worker.ask("steps", position=position, warmups=3, count=1)
-            for turn in range(turns):
+            for number in range(rounds):
                 rates += probe.ask("sample", samples=1)["read_gb_s"]
-                for index in (0, 1) if turn % 2 == 0 else (1, 0):
+                for index in (0, 1) if number % 2 == 0 else (1, 0):
                     time.sleep(_PAUSE)
                     answer = workers[index].ask("steps", position=position, warmups=3, count=steps)
                     times[index].append(answer["seconds"])
@@ -106,7 +106,7 @@ def measure_pair(
 
 
 def side_figures(blocks: Sequence[Sequence[float]], cost: StepBytes | None, rates: Sequence[float]) -> dict[str, Any]:
-    """Percentiles of one contestant's steps, and how far the median is from the floor that the memory's rate sets."""
+    """Percentiles of one candidate's steps, and how far the median is from the floor that the memory's rate sets."""
     milliseconds = 1e3 * np.concatenate([np.asarray(block) for block in blocks])
     p10, p50, p90 = np.percentile(milliseconds, [10, 50, 90]).tolist()
     figures: dict[str, Any] = {"samples": milliseconds.size}

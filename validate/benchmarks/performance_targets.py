@@ -18,7 +18,7 @@ MEMORY_STEP, MEMORY_PREFILL = 1.3, 1.6
 #: Prompts are short beside what they cost on a busy machine, so a default that is as fast may look a little slower.
 DEFAULT_OVER_EXACT = 1.1
 TRAINED_SPEEDUP = 2.0
-#: No slower, within what turns of two processes differ by.
+#: No slower, within what rounds of two processes differ by.
 CPP_OVER_PYTHON = 1.02
 
 
@@ -72,7 +72,7 @@ def step_lines(size: str, document: Mapping[str, Any], config: ModelConfig, capa
         config: Its model.
         capacity: Tokens that a session's caches may hold.
     """
-    everybody = {who["name"]: who for who in document["contestants"]}
+    everybody = {who["name"]: who for who in document["candidates"]}
     rates = document["bandwidth"]["read_gb_s"]
     for target, limit in OVER_FLOOR.items():
         step = everybody[target]["step"][0]
@@ -103,7 +103,7 @@ def _ratio_line(size: str, figure: str, document: Mapping[str, Any], name: str, 
     """How many times faster the target's step is, with the interval."""
     found = [ratio for ratio in document["ratios"] if ratio["against"] == name and ratio["what"] == "step"]
     if not found:
-        absent = next((who["reason"] for who in document["contestants"] if who["name"] == name), "not measured")
+        absent = next((who["reason"] for who in document["candidates"] if who["name"] == name), "not measured")
         return Line(size=size, figure=figure, value=None, limit=limit, at_most=False, reason=absent.splitlines()[0])
     ratio = found[0]
     reason = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}"
@@ -132,7 +132,7 @@ def memory_lines(
 
 def prefill_lines(size: str, target: str, document: Mapping[str, Any]) -> Iterator[Line]:
     """The bundle's own way against token by token, and how many passes would cost as much as the latter."""
-    prompts: Sequence[Mapping[str, Any]] = document["contestants"][0]["prefill"]
+    prompts: Sequence[Mapping[str, Any]] = document["candidates"][0]["prefill"]
     seconds = {(prompt["tokens"], prompt["method"]): prompt for prompt in prompts}
     for tokens in sorted({prompt["tokens"] for prompt in prompts}):
         default, exact = seconds.get((tokens, "default")), seconds.get((tokens, "exact"))
@@ -158,7 +158,7 @@ def trained_line(document: Mapping[str, Any] | None, tokens: int) -> Line:
     if document is None:
         reason = "needs --trained BUNDLE, of a trained checkpoint"
         return Line(size="trained", figure=figure, value=None, limit=TRAINED_SPEEDUP, at_most=False, reason=reason)
-    prompts = {(p["tokens"], p["method"]): p["p50_s"] for p in document["contestants"][0]["prefill"]}
+    prompts = {(p["tokens"], p["method"]): p["p50_s"] for p in document["candidates"][0]["prefill"]}
     value = prompts[tokens, "exact"] / prompts[tokens, "default"]
     entry = document["bundle"]["targets"][FP32]["prefill"]
     reason = "no way of its own" if entry is None else f"{entry['method']}, gap {entry['perplexity_gap']}"
@@ -170,7 +170,7 @@ def language_line(size: str, target: str, record: Mapping[str, Any] | None, reas
     value = None
     if record is not None:
         found = next(entry for entry in record["targets"] if entry["target"] == target)["cpp_over_python"]
-        value, reason = found["p50"], f"quartiles of the turns {found['p25']:.3f} to {found['p75']:.3f}"
+        value, reason = found["p50"], f"quartiles of the rounds {found['p25']:.3f} to {found['p75']:.3f}"
     return Line(
         size=size, figure=f"{target}: step in C++ / in Python", value=value, limit=CPP_OVER_PYTHON, reason=reason
     )

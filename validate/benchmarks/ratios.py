@@ -49,13 +49,13 @@ def measured_lines(size: str, place: PresetFolder, options: argparse.Namespace) 
     config = load_config(place.checkpoint)
     into_page_cache(place.bundle / "graphs")
     # Two runs: one with PyTorch takes longer, and the read rate drifts meanwhile.
-    yield from step_lines(size, steps(place.bundle, (FP32,), options.turns), config, CAPACITY)
-    yield from pytorch_lines(size, steps(place.bundle, tuple(FASTER), options.turns))
+    yield from step_lines(size, steps(place.bundle, (FP32,), options.rounds), config, CAPACITY)
+    yield from pytorch_lines(size, steps(place.bundle, tuple(FASTER), options.rounds))
     for target in (FP32, INT8):
         yield language(size, target, place)
     for target in (FP32, INT8):
-        for lengths, turns in PROMPTS:
-            document = prompts(place.bundle, target, (config.unroll_steps, "exact"), lengths, turns)
+        for lengths, rounds in PROMPTS:
+            document = prompts(place.bundle, target, (config.unroll_steps, "exact"), lengths, rounds)
             yield from prefill_lines(size, target, document)
 
 
@@ -67,17 +67,19 @@ def into_page_cache(folder: Path) -> None:
                 pass
 
 
-def steps(bundle: Path, against: tuple[str, ...], turns: int) -> dict[str, Any]:
+def steps(bundle: Path, against: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """A benchmark of the int8 target's steps; there are few prompts in it."""
-    options = BenchOptions(target=INT8, against=against, prompt_tokens=(64,), turns=turns, prefill_turns=1)
+    options = BenchOptions(target=INT8, against=against, prompt_tokens=(64,), rounds=rounds, prefill_rounds=1)
     return run_bench(bundle, options).to_dict()
 
 
 def prompts(
-    bundle: Path, target: str, passes: tuple[int | str, ...], lengths: tuple[int, ...], turns: int
+    bundle: Path, target: str, passes: tuple[int | str, ...], lengths: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
     """A benchmark of prompts; the steps in it are few."""
-    options = BenchOptions(target=target, prompt_tokens=lengths, passes=passes, turns=1, steps=4, prefill_turns=turns)
+    options = BenchOptions(
+        target=target, prompt_tokens=lengths, passes=passes, rounds=1, steps=4, prefill_rounds=rounds
+    )
     return run_bench(bundle, options).to_dict()
 
 
@@ -86,7 +88,7 @@ def language(size: str, target: str, place: PresetFolder) -> Line:
     if not CPP.is_file():
         return language_line(size, target, None, "make cpp builds the program")
     script = Path(__file__).with_name("step_by_language.py")
-    command = [sys.executable, str(script), str(place.bundle), target, "--turns", "8", "--steps", "20"]
+    command = [sys.executable, str(script), str(place.bundle), target, "--rounds", "8", "--steps", "20"]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     try:
         return language_line(size, target, json.loads(done.stdout))
@@ -106,7 +108,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and bundles, made where missing")
     parser.add_argument("--size", action="append", choices=SIZES, help="one of the sizes only")
     parser.add_argument("--trained", type=Path, metavar="BUNDLE", help="a bundle of a trained checkpoint")
-    parser.add_argument("--turns", type=int, default=10, help="blocks of steps of each contestant")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks of steps of each candidate")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
     options = parser.parse_args(words)
     places = {size: preset_folder(options.folder, size, say) for size in options.size or SIZES}
@@ -141,7 +143,7 @@ def result_of(lines: list[Line], options: argparse.Namespace, seconds: float) ->
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(
             [
-                f"python validate/benchmarks/ratios.py --folder FOLDER --turns {options.turns}",
+                f"python validate/benchmarks/ratios.py --folder FOLDER --rounds {options.rounds}",
                 *(f"--size {size}" for size in options.size or ()),
                 *(["--trained BUNDLE"] if options.trained else []),
             ]
@@ -149,8 +151,8 @@ def result_of(lines: list[Line], options: argparse.Namespace, seconds: float) ->
         "hardware": machine(),
         "versions": installed_versions(("crt-export", "torch", "onnxruntime", "numpy")),
         "options": {
-            "turns": options.turns,
-            "prompts": [list(lengths) for lengths, _turns in PROMPTS],
+            "rounds": options.rounds,
+            "prompts": [list(lengths) for lengths, _rounds in PROMPTS],
             "capacity": CAPACITY,
             "batch": 1,
         },

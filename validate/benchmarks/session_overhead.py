@@ -2,7 +2,7 @@
 
 ``python validate/benchmarks/session_overhead.py BUNDLE TARGET...`` prints microseconds per token, one thread. Bare
 runs, ``step()``, ``advance()`` and a greedy generation take turns in one process, so that a machine that gets slower
-gets slower for all of them; the figures are medians over the turns. The C++ row is there if ``make cpp`` was run.
+gets slower for all of them; the figures are medians over the rounds. The C++ row is there if ``make cpp`` was run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crt_export.runtime.opening import engine_from_target
 from crt_export.runtime.rows import Batch
 from crt_export.runtime.tensors import SessionTensors
 
-TOKENS, TURNS, CAPACITY = 200, 25, 256
+TOKENS, ROUNDS, CAPACITY = 200, 25, 256
 PROGRAM = Path(__file__).resolve().parents[2] / "build" / "cpp" / "benchmarks" / "session_overhead"
 
 
@@ -50,8 +50,8 @@ def python_figures(bundle: Bundle, name: str) -> dict[str, float]:
 
     with bundle.session(name, threads=1, capacity=CAPACITY) as session:
         loops = {loop.__name__: loop for loop in (bare, step, advance, generate)}
-        turns = [{name: timed(loop, session) for name, loop in loops.items()} for _ in range(TURNS)]
-    return {name: median(turn[name] for turn in turns) for name in loops}
+        rounds = [{name: timed(loop, session) for name, loop in loops.items()} for _ in range(ROUNDS)]
+    return {name: median(times[name] for times in rounds) for name in loops}
 
 
 def timed(loop: Callable[[Session], None], session: Session) -> float:

@@ -1,9 +1,9 @@
 """A step in C++ against the same step in Python, on one bundle: ``python step_by_language.py BUNDLE TARGET...``.
 
 Each language is a process of its own. They take turns on the same positions, one block of steps each, so that a machine
-that gets slower gets slower for both; the ratio is that of the blocks' medians, turn by turn. Prints a JSON object and
-ends with 1 if the median ratio of a target is above ``--limit``, with 2 if one could not be measured. The
-C++ program is made by ``make cpp``.
+that gets slower gets slower for both; the ratio is that of the blocks' medians, round by round. Prints a JSON object
+and ends with 1 if the median ratio of a target is above ``--limit``, with 2 if one could not be measured. The C++
+program is made by ``make cpp``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def work(path: str, target: str, threads: int) -> None:
             sys.stdout.flush()
 
 
-class Contestant:
+class Candidate:
     """One language's process."""
 
     def __init__(self, command: list[str]) -> None:
@@ -88,29 +88,29 @@ class Contestant:
 
 def compared(path: str, target: str, options: argparse.Namespace) -> dict[str, Any]:
     """Medians of both languages, and the ratio C++ / Python."""
-    contestants = {
-        "python": Contestant([sys.executable, __file__, path, target, "--threads", str(options.threads), "--work"]),
-        "cpp": Contestant([str(options.program), path, target, str(options.threads)]),
+    candidates = {
+        "python": Candidate([sys.executable, __file__, path, target, "--threads", str(options.threads), "--work"]),
+        "cpp": Candidate([str(options.program), path, target, str(options.threads)]),
     }
-    blocks: dict[str, list[float]] = {name: [] for name in contestants}
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    blocks: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
     try:
-        for turn in range(options.turns):
-            order = list(contestants)[:: 1 if turn % 2 else -1]
+        for number in range(options.rounds):
+            order = list(candidates)[:: 1 if number % 2 else -1]
             for name in order:
-                times = contestants[name].block(options.position, options.steps)
+                times = candidates[name].block(options.position, options.steps)
                 time.sleep(0.05)  # threads that spin on after their last step get the time to sleep
                 blocks[name].append(median(times))
                 samples[name] += times
     finally:
-        for contestant in contestants.values():
-            contestant.close()
+        for candidate in candidates.values():
+            candidate.close()
     ratios = sorted(cpp / python for cpp, python in zip(blocks["cpp"], blocks["python"], strict=True))
     quarter = len(ratios) // 4
     return {
         "target": target,
         "position": options.position,
-        "turns": options.turns,
+        "rounds": options.rounds,
         "steps_per_turn": options.steps,
         "p50_ms": {name: round(median(times), 3) for name, times in samples.items()},
         "cpp_over_python": {
@@ -127,8 +127,8 @@ def main() -> int:
     parser.add_argument("bundle")
     parser.add_argument("targets", nargs="+")
     parser.add_argument("--position", type=int, default=64, help="tokens in the cache (64)")
-    parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=30, help="steps of a turn (30)")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30, help="steps of a round (30)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core")
     parser.add_argument("--limit", type=float, default=1.02, help="largest ratio that passes (1.02)")
     parser.add_argument("--program", type=Path, default=PROGRAM, help="bench_step")

@@ -25,8 +25,8 @@ import torch
 if str(Path(__file__).parent) not in sys.path:
     sys.path.append(str(Path(__file__).parent))
 
-from gpu_contestants import BACKENDS, DTYPES, PAIRS, Contestants, Grid, make_step, models_and_graphs, obstacle
-from gpu_turns import copy_rate, figures_of_pair, kernels_of, take_turns, waiting_for
+from gpu_candidates import BACKENDS, DTYPES, PAIRS, Candidates, Grid, make_step, models_and_graphs, obstacle
+from gpu_rounds import copy_rate, figures_of_pair, kernels_of, run_in_rounds, waiting_for
 from static_step import step_cost
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "gpu_bench.json"
@@ -37,12 +37,12 @@ def measure(grid: Grid, tell: Callable[[str], None] = lambda line: None) -> list
     """One entry for each pair, dtype, backend, batch and context, measured or with the reason why not."""
     found = []
     for (crt, transformer, published), dtype in itertools.product(grid.pairs, grid.dtypes):
-        with models_and_graphs((crt, transformer), dtype, grid.device) as contestants:
+        with models_and_graphs((crt, transformer), dtype, grid.device) as candidates:
             for backend, batch, context in itertools.product(grid.backends, grid.batches, grid.contexts):
                 cell = {"pair": [crt, transformer], "published_ratio": published, "dtype": dtype}
                 cell |= {"backend": backend, "batch": batch, "context": context}
-                reason = obstacle(backend, dtype, grid, context, contestants)
-                entry = {"status": "not run", "reason": reason} if reason else _tried(cell, contestants, grid)
+                reason = obstacle(backend, dtype, grid, context, candidates)
+                entry = {"status": "not run", "reason": reason} if reason else _tried(cell, candidates, grid)
                 found.append({**cell, **entry})
                 tell(line_of(found[-1]))
                 gc.collect()
@@ -51,24 +51,24 @@ def measure(grid: Grid, tell: Callable[[str], None] = lambda line: None) -> list
     return found
 
 
-def _tried(cell: Mapping[str, Any], contestants: Contestants, grid: Grid) -> dict[str, Any]:
+def _tried(cell: Mapping[str, Any], candidates: Candidates, grid: Grid) -> dict[str, Any]:
     """A measured cell, or what the device or the runtime said."""
     try:
-        return _measured(cell, contestants, grid)
+        return _measured(cell, candidates, grid)
     except Exception as error:  # ONNX Runtime's own classes share no base; one cell must not cost all the others
         words = str(error).strip().splitlines()
         return {"status": "not run", "reason": f"{type(error).__name__}: {words[0] if words else 'no words'}"}
 
 
-def _measured(cell: Mapping[str, Any], contestants: Contestants, grid: Grid) -> dict[str, Any]:
+def _measured(cell: Mapping[str, Any], candidates: Candidates, grid: Grid) -> dict[str, Any]:
     batch, context, backend = cell["batch"], cell["context"], cell["backend"]
     names = cell["pair"]
-    first, second = (make_step(backend, *contestants[name], grid=grid, batch=batch, context=context) for name in names)
+    first, second = (make_step(backend, *candidates[name], grid=grid, batch=batch, context=context) for name in names)
     wait = waiting_for(grid.device)
-    turns = take_turns(first, second, turns=grid.turns, steps=grid.steps, wait=wait)
-    entry = {"status": "measured", "reason": "", **figures_of_pair(turns, batch)}
+    rounds = run_in_rounds(first, second, rounds=grid.rounds, steps=grid.steps, wait=wait)
+    entry = {"status": "measured", "reason": "", **figures_of_pair(rounds, batch)}
     for side, name, step in zip(("crt", "transformer"), names, (first, second), strict=True):
-        model = contestants[name][0]
+        model = candidates[name][0]
         size = model.final_norm.weight.element_size()
         cost = step_cost(model.config, batch=batch, position=context - 1, bytes_per_number=size)
         entry[side] |= {"bytes": {**asdict(cost), "total": cost.total}, "kernels": kernels_of(step) or None}
@@ -133,7 +133,7 @@ def grid_from(arguments: argparse.Namespace) -> Grid:
         dtypes=tuple(arguments.dtype or ("bf16", "fp16")),
         batches=tuple(arguments.batch or (1, 8, 64)),
         contexts=tuple(arguments.context or (128, 1024, 4096)),
-        turns=arguments.turns,
+        rounds=arguments.rounds,
         steps=arguments.steps,
     )
 
@@ -148,7 +148,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--context", action="append", type=int)
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args(words)
     grid = grid_from(arguments)

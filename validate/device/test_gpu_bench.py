@@ -7,7 +7,7 @@ from collections.abc import Callable
 import gpu_bench
 import pytest
 import torch
-from gpu_contestants import CapturedStep, Grid
+from gpu_candidates import CapturedStep, Grid
 from static_step import StaticStep, random_model
 
 from crt_export.presets import PRESETS

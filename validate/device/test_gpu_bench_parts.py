@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gpu_bench
-import gpu_contestants
+import gpu_candidates
 import pytest
 import torch
 from bound_step import BoundStep, write_step
-from gpu_turns import copy_rate, figures_of_pair, step_figures, take_turns, waiting_for
+from gpu_rounds import copy_rate, figures_of_pair, run_in_rounds, step_figures, waiting_for
 from static_step import StaticStep, random_model, step_cost
 
 from crt_export.checkpoint import Checkpoint
@@ -104,18 +104,18 @@ def test_the_cost_of_a_step_is_what_its_tensors_hold(tiny_config: Callable[..., 
     assert cost.total == cost.weights + cost.cache + 2 * config.vocab_size * 4
 
 
-def test_turns_alternate_and_only_steps_after_the_warm_up_are_timed() -> None:
+def test_rounds_alternate_and_only_steps_after_the_warm_up_are_timed() -> None:
     calls: list[str] = []
-    turns = take_turns(
-        lambda: calls.append("a"), lambda: calls.append("b"), turns=2, steps=2, warmups=1, wait=waiting_for("cpu")
+    rounds = run_in_rounds(
+        lambda: calls.append("a"), lambda: calls.append("b"), rounds=2, steps=2, warmups=1, wait=waiting_for("cpu")
     )
     assert calls == [*"aaa", *"bbb", *"bbb", *"aaa"]
-    assert [(len(first), len(second)) for first, second in turns] == [(2, 2), (2, 2)]
+    assert [(len(first), len(second)) for first, second in rounds] == [(2, 2), (2, 2)]
 
 
 def test_the_ratio_says_how_many_times_longer_the_transformer_takes() -> None:
     figures = figures_of_pair([([0.001, 0.001], [0.002, 0.002]), ([0.003], [0.006])], batch=4)
-    assert (figures["ratio"], figures["low"], figures["high"], figures["turns"]) == (2.0, 2.0, 2.0, 2)
+    assert (figures["ratio"], figures["low"], figures["high"], figures["rounds"]) == (2.0, 2.0, 2.0, 2)
     assert step_figures([0.002, 0.002], 4)["tokens_per_s"] == 2000
 
 
@@ -132,18 +132,18 @@ def test_every_cell_of_the_grid_is_measured_or_says_why_not(
     def refusing(*_words: object, **_more: object) -> None:
         raise Fail("no such provider\nand more words")
 
-    monkeypatch.setattr(gpu_contestants, "BoundStep", refusing)
-    monkeypatch.setattr(gpu_contestants, "write_step", lambda *_words, **_more: tmp_path)
-    words = "--device cpu --pair tiny:tiny --dtype fp32 --dtype bf16 --batch 2 --context 8 --context 5000 --turns 2"
+    monkeypatch.setattr(gpu_candidates, "BoundStep", refusing)
+    monkeypatch.setattr(gpu_candidates, "write_step", lambda *_words, **_more: tmp_path)
+    words = "--device cpu --pair tiny:tiny --dtype fp32 --dtype bf16 --batch 2 --context 8 --context 5000 --rounds 2"
     output = tmp_path / "gpu.json"
     assert gpu_bench.main([*words.split(), "--steps", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     cells = {(e["backend"], e["dtype"], e["context"]): e["reason"] for e in result["entries"]}
     positions = "the models have positions for 4096 tokens"
     for dtype, onnx in (("fp32", "Fail: no such provider"), ("bf16", "the exported graph runs in fp32 here")):
-        assert cells[gpu_contestants.EAGER, dtype, 8] == ""
-        assert cells[gpu_contestants.CUDA_GRAPH, dtype, 8] == "a CUDA graph needs an NVIDIA GPU"
-        assert cells[gpu_contestants.ONNXRUNTIME, dtype, 8] == onnx
+        assert cells[gpu_candidates.EAGER, dtype, 8] == ""
+        assert cells[gpu_candidates.CUDA_GRAPH, dtype, 8] == "a CUDA graph needs an NVIDIA GPU"
+        assert cells[gpu_candidates.ONNXRUNTIME, dtype, 8] == onnx
         assert {cells[backend, dtype, 5000] for backend in gpu_bench.BACKENDS} == {positions}
     measured = [entry for entry in result["entries"] if entry["status"] == "measured"]
     assert [entry["dtype"] for entry in measured] == ["fp32", "bf16"]
@@ -165,6 +165,6 @@ def test_without_a_gpu_nothing_is_written_and_the_reason_is_said(
 
 
 def test_the_published_pairs_are_the_default() -> None:
-    grid = gpu_contestants.Grid()
+    grid = gpu_candidates.Grid()
     assert [pair[2] for pair in grid.pairs] == [1.74, 2.6]
     assert (grid.batches, grid.contexts, grid.dtypes) == ((1, 8, 64), (128, 1024, 4096), ("bf16", "fp16"))

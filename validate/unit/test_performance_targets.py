@@ -43,7 +43,7 @@ def document(over_floor: float = 1.2, prefill: dict[tuple[int, str], float] | No
     absent = {"name": "pytorch-dynamic-int8", "reason": "no such engine\nmore"}
     ratio = {"against": "pytorch-eager", "what": "step", "ratio": 4.0, "low": 3.9, "high": 4.2}
     rates = {"read_gb_s": {"p50": 29.0, "p90": 31.5}}
-    return {"contestants": [*both, absent], "ratios": [ratio], "bandwidth": rates}
+    return {"candidates": [*both, absent], "ratios": [ratio], "bandwidth": rates}
 
 
 def test_every_target_of_a_run_gets_its_verdict(tiny_config: Callable[..., ModelConfig]) -> None:
@@ -79,7 +79,7 @@ def test_a_trained_model_is_judged_where_there_is_one() -> None:
     assert targets.trained_line(found, 64).verdict == "holds"
 
 
-def test_the_languages_are_compared_by_the_median_of_their_turns() -> None:
+def test_the_languages_are_compared_by_the_median_of_their_rounds() -> None:
     record = {"targets": [{"target": targets.INT8, "cpp_over_python": {"p25": 0.9, "p50": 1.1, "p75": 1.2}}]}
     assert targets.language_line("tiny", targets.INT8, record).verdict == "falls short"
     assert targets.language_line("tiny", targets.INT8, None, "not built").verdict == "not judged"

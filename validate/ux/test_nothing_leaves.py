@@ -101,8 +101,8 @@ def test_an_empty_setting_is_none(private: Private, home: Path, bundle: Path) ->
 
 
 def test_benchmark_sends_and_leaves_nothing(private: Private, home: Path, bundle: Path) -> None:
-    """Its contestants run in processes of their own."""
-    few = ("--turns", "3", "--steps", "3", "--prompt-tokens", "4", "--position", "4")
+    """Its candidates run in processes of their own."""
+    few = ("--rounds", "3", "--steps", "3", "--prompt-tokens", "4", "--position", "4")
     result = private(*CLI, "bench", str(bundle), "--target", "ort-cpu-fp32", *few, "--html", "page.html")
     assert result.returncode == 0, result.stderr
     assert files(home) == set()

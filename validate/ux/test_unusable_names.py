@@ -23,7 +23,7 @@ CASES = (
     ("report", "{golden}", "--output", "{name}"),
     ("compare", "{name}", "{golden}"),
     ("bench", "{name}"),
-    ("bench", "{golden}", "--turns", "1", "--steps", "1", "--against", "{name}"),
+    ("bench", "{golden}", "--rounds", "1", "--steps", "1", "--against", "{name}"),
     ("selftest", "{name}"),
     ("generate", "{name}", "--prompt", "a"),
     ("sign", "{golden}", "--key", "{name}"),

@@ -42,8 +42,8 @@ def draw_bench_plots(document: Mapping[str, Any], identity: str) -> list[DrawnPl
 
 
 def plot_steps(document: Mapping[str, Any]) -> Plot | None:
-    """One row a contestant and position: 10th to 90th percentile, median, and the floor."""
-    steps = [(who["name"], step) for who in document["contestants"] for step in who["step"]]
+    """One row a candidate and position: 10th to 90th percentile, median, and the floor."""
+    steps = [(who["name"], step) for who in document["candidates"] for step in who["step"]]
     if not steps:
         return None
     several = len({step["position"] for _name, step in steps}) > 1
@@ -61,7 +61,7 @@ def plot_steps(document: Mapping[str, Any]) -> Plot | None:
     set_margins(figure, left=_NAMES_WIDTH)
     caption = (
         "One step: the median as a point, the 10th to 90th percentile as a bar, and as an upright line the floor: the "
-        "bytes a step has to move, at the 90th percentile of the read rate that was sampled in the same turns."
+        "bytes a step has to move, at the 90th percentile of the read rate that was sampled in the same rounds."
     )
     caption += " After the name the tokens in the cache." if several else ""
     return Plot(title="Step and floor", caption=caption, figure=figure)
@@ -83,14 +83,14 @@ def plot_ratios(document: Mapping[str, Any]) -> Plot | None:
     if low <= 1 <= high:
         add_threshold(axes, 1.0, "equal", vertical=True)
     set_margins(figure, left=_NAMES_WIDTH)
-    caption = "How many times longer each took than the target, turn by turn, with the 95 % interval over turns."
+    caption = "How many times longer each took than the target, round by round, with the 95 % interval over rounds."
     return Plot(title="Against others", caption=caption, figure=figure)
 
 
 def plot_prompts(document: Mapping[str, Any]) -> Plot | None:
-    """Time to first token over the length of the prompt, a line for each contestant and way of feeding it."""
+    """Time to first token over the length of the prompt, a line for each candidate and way of feeding it."""
     lines: dict[str, list[tuple[int, float]]] = {}
-    for who in document["contestants"]:
+    for who in document["candidates"]:
         for prompt in who["prefill"]:
             label = f"{_shortened(who['name'])}, {prefill_way(prompt)}"
             lines.setdefault(label, []).append((prompt["tokens"], prompt["p50_s"]))
@@ -103,7 +103,7 @@ def plot_prompts(document: Mapping[str, Any]) -> Plot | None:
     for which in ("x", "y"):
         log_axis(axes, which)
     add_legend(figure, axes, columns=1)
-    caption = "From an empty cache to the logits after the prompt, the median of the turns."
+    caption = "From an empty cache to the logits after the prompt, the median of the rounds."
     return Plot(title="Time to first token", caption=caption, figure=figure)
 
 

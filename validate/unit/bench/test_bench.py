@@ -25,8 +25,8 @@ QUICK = BenchOptions(
     target="ort-cpu-int8",
     positions=(5, 0),
     prompt_tokens=(3, 6),
-    turns=2,
-    prefill_turns=2,
+    rounds=2,
+    prefill_rounds=2,
     steps=4,
     threads=1,
     probe_bytes=1 << 20,
@@ -47,33 +47,33 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
 
 
 def test_everybody_is_measured_at_every_position_and_prompt(report: BenchReport) -> None:
-    assert [c.name for c in report.contestants] == ["ort-cpu-int8", "ort-cpu-fp32", "pytorch-eager", "copy"]
-    assert [c.kind for c in report.contestants] == ["target", "target", "pytorch-eager", "bundle"]
-    for contestant in report.contestants:
-        assert (contestant.status, contestant.reason) == ("measured", "")
-        assert [(step.position, step.samples) for step in contestant.step] == [(5, 8), (0, 8)]
-        for step in contestant.step:
+    assert [c.name for c in report.candidates] == ["ort-cpu-int8", "ort-cpu-fp32", "pytorch-eager", "copy"]
+    assert [c.kind for c in report.candidates] == ["target", "target", "pytorch-eager", "bundle"]
+    for candidate in report.candidates:
+        assert (candidate.status, candidate.reason) == ("measured", "")
+        assert [(step.position, step.samples) for step in candidate.step] == [(5, 8), (0, 8)]
+        for step in candidate.step:
             assert 0 < step.p10_ms <= step.p50_ms <= step.p90_ms <= step.p99_ms <= step.max_ms
-        ways = {(row.tokens, row.method) for row in contestant.prefill}
+        ways = {(row.tokens, row.method) for row in candidate.prefill}
         assert ways == {(tokens, method) for tokens in (3, 6) for method in ("default", "passes", "exact")}
-        assert contestant.load is not None
-        assert 0 < contestant.load.open_s < contestant.load.first_token_s
+        assert candidate.load is not None
+        assert 0 < candidate.load.open_s < candidate.load.first_token_s
 
 
 def test_the_floor_is_what_the_step_moves_at_the_bandwidth_of_the_run(report: BenchReport) -> None:
     assert report.bandwidth is not None
     bytes_of = {}
-    for contestant in report.contestants:
-        step = contestant.step[0]
+    for candidate in report.candidates:
+        step = candidate.step[0]
         assert step.bytes is not None
         assert step.floor_ms == pytest.approx(step.bytes.total / report.bandwidth.read_gb_s.p90 / 1e6)
         assert step.over_floor == pytest.approx(step.p50_ms / (step.floor_ms or 0))
-        bytes_of[contestant.name] = step.bytes.weights
+        bytes_of[candidate.name] = step.bytes.weights
     # Linears of 16 x 16 are padded to blocks of 128, so int8 need not be smaller here.
     assert bytes_of["copy"] == bytes_of["ort-cpu-int8"]
     assert abs(bytes_of["pytorch-eager"] - bytes_of["ort-cpu-fp32"]) < 200
-    engines = [contestant for contestant in report.contestants if contestant.kind != "pytorch-eager"]
-    assert all(0 < (step.runtime_overhead or 0) < 1 for contestant in engines for step in contestant.step)
+    engines = [candidate for candidate in report.candidates if candidate.kind != "pytorch-eager"]
+    assert all(0 < (step.runtime_overhead or 0) < 1 for candidate in engines for step in candidate.step)
 
 
 def test_ratios_judge_the_target_against_each_of_the_others(report: BenchReport) -> None:
@@ -84,7 +84,7 @@ def test_ratios_judge_the_target_against_each_of_the_others(report: BenchReport)
         (other, *at) for other in others for at in (("step", 5), ("step", 0), ("prefill", 3), ("prefill", 6))
     }
     assert all(0 < ratio.low <= ratio.ratio <= ratio.high for ratio in report.ratios)
-    eager = report.contestant("pytorch-eager").step[0].p50_ms / report.contestants[0].step[0].p50_ms
+    eager = report.candidate("pytorch-eager").step[0].p50_ms / report.candidates[0].step[0].p50_ms
     step = next(r for r in report.ratios if (r.against, r.what, r.at) == ("pytorch-eager", "step", 5))
     assert (step.ratio > 1) == (eager > 1)
 
@@ -140,7 +140,7 @@ def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path, monkeypatch
     assert np.array_equal(random, prompt_rows((), 5, batch=2, tokens=40))
 
 
-def test_a_text_that_a_contestant_cannot_read_is_refused(
+def test_a_text_that_a_candidate_cannot_read_is_refused(
     tmp_path: Path, tiny_config: Callable[..., ModelConfig]
 ) -> None:
     ids = tmp_path / "ids.npy"
@@ -175,9 +175,9 @@ def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> N
 
 def test_impossible_options_are_listed_all_at_once() -> None:
     with pytest.raises(
-        InputError, match=r"turns must be at least 1, found 0[\s\S]*passes must be[\s\S]*threads must be"
+        InputError, match=r"rounds must be at least 1, found 0[\s\S]*passes must be[\s\S]*threads must be"
     ):
-        BenchOptions(turns=0, passes=("some",), threads=-1)
+        BenchOptions(rounds=0, passes=("some",), threads=-1)
 
 
 def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[Path, object]]) -> None:
@@ -192,7 +192,7 @@ def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_r
 ) -> None:
     bundle = tiny_bundle("plain", model_type="transformer", num_hidden_layers=2, eos_token_id=3)[0]
     options = [
-        "--turns",
+        "--rounds",
         "1",
         "--steps",
         "2",
@@ -211,9 +211,9 @@ def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_r
     assert "is not validated: its agreement with PyTorch was never shown" in text
     assert "takes no prompt with passes=2" in text
     document = json.loads(output.read_text(encoding="utf-8"))
-    (contestant,) = document["contestants"]
-    assert contestant["step"][0]["batch"] == 2
-    assert [row["method"] for row in contestant["prefill"]] == ["default"]
+    (candidate,) = document["candidates"]
+    assert candidate["step"][0]["batch"] == 2
+    assert [row["method"] for row in candidate["prefill"]] == ["default"]
     assert document["ratios"] == []
 
 
@@ -221,8 +221,8 @@ def test_a_baseline_that_cannot_run_is_not_run_with_its_reason(monkeypatch: pyte
     # A module of this name that cannot be imported is first on the workers' path.
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    options = _changed(QUICK, against=("pytorch-dynamic-int8",), positions=(2,), prompt_tokens=(3,), turns=1)
-    found = run_bench(GOLDEN, options).contestant("pytorch-dynamic-int8")
+    options = _changed(QUICK, against=("pytorch-dynamic-int8",), positions=(2,), prompt_tokens=(3,), rounds=1)
+    found = run_bench(GOLDEN, options).candidate("pytorch-dynamic-int8")
     assert (found.status, found.step, found.load) == ("not run", (), None)
     assert "no torch here" in found.reason
 
@@ -232,8 +232,8 @@ def test_compiled_and_quantised_pytorch_run_where_there_is_a_compiler() -> None:
     names = ("pytorch-compile", "pytorch-dynamic-int8")
     report = run_bench(GOLDEN, _changed(QUICK, against=names))
     for name in names:
-        contestant = report.contestant(name)
-        assert contestant.status == "measured", contestant.reason
-        assert len(contestant.step) == 2
-    assert report.contestant("pytorch-compile").prefill == ()
+        candidate = report.candidate(name)
+        assert candidate.status == "measured", candidate.reason
+        assert len(candidate.step) == 2
+    assert report.candidate("pytorch-compile").prefill == ()
     assert any("only the step is compiled" in note for note in report.notes)

@@ -61,7 +61,7 @@ def test_bytes_and_operations_of_a_step_are_counted_by_hand(tiny_config: Callabl
 
 def test_a_ratio_survives_a_drift_that_is_larger_than_it_and_shows_no_difference_where_there_is_none() -> None:
     generator = np.random.default_rng(0)
-    drift = np.exp(generator.normal(0, 1, 40))  # a machine that is three times slower in one turn than in the next
+    drift = np.exp(generator.normal(0, 1, 40))  # a machine that is three times slower in one round than in the next
     own = [factor * (1 + 0.01 * generator.random(20)) for factor in drift]
     other = [1.1 * factor * (1 + 0.01 * generator.random(20)) for factor in drift]
     found = paired_ratio(own, other)

@@ -46,7 +46,7 @@ def test_errors_cross_the_pipe_and_a_killed_worker_is_named_with_its_signal(tmp_
 
 
 def test_interrupting_the_command_ends_every_process_with_the_code_of_an_interruption() -> None:
-    command = [sys.executable, "-m", "crt_export", "bench", str(GOLDEN), "--turns", "100000", "--prompt-tokens", "4"]
+    command = [sys.executable, "-m", "crt_export", "bench", str(GOLDEN), "--rounds", "100000", "--prompt-tokens", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     assert process.stderr is not None
     while process.stderr.readline() not in ("steps in turns\n", ""):

@@ -25,7 +25,7 @@ HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }} $\\frac{1}{0}$ \"'&"
 VOID = {"meta", "link", "col", "br"}
 #: Record of the package -> its place in the schema's definitions.
 PARTS = {
-    records.Contestant: "contestant",
+    records.Candidate: "candidate",
     records.Load: "load",
     records.StepFigures: "step",
     records.PrefillFigures: "prefill",
@@ -55,24 +55,24 @@ def sample(name: str = "ort-cpu-int8") -> BenchReport:
         name="d5", model_type="context_ready_transformer", hidden_size=1120, num_hidden_layers=5, vocab_size=32000,
         parameters=157_094_080,
     )  # fmt: skip
-    target = records.Contestant(
+    target = records.Candidate(
         name=name, kind="target", status=MEASURED, load=records.Load(open_s=0.8, first_token_s=0.9),
         step=(step(64, 6.2, runtime_overhead=0.031), step(1000, 7.7)), prefill=prompts,
         memory=records.Memory(weight_file=260 << 20, pss_step=300 << 20),
     )  # fmt: skip
-    eager = records.Contestant(
+    eager = records.Candidate(
         name="pytorch-eager", kind="pytorch-eager", status=MEASURED,
         step=(step(64, 38.0, bytes=None, floor_ms=None, over_floor=None),),
     )  # fmt: skip
-    absent = records.Contestant(name="pytorch-compile", kind="pytorch-compile", status=NOT_RUN, reason="no compiler")
+    absent = records.Candidate(name="pytorch-compile", kind="pytorch-compile", status=NOT_RUN, reason="no compiler")
     rates = records.Quantiles(p10=27.0, p50=30.0, p90=31.2, samples=(27.0, 30.0, 31.2))
-    ratio = records.Ratio(of=name, against="pytorch-eager", what="step", at=64, ratio=6.1, low=5.9, high=6.4, turns=10)
+    ratio = records.Ratio(of=name, against="pytorch-eager", what="step", at=64, ratio=6.1, low=5.9, high=6.4, rounds=10)
     return BenchReport(
         created="2026-11-22T21:40:00+00:00", command="crt-export bench d5", crt_export="0.1.0",
         hardware={"processor": "two cores", "cores": 2}, versions={"numpy": "2.4"}, bundle={"name": "d5"}, model=model,
-        options={"turns": 10, "positions": [64, 1000]},
+        options={"rounds": 10, "positions": [64, 1000]},
         bandwidth=records.Bandwidth(threads=2, bytes=1 << 28, read_gb_s=rates),
-        compute=records.Compute(threads=2, gflop_s=rates), contestants=(target, eager, absent),
+        compute=records.Compute(threads=2, gflop_s=rates), candidates=(target, eager, absent),
         ratios=(ratio, dataclasses.replace(ratio, what="prefill", at=16)), notes=("a note",),
     )  # fmt: skip
 
@@ -128,15 +128,15 @@ def test_the_schema_names_every_key_that_the_package_writes() -> None:
         assert set(part["properties"]) == set(part["required"]) == names, kind
     whole = {field.name for field in dataclasses.fields(BenchReport)} | {"format", "format_version"}
     assert set(bench_schema()["properties"]) == set(bench_schema()["required"]) == whole
-    assert tuple(parts[records.Contestant]["properties"]["kind"]["enum"]) == KINDS
+    assert tuple(parts[records.Candidate]["properties"]["kind"]["enum"]) == KINDS
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda d: d["contestants"][0]["step"][0].update(p50_ms="fast"), "step[0].p50_ms: expected number"),
-        (lambda d: d["contestants"][1].update(kind="racing"), "expected one of 'target'"),
-        (lambda d: d.update(contestants=[]), "contestants: expected 1 items, found 0"),
+        (lambda d: d["candidates"][0]["step"][0].update(p50_ms="fast"), "step[0].p50_ms: expected number"),
+        (lambda d: d["candidates"][1].update(kind="racing"), "expected one of 'target'"),
+        (lambda d: d.update(candidates=[]), "candidates: expected 1 items, found 0"),
         (lambda d: d.update(more=1), "unknown key 'more'"),
         (lambda d: d.update(format_version=2), "benchmark of version 2"),
         (lambda d: d.update(format="else"), "expected a benchmark"),
@@ -172,8 +172,8 @@ def test_the_page_has_every_table_and_plot(page: str) -> None:
 
 
 def test_a_target_that_did_not_run_still_has_a_page() -> None:
-    absent = records.Contestant(name="gone", kind="target", status=NOT_RUN, reason="no such device")
-    report = dataclasses.replace(sample(), contestants=(absent,), ratios=(), bandwidth=None, compute=None)
+    absent = records.Candidate(name="gone", kind="target", status=NOT_RUN, reason="no such device")
+    report = dataclasses.replace(sample(), candidates=(absent,), ratios=(), bandwidth=None, compute=None)
     assert list(schema_problems(report.to_dict(), bench_schema())) == []
     text = " ".join(Balanced(render_html(report.to_dict())).words)
     assert "gone did not run: no such device" in text

@@ -12,23 +12,23 @@ import torch
 from crt_export.bench.statistics import paired_ratio
 
 Step = Callable[[], None]
-Turns = list[tuple[list[float], list[float]]]
+Rounds = list[tuple[list[float], list[float]]]
 
 
-def take_turns(first: Step, second: Step, *, turns: int, steps: int, wait: Step, warmups: int = 3) -> Turns:
-    """Seconds of each step, of the first and the second, turn by turn.
+def run_in_rounds(first: Step, second: Step, *, rounds: int, steps: int, wait: Step, warmups: int = 3) -> Rounds:
+    """Seconds of each step, of the first and the second, round by round.
 
     Args:
         first: Decodes one token.
-        second: Likewise; it begins every second turn.
-        turns: Blocks of each.
+        second: Likewise; it begins every second round.
+        rounds: Blocks of each.
         steps: Timed steps of a block, after ``warmups``.
         wait: Returns when the device is done; a step is timed until then, as a reader of its token waits.
         warmups: Steps of a block that are not timed.
     """
-    taken: Turns = []
-    for turn in range(turns):
-        order = (first, second) if turn % 2 == 0 else (second, first)
+    taken: Rounds = []
+    for number in range(rounds):
+        order = (first, second) if number % 2 == 0 else (second, first)
         blocks = {id(step): _block(step, steps, warmups, wait) for step in order}
         taken.append((blocks[id(first)], blocks[id(second)]))
     return taken
@@ -92,14 +92,14 @@ def kernels_of(step: Step) -> int:
     return sum("CUDA" in str(event.device_type) for event in found.events() or ())
 
 
-def figures_of_pair(turns: Turns, batch: int) -> dict[str, Any]:
-    """Figures of both, and how many times longer the second took than the first, turn by turn."""
-    first, second = ([seconds for turn in turns for seconds in turn[side]] for side in (0, 1))
-    ratio = paired_ratio([turn[0] for turn in turns], [turn[1] for turn in turns])
+def figures_of_pair(rounds: Rounds, batch: int) -> dict[str, Any]:
+    """Figures of both, and how many times longer the second took than the first, round by round."""
+    first, second = ([seconds for times in rounds for seconds in times[side]] for side in (0, 1))
+    ratio = paired_ratio([times[0] for times in rounds], [times[1] for times in rounds])
     values = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
     return {
         "crt": step_figures(first, batch),
         "transformer": step_figures(second, batch),
         **{name: float(f"{value:.4g}") for name, value in values.items()},
-        "turns": len(turns),
+        "rounds": len(rounds),
     }

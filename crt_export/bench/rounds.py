@@ -1,4 +1,4 @@
-"""Contestants in turns: what drifts on a shared machine drifts for all of them alike."""
+"""Candidates in turns: what drifts on a shared machine drifts for all of them alike."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _PROBE_SAMPLES = 3
 
 @dataclass(kw_only=True)
 class Measured:
-    """Everything one contestant said, as it came.
+    """Everything one candidate said, as it came.
 
     Attributes:
-        entry: The contestant.
+        entry: The candidate.
         reason: Why it did not run; empty where it did.
         opened: Answer to ``open``: load, memory, facts.
         memory: Answer to ``memory``.
         peak_rss: At the end.
-        steps: Position to one answer (``seconds``, ``engine``) per turn.
-        prefill: (Tokens, way) to the seconds of each turn.
+        steps: Position to one answer (``seconds``, ``engine``) per round.
+        prefill: (Tokens, way) to the seconds of each round.
         refused: Ways of feeding a prompt that it does not have, and why.
     """
 
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What a run gave: rates of the machine, and every contestant."""
+    """What a run gave: rates of the machine, and every candidate."""
 
     read_gb_s: Sequence[float]
     gflop_s: Sequence[float]
@@ -53,7 +53,7 @@ class Samples:
 
 
 def samples_from_plan(plan: Plan, progress: Progress) -> Samples:
-    """Start the contestants, let them run in turns, end them whatever happens.
+    """Start the candidates, let them run in turns, end them whatever happens.
 
     Raises:
         CrtExportError: The target, or another one of a bundle, cannot be opened; a PyTorch baseline that cannot is
@@ -70,15 +70,15 @@ def samples_from_plan(plan: Plan, progress: Progress) -> Samples:
             worker = _opened(plan, measured, processes)
             if worker is not None:
                 running.append((measured, worker))
-        read, computed = _step_turns(plan, probe, running, progress)
-        _prefill_turns(plan, running, progress)
+        read, computed = _step_rounds(plan, probe, running, progress)
+        _prefill_rounds(plan, running, progress)
         for measured, worker in running:
             measured.peak_rss = worker.ask("peak_rss")
     return Samples(read_gb_s=read, gflop_s=computed, measured=everybody)
 
 
 def _opened(plan: Plan, measured: Measured, processes: ExitStack) -> WorkerProcess | None:
-    """Open a contestant in a new process, alone; None where a baseline cannot run."""
+    """Open a candidate in a new process, alone; None where a baseline cannot run."""
     entry = measured.entry
     worker = processes.enter_context(WorkerProcess(entry.name))
     try:
@@ -106,31 +106,31 @@ def _try_way(plan: Plan, measured: Measured, worker: WorkerProcess, way: Passes)
         measured.refused[way] = str(error)
 
 
-def _step_turns(
+def _step_rounds(
     plan: Plan, probe: WorkerProcess, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress
 ) -> tuple[list[float], list[float]]:
     read: list[float] = []
     computed: list[float] = []
     options = plan.options
-    for turn in range(options.turns):
-        progress("steps in turns", turn, options.turns)
+    for number in range(options.rounds):
+        progress("steps in turns", number, options.rounds)
         for position in plan.positions:
             rates = probe.ask("sample", samples=_PROBE_SAMPLES)
             read += rates["read_gb_s"]
             computed += rates["gflop_s"]
-            for measured, worker in _rotated(running, turn):
+            for measured, worker in _rotated(running, number):
                 time.sleep(options.pause_s)
                 block = worker.ask("steps", position=position, warmups=options.warmups, count=plan.steps)
                 measured.steps.setdefault(position, []).append(block)
     return read, computed
 
 
-def _prefill_turns(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress) -> None:
-    turns = plan.options.prefill_turns
-    for number, tokens in enumerate(plan.prompt_tokens):
-        for turn in range(turns):
-            progress("prompts in turns", number * turns + turn, turns * len(plan.prompt_tokens))
-            for measured, worker in _rotated(running, turn):
+def _prefill_rounds(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress) -> None:
+    rounds = plan.options.prefill_rounds
+    for place, tokens in enumerate(plan.prompt_tokens):
+        for number in range(rounds):
+            progress("prompts in turns", place * rounds + number, rounds * len(plan.prompt_tokens))
+            for measured, worker in _rotated(running, number):
                 for way in plan.ways:
                     if way in measured.refused:
                         continue
@@ -139,7 +139,7 @@ def _prefill_turns(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]]
                     measured.prefill.setdefault((tokens, way), []).append(seconds)
 
 
-def _rotated(running: Sequence[tuple[Measured, WorkerProcess]], turn: int) -> list[tuple[Measured, WorkerProcess]]:
-    """Another one begins in every turn, so that nobody always follows the same neighbour."""
-    first = turn % len(running)
+def _rotated(running: Sequence[tuple[Measured, WorkerProcess]], number: int) -> list[tuple[Measured, WorkerProcess]]:
+    """Another one begins in every round, so that nobody always follows the same neighbour."""
+    first = number % len(running)
     return [*running[first:], *running[:first]]

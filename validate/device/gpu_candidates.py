@@ -1,4 +1,4 @@
-"""The contestants of the GPU benchmark: which there are, what keeps one from running, and how each is made."""
+"""The candidates of the GPU benchmark: which there are, what keeps one from running, and how each is made."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Grid:
         dtypes: Of ``DTYPES``; ONNX Runtime runs in fp16 (on a CPU in fp32) only.
         batches: Sequences.
         contexts: Tokens in the caches, the one that is decoded included.
-        turns: Blocks of each contestant.
+        rounds: Blocks of each candidate.
         steps: Timed steps of a block.
     """
 
@@ -55,7 +55,7 @@ class Grid:
     dtypes: tuple[str, ...] = ("bf16", "fp16")
     batches: tuple[int, ...] = (1, 8, 64)
     contexts: tuple[int, ...] = (128, 1024, 4096)
-    turns: int = 12
+    rounds: int = 12
     steps: int = 20
 
 
@@ -84,7 +84,7 @@ class CapturedStep:
 def make_step(
     backend: str, model: StaticModel, graph: Callable[[], Path], *, grid: Grid, batch: int, context: int
 ) -> Step:
-    """One contestant at the last position of its context.
+    """One candidate at the last position of its context.
 
     Raises:
         MissingDependencyError: ONNX Runtime is absent or has no provider for the device.
@@ -103,11 +103,11 @@ def make_step(
     return step
 
 
-Contestants = Mapping[str, tuple[StaticModel, Callable[[], Path]]]
+Candidates = Mapping[str, tuple[StaticModel, Callable[[], Path]]]
 
 
 @contextmanager
-def models_and_graphs(presets: tuple[str, ...], dtype: str, device: str) -> Iterator[Contestants]:
+def models_and_graphs(presets: tuple[str, ...], dtype: str, device: str) -> Iterator[Candidates]:
     """By preset: the model on the device, and what exports its step graph when it is first asked for."""
     with tempfile.TemporaryDirectory(prefix="gpu-bench-") as folder:
         exported: dict[str, Path] = {}
@@ -126,9 +126,9 @@ def models_and_graphs(presets: tuple[str, ...], dtype: str, device: str) -> Iter
         yield {name: (model, exporter(name)) for name, model in models.items()}
 
 
-def obstacle(backend: str, dtype: str, grid: Grid, context: int, contestants: Contestants) -> str:
+def obstacle(backend: str, dtype: str, grid: Grid, context: int, candidates: Candidates) -> str:
     """Why a cell cannot run, before it is tried; empty where it may."""
-    longest = min(model.config.max_position_embeddings for model, _graph in contestants.values())
+    longest = min(model.config.max_position_embeddings for model, _graph in candidates.values())
     if context > longest:
         return f"the models have positions for {longest} tokens"
     if backend == CUDA_GRAPH and grid.device != "cuda":

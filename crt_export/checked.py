@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -52,6 +53,32 @@ def plain_float(value: object) -> float | None:
 def plain_text(value: object) -> str | None:
     """The text; None if it is none."""
     return value if isinstance(value, str) else None
+
+
+def whole_number(name: str, value: int, *, least: int = 1, most: int | None = None, limit: str = "") -> int:
+    """The argument of a call as a whole number.
+
+    Args:
+        name: What to call it in the message.
+        value: The number.
+        least: Smallest allowed.
+        most: Largest allowed; None for any.
+        limit: Where ``most`` comes from.
+
+    Raises:
+        InputError: It is not a whole number, or out of range.
+    """
+    try:
+        # Arrays have __index__ too.
+        number = None if isinstance(value, bool) or hasattr(value, "__len__") else operator.index(value)
+    except Exception:  # an object of the caller's may raise anything
+        number = None
+    if number is None:
+        raise InputError(f"{name} must be a whole number, found {shown(value)}")
+    if number < least or (most is not None and number > most):
+        upper = f" and at most {most}{limit}" if most is not None else ""
+        raise InputError(f"{name} must be at least {least}{upper}, found {shown(number)}")
+    return number
 
 
 def shown(value: object) -> str:

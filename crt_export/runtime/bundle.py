@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any
 
 from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.checked import shown, whole_number
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.exclusive import Exclusive
 from crt_export.profile import MOST_THREADS
 from crt_export.runtime.caches import TensorSizes, Window, window_from_config
-from crt_export.runtime.counts import shown, whole_number
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 from crt_export.runtime.session import ModelInfo, Session

@@ -29,8 +29,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from crt_export.checked import shown
 from crt_export.errors import InputError, MissingDependencyError, problem_list
-from crt_export.runtime.counts import shown
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.guard import Call
 from crt_export.runtime.row_text import RowText

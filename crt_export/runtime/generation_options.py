@@ -1,19 +1,28 @@
-"""What a generation is told: how far it goes, how it chooses, where it stops."""
+"""Options of a generation: how far it goes, how it chooses, where it stops."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from crt_export.errors import InputError, problem_list
-from crt_export.runtime.counts import plain_int, read_once, shown
-from crt_export.runtime.prefill import passes_problems
+from crt_export.checked import FLAG, Checked, Rule, Rules, plain_int, shown, whole
+from crt_export.errors import InputError
+from crt_export.runtime.prefill import WORDS
+from crt_export.runtime.rows import read_once
 from crt_export.runtime.sampling import SamplingOptions
 
 
+def _plain_items(values: object) -> tuple[object, ...] | None:
+    """The items, whole numbers as Python's own; an iterator would be empty the second time."""
+    given = read_once(values)
+    if given is None:
+        return None
+    return tuple(item if (number := plain_int(item)) is None else number for item in given)
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(Checked):
     """How far a generation goes and how it chooses.
 
     Any iterable of stop tokens or stop strings is taken, and kept as a tuple.
@@ -37,6 +46,23 @@ class GenerationOptions:
         InputError: A value is out of its range; lists every problem.
     """
 
+    HEADING: ClassVar[str] = "generation options"
+    RULES: ClassVar[Rules] = {
+        "max_new_tokens": whole("at least 1", least=1),
+        "sampling": Rule(lambda value: value if isinstance(value, SamplingOptions) else None, "SamplingOptions"),
+        "stop_tokens": Rule(_plain_items, "a list of token ids such as (10,)"),
+        # A string is a sequence of strings too: each of its characters would stop the text.
+        "stop_strings": Rule(_plain_items, "a list of strings such as ('###',)"),
+        "ignore_eos": FLAG,
+        "passes": Rule(
+            lambda value: value if isinstance(value, str) and value in WORDS else plain_int(value),
+            "at least 1, 'adaptive' or 'exact' (None: the target's own choice)",
+            lambda value: isinstance(value, str) or value >= 1,
+            optional=True,
+        ),
+        "stop_token_ids": Rule(_plain_items, "a list of token ids such as (10,)"),
+    }
+
     max_new_tokens: int = 64
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop_tokens: Sequence[int | str] = ()
@@ -46,26 +72,25 @@ class GenerationOptions:
     stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        """Check the ranges; make numbers plain and lists tuples."""
-        problems = []
-        if not isinstance(self.sampling, SamplingOptions):
-            problems.append(f"sampling must be SamplingOptions, found {shown(self.sampling)}")
-        if not isinstance(self.ignore_eos, bool):
-            problems.append(f"ignore_eos must be True or False, found {shown(self.ignore_eos)}")
-        problems += self._make_plain("max_new_tokens", *_counted(self.max_new_tokens, "max_new_tokens"))
-        problems += self._make_plain("passes", *passes_problems(self.passes))
-        tokens, wrong = _stop_tokens("stop_tokens", self.stop_tokens)
-        more, wrong_ids = _stop_tokens("stop_token_ids", self.stop_token_ids, texts=False)
-        tokens = tuple(dict.fromkeys((*tokens, *more)))
-        problems += self._make_plain("stop_tokens", tokens, wrong)
-        problems += self._make_plain("stop_token_ids", tuple(t for t in tokens if isinstance(t, int)), wrong_ids)
-        problems += self._make_plain("stop_strings", *_stop_strings(self.stop_strings))
-        if problems:
-            raise InputError(problem_list("generation options", problems))
+        """Check the values; make numbers plain and lists tuples."""
+        super().__post_init__()
+        tokens = tuple(dict.fromkeys((*self.stop_tokens, *self.stop_token_ids)))
+        object.__setattr__(self, "stop_tokens", tokens)
+        object.__setattr__(self, "stop_token_ids", tuple(token for token in tokens if isinstance(token, int)))
 
-    def _make_plain(self, name: str, value: object, problems: list[str]) -> list[str]:
-        object.__setattr__(self, name, value)
-        return problems
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with single stop tokens and stop strings."""
+        for token in values.get("stop_tokens", ()):
+            if isinstance(token, str) and (wanted := _wanted_of_a_string(token)):
+                yield f"stop token {token!r} must be {wanted}"
+        ids = [token for token in values.get("stop_tokens", ()) if not isinstance(token, str)]
+        for token in (*ids, *values.get("stop_token_ids", ())):
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                yield f"stop token id {shown(token)} must be at least 0"
+        for stop in values.get("stop_strings", ()):
+            if wanted := _wanted_of_a_string(stop):
+                yield f"stop string {shown(stop)} must be {wanted}"
 
 
 def checked_options(options: GenerationOptions | None) -> GenerationOptions:
@@ -79,40 +104,6 @@ def checked_options(options: GenerationOptions | None) -> GenerationOptions:
     if not isinstance(options, GenerationOptions):
         raise InputError(f"options must be GenerationOptions(max_new_tokens=...) or None, found {shown(options)}")
     return options
-
-
-def _counted(value: object, name: str) -> tuple[int | None, list[str]]:
-    number = plain_int(value)
-    sound = number is not None and number >= 1
-    return number, [] if sound else [f"{name} must be at least 1, found {shown(value)}"]
-
-
-def _stop_tokens(name: str, tokens: object, *, texts: bool = True) -> tuple[tuple[int | str | None, ...], list[str]]:
-    given = read_once(tokens)  # an iterator would be empty the second time
-    if given is None:
-        return (), [f"{name} must be a list of token ids such as (10,), found {shown(tokens)}"]
-    plain = tuple(token if texts and isinstance(token, str) else plain_int(token) for token in given)
-    wrong = [
-        f"stop token {token!r} must be {wanted}"
-        for token in plain
-        if isinstance(token, str) and (wanted := _wanted_of_a_string(token))
-    ]
-    wrong += [
-        f"stop token id {shown(token)} must be at least 0"
-        for token, number in zip(given, plain, strict=True)
-        if number is None or (isinstance(number, int) and number < 0)
-    ]
-    return plain, wrong
-
-
-def _stop_strings(strings: object) -> tuple[tuple[str, ...], list[str]]:
-    # A string is a sequence of strings too: each of its characters would stop the text.
-    given = read_once(strings)
-    if given is None:
-        return (), [f"stop_strings must be a list of strings such as ('###',), found {shown(strings)}"]
-    wrong = [(stop, wanted) for stop in given if (wanted := _wanted_of_a_string(stop))]
-    plain = tuple(stop for stop in given if isinstance(stop, str))
-    return plain, [f"stop string {shown(stop)} must be {wanted}" for stop, wanted in wrong]
 
 
 def _wanted_of_a_string(stop: object) -> str:

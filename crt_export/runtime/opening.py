@@ -9,13 +9,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from crt_export.bundle import BundleFiles
+from crt_export.checked import shown
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Program
 from crt_export.environment import gpus, run_obstacles
 from crt_export.errors import BundleError, ContractError, CrtExportError, InputError, problem_list
 from crt_export.profile import EngineProfile, OrtOptions
 from crt_export.runtime.caches import TensorSizes
-from crt_export.runtime.counts import shown
 from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
 from crt_export.spec import compatible_sizes, graph_spec, interface_problems
 

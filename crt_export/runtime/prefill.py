@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from crt_export.checked import shown, whole_number
 from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
 from crt_export.errors import InputError, UnsupportedError
-from crt_export.runtime.counts import plain_int, shown, whole_number
 from crt_export.runtime.rows import padded
 
 STEPS = "steps"
@@ -150,17 +150,6 @@ def passes_word(passes: object) -> str | None:
     if passes not in WORDS:
         raise InputError(f"passes must be a number, 'adaptive' or 'exact', found {shown(passes)}")
     return passes
-
-
-def passes_problems(passes: object) -> tuple[int | str | None, list[str]]:
-    """The plain value of an option, and what is wrong with it."""
-    if passes is None or (isinstance(passes, str) and passes in WORDS):
-        return passes, []
-    number = plain_int(passes)
-    if number is not None and number >= 1:
-        return number, []
-    wanted = "at least 1, 'adaptive' or 'exact' (None: the target's own choice)"
-    return number, [f"passes must be {wanted}, found {shown(passes)}"]
 
 
 #: Gives the session's rows that a graph's tensor of this name is bound to.

@@ -8,13 +8,14 @@ first space, or with half a character.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
 
+from crt_export.checked import shown
 from crt_export.errors import InputError, problem_list
-from crt_export.runtime.counts import items, kind_of, shown
 from crt_export.text_stream import TEXT_END
 
 NO_TOKEN = -1
@@ -278,3 +279,36 @@ def _token_row(row: object, vocab: int) -> tuple[np.ndarray, str]:
         first = int(outside[0])
         return _NONE, f"token id {array[first]} at index {first} is outside the vocabulary (0 to {vocab - 1})"
     return array.astype(np.int64), ""
+
+
+def items(values: object) -> list[object] | None:
+    """The items of a list, tuple, array or other sequence, in its order; None if it is none.
+
+    Text is none, though it has items, nor is a dict or a set, which have no order that means anything, nor what may be
+    read only once.
+    """
+    if isinstance(values, AbstractSet) or not hasattr(values, "__len__"):
+        return None
+    return read_once(values)
+
+
+def read_once(values: object) -> list[object] | None:
+    """The items of anything that can be iterated but text and dicts; None if it cannot be."""
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping):
+        return None
+    if isinstance(values, np.ndarray):
+        # numpy's integers are slow to look at one by one, and a greedy loop feeds what next_tokens gave it.
+        if values.ndim == 0 or values.dtype.kind == "V":
+            return None
+        return values.tolist() if values.ndim == 1 else list(values)
+    try:
+        return list(values) if isinstance(values, Iterable) else None
+    except Exception:  # an object of the caller's that says it can, and cannot
+        return None
+
+
+def kind_of(value: object) -> str:
+    """The type of a value for a message, of an array with its shape."""
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {list(value.shape)}"
+    return type(value).__name__

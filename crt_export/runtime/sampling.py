@@ -36,13 +36,13 @@ rows are independent and a generation goes on anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from crt_export.errors import ContractError, InputError, problem_list
-from crt_export.runtime.counts import plain_float, plain_int, shown, whole_number
+from crt_export.checked import Checked, Rule, Rules, plain_float, whole, whole_number
+from crt_export.errors import ContractError
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -57,19 +57,8 @@ _LN2_LOW = 1.90821492927058770002e-10
 _RECIPROCAL_FACTORIALS = tuple(1.0 / math.factorial(n) for n in range(14))
 
 
-#: Of every option: its plain type, what is allowed, and that in words.
-_RANGES: dict[str, tuple[Callable[[object], float | None], Callable[[float], bool], str]] = {
-    "temperature": (plain_float, lambda value: value >= 0, "a finite number of at least 0"),
-    "top_k": (plain_int, lambda value: value >= 0, "at least 0 (0 keeps all tokens)"),
-    "top_p": (plain_float, lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "min_p": (plain_float, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "repetition_penalty": (plain_float, lambda value: value > 0, "a finite number above 0"),
-    "seed": (plain_int, lambda value: 0 <= value <= _WORD, f"between 0 and {_WORD}"),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(Checked):
     """How the next token is chosen.
 
     Attributes:
@@ -85,24 +74,22 @@ class SamplingOptions:
         InputError: A value is out of its range; lists every problem.
     """
 
+    HEADING: ClassVar[str] = "sampling options"
+    RULES: ClassVar[Rules] = {
+        "temperature": Rule(plain_float, "a finite number of at least 0", lambda value: value >= 0),
+        "top_k": whole("at least 0 (0 keeps all tokens)", least=0),
+        "top_p": Rule(plain_float, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        "min_p": Rule(plain_float, "between 0 and 1", lambda value: 0 <= value <= 1),
+        "repetition_penalty": Rule(plain_float, "a finite number above 0", lambda value: value > 0),
+        "seed": whole(f"between 0 and {_WORD}", least=0, most=_WORD),
+    }
+
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges, and make every number a plain one."""
-        problems = []
-        for name, (plain, allowed, wanted) in _RANGES.items():
-            given = getattr(self, name)
-            number = plain(given)
-            if number is None or not allowed(number):
-                problems.append(f"{name} must be {wanted}, found {shown(given)}")
-            object.__setattr__(self, name, number)
-        if problems:
-            raise InputError(problem_list("sampling options", problems))
 
     @property
     def greedy(self) -> bool:

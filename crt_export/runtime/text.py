@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from crt_export.checked import shown
 from crt_export.errors import InputError
 from crt_export.runtime.bundle import Bundle
-from crt_export.runtime.counts import shown
 from crt_export.runtime.generate import CALLBACK, Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.session import Session

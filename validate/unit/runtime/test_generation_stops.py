@@ -181,7 +181,7 @@ def test_a_streamed_text_may_be_left_early(crt: Any) -> None:
         ({"stop_strings": ("", 3)}, r"(?s)stop string '' must be .*stop string 3 must be"),
         ({"stop_strings": ("\udcff",)}, r"stop string '\\udcff' must be valid Unicode"),
         ({"passes": 0}, "passes must be at least 1"),
-        ({"ignore_eos": 1}, "ignore_eos must be True or False"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false"),
         ({"sampling": None}, "sampling must be SamplingOptions, found None"),
         ({"max_new_tokens": 0, "stop_strings": ("",), "passes": 0}, "3 problems"),
     ],

@@ -86,7 +86,8 @@ class ChainErrors:
         steps: range,
         limit: float,
         *,
-        first_graph: str = "step",
+        graph: str = "step",
+        first_graph: str = "",
     ) -> None:
         """Start with nothing compared.
 
@@ -95,9 +96,10 @@ class ChainErrors:
             texts: What the chain is run on.
             steps: Positions that are compared.
             limit: The most that an error may be.
-            first_graph: The graph that the first position is from; all others are from ``step``.
+            graph: The graph that delivers them.
+            first_graph: The one that the first position is from, if that is another.
         """
-        self._first_graph = first_graph
+        self._graph, self._first_graph = graph, first_graph or graph
         self.texts, self.steps, self.limit = tuple(texts), steps, limit
         shape = (len(self.texts), len(steps))
         self._errors = {name: np.zeros(shape) for name in tensors}
@@ -150,7 +152,7 @@ class ChainErrors:
         # The first text, not the worst: a text after a reset is named only where the fresh ones were right.
         text, step = int(((errors > self.limit) & wanted).argmax()), self.steps[column]
         return Divergence(
-            graph="step" if column else self._first_graph,
+            graph=self._graph if column else self._first_graph,
             step=step,
             text=self.texts[text],
             tensor=name,

@@ -1,4 +1,4 @@
-"""Run the step graph of one target on texts, fed its own state and caches, and compare everything it delivers."""
+"""Rows of a target on texts, fed their own state and caches, and everything they deliver against the reference."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.model import Model
-from crt_export.parity.binding import BoundGraph, new_caches
-from crt_export.parity.case import ParityCase
 from crt_export.parity.chain_errors import ChainErrors
+from crt_export.parity.runner import Runner
 from crt_export.parity.trace import Trace
 
 #: Slots beyond the last token where the capacity is ours to choose: something that must stay zero.
@@ -56,44 +54,32 @@ class ChainReference:
 class TargetChain:
     """One target on the buffers of a few rows, which it keeps from text to text as a deployed session does."""
 
-    def __init__(self, case: ParityCase, reference: ChainReference, graph: OrtGraph, rows: int) -> None:
-        """Allocate and bind.
+    def __init__(self, runner: Runner, reference: ChainReference, rows: int) -> None:
+        """Allocate.
 
         Args:
-            case: The target.
+            runner: The target.
             reference: What it is compared with.
-            graph: Its step graph.
             rows: Texts per call.
         """
-        self._case, self._reference, self._rows = case, reference, rows
-        config, trace = reference.model.config, reference.trace
-        capacity = trace.ids.shape[1] + _SPARE_SLOTS if case.capacity is None else case.capacity
-        self._config, self._sizes = config, {"batch": rows, "capacity": capacity}
-        spec = case.spec("step", config)
-        self._caches = new_caches(spec, self._sizes)
-        self._bound = BoundGraph(graph, spec, self._sizes, self._caches)
+        self._reference = reference
+        self._decoding = runner.decoding(rows, reference.trace.ids.shape[1] + _SPARE_SLOTS)
         self._written: dict[str, np.ndarray] = {}
 
     def reset(self) -> None:
-        """Zero the caches and the state, as a session does before another text."""
-        for cache in self._caches.values():
-            cache.write(np.zeros(1))
-        self._bound.set(state=np.zeros(1))
-        self._written = {name: np.zeros_like(self._cache(name)) for name in self._reference.caches}
+        """Forget everything, as a session does before another text."""
+        self._decoding.reset()
+        self._written = {}
 
-    def prefill(self, graph: OrtGraph, texts: slice, first: int, errors: ChainErrors) -> None:
-        """Take the first tokens of some texts in K passes of the prefill graph and compare what it hands over.
+    def prefill(self, passes: int, texts: slice, first: int, errors: ChainErrors) -> None:
+        """Take the first tokens of some texts in K passes and compare what is handed over.
 
         Raises:
             ContractError: The graph failed.
         """
         start = self._reference.trace.start
-        sizes = {**self._sizes, "seq": start}
-        bound = BoundGraph(graph, self._case.spec("prefill", self._config), sizes, self._caches)
-        ids = self._reference.trace.ids[texts, :start]
-        bound.run(input_ids=ids, length=np.full(len(ids), start))
-        self._compare(bound, texts, first, slice(0, start), errors)
-        self._carry_state(bound)
+        self._decoding.prefill(self._reference.trace.ids[texts, :start], passes)
+        self._compare(texts, first, slice(0, start), errors)
 
     def step(self, position: int, texts: slice, first: int, errors: ChainErrors) -> None:
         """Feed one token of some texts and compare every output.
@@ -107,23 +93,20 @@ class TargetChain:
         Raises:
             ContractError: The graph failed.
         """
-        self._feed(position, texts)
-        self._compare(self._bound, texts, first, slice(position, position + 1), errors)
-        self._carry_state(self._bound)
+        self._decoding.step(self._reference.trace.ids[texts, position])
+        self._compare(texts, first, slice(position, position + 1), errors)
 
     def outputs(self, position: int, texts: slice) -> dict[str, np.ndarray]:
         """Feed one token of some texts and copy what it gives."""
-        self._feed(position, texts)
-        names = [name for name in ("next_state", "logits") if self._bound.has(name)]
-        found = {name: self._bound.read(name).copy() for name in names}
-        self._carry_state(self._bound)
-        return found
+        self._decoding.step(self._reference.trace.ids[texts, position])
+        found = {name: self._decoding.output(name) for name in ("next_state", "logits")}
+        return {name: np.array(values) for name, values in found.items() if values is not None}
 
     def cache_problems(self, windows: Sequence[int]) -> list[str]:
         """What was written to a cache after its step, or beyond the last token; ``windows`` names the rows."""
         end, problems = self._reference.trace.ids.shape[1], []
         for name, written in self._written.items():
-            changed = np.any(_differs(self._cache(name), written), axis=(1, 3))
+            changed = np.any(_differs(self._output(name), written), axis=(1, 3))
             for first, part, what in (
                 (0, changed[:, :end], "was written to again after its own step"),
                 (end, changed[:, end:], f"is not zero, though only {end} tokens were fed"),
@@ -133,27 +116,20 @@ class TargetChain:
                     problems.append(f"{name} of window {windows[row]}: slot {first + slot} {what}")
         return problems
 
-    def _feed(self, position: int, texts: slice) -> None:
-        ids = self._reference.trace.ids[texts, position : position + 1]
-        self._bound.run(input_ids=ids, position=np.full(len(ids), position))
-
-    def _carry_state(self, bound: BoundGraph) -> None:
-        if bound.has("next_state"):
-            self._bound.set(state=bound.read("next_state"))
-
-    def _compare(self, bound: BoundGraph, texts: slice, first: int, slots: slice, errors: ChainErrors) -> None:
+    def _compare(self, texts: slice, first: int, slots: slice, errors: ChainErrors) -> None:
         step, found = slots.stop - 1, {}
         for name, expected in self._reference.caches.items():
-            new = self._cache(name)[:, :, slots]
-            self._written[name][:, :, slots] = new
+            cache = self._output(name)
+            new = cache[:, :, slots]
+            self._written.setdefault(name, np.zeros_like(cache))[:, :, slots] = new
             new = new.astype(np.float32) * self._reference.factors.get(name, np.float32(1))
             found[name] = _errors(new, expected[texts, :, slots], self._reference.scales[name])
-        if bound.has("next_state"):
-            state, scale = bound.read("next_state"), self._reference.scales["next_state"]
-            found["next_state"] = _errors(state, self._reference.state(texts, step), scale)
-        logits, expected = bound.read("logits"), self._reference.logits(texts, step)
+        if self._decoding.output("next_state") is not None:
+            scale = self._reference.scales["next_state"]
+            found["next_state"] = _errors(self._output("next_state"), self._reference.state(texts, step), scale)
+        logits, expected = self._output("logits"), self._reference.logits(texts, step)
         found["logits"] = _errors(logits, expected, self._reference.scales["logits"])
-        tokens, positions = bound.read("next_token")[:, 0], bound.read("next_position")
+        tokens, positions = self._output("next_token")[:, 0], self._output("next_position")
         details = {
             "next_token": [*map(_token_problem, tokens, logits, expected)],
             "next_position": [
@@ -164,8 +140,10 @@ class TargetChain:
         found["next_position"] = np.abs(positions - (step + 1)).astype(np.float64)
         errors.add(first, step, found, details)
 
-    def _cache(self, name: str) -> np.ndarray:
-        return self._caches[name.replace("present_", "past_", 1)].read()
+    def _output(self, name: str) -> np.ndarray:
+        values = self._decoding.output(name)
+        assert values is not None  # every graph of the contract has it
+        return values
 
 
 def tensor_order(reference: ChainReference, recurrent: bool) -> list[str]:

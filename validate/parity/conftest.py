@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def parity_bundle(parity_checkpoint: Checkpoint, heldout_text: Path, shared_fold
         if not (output / MANIFEST_NAME).is_file():
             build(options)
     return output
+
+
+@pytest.fixture
+def spoiled(parity_bundle: Path, tmp_path: Path) -> Any:
+    """A copy of the bundle to be damaged, a ``SpoiledBundle``."""
+    from fault_bundle import SpoiledBundle
+
+    return SpoiledBundle(parity_bundle, tmp_path / "bundle", "ort-cpu-fp32")
 
 
 @pytest.fixture

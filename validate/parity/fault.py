@@ -45,6 +45,8 @@ def in_graphs(*graphs: str) -> Callable[..., Callable[[SpoiledBundle], None]]:
     return with_edits
 
 
+#: Every graph that makes steps: the interchange graph, and the one that a session on a CPU loads.
+in_steps = in_graphs("step", "prefill_pass")
 in_step, in_prefills, in_running = in_graphs("step"), in_graphs(*PREFILLS), in_graphs(*RUNNING)
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import onnx
 from fault_edits import Edit, set_tensor, stored_tensor
 
+from crt_export.bundle import open_bundle
 from crt_export.bundle.integrity import sealed
 from crt_export.config import ModelConfig
+from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.case import ParityCase
 
 
 class SpoiledBundle:
@@ -86,6 +89,11 @@ class SpoiledBundle:
             content = (self.path / name).read_bytes()
             entry.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         self._write(manifest)
+
+    def case(self) -> ParityCase:
+        """The target as the evidence opens it, signed as it is now."""
+        self.sign()
+        return case_from_manifest(open_bundle(self.path, allow_unvalidated=True), self.target)
 
     def _write(self, manifest: dict[str, Any]) -> None:
         (self.path / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")

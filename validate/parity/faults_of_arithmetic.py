@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import Fault, in_running, in_step
+from fault import Fault, in_running, in_step, in_steps
 from fault_edits import nan_at, rotate_halves, set_attribute
 
 NAN_POSITION = 21
@@ -42,19 +42,19 @@ ARITHMETIC = (
     ),
     Fault(
         name=f"NaN at one step only: logits at position {NAN_POSITION}",
-        inject=in_step(nan_at("logits", NAN_POSITION)),
+        inject=in_steps(nan_at("logits", NAN_POSITION)),
         caught={"fp32": "chain", "w8": "chain"},
         says=(r"\bstep\b", rf"\b{NAN_POSITION}\b", r"logits"),
     ),
     Fault(
         name=f"NaN at one step only: next_state at position {NAN_POSITION}",
-        inject=in_step(nan_at("next_state", NAN_POSITION)),
+        inject=in_steps(nan_at("next_state", NAN_POSITION)),
         caught={"fp32": "chain", "w8": "chain"},
         says=(r"\bstep\b", rf"\b{NAN_POSITION}\b", r"next_state"),
     ),
     Fault(
         name=f"NaN at one step only, after the chain has ended: logits at position {LATE_POSITION}",
-        inject=in_step(nan_at("logits", LATE_POSITION)),
+        inject=in_steps(nan_at("logits", LATE_POSITION)),
         caught={"fp32": "corpus", "w8": "corpus"},
         says=(r"\bstep\b", rf"\b{LATE_POSITION}\b", r"logits"),
     ),

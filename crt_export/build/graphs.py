@@ -239,7 +239,7 @@ def _quantize(
     form: GraphForm, graph: ir.Model, quantized: QuantizedLinears | None, config: ModelConfig, memo: Memo
 ) -> int:
     if form.precision == "w8":
-        count = quantize_w8(graph, memo=memo)
+        count = quantize_w8(graph, memo)
     elif quantized is not None:
         count = quantize_w8a8(graph, quantized)
     else:

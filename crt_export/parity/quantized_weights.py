@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from crt_export.quantize.ranges import LARGEST_SCALE, LEVELS, SMALLEST_SCALE, SMALLEST_STEP
+from crt_export.quantize.plan import LARGEST_SCALE, LEVELS, SMALLEST_SCALE, SMALLEST_STEP
 
 Floats = NDArray[np.float32]
 #: A step is a quotient of two float32 values.

@@ -26,7 +26,7 @@ from crt_export.quantize.plan import (
     quantize_linears,
     read_plan,
 )
-from crt_export.quantize.smooth import fold, smoothing_factors
+from crt_export.quantize.smoothing import fold, smoothing_factors
 from crt_export.quantize.text import TextEvidence, check_is_text
 from crt_export.quantize.w8 import quantize_blocks, quantize_w8
 from crt_export.quantize.w8a8 import quantize_w8a8

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from crt_export.checked import Checked, Rules, whole
 from crt_export.errors import InputError
 from crt_export.model import Carry, Model
 from crt_export.progress import Progress, no_progress
@@ -23,39 +25,30 @@ from crt_export.quantize.text import TextEvidence, check_is_text
 from crt_export.sequences import begin_rows
 
 _STAGE = "calibrate w8a8"
+#: Values kept per activation, spread evenly over the regimes (4 bytes each), and rows kept however wide they are.
+_SAMPLE_VALUES, _MINIMUM_ROWS = 4_000_000, 1024
+#: Tokens that go through the model at once; bounds the memory, does not change the result's kind.
+_BATCH_TOKENS = 4096
+#: Of windows longer than twice this, only so many tokens at either end are decoded one by one.
+_DECODED_TOKENS = 128
+#: Of the choice of rows.
+_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
+class CalibrationOptions(Checked):
     """How much to observe.
 
     Attributes:
         windows: Text windows that :func:`calibration_windows` cuts.
         minimum_tokens: Fewer tokens than this are refused.
-        sample_values: Values kept per activation, spread evenly over the regimes (4 bytes each).
-        minimum_rows: Rows kept however wide they are.
-        batch_tokens: Tokens that go through the model at once; bounds the memory, does not change the result's kind.
-        decoded_tokens: Of windows longer than twice this, only so many tokens at either end are decoded one by one.
-        seed: Of the choice of rows.
     """
+
+    HEADING: ClassVar[str] = "calibration options"
+    RULES: ClassVar[Rules] = {"windows": whole("at least 1", least=1), "minimum_tokens": whole("at least 1", least=1)}
 
     windows: int = 32
     minimum_tokens: int = 2048
-    sample_values: int = 4_000_000
-    minimum_rows: int = 1024
-    batch_tokens: int = 4096
-    decoded_tokens: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Every count must be positive.
-
-        Raises:
-            InputError: One is not.
-        """
-        for name in ("windows", "minimum_tokens", "sample_values", "minimum_rows", "batch_tokens", "decoded_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"calibration option {name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,20 +57,13 @@ class InputStatistics:
 
     Attributes:
         rows: Sampled rows, float32 [rows, channels].
-        low: Smallest value of each channel over all rows seen, float32 [channels].
-        high: Largest value likewise.
-        rows_seen: Number of rows the extremes are taken over.
+        absmax: Largest magnitude of each channel over all rows seen, float32 [channels].
+        rows_seen: Number of those rows.
     """
 
     rows: NDArray[np.float32]
-    low: NDArray[np.float32]
-    high: NDArray[np.float32]
+    absmax: NDArray[np.float32]
     rows_seen: int
-
-    @property
-    def absmax(self) -> NDArray[np.float32]:
-        """Largest magnitude of each channel, float32 [channels]."""
-        return np.maximum(np.abs(self.low), np.abs(self.high))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,8 +133,7 @@ def calibrate(
 
     Returns:
         Statistics over the first pass, passes 2 to K, and sequential decoding: of whole windows up to
-        ``2 * decoded_tokens``, else of the first and, from where K passes have left the cache, the last
-        ``decoded_tokens`` of each.
+        256 tokens, else of the first and, from where K passes have left the cache, the last 128 of each.
 
     Raises:
         InputError: The tokens are too few, too long, out of range, or not text.
@@ -167,19 +152,19 @@ def calibrate(
         )
     evidence = check_is_text(tokens, model.config.vocab_size)
     passes = unroll if model.config.recurrent else 1
-    observer = _Observer(model, options)
+    observer = _Observer(model)
     done = 0
     progress(_STAGE, done, tokens.size)
     with observer.watching(model):
-        for batch in _batches(tokens, options):
+        for batch in _batches(tokens):
             _run_regimes(model, batch, passes, tokens.shape[0], observer)
             done += batch.numel()
             progress(_STAGE, done, tokens.size)
     return ActivationStatistics(inputs=observer.statistics(), unroll=passes, evidence=evidence)
 
 
-def _batches(tokens: NDArray[np.int64], options: CalibrationOptions) -> Iterator[torch.Tensor]:
-    windows = max(1, options.batch_tokens // tokens.shape[1])
+def _batches(tokens: NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    windows = max(1, _BATCH_TOKENS // tokens.shape[1])
     for start in range(0, tokens.shape[0], windows):
         yield torch.from_numpy(np.ascontiguousarray(tokens[start : start + windows], dtype=np.int64))
 
@@ -194,11 +179,11 @@ def _run_regimes(model: Model, ids: torch.Tensor, passes: int, windows: int, obs
         observer.observe(HEAD, model.final_norm(hidden))
     assert hidden is not None
     assert after is not None
-    decoded = observer.options.decoded_tokens
-    if seq <= 2 * decoded:
+    if seq <= 2 * _DECODED_TOKENS:
         pieces: list[tuple[torch.Tensor, Carry | None]] = [(ids, None)]
     else:
-        pieces = [(ids[:, :decoded], None), (ids[:, -decoded:], _carry_at(seq - decoded, hidden, after))]
+        last = _carry_at(seq - _DECODED_TOKENS, hidden, after)
+        pieces = [(ids[:, :_DECODED_TOKENS], None), (ids[:, -_DECODED_TOKENS:], last)]
     observer.expect(windows * sum(piece.shape[1] for piece, _ in pieces), regimes)
     for piece, carry in pieces:
         states, _ = model.sequential(piece, carry)
@@ -218,13 +203,11 @@ def _carry_at(position: int, hidden: torch.Tensor, after: Carry) -> Carry:
 class _Observer:
     """Extremes of all rows, and a seeded random sample of them with equal shares for the regimes."""
 
-    def __init__(self, model: Model, options: CalibrationOptions) -> None:
-        self.options = options
-        self._generator = torch.Generator().manual_seed(options.seed)
+    def __init__(self, model: Model) -> None:
+        self._generator = torch.Generator().manual_seed(_SEED)
         self._inputs = {group.name: group for group in linear_inputs(model.config)}
         self._rows: dict[str, list[torch.Tensor]] = {name: [] for name in self._inputs}
-        self._low: dict[str, torch.Tensor] = {}
-        self._high: dict[str, torch.Tensor] = {}
+        self._absmax: dict[str, torch.Tensor] = {}
         self._seen = dict.fromkeys(self._inputs, 0)
         self._total, self._regimes = 1, 1
 
@@ -251,11 +234,10 @@ class _Observer:
     def observe(self, name: str, x: torch.Tensor) -> None:
         """Take in rows [..., channels] of one activation."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        low, high = rows.amin(0), rows.amax(0)
-        self._low[name] = torch.minimum(self._low[name], low) if name in self._low else low
-        self._high[name] = torch.maximum(self._high[name], high) if name in self._high else high
+        absmax = rows.abs().amax(0)
+        self._absmax[name] = torch.maximum(self._absmax[name], absmax) if name in self._absmax else absmax
         self._seen[name] += rows.shape[0]
-        keep = max(self.options.minimum_rows, self.options.sample_values // rows.shape[1])
+        keep = max(_MINIMUM_ROWS, _SAMPLE_VALUES // rows.shape[1])
         chance = keep / self._regimes / self._total
         chosen = torch.rand(rows.shape[0], generator=self._generator) < chance
         if bool(chosen.any()):
@@ -265,8 +247,7 @@ class _Observer:
         return {
             name: InputStatistics(
                 rows=torch.cat(self._rows[name]).numpy(),
-                low=self._low[name].numpy(),
-                high=self._high[name].numpy(),
+                absmax=self._absmax[name].numpy(),
                 rows_seen=self._seen[name],
             )
             for name in self._inputs

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crt_export.model import Linear, Model
-from crt_export.quantize.plan import QuantizedInput, QuantizedLinear, QuantizedLinears
-from crt_export.quantize.ranges import LEVELS
+from crt_export.quantize.plan import LEVELS, QuantizedInput, QuantizedLinear, QuantizedLinears
 
 
 class WideLinear(nn.Module):

@@ -3,6 +3,10 @@
 Weights are quantised in blocks along the input, symmetric, with the operator's default zero point of 128. Accuracy
 level 4 lets the kernel quantise each row of the activations on its own: one call of many tokens and many calls of one
 token agree but for the order of sums, which now and then rounds an activation the other way.
+
+Query, key and value, three linears that read one activation, become a single wider one. A decode step is bound by the
+weights it reads, and one large product reads them faster than three small ones. Each output keeps its own weights and
+bias, and quantised blocks lie along the input, so no value changes.
 """
 
 from __future__ import annotations
@@ -12,71 +16,68 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from crt_export.errors import BuildError, InputError, problem_list
+from crt_export.errors import BuildError, problem_list
 from crt_export.memo import Memo
-from crt_export.quantize.norms import smooth_norms
-from crt_export.quantize.projections import fuse_projections
-from crt_export.quantize.ranges import SMALLEST_STEP
-from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
+from crt_export.quantize.linears import constant, require_none_left, weight_matmuls
+from crt_export.quantize.plan import SMALLEST_STEP
+from crt_export.quantize.smoothing import smooth_norms
 
 DOMAIN = "com.microsoft"
-BLOCK_SIZES = (16, 32, 64, 128, 256)
+#: Inputs that share a scale.
+BLOCK_SIZE = 128
 _BITS = 8
 _ZERO = 128
 _INT8_ACCURACY = 4
+_PROJECTIONS = ("q", "k", "v")
+#: Name of the wide linear beside its parts ``q``, ``k`` and ``v``.
+FUSED = "qkv"
 
 
-def quantize_w8(graph: ir.Model, block_size: int = 128, *, smooth: bool = True, memo: Memo | None = None) -> int:
-    """Replace every MatMul with a weight by MatMulNBits, in place; query, key and value become one of them.
+def quantize_w8(graph: ir.Model, memo: Memo | None = None) -> int:
+    """Balance LayerNorms against the weights that read them, then replace every MatMul with a weight by MatMulNBits.
 
     Args:
-        graph: An FP32 graph with weights under their checkpoint names.
-        block_size: Weights that share a scale.
-        smooth: Balance LayerNorms against the weights that read them first, see :mod:`crt_export.quantize.norms`.
+        graph: An FP32 graph with weights under their checkpoint names; it is changed in place.
         memo: Of the graphs of one model, which share their weights; None: this graph has no others beside it.
 
     Returns:
         Number of replaced MatMuls, three for query, key and value, a weight used by K passes counted K times.
 
     Raises:
-        InputError: The kernel has no such block size.
         BuildError: A linear could not be replaced.
     """
-    if block_size not in BLOCK_SIZES:
-        raise InputError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, found {block_size}")
     body, memo = graph.graph, memo or Memo()
     linears = weight_matmuls(body)
     _check_dtype(body, linears)
     fuse_projections(body, memo)
     matmuls = weight_matmuls(body)
-    if smooth:
-        smooth_norms(matmuls, memo)
+    smooth_norms(matmuls, memo)
     for name, node in matmuls:
-        _replace(body, name, node, block_size, memo)
+        _replace(body, name, node, memo)
     RemoveUnusedNodesPass()(graph)
     require_none_left(body, {name for name, _ in (*linears, *matmuls)})
     body.opset_imports[DOMAIN] = 1
     return len(linears)
 
 
-def quantize_blocks(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def quantize_blocks(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Quantise in blocks along the input, as ONNX Runtime's own quantiser does.
 
     The scale is the block's value of largest magnitude over -128, so that this value uses the whole range.
 
     Args:
         weight: float32 [in, out].
-        block_size: Inputs per block; the last block of a column is padded with zeros.
 
     Returns:
-        uint8 [out, blocks, block_size] with zero at 128, and scales float32 [out, blocks], 0 for a block of zeros and
-        for one whose scale would be below :data:`SMALLEST_STEP`.
+        uint8 [out, blocks, BLOCK_SIZE] with zero at 128, the last block of a column padded with zeros, and scales
+        float32 [out, blocks], 0 for a block of zeros and for one whose scale would be below
+        :data:`crt_export.quantize.plan.SMALLEST_STEP`.
     """
     into, out = weight.shape
-    blocks = -(-into // block_size)
-    padded = np.zeros((out, blocks * block_size), np.float32)
+    blocks = -(-into // BLOCK_SIZE)
+    padded = np.zeros((out, blocks * BLOCK_SIZE), np.float32)
     padded[:, :into] = weight.T
-    padded = padded.reshape(out, blocks, block_size)
+    padded = padded.reshape(out, blocks, BLOCK_SIZE)
     low, high = padded.min(axis=2), padded.max(axis=2)
     scale = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-_ZERO)
     scale[np.abs(scale) < SMALLEST_STEP] = 0
@@ -92,18 +93,18 @@ def _check_dtype(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]]) -> None:
         raise BuildError(problem_list(f"graph {graph.name}: weight-only quantisation expects FLOAT weights", problems))
 
 
-def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int, memo: Memo) -> None:
+def _replace(graph: ir.Graph, name: str, node: ir.Node, memo: Memo) -> None:
     packed_name, scales_name = f"{name}.weight_blocks", f"{name}.weight_scales"
     tensor = graph.initializers[f"{name}.weight"].const_value
     assert tensor is not None
     into, out = tensor.numpy().shape
     if packed_name not in graph.initializers:
         weight = tensor.numpy()
-        packed, scales = memo.made(("blocks", block_size), [weight], lambda: quantize_blocks(weight, block_size))
+        packed, scales = memo.made("blocks", [weight], lambda: quantize_blocks(weight))
         constant(graph, packed_name, packed)
         constant(graph, scales_name, scales)
     old = node.outputs[0]
-    attributes = {"K": into, "N": out, "bits": _BITS, "block_size": block_size, "accuracy_level": _INT8_ACCURACY}
+    attributes = {"K": into, "N": out, "bits": _BITS, "block_size": BLOCK_SIZE, "accuracy_level": _INT8_ACCURACY}
     new = ir.node(
         "MatMulNBits",
         [node.inputs[0], graph.initializers[packed_name], graph.initializers[scales_name]],
@@ -115,3 +116,79 @@ def _replace(graph: ir.Graph, name: str, node: ir.Node, block_size: int, memo: M
     graph.insert_before(node, new)
     old.replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def fuse_projections(graph: ir.Graph, memo: Memo) -> int:
+    """Replace ``x @ q + bq``, ``x @ k + bk`` and ``x @ v + bv`` by ``Split(x @ qkv + bqkv)``, in place.
+
+    What is not of that form (another activation, no bias, an intermediate result that others read) is left alone. The
+    parts' weights and biases stay as initializers that nothing reads.
+
+    Args:
+        graph: Linears are MatMuls by ``{name}.weight`` [in, out], each followed by an Add of ``{name}.bias``.
+        memo: Of the graphs that share these weights.
+
+    Returns:
+        The number of products that were replaced, three for each fused one.
+    """
+    candidates: dict[tuple[int, str], dict[str, ir.Node]] = {}
+    for name, node in weight_matmuls(graph):
+        stem, _, part = name.rpartition(".")
+        if part in _PROJECTIONS:
+            candidates.setdefault((id(node.inputs[0]), stem), {})[part] = node
+    replaced = 0
+    for (_, stem), nodes in candidates.items():
+        parts = {part: nodes[part] for part in _PROJECTIONS if part in nodes}
+        sums = {part: _bias_add(graph, f"{stem}.{part}", node) for part, node in parts.items()}
+        adds = [add for add in sums.values() if add is not None]
+        if len(adds) == len(_PROJECTIONS):
+            _fuse(graph, stem, [*parts.values()], adds, memo)
+            replaced += len(parts)
+    return replaced
+
+
+def _bias_add(graph: ir.Graph, name: str, product: ir.Node) -> ir.Node | None:
+    users = [user for user, _ in product.outputs[0].uses()]
+    bias = graph.initializers.get(f"{name}.bias")
+    if len(users) != 1 or users[0].op_type != "Add" or bias is None or bias not in users[0].inputs:
+        return None
+    return users[0]
+
+
+def _fuse(graph: ir.Graph, stem: str, products: list[ir.Node], adds: list[ir.Node], memo: Memo) -> None:
+    weight = _joined(graph, stem, "weight", memo)
+    bias = _joined(graph, stem, "bias", memo)
+    first = products[0]
+    product = _node(first, "MatMul", [first.inputs[0], weight])
+    total = _node(adds[0], "Add", [product.outputs[0], bias])
+    results = [add.outputs[0] for add in adds]
+    outputs = [ir.val(value.name, value.dtype, value.shape) for value in results]
+    attributes = {"axis": -1, "num_outputs": len(outputs)}
+    split = ir.node("Split", [total.outputs[0]], attributes, name=f"{first.name}/split", outputs=outputs)
+    earliest = next(node for node in graph if node in products)
+    graph.insert_before(earliest, [product, total, split])
+    for old, new in zip(results, outputs, strict=True):
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    for node in (*adds, *products):
+        graph.remove(node, safe=True)
+
+
+def _joined(graph: ir.Graph, stem: str, kind: str, memo: Memo) -> ir.Value:
+    """The parts' weights [in, out] or biases [out] side by side, made once for all passes."""
+    name = f"{stem}.{FUSED}.{kind}"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensors = [graph.initializers[f"{stem}.{part}.{kind}"].const_value for part in _PROJECTIONS]
+    arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
+    (joined,) = memo.made("joined", arrays, lambda: (np.concatenate(arrays, axis=-1),))
+    return constant(graph, name, joined)
+
+
+def _node(origin: ir.Node, operator: str, inputs: list[ir.Value | None]) -> ir.Node:
+    """A node in place of the first of three; its last axis is as wide as theirs together."""
+    narrow = origin.outputs[0]
+    dims = [*narrow.shape][:-1] if narrow.shape is not None else None
+    wide = inputs[1].shape if inputs[1] is not None else None
+    shape = ir.Shape([*dims, wide[-1]]) if dims is not None and wide is not None else None
+    output = ir.val(f"{narrow.name}/{FUSED}", narrow.dtype, shape)
+    return ir.node(operator, inputs, name=f"{origin.name}/{FUSED}", outputs=[output])

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from crt_export.errors import BuildError, problem_list
+from crt_export.quantize.linears import constant, require_none_left, weight_matmuls
 from crt_export.quantize.plan import QuantizedLinears
-from crt_export.quantize.weights import constant, require_none_left, weight_matmuls
 
 _FLOAT = ir.DataType.FLOAT
 

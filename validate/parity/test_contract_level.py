@@ -95,7 +95,7 @@ def forms(
     for name in ("step", "head"):
         made["fp32"][name] = ir.load(parity_bundle / "graphs" / f"{name}.fp32.onnx")
         made["w8"][name] = made["fp32"][name].clone()
-        quantize_w8(made["w8"][name], 16)
+        quantize_w8(made["w8"][name])
         made["fp16"][name] = exporter.graph(name)
         made["w8a8"][name] = made["fp16"][name].clone()
         quantize_w8a8(made["w8a8"][name], quantize_linears(model_from_checkpoint(parity_checkpoint), plan))

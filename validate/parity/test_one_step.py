@@ -152,7 +152,7 @@ def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: 
 def test_weight_only_graphs_are_within_their_limit(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
     models = {name: ir.load(parity_bundle / "graphs" / f"{name}.fp32.onnx") for name in GRAPHS}
     for model in models.values():
-        quantize_w8(model, 16)
+        quantize_w8(model)
     weights = write_weights(models, tmp_path / "w8.weights")
     for name, model in models.items():
         write_graph(model, tmp_path / f"{name}.w8.onnx", weights)

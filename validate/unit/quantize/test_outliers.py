@@ -28,7 +28,7 @@ from crt_export.quantize import (
     quantize_linears,
     quantize_w8,
     quantize_w8a8,
-    smooth,
+    smoothing,
 )
 from crt_export.text import TokenText
 
@@ -99,19 +99,28 @@ def _require_within_the_gates(row: ParityRow) -> None:
     assert -limits.delta_nll <= row.delta_nll_ci[0] <= row.delta_nll_ci[1] <= limits.delta_nll
 
 
+def _without_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoothing, "balancing_exponents", lambda activation, _: np.zeros(activation.shape))
+
+
 @pytest.mark.parametrize("factor", [1, 10, 50])
 def test_w8_with_outlier_channels_stays_within_the_gates(
-    factor: int, demo_checkpoint: Path, check: Check, with_outliers: Callable[[Model, float], Model]
+    factor: int,
+    demo_checkpoint: Path,
+    check: Check,
+    with_outliers: Callable[[Model, float], Model],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)
 
-    def quantize(graph: ir.Model, *, smooth: bool = True) -> None:
+    def quantize(graph: ir.Model) -> None:
         _set_weights(graph, model)
-        quantize_w8(graph, smooth=smooth)
+        quantize_w8(graph)
 
     _require_within_the_gates(check("w8", quantize))
     if factor > 10:
-        rough = check("w8", lambda graph: quantize(graph, smooth=False))
+        _without_smoothing(monkeypatch)
+        rough = check("w8", quantize)
         assert rough.passed is False, "without smoothing this checkpoint shows nothing: it is no test"
 
 
@@ -130,7 +139,7 @@ def test_w8a8_with_outlier_channels_stays_within_the_gates(
     # The plan replaces every weight that outliers change.
     _require_within_the_gates(check("w8a8", lambda graph: quantize_w8a8(graph, quantize_linears(model, plan)), plan))
     if factor > 1:
-        monkeypatch.setattr(smooth, "balancing_exponents", lambda activation, _: np.zeros(activation.shape))
+        _without_smoothing(monkeypatch)
         plain = plan_w8a8(model, statistics)
         rough = check("w8a8", lambda graph: quantize_w8a8(graph, quantize_linears(model, plain)), plain)
         assert rough.passed is False, "without folding this checkpoint shows nothing: it is no test"

@@ -24,7 +24,7 @@ from crt_export.quantize import (
     quantize_linears,
     read_plan,
 )
-from crt_export.quantize.ranges import LARGEST_SCALE, SMALLEST_SCALE, quantize_columns, scale_from_range, value_range
+from crt_export.quantize.plan import LARGEST_SCALE, SMALLEST_SCALE, quantize_columns, scale_from_range, value_range
 
 Calibrated = Callable[[Model], ActivationStatistics]
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.errors import BuildError, InputError
+from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter
 from crt_export.memo import Memo
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity.quantized_weights import BlockWeight, deviation
-from crt_export.quantize import expected_matmuls, linear_names, norms, quantize_blocks, quantize_w8, w8
-from crt_export.quantize.norms import smooth_norms
-from crt_export.quantize.projections import fuse_projections
-from crt_export.quantize.ranges import SMALLEST_STEP
-from crt_export.quantize.weights import weight_matmuls
+from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8, smoothing, w8
+from crt_export.quantize.linears import weight_matmuls
+from crt_export.quantize.plan import SMALLEST_STEP
+from crt_export.quantize.smoothing import balanced, smooth_norms
+from crt_export.quantize.w8 import BLOCK_SIZE, fuse_projections
 
 Exported = Callable[[str, torch.dtype], ir.Model]
 RunGraph = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -34,19 +34,17 @@ def _single(weight: np.ndarray) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-@pytest.mark.parametrize(
-    ("into", "out", "block"), [(256, 32, 128), (70, 33, 32), (128, 7, 128), (100, 5, 128), (48, 16, 16)]
-)
-def test_blocks_are_bit_equal_to_onnx_runtimes_quantiser(into: int, out: int, block: int) -> None:
+@pytest.mark.parametrize(("into", "out"), [(256, 32), (170, 33), (128, 7), (100, 5), (16, 16)])
+def test_blocks_are_bit_equal_to_onnx_runtimes_quantiser(into: int, out: int) -> None:
     native = pytest.importorskip("onnxruntime.capi._pybind_state").quantize_matmul_8bits
     weight = np.random.default_rng(into).normal(size=(into, out)).astype(np.float32)
     weight[:, 0] = 0
-    blocks = -(-into // block)
+    block, blocks = BLOCK_SIZE, -(-into // BLOCK_SIZE)
     packed = np.zeros((out, blocks, block), np.uint8)
     scales, zeros = np.zeros((out, blocks), np.float32), np.zeros((out, blocks), np.uint8)
     padded = np.pad(weight, ((0, blocks * block - into), (0, 0)))
     native(packed, padded, scales, zeros, block, out, into, True)
-    found, found_scales = quantize_blocks(weight, block)
+    found, found_scales = quantize_blocks(weight)
     assert np.array_equal(found_scales, scales)
     # The native quantiser leaves the padding of the last block unset; the kernel never reads it.
     real = np.arange(blocks * block).reshape(blocks, block) < into
@@ -56,20 +54,20 @@ def test_blocks_are_bit_equal_to_onnx_runtimes_quantiser(into: int, out: int, bl
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-42, 3e-39, 1e-37, 1.5e-36, 1.6e-36, 1e-20, 1e30, 3.4e38])
 def test_blocks_of_any_magnitude_are_right_to_half_a_step(magnitude: float) -> None:
     """Weight decay brings dead rows down to subnormal numbers; pytest makes errors of numpy's warnings."""
-    weight = np.zeros((32, 3), np.float32)
-    weight[:, 0] = magnitude * np.linspace(-0.9, 1, 32)
+    weight = np.zeros((BLOCK_SIZE, 3), np.float32)
+    weight[:, 0] = magnitude * np.linspace(-0.9, 1, BLOCK_SIZE)
     weight[3, 0] = 0
     weight[::2, 1] = -magnitude
     weight[:, 2] = 0.5
-    levels, scales = quantize_blocks(weight, 32)
+    levels, scales = quantize_blocks(weight)
     back = (levels.astype(np.float64) - 128) * scales[:, :, None]
     step = np.maximum(np.abs(scales.astype(np.float64)), 0 if scales[0, 0] else 2 * 128 * SMALLEST_STEP)
     # 128 steps up do not exist: what would round there is half a step further away.
     assert np.all(np.abs(back[:, 0] - weight.T) <= step * np.where(levels[:, 0] == 255, 1.001, 0.501))
     assert np.isfinite(scales).all()
     assert (scales[:2] == 0).all() == (magnitude < 128 * SMALLEST_STEP)
-    stored = BlockWeight(blocks=levels, scales=scales, into=32)
-    worst, problem = deviation(stored, np.ascontiguousarray(weight.T), np.ones(32, np.float32), limit=0.51)
+    stored = BlockWeight(blocks=levels, scales=scales, into=BLOCK_SIZE)
+    worst, problem = deviation(stored, np.ascontiguousarray(weight.T), np.ones(BLOCK_SIZE, np.float32), limit=0.51)
     assert problem is None
     assert worst <= 0.51
 
@@ -86,9 +84,9 @@ def test_smoothing_stays_inside_the_range_of_fp32(gain: float, weight: float) ->
     gains[0] = 1
     weights = np.full((8, 4), weight, np.float32)
     weights[1] = 1
-    balanced = norms.balanced(gains, np.zeros(8, np.float32), weights)
-    assert all(np.isfinite(values).all() for values in balanced)
-    assert np.count_nonzero(balanced[1]) == 0
+    found = balanced(gains, np.zeros(8, np.float32), weights)
+    assert all(np.isfinite(values).all() for values in found)
+    assert np.count_nonzero(found[1]) == 0
 
 
 @pytest.mark.parametrize("into", [64, 70, 300])
@@ -98,7 +96,7 @@ def test_the_kernel_computes_what_the_blocks_say(into: int, run_graph: RunGraph)
     weight[:, 3] = 0
     weight[:128, 4] = 0
     x = generator.normal(size=(3, into)).astype(np.float32)
-    packed, scales = quantize_blocks(weight, 128)
+    packed, scales = quantize_blocks(weight)
     dequantized = ((packed.astype(np.float32) - 128) * scales[:, :, None]).reshape(24, -1)[:, :into]
     graph = _single(weight)
     assert quantize_w8(graph) == 1
@@ -143,9 +141,9 @@ def test_graphs_with_one_memo_are_quantised_once_to_the_same_bytes(
     memo, calls = Memo(), []
     for graph in alone:
         quantize_w8(graph)
-    monkeypatch.setattr(w8, "quantize_blocks", lambda weight, size: calls.append(1) or quantize_blocks(weight, size))
+    monkeypatch.setattr(w8, "quantize_blocks", lambda weight: calls.append(1) or quantize_blocks(weight))
     for graph in together:
-        quantize_w8(graph, memo=memo)
+        quantize_w8(graph, memo)
     assert len(calls) == sum(name.endswith("_blocks") for name in together[0].graph.initializers)
     for one, other in zip(alone, together, strict=True):
         assert ir.to_proto(one).SerializeToString() == ir.to_proto(other).SerializeToString()
@@ -232,11 +230,9 @@ def test_the_step_chain_follows_pytorch(
     assert 0 < error.max() < 0.05 * reference.std()
 
 
-def test_half_precision_graphs_and_odd_blocks_are_refused(exported: Exported) -> None:
+def test_half_precision_graphs_are_refused(exported: Exported) -> None:
     with pytest.raises(BuildError, match="weight-only quantisation expects FLOAT weights: lm_head"):
         quantize_w8(exported("head", torch.float16))
-    with pytest.raises(InputError, match="block_size must be one of"):
-        quantize_w8(exported("head", torch.float32), block_size=100)
 
 
 def test_smoothing_levels_outliers_and_leaves_the_function_alone(
@@ -245,6 +241,7 @@ def test_smoothing_levels_outliers_and_leaves_the_function_alone(
     with_outliers: Callable[[Model, float], Model],
     step_chain: Callable[..., np.ndarray],
     text_tokens: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_from_checkpoint(small)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
@@ -256,7 +253,9 @@ def test_smoothing_levels_outliers_and_leaves_the_function_alone(
         for name, value in graph.graph.initializers.items():
             if name in scaled:
                 value.const_value = ir.tensor(scaled[name].copy(), name=name)
-        quantize_w8(graph, smooth=smooth)
+        if not smooth:
+            monkeypatch.setattr(smoothing, "balancing_exponents", lambda activation, _: np.zeros(activation.shape))
+        quantize_w8(graph)
         errors[smooth] = np.sqrt(np.mean((step_chain(graph, model, ids) - reference) ** 2))
     assert errors[True] < 0.02 * reference.std()
     assert errors[False] > 5 * errors[True], "without smoothing this model shows nothing: it is no test"

@@ -4,16 +4,21 @@ Channel j of an activation is divided by ``s_j = absmax(x_j)^alpha / absmax(W_j)
 that read it multiplied by it. The division goes into what produces the channel: gain and bias of a LayerNorm, or the
 output channels of v (attention mixes positions, never channels, so v and o may trade scale). Nothing can be folded
 through a GELU. All factors are powers of two, so the folded model computes bit for bit what the original does.
+
+Weight-only kernels quantise the activations too, in blocks of each row, so outlier channels cost them accuracy as they
+cost W8A8. What a LayerNorm hands on is known from its gain and bias alone, so FP32 graphs are smoothed without text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
+from crt_export.memo import Memo
 from crt_export.quantize.calibration import ActivationStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
 
@@ -27,6 +32,8 @@ FP16_LIMIT = 65504 / 4
 LARGEST_FACTOR = 2.0**12
 #: Of magnitudes after folding; FP32 ends below 2**128.
 _LARGEST_EXPONENT = 127
+#: A normalised channel rarely exceeds this many standard deviations.
+_DEVIATIONS = 4.0
 
 
 def smoothing_factors(
@@ -107,3 +114,47 @@ def _producing_tensors(group: LinearInput) -> tuple[str, ...]:
     """Tensors whose last axis is the activation's channels, and into which a factor can be folded."""
     source = group.norm or group.producer
     return (f"{source}.weight", f"{source}.bias") if source is not None else ()
+
+
+def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
+    """Balance every LayerNorm of an FP32 graph against the linears that read it, in place.
+
+    Args:
+        matmuls: (name, MatMul) of every linear of the graph, as ``weight_matmuls`` finds them. A LayerNorm whose
+            readers are spread over several graphs would be folded differently in each; those of a model are not.
+        memo: Of the graphs that share these weights.
+    """
+    readers: dict[ir.Value, tuple[ir.Node, dict[str, ir.Value]]] = {}
+    for name, node in matmuls:
+        norm = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if norm is None or norm.op_type != "LayerNormalization" or len(norm.inputs) < 3:
+            continue
+        gain, weight = norm.inputs[1], node.inputs[1]
+        if gain is not None and weight is not None and gain.is_initializer():
+            readers.setdefault(gain, (norm, {}))[1][name] = weight
+    for gain, (norm, weights) in readers.items():
+        bias = norm.inputs[2]
+        if bias is not None and bias.is_initializer():
+            _balance([gain, bias, *weights.values()], memo)
+
+
+def _balance(values: list[ir.Value], memo: Memo) -> None:
+    """Gain, bias and the weights that read them."""
+    arrays = [_array(value) for value in values]
+    for value, array in zip(values, memo.made("balanced", arrays, lambda: balanced(*arrays)), strict=True):
+        value.const_value = ir.tensor(array, name=value.name)
+
+
+def balanced(
+    gain: NDArray[np.float32], bias: NDArray[np.float32], *weights: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], ...]:
+    """Gain, bias and weights float32 [in, out] of the same function, with channels of similar magnitude."""
+    activation = _DEVIATIONS * np.abs(gain.astype(np.float64)) + np.abs(bias)
+    largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    factor = np.exp2(balancing_exponents(activation, largest)).astype(np.float32)
+    return (gain / factor, bias / factor, *(weight * factor[:, None] for weight in weights))
+
+
+def _array(value: ir.Value) -> NDArray[np.float32]:
+    assert value.const_value is not None
+    return value.const_value.numpy()

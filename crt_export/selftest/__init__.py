@@ -1,7 +1,7 @@
 """The self-test: does a bundle still compute what PyTorch computed, on the machine where it is deployed?
 
 Vectors made by PyTorch FP32 lie in the bundle (:mod:`~crt_export.selftest.vectors`); every target that runs here
-replays them through the public session API (:mod:`~crt_export.selftest.replay`). Needs numpy, safetensors and the
+replays them through the public session API (:mod:`~crt_export.selftest.run`). Needs numpy, safetensors and the
 runtimes of the targets, never torch or onnx::
 
     report = run_selftest("build/demo")

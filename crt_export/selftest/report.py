@@ -1,10 +1,13 @@
-"""What a self-test found, target by target."""
+"""Results of a self-test, target by target, and as cases of a JUnit file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from crt_export.report.junit import JUnitCase
 
 FORMAT = "crt-export selftest report"
 FORMAT_VERSION = 1
@@ -136,3 +139,21 @@ def _target_dict(target: TargetResult) -> dict[str, Any]:
         for replay in target.replays
     ]
     return {"target": target.target, "status": target.status, "reason": target.reason, "replays": replays}
+
+
+def junit_cases(report: SelftestReport) -> list[JUnitCase]:
+    """A case per replay; a target that did not run is one skipped case, or a failed one where it was asked for."""
+    from crt_export.report.junit import JUnitCase
+
+    cases: list[JUnitCase] = []
+    for target in report.targets:
+        suite = f"{target.target} selftest"
+        for replay in target.replays:
+            cases.append(JUnitCase(suite=suite, name=replay.replay, failures=replay.failures))
+        if target.status == "not run":
+            reason = f"not run here: {target.reason}"
+            asked = target.target in report.asked
+            cases.append(
+                JUnitCase(suite=suite, name="open", failures=(reason,) * asked, skipped=None if asked else reason)
+            )
+    return cases

@@ -1,11 +1,16 @@
-"""Run the self-test: open the bundle as a deployment does, replay its vectors on every target that runs here."""
+"""The run of a self-test: a bundle opened as a deployment does, its vectors replayed on every target that runs here.
+
+The tokens of the vectors are fed to a session through its public calls only, and what it gives is compared tensor by
+tensor, step by step.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Literal
 
 import numpy as np
 
@@ -15,10 +20,194 @@ from crt_export.progress import Progress, no_progress
 from crt_export.runtime import Bundle, load_bundle
 from crt_export.runtime.opening import Target
 from crt_export.runtime.session import Session
-from crt_export.selftest.compare import Comparison, place
-from crt_export.selftest.replay import Feeding, Observed, replay
-from crt_export.selftest.report import ReplayResult, SelftestReport, TargetResult
-from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, load_vectors, prefill_run
+from crt_export.selftest.report import ReplayResult, SelftestReport, TargetResult, TensorResult
+from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, load_vectors, prefill_run
+
+_CACHES = "past_key_values."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feeding:
+    """How the prompt is fed; steps follow.
+
+    Attributes:
+        by: ``step`` (token by token), ``prefill`` (the unrolled graph) or ``prefill_pass`` (as many single passes as
+            the prompt has tokens, which is the exact recurrence).
+        chunk: Most tokens per call of ``prefill``.
+        passes: Those that ``prefill`` was built with; None for a plain transformer.
+        steps: Steps after the prompt.
+    """
+
+    by: Literal["step", "prefill", "prefill_pass"]
+    chunk: int
+    passes: int | None
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observed:
+    """What a session holds after the prompt (index 0) or a step.
+
+    Attributes:
+        index: 0 after the prompt, i after step i.
+        logits: float32 [vocab].
+        next_token: The engine's argmax.
+        state: float32 [hidden]; None for a plain transformer.
+        caches: ``past_key_values.{layer}.key|value``, [heads, tokens so far, head_dim].
+    """
+
+    index: int
+    logits: np.ndarray
+    next_token: int
+    state: np.ndarray | None
+    caches: Mapping[str, np.ndarray]
+
+
+def replay(session: Session, vectors: Vectors, feeding: Feeding) -> Iterator[Observed]:
+    """Run a session of one row from its start, looking at it after the prompt and after every step.
+
+    Raises:
+        CrtExportError: What prefill(), step() and snapshot() raise.
+    """
+    ids = vectors.input_ids
+    prompt, rest = ids[: vectors.prompt], ids[vectors.prompt : vectors.prompt + feeding.steps]
+    logits = np.empty(0)
+    if feeding.by == "step":
+        for token in prompt:
+            logits = session.step([int(token)])
+    elif feeding.by == "prefill":
+        logits = session.prefill([prompt], chunk=feeding.chunk, passes=feeding.passes)
+    else:
+        # Chunks need as many passes as they have tokens.
+        passes = min(len(prompt), feeding.chunk)
+        logits = session.prefill([prompt], chunk=feeding.chunk, passes=passes)
+    yield _observed(session, 0, logits)
+    for index, token in enumerate(rest, start=1):
+        yield _observed(session, index, session.step([int(token)]))
+
+
+def _observed(session: Session, index: int, logits: np.ndarray) -> Observed:
+    tensors = session.snapshot().tensors
+    return Observed(
+        index=index,
+        logits=logits[0],
+        next_token=int(tensors["next_tokens"][0]),
+        state=tensors["state"][0, 0] if "state" in tensors else None,
+        caches={name: values[0] for name, values in tensors.items() if name.startswith(_CACHES)},
+    )
+
+
+@dataclass
+class _Largest:
+    """The largest relative error of one tensor so far, and the first one beyond the limit."""
+
+    error: float = 0.0
+    where: str = ""
+    first: str = ""
+    beyond: int = 0
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Collects the errors of one replay.
+
+    Attributes:
+        vectors: All vectors.
+        run: Name of the run that the replay must reproduce.
+        precision: Precision of the target.
+        limit: Largest |difference| over the largest |value| of the vectors.
+    """
+
+    vectors: Vectors
+    run: str
+    precision: str
+    limit: float
+    _tensors: dict[str, _Largest] = field(default_factory=dict)
+    _tokens: list[str] = field(default_factory=list)
+    _missing: list[str] = field(default_factory=list)
+
+    def add(self, observed: Observed) -> None:
+        """Compare logits, state and next token of one index."""
+        index = observed.index
+        expected = self.vectors.tensors[f"{self.run}.logits.{index}"]
+        where, scale = place(self.vectors, index), self.vectors.scale(self.run, "logits")
+        self._compare("logits", observed.logits[self.vectors.columns(index)], expected, scale, where)
+        if observed.state is not None:
+            states = self.vectors.tensors[f"{self.run}.state"]
+            self._compare("state", observed.state, states[index], self.vectors.scale(self.run, "state"), where)
+        self._check_token(observed, scale)
+
+    def add_caches(self, observed: Observed) -> None:
+        """Compare the caches: one entry per token so far."""
+        tokens = self.vectors.prompt + observed.index
+        for name, found in observed.caches.items():
+            if found.shape[1] != tokens:
+                self._missing.append(
+                    f"{name} {place(self.vectors, observed.index)} holds {found.shape[1]} tokens, expected {tokens}"
+                )
+                continue
+            expected = self.vectors.tensors[f"{self.run}.{name}"][:, :tokens]
+            found = found.astype(np.float32)
+            layer, _, kind = name.removeprefix("past_key_values.").partition(".")
+            divisors = self.vectors.tensors.get(divisor_name(self.precision, int(layer)))
+            if kind == "value" and divisors is not None:
+                found *= divisors[:, None]
+            with np.errstate(invalid="ignore"):
+                position = int(np.abs(found - expected).max(axis=(0, 2)).argmax())
+            scale = self.vectors.scale(self.run, name)
+            self._compare(name, found, expected, scale, f"at position {position}")
+
+    @property
+    def results(self) -> tuple[TensorResult, ...]:
+        """The largest error of every tensor."""
+        return tuple(
+            TensorResult(tensor=name, largest=found.error, where=found.where, limit=self.limit)
+            for name, found in self._tensors.items()
+        )
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A sentence on every tensor that is off."""
+        off = [
+            found.first + (f", and {found.beyond - 1} times more, at most {found.error:.3g}" * (found.beyond > 1))
+            for found in self._tensors.values()
+            if found.beyond
+        ]
+        return (*off, *self._tokens, *self._missing)
+
+    def _compare(self, name: str, found: np.ndarray, expected: np.ndarray, scale: float, where: str) -> None:
+        largest = self._tensors.setdefault(name, _Largest())
+        with np.errstate(invalid="ignore"):
+            error = float(np.abs(found - expected).max(initial=0.0)) / scale
+        if not error <= largest.error:  # NaN too
+            largest.error, largest.where = error, where
+        if not error <= self.limit:
+            largest.beyond += 1
+            largest.first = largest.first or (
+                f"{name} {where} is off by {error:.3g} of the largest |value| {scale:.3g}, the limit is {self.limit:g}"
+            )
+
+    def _check_token(self, observed: Observed, scale: float) -> None:
+        index = observed.index
+        where = place(self.vectors, index)
+        own = int(observed.logits.argmax())
+        if observed.next_token != own:
+            self._tokens.append(f"next_token {where} is {observed.next_token}, but its own largest logit is {own}'s")
+        expected = int(self.vectors.tensors[f"{self.run}.next_tokens"][index])
+        margin = float(self.vectors.tensors[f"{self.run}.margins"][index])
+        # Two logits that are each within the limit can swap places only where they are as close as this.
+        near_tie = 2 * self.limit * scale
+        if own != expected and margin > near_tie:
+            self._tokens.append(
+                f"next_token {where} is {own}, expected {expected}, whose logit leads by {margin:.3g} "
+                f"(a lead of {near_tie:.3g} or less is a near tie)"
+            )
+
+
+def place(vectors: Vectors, index: int) -> str:
+    """Where in a run an index is."""
+    return f"after the prompt of {vectors.prompt} tokens" if index == 0 else f"after step {index}"
+
 
 #: Steps after a prompt whose result earlier replays have shown to be the vectors': enough to see the state go on.
 _FEW_STEPS = 2
@@ -73,7 +262,7 @@ def vectors_of_bundle(bundle: Bundle) -> Vectors:
     files = bundle.files
     if VECTORS_FILE not in files:
         raise BundleError(
-            f"{files.path} has no {VECTORS_FILE}: it was built by a version without self-test; build it again with "
+            f"{files.path} has no {VECTORS_FILE}; build it again with "
             "'crt-export build' to get one"
         )
     content = files.content(VECTORS_FILE)

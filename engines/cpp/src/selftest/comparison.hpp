@@ -1,4 +1,4 @@
-// Compare what a session gives with the vectors of one run: the twin of crt_export/selftest/compare.py.
+// Compare what a session gives with the vectors of one run: the twin of crt_export/selftest/run.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Feed the tokens of the vectors to a session, through its public calls only.
-// The C++ twin of crt_export/selftest/replay.py.
+// The C++ twin of crt_export/selftest/run.py.
 #pragma once
 
 #include <cstdint>

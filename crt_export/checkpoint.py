@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from crt_export.config import ModelConfig, load_config
 from crt_export.errors import CheckpointError, problem_list
-from crt_export.input_file import is_input, open_input
+from crt_export.user_files import is_input, open_input
 from crt_export.weight_files import WEIGHTS_FILE, find_weight_files
 
 TOKENIZER_FILE = "tokenizer.json"

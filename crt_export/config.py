@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
-from crt_export.input_file import read_input
 from crt_export.strict_json import json_problem, parse_unique_keys
+from crt_export.user_files import read_input
 
 FORMAT_VERSION = 1
 RECURRENT = "context_ready_transformer"

@@ -1,18 +1,23 @@
-"""What this machine has: optional packages, GPUs, and which targets can be built and run with them.
+"""What this machine has: optional packages and their versions, GPUs, and which targets can be built and run with them.
 
-Nothing heavy is imported to find out: packages are looked up, not loaded.
+Nothing heavy is imported to find out: packages are looked up, not loaded. The metadata of a distribution says its
+version where there is one. A frozen application has modules and no metadata, and the module ``onnxruntime`` comes from
+several distributions (onnxruntime-openvino, -directml, -qnn, ort-nightly, ...): what can be imported is installed,
+whatever it is called.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from crt_export.errors import MissingDependencyError
-from crt_export.installed import UNKNOWN, distribution_version, distributions_of, module_spec, module_version
 from crt_export.machine import Gpu, list_gpus
 from crt_export.profile import EngineProfile, TensorRTOptions
 
@@ -320,3 +325,53 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: ``2.13.0+cpu`` gives (2, 13, 0)."""
     leading = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in leading.group().split(".")) if leading else ()
+
+
+#: The version of a module that can be imported and does not say which it is.
+UNKNOWN = "unknown"
+_VERSION = re.compile(r"""^__version__\s*(?::\s*str\s*)?=\s*["']([^"']+)["']""", re.M)
+
+
+def distribution_version(distribution: str) -> str | None:
+    """The version in a distribution's metadata; None where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def module_version(module: str) -> str | None:
+    """The version that a module's own source states, ``unknown`` if it does not; None if it cannot be imported."""
+    spec = module_spec(module)
+    if spec is None:
+        return None
+    found = _VERSION.search(_source(spec))
+    return found[1] if found else UNKNOWN
+
+
+def module_spec(module: str) -> ModuleSpec | None:
+    """Where a module would be imported from; None if nowhere. A folder of that name alone is no module."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a parent is missing; a module without a specification
+        return None
+    return None if spec is None or spec.origin is None else spec
+
+
+def distributions_of(module: str) -> tuple[str, ...]:
+    """The distributions whose metadata claim a module, in alphabetical order."""
+    return tuple(sorted(set(_claims().get(module, ()))))
+
+
+@cache
+def _claims() -> dict[str, list[str]]:
+    return {module: list(names) for module, names in importlib.metadata.packages_distributions().items()}
+
+
+def _source(spec: ModuleSpec) -> str:
+    """The module's own text; empty where it has none, as compiled and frozen ones."""
+    read = getattr(spec.loader, "get_source", None)
+    try:
+        return (read(spec.name) if read is not None else None) or ""
+    except (ImportError, OSError, SyntaxError, UnicodeDecodeError):
+        return ""

@@ -20,7 +20,7 @@ from crt_export import catalog
 from crt_export.bundle.paths import name_problem
 from crt_export.checked import FLAG, Checked, Rule, Rules, choice, plain_int, plain_text, shown, whole
 from crt_export.errors import InputError, problem_list
-from crt_export.input_file import read_input
+from crt_export.user_files import read_input
 
 #: A profile has a few kilobytes.
 _MOST_BYTES = 2**20

@@ -21,8 +21,8 @@ from typing import Any
 
 from crt_export.errors import CheckpointError, CrtExportError, InputError, MissingDependencyError
 from crt_export.exclusive import Exclusive
-from crt_export.input_file import read_input
 from crt_export.strict_json import json_problem, parse_unique_keys
+from crt_export.user_files import read_input
 
 _MOST_BYTES = 256 << 20
 #: Settings of a model that draw random numbers while encoding.

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crt_export.errors import CheckpointError, problem_list
-from crt_export.input_file import is_input, open_input, read_input
 from crt_export.strict_json import json_problem, parse_json
+from crt_export.user_files import is_input, open_input, read_input
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -13,10 +13,10 @@ from crt_export.bench.runner import Passes
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError, problem_list
-from crt_export.input_file import is_folder
 from crt_export.machine import machine
 from crt_export.profile import MOST_THREADS
 from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+from crt_export.user_files import is_folder
 
 TARGET, BUNDLE, BASELINES = KINDS[0], KINDS[4], KINDS[1:4]
 PASSES_WORDS = ("adaptive", "exact")

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
-from crt_export.sequences import begin_rows
-from crt_export.text import read_text
+from crt_export.text import begin_rows, read_text
 from crt_export.tokenizer import TOKENIZER_FILE, NoTokenizer, Tokenizer, load_tokenizer
 
 _SEED = 1

@@ -33,8 +33,7 @@ from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.runtime.prefill import ADAPTIVE, PASSES, STEPS, PrefillPlan
-from crt_export.sequences import Sequences, cut_sequences, fill_unscored
-from crt_export.text import TokenText
+from crt_export.text import Sequences, TokenText, cut_sequences, fill_unscored
 
 CHUNK = 256
 _MOST_PASSES = 16

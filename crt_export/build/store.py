@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from crt_export.bundle.held import hash_file
 from crt_export.bundle.paths import FileState, file_problem, file_state, name_problem
 from crt_export.errors import CrtExportError
-from crt_export.input_file import open_input
+from crt_export.user_files import open_input
 
 #: All entries together, in bytes: some four checkpoints of 160 million parameters with four targets each.
 DEFAULT_LIMIT = 10 * 2**30

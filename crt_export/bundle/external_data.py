@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from crt_export.errors import BundleError
-from crt_export.input_file import open_input
+from crt_export.user_files import open_input
 
 _MAX_DEPTH = 100  # what protobuf itself allows
 _MAX_STRING = 4096

@@ -20,7 +20,7 @@ from typing import cast
 
 from crt_export.bundle.paths import FileState, Tree, file_problem, file_state, list_tree
 from crt_export.errors import BundleError
-from crt_export.input_file import open_regular
+from crt_export.user_files import open_regular
 
 #: Whether files can be opened below a folder that is held open.
 HOLDS_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd

@@ -30,8 +30,8 @@ from crt_export.bundle.recovery import (
 )
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
-from crt_export.input_file import kind_of
 from crt_export.termination import not_interrupted, orderly_termination
+from crt_export.user_files import kind_of
 
 _SHOWN_NAMES = 5
 

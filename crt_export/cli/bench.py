@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
-from crt_export.cli.invocation import command_line, now
-from crt_export.cli.options import PATH, json_option, require_one_text, text_options
+from crt_export.cli.options import PATH, command_line, json_option, now, require_one_text, text_options
 
 
 @click.command()

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import click
 
 from crt_export.cli.console import write_generated, write_message, write_text
-from crt_export.cli.options import PATH
-from crt_export.cli.passes import PassesType
+from crt_export.cli.options import PATH, PassesType
 
 
 @click.command()

@@ -1,10 +1,12 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, and how a report was made: the command and the time."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,31 @@ def require_one_text(text: Path | None, tokens: Path | None) -> None:
     """Refuse ``--text`` together with ``--tokens``."""
     if text is not None and tokens is not None:
         raise click.UsageError("--text and --tokens exclude each other: give one of them")
+
+
+_WORDS = ("adaptive", "exact")
+
+
+class PassesType(click.ParamType):
+    """A whole number as int, ``adaptive`` or ``exact`` as they are; the runtime judges how large a number may be."""
+
+    name = "K|adaptive|exact"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Read the text of the command line."""
+        if value in _WORDS:
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"expected a number of passes, {' or '.join(_WORDS)}, found {value!r}", param, ctx)
+
+
+def command_line() -> str:
+    """The command as it was given, quoted for a shell."""
+    return shlex.join(["crt-export", *(click.get_current_context().find_root().obj or ())])
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_text
-from crt_export.cli.invocation import command_line, now
 from crt_export.cli.level_table import write_level_table
 from crt_export.cli.options import (
     PATH,
+    command_line,
     expect_option,
     json_option,
     junit_option,
+    now,
     require_one_text,
     text_options,
     validation_tokens_option,

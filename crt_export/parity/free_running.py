@@ -32,7 +32,7 @@ from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase, load_checked_graph
 from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.trace import Continuation, continue_greedily
-from crt_export.sequences import begin_rows
+from crt_export.text import begin_rows
 
 #: Longest prompt.
 _PROMPT_TOKENS = 32

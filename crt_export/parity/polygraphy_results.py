@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.errors import InputError, MissingDependencyError
-from crt_export.output_file import write_file
+from crt_export.user_files import write_file
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crt_export.parity.reference import Reference, first_position
-from crt_export.sequences import fill_unscored
+from crt_export.text import fill_unscored
 
 #: Tokens that the overlap looks at.
 TOP = 10

@@ -9,8 +9,7 @@ import numpy as np
 
 from crt_export.errors import InputError, problem_list
 from crt_export.ladder import LEVELS
-from crt_export.sequences import cut_sequences
-from crt_export.text import VALIDATION_TOKENS, TokenText
+from crt_export.text import VALIDATION_TOKENS, TokenText, cut_sequences
 
 DEFAULT_WINDOW = 256
 LONG_RUN_TOKENS = 20_480

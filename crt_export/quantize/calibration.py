@@ -22,7 +22,7 @@ from crt_export.model import Carry, Model
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.text import TextEvidence, check_is_text
-from crt_export.sequences import begin_rows
+from crt_export.text import begin_rows
 
 _STAGE = "calibrate w8a8"
 #: Values kept per activation, spread evenly over the regimes (4 bytes each), and rows kept however wide they are.

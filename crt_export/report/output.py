@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crt_export.errors import InputError, OutputError, problem_list
-from crt_export.input_file import kind_of
-from crt_export.output_file import write_file
+from crt_export.user_files import kind_of, write_file
 
 if TYPE_CHECKING:  # an old report can be read where torch is not installed
     from crt_export.parity.report import ParityReport
@@ -97,7 +96,7 @@ def check_outputs(
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file in one step, see :mod:`crt_export.output_file`; to a pipe or a terminal it is written as it is.
+    """Write a file in one step, see :mod:`crt_export.user_files`; to a pipe or a terminal it is written as it is.
 
     Raises:
         InputError: The path cannot be written to.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crt_export.errors import BundleError, InputError, problem_list
-from crt_export.input_file import read_input
 from crt_export.report.schema import bench_schema, report_schema, schema_problems
+from crt_export.user_files import read_input
 
 _MAX_BYTES = 256 << 20
 _SHOWN_PROBLEMS = 10

@@ -34,12 +34,11 @@ import numpy as np
 
 from crt_export.checked import shown
 from crt_export.errors import BundleError, CrtExportError, InputError, problem_list
-from crt_export.input_file import is_input, kind_of
-from crt_export.output_file import write_file
 from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.rows import RECENT_TOKENS
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 from crt_export.text_stream import TEXT_END
+from crt_export.user_files import is_input, kind_of, write_file
 
 #: A session that goes on counts further, and the count must never overflow an int64.
 MOST_DRAWS = 2**62

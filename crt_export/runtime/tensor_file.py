@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from crt_export.errors import BundleError, InputError, problem_list
-from crt_export.input_file import open_input
 from crt_export.strict_json import parse_json
+from crt_export.user_files import open_input
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 8 << 20  # 80,000 tensors; parsing takes many times the text's memory

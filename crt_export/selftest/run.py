@@ -261,10 +261,7 @@ def vectors_of_bundle(bundle: Bundle) -> Vectors:
     """
     files = bundle.files
     if VECTORS_FILE not in files:
-        raise BundleError(
-            f"{files.path} has no {VECTORS_FILE}; build it again with "
-            "'crt-export build' to get one"
-        )
+        raise BundleError(f"{files.path} has no {VECTORS_FILE}; build it again with 'crt-export build' to get one")
     content = files.content(VECTORS_FILE)
     return load_vectors(files.path / VECTORS_FILE, bundle.config, files.manifest["checkpoint"]["sha256"], content)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export import environment, installed
+from crt_export import environment
 from crt_export.environment import target_status
 from crt_export.machine import Gpu
 from crt_export.profile import load_profile
@@ -43,7 +43,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
         }
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(importlib.util, "find_spec", spec)
-        monkeypatch.setattr(installed, "_claims", lambda: claims)
+        monkeypatch.setattr(environment, "_claims", lambda: claims)
         monkeypatch.setattr(environment, "gpus", lambda: gpus)
 
     return pretend
@@ -102,8 +102,8 @@ def test_a_module_without_metadata_is_installed(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "only_a_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     names = ("frozen_thing", "mute_thing", "only_a_folder", "absent_thing", "absent_thing.part")
-    assert [installed.module_version(name) for name in names] == ["3.2.1", "unknown", None, None, None]
-    assert installed.distribution_version("frozen_thing") is None
+    assert [environment.module_version(name) for name in names] == ["3.2.1", "unknown", None, None, None]
+    assert environment.distribution_version("frozen_thing") is None
 
 
 def test_advice_never_puts_one_wheel_over_another(machine: Install) -> None:

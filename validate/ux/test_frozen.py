@@ -96,14 +96,14 @@ def test_doctor_of_an_installation_without_metadata(
 ) -> None:
     import importlib.metadata
 
-    from crt_export import installed
+    from crt_export import environment
     from crt_export.cli import main
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    monkeypatch.setattr(installed, "_claims", dict)
+    monkeypatch.setattr(environment, "_claims", dict)
     assert main(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     versions = {package["name"]: package["version"] for package in findings["packages"]}

@@ -10,8 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from crt_export.input_file import read_input
-from crt_export.output_file import write_file
+from crt_export.user_files import read_input, write_file
 
 _MAGIC = b"crt-export tensorrt-rtx cache 1\n"
 #: As in the C++ library.

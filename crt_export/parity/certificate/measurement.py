@@ -18,7 +18,7 @@ from crt_export.parity.certificate.coverage import Coverage, Handover
 from crt_export.parity.certificate.forms import Chain, Form
 from crt_export.parity.certificate.target_form import BLOCK_ELEMENTS
 from crt_export.parity.scores import divergence
-from crt_export.sequences import fill_unscored
+from crt_export.text import fill_unscored
 
 #: Told, per batch of windows, what the chain gave and [passes, windows, ...] of the iterates and residuals.
 Observer = Callable[[slice, Chain, np.ndarray, np.ndarray], None]

@@ -17,7 +17,7 @@ from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.windows import Windows
 from crt_export.progress import Progress
 from crt_export.rotary import rope_tables
-from crt_export.sequences import cut_sequences
+from crt_export.text import cut_sequences
 
 #: Finished runs by what they ran (kind, window, text and model of a setup); a longer run serves shorter ones too.
 _FINISHED: WeakKeyDictionary[ParitySetup, dict[tuple[str, int | None], LongReference]] = WeakKeyDictionary()

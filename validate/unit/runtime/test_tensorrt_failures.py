@@ -159,7 +159,7 @@ def test_a_machine_without_gpu_names_everything_that_is_missing(
         assert not bundle.target("recorded").runs_here
         with pytest.raises(MissingDependencyError, match=r"running recorded needs .* an NVIDIA GPU of compute cap"):
             bundle.session("recorded")
-        monkeypatch.setattr("crt_export.installed.importlib.util.find_spec", lambda module: None)
+        monkeypatch.setattr("crt_export.environment.importlib.util.find_spec", lambda module: None)
         with pytest.raises(MissingDependencyError) as caught:
             bundle.session("recorded")
     for name in ("tensorrt-rtx 1.7 or newer", "cuda-bindings 13 or newer", "an NVIDIA GPU"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.input_file import is_input, open_input, read_input
+from crt_export.user_files import is_input, open_input, read_input
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and links of POSIX")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.output_file import write_file
+from crt_export.user_files import write_file
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and links of POSIX")
 

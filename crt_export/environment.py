@@ -1,4 +1,4 @@
-"""What this machine has: optional packages and their versions, GPUs, and which targets can be built and run with them.
+"""This machine: optional packages and their versions, GPUs, and which targets can be built and run with them.
 
 Nothing heavy is imported to find out: packages are looked up, not loaded. The metadata of a distribution says its
 version where there is one. A frozen application has modules and no metadata, and the module ``onnxruntime`` comes from

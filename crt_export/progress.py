@@ -1,4 +1,4 @@
-"""How a long operation tells its caller how far it is."""
+"""Progress of a long operation, as its caller hears of it."""
 
 from __future__ import annotations
 

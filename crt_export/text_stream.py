@@ -1,4 +1,4 @@
-"""Ids to text as they arrive: streams that give exactly what decoding all ids at once gives.
+"""Streams of text from ids as they arrive, which give exactly what decoding all ids at once gives.
 
 A stream gives a character out as soon as no later id can change it. Where that is decided differs:
 

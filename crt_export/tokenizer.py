@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a ``tokenizer.json``, or none at all.
+"""Tokenizers, from text to token ids and back: bytes, a ``tokenizer.json``, or none at all.
 
 Imports neither torch nor a runtime; the ``tokenizers`` library is imported only for a ``tokenizer.json``.
 """

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold its weights: one, or several shards that an index names tensor by tensor.
+"""The weight files of a checkpoint folder: one, or several shards that an index names tensor by tensor.
 
 ``save_pretrained`` and ``accelerate`` split large checkpoints::
 

@@ -1,4 +1,4 @@
-"""Find the files an ONNX graph points at, without importing onnx.
+"""The files an ONNX graph points at, found without importing onnx.
 
 A runtime opens whatever path stands in a tensor's ``external_data``; so before a runtime may see a graph,
 every such path is read here and compared with the manifest. The reader understands only the few messages of

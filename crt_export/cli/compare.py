@@ -1,4 +1,4 @@
-"""``crt-export compare``: has anything got worse since an older report?"""
+"""``crt-export compare``: whether anything got worse since an older report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything the command line writes: text, JSON, tables, progress.
+"""Output of the command line: text, JSON, tables, progress.
 
 stdout carries results, stderr progress and messages; :mod:`~crt_export.cli.streams` sees to it that all of it arrives
 and that no control character does. A terminal gets rich tables and one transient line; a file or pipe gets plain text.

@@ -1,4 +1,4 @@
-"""What an error looks like on the command line, and which exit code it gives."""
+"""Failures on the command line: what an error looks like, and which exit code it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``crt-export selftest``: does this machine compute what PyTorch computed?"""
+"""``crt-export selftest``: whether this machine computes what PyTorch computed."""
 
 from __future__ import annotations
 

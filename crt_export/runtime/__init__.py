@@ -1,4 +1,4 @@
-"""What an application embeds: open a bundle, run it.
+"""The runtime that an application embeds: open a bundle, run it.
 
 Needs numpy and one runtime, never torch or onnx. The runtime is imported when the first session is opened::
 

@@ -1,4 +1,4 @@
-"""Feeds tokens to an engine, and keeps what came back of every row: position, logits, next token."""
+"""The decoder: feeds tokens to an engine, keeps what came back of every row: position, logits, next token."""
 
 from __future__ import annotations
 

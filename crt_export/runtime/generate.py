@@ -1,4 +1,4 @@
-"""Token by token: the loop around a session.
+"""A generation, token by token: the loop around a session.
 
 A row ends for one of four reasons, looked at in this order for every token it draws:
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,9 +34,12 @@ from crt_export.errors import InputError, MissingDependencyError, problem_list
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.guard import Call
 from crt_export.runtime.row_text import RowText
-from crt_export.runtime.rows import NO_TOKEN, History
+from crt_export.runtime.rows import NO_TOKEN
 from crt_export.runtime.sampling import sample_token
 from crt_export.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from crt_export.runtime.session import Session
 
 #: Makes a call that has the session to itself, see Guard.run().
 RunAlone = Callable[..., list[int | None]]
@@ -48,25 +51,6 @@ CALLBACK = "callback"
 
 #: Called with row, token and the text that it completes; ``False`` ends the row, anything else goes on.
 TokenCallback = Callable[[int, int | None, str], Any]
-
-
-class GeneratingSession(Protocol):
-    """What a generation needs of a session."""
-
-    @property
-    def eos_token_ids(self) -> Sequence[int]:
-        """The tokens that end a sequence."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None if it has none."""
-        ...
-
-    @property
-    def history(self) -> History:
-        """Draws, pending, seen and recent tokens; the session feeds it, the generation draws from it."""
-        ...
 
 
 class Generation(Iterator[list[int | None]]):
@@ -91,7 +75,7 @@ class Generation(Iterator[list[int | None]]):
 
     def __init__(
         self,
-        session: GeneratingSession,
+        session: Session,
         run_alone: RunAlone,
         prompts: Sequence[np.ndarray],
         options: GenerationOptions,
@@ -274,7 +258,7 @@ def _no_token(row: int) -> InputError:
 
 
 def _stops(
-    session: GeneratingSession, options: GenerationOptions, tokenizer: Tokenizer | None
+    session: Session, options: GenerationOptions, tokenizer: Tokenizer | None
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """The tokens that end a row, and the strings to look for in its text: special tokens give none."""
     special = {text: None if tokenizer is None else tokenizer.special_token_id(text) for text in _texts(options)}
@@ -299,7 +283,7 @@ def _texts(options: GenerationOptions) -> tuple[str, ...]:
     return (*options.stop_strings, *(token for token in options.stop_tokens if isinstance(token, str)))
 
 
-def _tokenizer(session: GeneratingSession, options: GenerationOptions) -> Tokenizer | None:
+def _tokenizer(session: Session, options: GenerationOptions) -> Tokenizer | None:
     """The session's tokenizer; None where text is not asked for and cannot be had."""
     try:
         tokenizer = session.tokenizer

@@ -1,4 +1,4 @@
-"""From logits to a token: the specification that every language implements bit for bit.
+"""The choice of a token from logits: the specification that every language implements bit for bit.
 
 Every number is an IEEE 754 float64, every operation rounded on its own (to nearest, ties to even): no fused
 multiply-add (C and C++: ``-ffp-contract=off``, never ``-ffast-math``), no other order of a sum.

@@ -1,4 +1,4 @@
-"""Everything a session holds, to go on from later: in memory, or in a file that Python and C++ read alike.
+"""A snapshot: everything a session holds, to go on from later: in memory, or in a file that Python and C++ read alike.
 
 The file is safetensors. Its metadata (strings) are ``format`` ("crt-export snapshot"), ``format_version`` ("1"),
 ``bundle`` (the bundle's identity: SHA-256 of its manifest.json, hex), ``target``, and ``sha256`` over the

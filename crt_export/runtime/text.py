@@ -1,4 +1,4 @@
-"""From a prompt to streamed text: tokenizer, session and generation put together."""
+"""Streamed text from a prompt: tokenizer, session and generation put together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The self-test: does a bundle still compute what PyTorch computed, on the machine where it is deployed?
+"""The self-test: whether a bundle still computes what PyTorch computed, on the machine where it is deployed.
 
 Vectors made by PyTorch FP32 lie in the bundle (:mod:`~crt_export.selftest.vectors`); every target that runs here
 replays them through the public session API (:mod:`~crt_export.selftest.run`). Needs numpy, safetensors and the

@@ -329,6 +329,7 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
 def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
     from crt_export.build.vectors import write_vectors
     from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
+    from crt_export.runtime.prefill import PrefillPlan
 
     config = model.config
     names = [name for name in graph_names(config) if name != "head"]
@@ -345,6 +346,7 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
             "capacity": None,
             "unroll": config.unroll_steps,
             "cache_dtype": "float32",
+            "prefill": PrefillPlan(passes=config.unroll_steps).to_dict(),
         }
         profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}
         resolved = [profile.with_unroll(config.unroll_steps) for profile in profiles.values()]

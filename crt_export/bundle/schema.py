@@ -46,6 +46,7 @@ _TARGET: dict[str, _Types] = {
     "capacity": (int, NoneType),
     "unroll": (int, NoneType),
     "cache_dtype": str,
+    "prefill": dict,
 }
 _PREFILL: dict[str, _Types] = {
     "method": str,
@@ -188,8 +189,7 @@ def _target_value_problems(where: str, target: Mapping[str, Any]) -> Iterator[st
             yield f"{where}: {key!r} must be 1 or more, found {target[key]}"
     if target["cache_dtype"] not in _CACHE_DTYPES:
         yield f"{where}: 'cache_dtype' must be 'float32' or 'float16', found {target['cache_dtype']!r:.60}"
-    if "prefill" in target:  # bundles of earlier versions have none
-        yield from _prefill_problems(f"{where}.prefill", target["prefill"])
+    yield from _prefill_problems(f"{where}.prefill", target["prefill"])
 
 
 def _prefill_problems(where: str, plan: Any) -> Iterator[str]:

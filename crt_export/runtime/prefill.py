@@ -85,7 +85,7 @@ def plan_from_entry(entry: Mapping[str, Any], *, recurrent: bool) -> PrefillPlan
         entry: The target's entry, checked.
         recurrent: Whether the model has passes at all.
     """
-    if "prefill" not in entry or not recurrent:
+    if not recurrent:
         return PrefillPlan()
     return PrefillPlan(**{key: entry["prefill"][key] for key in PrefillPlan().to_dict()})
 

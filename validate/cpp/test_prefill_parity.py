@@ -20,8 +20,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 WORDS = {None: 0, "exact": -1, "adaptive": -2}
 ROWS = [[65 + index for index in range(11)], [70, 71], [80, 81, 82, 83, 84]]
 PLAN = {"passes": 3, "chunk": 6, "shortest": 3, "residual_bound": 0.05, "perplexity_gap": 0.004}
-PLANS: dict[str, dict[str, Any] | None] = {
-    "of an earlier version": None,
+PLANS: dict[str, dict[str, Any]] = {
     "steps": {**PLAN, "method": "steps"},
     "passes": {**PLAN, "method": "passes", "passes": 2},
     "passes it was built with": {**PLAN, "method": "passes", "passes": 3},  # unroll of the bundle
@@ -31,14 +30,12 @@ PLANS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def planned(tiny: Path, folder: Path, plan: dict[str, Any] | None) -> Path:
+def planned(tiny: Path, folder: Path, plan: dict[str, Any]) -> Path:
     """The tiny bundle with another choice of its target."""
     bundle = Path(shutil.copytree(tiny, folder / "demo"))
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
-    manifest["targets"][TARGET].pop("prefill", None)
-    if plan is not None:
-        manifest["targets"][TARGET]["prefill"] = plan
+    manifest["targets"][TARGET]["prefill"] = plan
     path.write_text(json.dumps(sealed(manifest)), "utf-8")
     return bundle
 
@@ -49,7 +46,7 @@ def test_every_way_of_a_prefill_agrees(name: str, tiny: Path, tmp_path: Path, li
     path = planned(tiny, tmp_path, plan)
     in_c = library.bundle(path)
     with load_bundle(path, allow_unvalidated=True) as in_python:
-        for passes in (None, "exact", "adaptive", 2) if plan else (None, "exact", 2):
+        for passes in (None, "exact", "adaptive", 2):
             sessions = in_python.session(TARGET, batch=3), in_c.session(TARGET, batch=3)
             number = WORDS.get(passes, passes)  # type: ignore[arg-type]
             expected = sessions[0].prefill(ROWS, passes=passes), sessions[0].step([90, None, 91])
@@ -84,7 +81,7 @@ def test_exact_is_a_step_for_every_token(in_c: Any) -> None:
 def test_adaptive_without_a_bound_is_refused_with_the_same_text(
     tiny: Path, tmp_path: Path, library: Any, c_library: ModuleType
 ) -> None:
-    path = planned(tiny, tmp_path, None)
+    path = planned(tiny, tmp_path, {**PLAN, "method": "passes", "residual_bound": None})
     with (
         load_bundle(path, allow_unvalidated=True) as bundle,
         pytest.raises(UnsupportedError) as in_python,

@@ -31,6 +31,7 @@ from crt_export.parity.level import Check, LevelResult
 from crt_export.parity.report import ParityReport, ParityRow
 from crt_export.profile import load_profile
 from crt_export.runtime import GenerationOptions, Snapshot, load_bundle
+from crt_export.runtime.prefill import PrefillPlan
 from crt_export.selftest.vectors import RECURRENCE, Vectors, prefill_run
 from crt_export.spec import graph_names, graph_spec
 
@@ -93,6 +94,7 @@ def manifest(folder: Path) -> None:
                 "capacity": 64,
                 "unroll": 2,
                 "cache_dtype": "float32",
+                "prefill": PrefillPlan(passes=2).to_dict(),
             }
         },
         "parity": None,

@@ -17,6 +17,7 @@ import pytest
 
 from crt_export.bundle import stage_bundle
 from crt_export.bundle.integrity import sealed
+from crt_export.runtime.prefill import PrefillPlan
 
 Manifest = dict[str, Any]
 
@@ -32,6 +33,7 @@ def manifest() -> Manifest:
         "capacity": None,
         "unroll": 4,
         "cache_dtype": "float32",
+        "prefill": PrefillPlan(passes=4).to_dict(),
     }
     return {
         "tool": {"name": "crt-export", "version": "0.1.0"},

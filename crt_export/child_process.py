@@ -1,4 +1,4 @@
-"""Run a module of this package in a process of its own: a job on its stdin, an answer on its stdout.
+"""Modules of this package in processes of their own: a job on stdin, an answer on stdout.
 
 For native code that may crash, and for work that shall go on beside the caller's. Leaving the ``with`` block ends the
 process, whatever it was doing: an error or Ctrl-C in the caller leaves no child behind, nor does the caller's death
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,6 +47,43 @@ class ChildEnd:
     def last_words(self) -> str:
         """The last lines of what was printed."""
         return "\n".join(self.printed.strip().splitlines()[-10:]) or "it printed nothing"
+
+
+def start_module(
+    module: str,
+    lifeline: Lifeline,
+    *,
+    stdin: BinaryIO | int,
+    stdout: BinaryIO | int,
+    stderr: BinaryIO,
+    environment: Mapping[str, str] = os.environ,
+    own_group: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE``, the one that would be imported here.
+
+    Args:
+        module: Its full name.
+        lifeline: Ends it when it is closed.
+        stdin: What it reads, as :class:`subprocess.Popen` takes it, and likewise where it writes.
+        stdout: Its answers.
+        stderr: What it prints.
+        environment: Its environment; what it is imported by is added.
+        own_group: Whether it leads a process group, where there are any.
+    """
+    paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
+    # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
+    added = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
+    # -P: not what lies in the folder it is run in
+    command = [sys.executable, "-P", *lifeline.command(module)]
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env={**environment, **added},
+        pass_fds=lifeline.descriptors,
+        process_group=0 if own_group and os.name == "posix" else None,
+    )
 
 
 class ChildGroup:
@@ -110,21 +147,9 @@ class ChildModule:
             given, self._answer, self._printed = (files.enter_context(tempfile.TemporaryFile()) for _ in range(3))
             given.write(self._job.encode())
             given.seek(0)
-            paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
-            # utf-8: the job may hold any path. The paths: the very package that runs here, however it was found.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
             lifeline = files.enter_context(Lifeline())
-            # -P: not what lies in the folder it is run in
-            command = [sys.executable, "-P", *lifeline.command(self._module)]
             self._process = self._group.start(
-                lambda: subprocess.Popen(
-                    command,
-                    stdin=given,
-                    stdout=self._answer,
-                    stderr=self._printed,
-                    env=environment,
-                    pass_fds=lifeline.descriptors,
-                )
+                lambda: start_module(self._module, lifeline, stdin=given, stdout=self._answer, stderr=self._printed)
             )
             self._files = files.pop_all()
         return self

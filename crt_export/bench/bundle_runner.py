@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from crt_export.bench.graph_file import initializers_from_graph
 from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
-from crt_export.bench.step_cost import weight_bytes
-from crt_export.bench.timed_engine import EngineClock
+from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
 from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.config import ModelConfig
+from crt_export.engine.base import Engine, Launch
 from crt_export.runtime import Session, Snapshot
 from crt_export.runtime.bundle import Bundle
-from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 
 
 class BundleRunner:
@@ -154,3 +154,55 @@ def weight_path(files: BundleFiles, target: Target) -> Path | None:
     else:
         name = next((g["weights"] for g in files.manifest["graphs"] if g["file"] == target.graphs.get("step")), None)
     return None if name is None else files.path / name
+
+
+class EngineClock:
+    """Seconds spent inside run calls since the last take()."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def take(self) -> float:
+        """The seconds since the last call of this."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+    def open_engine(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+        """As the runtime opens an engine, with its run calls counted here."""
+        engine = engine_from_target(files, target, config, threads)
+        return cast(Engine, _TimedEngine(engine, self))
+
+
+class _TimedEngine:
+    """Passes everything on; its programs are timed."""
+
+    def __init__(self, engine: Engine, clock: EngineClock) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def program(self, graph: str) -> _TimedProgram:
+        return _TimedProgram(self._engine.program(graph), self._clock)
+
+
+class _TimedProgram:
+    """Passes everything on; its launches are timed."""
+
+    def __init__(self, program: Any, clock: EngineClock) -> None:
+        self._program = program
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def bind(self, *args: Any, **options: Any) -> Launch:
+        launch, clock, now = self._program.bind(*args, **options), self._clock, time.perf_counter
+
+        def timed() -> None:
+            begin = now()
+            launch()
+            clock.seconds += now() - begin
+
+        return timed

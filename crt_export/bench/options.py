@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from crt_export.bench.prompts import PromptText, prompt_text
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Passes
 from crt_export.bundle import BundleFiles, open_bundle
+from crt_export.checked import Checked, Rules, whole
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError, problem_list
 from crt_export.machine import machine
@@ -27,7 +28,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(Checked):
     """What is measured and how often.
 
     Attributes:
@@ -47,7 +48,21 @@ class BenchOptions:
         threads: CPU threads of every candidate, 0 for every core; None takes the target's profile.
         probe_bytes: Size of the array whose reading gives the bandwidth, far beyond the caches.
         pause_s: Sleep before each block, in which the threads of the one before stop spinning.
+
+    Raises:
+        InputError: A value is impossible; lists every problem.
     """
+
+    HEADING: ClassVar[str] = "benchmark options"
+    RULES: ClassVar[Rules] = {
+        "rounds": whole("at least 1", least=1),
+        "prefill_rounds": whole("at least 1", least=1),
+        "steps": whole("at least 0", least=0),
+        "warmups": whole("at least 0", least=0),
+        "batch": whole("at least 1", least=1),
+        "threads": whole(f"0 to {MOST_THREADS}", least=0, most=MOST_THREADS, optional=True),
+        "probe_bytes": whole(f"at least {1 << 20}", least=1 << 20),
+    }
 
     target: str = ""
     against: tuple[str, ...] = ()
@@ -65,29 +80,16 @@ class BenchOptions:
     probe_bytes: int = 256 << 20
     pause_s: float = 0.05
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values, all at once.
-
-        Raises:
-            InputError: Lists them.
-        """
-        least = {"rounds": 1, "prefill_rounds": 1, "steps": 0, "warmups": 0, "batch": 1, "probe_bytes": 1 << 20}
-        problems = [
-            f"{name} must be at least {low}, found {getattr(self, name)}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        problems += [f"a position must be at least 0, found {found}" for found in self.positions if found < 0]
-        problems += [f"prompt-tokens must be at least 1, found {found}" for found in self.prompt_tokens if found < 1]
-        problems += [
-            f"passes must be a number of at least 1, {' or '.join(PASSES_WORDS)}, found {found!r}"
-            for found in self.passes
-            if (found not in PASSES_WORDS if isinstance(found, str) else found < 1)
-        ]
-        if self.threads is not None and not 0 <= self.threads <= MOST_THREADS:
-            problems.append(f"threads must be 0 to {MOST_THREADS}, found {self.threads}")
-        if problems:
-            raise InputError(problem_list("benchmark options", problems))
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with single positions, lengths and ways."""
+        yield from (f"a position must be at least 0, found {found}" for found in values["positions"] if found < 0)
+        for found in values["prompt_tokens"]:
+            if found < 1:
+                yield f"prompt-tokens must be at least 1, found {found}"
+        for found in values["passes"]:
+            if found not in PASSES_WORDS if isinstance(found, str) else found < 1:
+                yield f"passes must be a number of at least 1, {' or '.join(PASSES_WORDS)}, found {found!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

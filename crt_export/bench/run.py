@@ -24,9 +24,8 @@ from crt_export.bench.report import (
     Ratio,
     StepFigures,
 )
-from crt_export.bench.rounds import Measured, Samples, samples_from_plan
+from crt_export.bench.rounds import Measured, Samples, paired_ratio, quantiles, samples_from_plan
 from crt_export.bench.runner import Passes
-from crt_export.bench.statistics import paired_ratio, quantiles
 from crt_export.bench.step_cost import step_bytes, step_flops
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig

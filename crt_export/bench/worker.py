@@ -1,4 +1,4 @@
-"""One candidate in a process of its own: ``python -m crt_export.bench.worker``, spoken to in JSON lines.
+"""One candidate in a process of its own, spoken to in JSON lines: the parent's side, then the child's.
 
 A request is one object on stdin, ``{"op": name, ...}``; its answer one object on stdout, ``{"result": ...}`` or
 ``{"error": {"type", "message"}}``. What libraries print goes to stderr. The first request names the candidate.
@@ -7,25 +7,130 @@ When stdin ends, because the parent closed it or died, the process ends at once,
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
+from crt_export import errors
 from crt_export.bench import process_memory
 from crt_export.bench.runner import Runner
+from crt_export.child_process import ChildEnd, answer_stream, start_module
 from crt_export.config import ModelConfig
+from crt_export.errors import BenchError, CrtExportError
+from crt_export.lifeline import Lifeline
 
 #: Kinds of candidates beside those of the report: the probe of bandwidth and compute.
 PROBE = "probe"
 
 Request = Mapping[str, Any]
+
+
+class WorkerProcess:
+    """A process of ``crt_export.bench.worker``; closed, it is gone, and whatever it started is gone with it.
+
+    Attributes:
+        name: What it runs, for messages.
+    """
+
+    def __init__(self, name: str, *, single_threaded_blas: bool = False) -> None:
+        """Start it."""
+        self.name = name
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        if single_threaded_blas:
+            environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+        else:
+            environment.pop("OMP_NUM_THREADS", None)  # the number of threads is an option of the benchmark
+        self._lifeline = Lifeline()
+        self._process = start_module(
+            __name__,
+            self._lifeline,
+            environment=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            own_group=True,  # Ctrl-C reaches the parent alone, which then ends the group, a compiler included
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(self, op: str, **values: Any) -> Any:
+        """Send a request and wait for the answer.
+
+        Raises:
+            CrtExportError: What the worker raised, of the same type.
+            BenchError: It raised anything else, or died.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **values}).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise self._death()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise _error(self.name, answer["error"]["type"], answer["error"]["message"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End it and everything it started, at once; closing twice is harmless."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
+        self._lifeline.close()
+        for stream in (self._process.stdin, self._process.stdout, self._words):
+            with contextlib.suppress(OSError, ValueError):  # what was not sent cannot be
+                if stream is not None:
+                    stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _death(self) -> BenchError:
+        code = self._process.wait()
+        self._words.seek(0)
+        end = ChildEnd(code=code, answer=b"", printed=self._words.read().decode(errors="replace"))
+        hint = "; most likely it ran out of memory" if code == -9 else ""
+        said = f"\nits last words:\n{end.last_words}" if end.printed.strip() else ""
+        return BenchError(f"the process that ran {self.name} died: {end.cause}{hint}{said}")
+
+
+def _error(name: str, kind: str, message: str) -> CrtExportError:
+    """The worker's error again: of the same type where it was a deliberate one."""
+    known = {found.__name__: found for found in vars(errors).values() if _deliberate(found)}
+    return known[kind](message) if kind in known else BenchError(f"{name} failed: {kind}: {message}")
+
+
+def _deliberate(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, CrtExportError)
 
 
 class Worker:
@@ -166,8 +271,7 @@ def serve(requests: Callable[[], str], answers: IO[str]) -> None:
 
 def main() -> None:
     """Run as a worker process."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not look like an answer
+    answers = io.TextIOWrapper(answer_stream(), encoding="utf-8")  # what libraries print is no answer
     lines: SimpleQueue[str] = SimpleQueue()
 
     def read() -> None:

@@ -2,8 +2,7 @@
 
 A runtime opens whatever path stands in a tensor's ``external_data``; so before a runtime may see a graph,
 every such path is read here and compared with the manifest. The reader understands only the few messages of
-onnx.proto (ONNX 1.23, IR version 14) on the way to a TensorProto, never holds more than one short string in
-memory and skips everything else by seeking. Wire format: https://protobuf.dev/programming-guides/encoding/
+onnx.proto (ONNX 1.23, IR version 14) on the way to a TensorProto.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from crt_export.errors import BundleError
+from crt_export.protobuf import BYTES, VARINT, WireError, WireReader
 from crt_export.user_files import open_input
 
 _MAX_DEPTH = 100  # what protobuf itself allows
-_MAX_STRING = 4096
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 # message -> {field number: message of that field}; only fields through which a TensorProto can be reached
 _CHILDREN: dict[str, dict[int, str]] = {
@@ -78,8 +76,8 @@ def external_tensors_of(stream: BinaryIO, path: Path) -> tuple[ExternalTensor, .
     try:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        return tuple(_tensors_in(_WireReader(stream), "Model", size, 0))
-    except _WireError as error:
+        return tuple(_tensors_in(WireReader(stream), "Model", size, 0))
+    except WireError as error:
         raise BundleError(
             f"{path} is not a usable ONNX file: {error} at byte {stream.tell()} of {size}; build the bundle again"
         ) from None
@@ -87,82 +85,13 @@ def external_tensors_of(stream: BinaryIO, path: Path) -> tuple[ExternalTensor, .
         raise BundleError(f"cannot read the graph {path}: {error.strerror}") from error
 
 
-class _WireError(Exception):
-    """The bytes are not what a protobuf writer produces."""
-
-
-class _WireReader:
-    """Reads protobuf fields from a stream; never reads past ``end`` and never trusts a declared length."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.offset = 0
-
-    def fields(self, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (field number, wire type, value or length) up to byte ``end``.
-
-        For a length-delimited field the payload starts at ``self.offset``; what the consumer leaves unread is
-        skipped.
-        """
-        while self.offset < end:
-            tag = self.varint(end)
-            number, wire_type = tag >> 3, tag & 7
-            if tag > 0xFFFFFFFF or number == 0:
-                raise _WireError(f"impossible field tag {tag}")
-            if wire_type == _VARINT:
-                yield number, wire_type, self.varint(end)
-                continue
-            length = {_FIXED64: 8, _FIXED32: 4}.get(wire_type)
-            if wire_type == _BYTES:
-                length = self.varint(end)
-            if length is None:
-                raise _WireError(f"unsupported wire type {wire_type} in field {number}")
-            if length > end - self.offset:
-                raise _WireError(f"field {number} claims {length} bytes, {end - self.offset} are left")
-            after = self.offset + length
-            yield number, wire_type, length
-            self.skip_to(after)
-
-    def varint(self, end: int) -> int:
-        """Read one variable-length integer of at most 64 bits."""
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self._stream.read(1) if self.offset < end else b""
-            if not byte:
-                raise _WireError("the file ends inside a number")
-            self.offset += 1
-            value |= (byte[0] & 0x7F) << shift
-            if byte[0] < 0x80:
-                return value & 0xFFFFFFFFFFFFFFFF
-        raise _WireError("a number is longer than 10 bytes")
-
-    def text(self, length: int) -> str:
-        """Read a short UTF-8 string."""
-        if length > _MAX_STRING:
-            raise _WireError(f"a name or path of {length} bytes (at most {_MAX_STRING} are allowed)")
-        content = self._stream.read(length)
-        self.offset += len(content)
-        if len(content) != length:
-            raise _WireError("the file ends inside a string")
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError:
-            raise _WireError("a name or path that is not UTF-8") from None
-
-    def skip_to(self, offset: int) -> None:
-        """Continue at ``offset``."""
-        if offset != self.offset:
-            self._stream.seek(offset)
-            self.offset = offset
-
-
-def _tensors_in(reader: _WireReader, message: str, end: int, depth: int) -> Iterator[ExternalTensor]:
+def _tensors_in(reader: WireReader, message: str, end: int, depth: int) -> Iterator[ExternalTensor]:
     if depth > _MAX_DEPTH:
-        raise _WireError(f"messages nested more than {_MAX_DEPTH} deep")
+        raise WireError(f"messages nested more than {_MAX_DEPTH} deep")
     children = _CHILDREN[message]
     for number, wire_type, length in reader.fields(end):
         child = children.get(number)
-        if child is None or wire_type != _BYTES:
+        if child is None or wire_type != BYTES:
             continue
         if child == "Tensor":
             yield from _locations_of_tensor(reader, reader.offset + length)
@@ -170,30 +99,30 @@ def _tensors_in(reader: _WireReader, message: str, end: int, depth: int) -> Iter
             yield from _tensors_in(reader, child, reader.offset + length, depth + 1)
 
 
-def _locations_of_tensor(reader: _WireReader, end: int) -> list[ExternalTensor]:
+def _locations_of_tensor(reader: WireReader, end: int) -> list[ExternalTensor]:
     name = ""
     external = False
     locations: list[str] = []
     for number, wire_type, value in reader.fields(end):
-        if number == _TENSOR_NAME and wire_type == _BYTES:
+        if number == _TENSOR_NAME and wire_type == BYTES:
             name = reader.text(value)
-        elif number == _TENSOR_DATA_LOCATION and wire_type == _VARINT:
+        elif number == _TENSOR_DATA_LOCATION and wire_type == VARINT:
             external = value == _EXTERNAL
-        elif number == _TENSOR_EXTERNAL_DATA and wire_type == _BYTES:
+        elif number == _TENSOR_EXTERNAL_DATA and wire_type == BYTES:
             key, text = _entry(reader, reader.offset + value)
             if key == "location":
                 locations.append(text)
     if external and not locations:
-        raise _WireError(f"tensor {name!r} is external but names no location")
+        raise WireError(f"tensor {name!r} is external but names no location")
     # A location counts even where data_location says "inline": runtimes differ in which of the two they obey.
     return [ExternalTensor(tensor=name, location=location) for location in locations]
 
 
-def _entry(reader: _WireReader, end: int) -> tuple[str, str]:
+def _entry(reader: WireReader, end: int) -> tuple[str, str]:
     key = value = ""
     for number, wire_type, length in reader.fields(end):
-        if wire_type == _BYTES and number == _ENTRY_KEY:
+        if wire_type == BYTES and number == _ENTRY_KEY:
             key = reader.text(length)
-        elif wire_type == _BYTES and number == _ENTRY_VALUE:
+        elif wire_type == BYTES and number == _ENTRY_VALUE:
             value = reader.text(length)
     return key, value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
+from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_table, write_text
 from crt_export.cli.options import PATH, command_line, json_option, now, require_one_text, text_options
 
 
@@ -71,7 +73,6 @@ def bench(
     require_one_text(text, tokens)
     from crt_export.bench.options import BenchOptions, passes_from_text
     from crt_export.bench.run import run_bench
-    from crt_export.cli.bench_tables import write_bench_tables
     from crt_export.report.output import check_outputs, write_output
 
     options = BenchOptions(
@@ -104,4 +105,23 @@ def bench(
     if as_json:
         write_json(document)
     else:
-        write_bench_tables(found)
+        write_bench(document)
+
+
+def write_bench(document: Mapping[str, Any]) -> None:
+    """Write everything that a benchmark says, in the words and tables of its page."""
+    from crt_export.report.bench_page import page_from_bench
+
+    page = page_from_bench(document)
+    facts = dict(page.facts)
+    write_text(f"{page.summary}\n{page.subtitle}")
+    for name, rates in facts["Rates, p10 / p50 / p90"]:
+        write_text(f"{name}, p10 / p50 / p90: {rates}")
+    for table in page.tables:
+        write_text("")
+        first, *figures = table.columns
+        write_table((first, *(f"{name}>" for name in figures)), table.rows, title=f"{table.heading}. {table.caption}")
+    for name, reason in page.absent:
+        write_text(f"not run: {name}: {reason}")
+    for note in page.notes:
+        write_text(f"note: {note}")

@@ -1,4 +1,4 @@
-"""A benchmark as what its HTML section shows: words and formatted figures, no markup."""
+"""A benchmark in words and tables of formatted figures, for its HTML section and the terminal; no markup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.report.numbers import MISSING, interval_text, number_text, share_text
-from crt_export.report.plots.bench import prefill_way, ratio_place
 
 _MIB = 2**20
 _MEGABYTE = 10**6
@@ -34,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPage:
-    """Everything that the templates show of a benchmark."""
+    """Everything that the templates and the terminal show of a benchmark."""
 
     headline: str
     summary: str
@@ -48,7 +47,7 @@ class BenchPage:
     created: str
 
 
-def page_from_bench(document: Mapping[str, Any], plots: Sequence[Any]) -> BenchPage:
+def page_from_bench(document: Mapping[str, Any], plots: Sequence[Any] = ()) -> BenchPage:
     """Put a benchmark into words.
 
     Args:
@@ -171,13 +170,13 @@ def _memory(candidates: Sequence[Mapping[str, Any]]) -> Table:
     for who in candidates:
         load, memory = who["load"] or {}, who["memory"] or {}
         if load or memory:
-            seconds = (number_text(load.get(name)) for name in ("open_s", "first_token_s"))
+            seconds = (number_text(load.get(name)) for name in ("import_s", "open_s", "first_token_s"))
             sizes = (memory.get(kind) for kind in kinds)
             mib = (MISSING if size is None else number_text(size / _MIB, 4) for size in sizes)
             rows.append((who["name"], *seconds, *mib))
     columns = (
-        "Candidate", "open, s", "first token, s", "weight file", "PSS, steps", "anonymous, steps", "PSS", "anonymous",
-        "second session", "peak RSS", "device",
+        "Candidate", "import, s", "open, s", "first token, s", "weight file", "PSS, steps", "anonymous, steps", "PSS",
+        "anonymous", "second session", "peak RSS", "device",
     )  # fmt: skip
     return Table(
         anchor="memory",
@@ -186,6 +185,19 @@ def _memory(candidates: Sequence[Mapping[str, Any]]) -> Table:
         columns=columns,
         rows=tuple(rows),
     )
+
+
+def ratio_place(ratio: Mapping[str, Any]) -> str:
+    """At which position or for which prompt a ratio was measured."""
+    if ratio["what"] == "step":
+        return f"step at {ratio['position']:,}"
+    return f"prompt of {ratio['tokens']:,}"
+
+
+def prefill_way(prompt: Mapping[str, Any]) -> str:
+    """How a prompt was fed: ``default``, ``passes, K = 5``, ``exact``."""
+    passes = "" if prompt["passes"] is None else f", K = {prompt['passes']}"
+    return f"{prompt['method']}{passes}"
 
 
 # --- what it stands on

@@ -22,7 +22,7 @@ from launches import kernels_of_onnxruntime, operators_of_pytorch
 from paired_steps import PairedSteps, Side, measure_pair, side_figures
 from preset_bundles import PresetFolder, preset_folder
 
-from crt_export.bench.statistics import quantiles
+from crt_export.bench.rounds import quantiles
 from crt_export.config import load_config
 from crt_export.errors import CrtExportError
 

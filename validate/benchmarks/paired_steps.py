@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from crt_export.bench.report import StepBytes
-from crt_export.bench.statistics import Interval, paired_ratio, quantiles
+from crt_export.bench.rounds import Interval, paired_ratio, quantiles
 from crt_export.bench.step_cost import step_bytes
-from crt_export.bench.worker_process import WorkerProcess
+from crt_export.bench.worker import WorkerProcess
 from crt_export.config import ModelConfig
 
 #: Far beyond the caches.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crt_export.bench.statistics import paired_ratio
+from crt_export.bench.rounds import paired_ratio
 
 Step = Callable[[], None]
 Rounds = list[tuple[list[float], list[float]]]

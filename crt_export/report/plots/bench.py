@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from crt_export.report.bench_page import prefill_way, ratio_place
 from crt_export.report.numbers import number_text
 from crt_export.report.plots import DrawnPlot
 from crt_export.report.plots.drawing import Plot, add_line, add_threshold
@@ -123,19 +124,6 @@ def plot_bandwidth(document: Mapping[str, Any]) -> Plot | None:
         f"{number_text(rates['p50'])} (median, the thin line) to {number_text(rates['p90'])}."
     )
     return Plot(title="Memory's read rate", caption=caption, figure=figure)
-
-
-def ratio_place(ratio: Mapping[str, Any]) -> str:
-    """At which position or for which prompt a ratio was measured."""
-    if ratio["what"] == "step":
-        return f"step at {ratio['position']:,}"
-    return f"prompt of {ratio['tokens']:,}"
-
-
-def prefill_way(prompt: Mapping[str, Any]) -> str:
-    """How a prompt was fed: ``default``, ``passes, K = 5``, ``exact``."""
-    passes = "" if prompt["passes"] is None else f", K = {prompt['passes']}"
-    return f"{prompt['method']}{passes}"
 
 
 def _named_rows(axes: Axes, names: Sequence[str]) -> None:

@@ -174,10 +174,14 @@ def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> N
 
 
 def test_impossible_options_are_listed_all_at_once() -> None:
-    with pytest.raises(
-        InputError, match=r"rounds must be at least 1, found 0[\s\S]*passes must be[\s\S]*threads must be"
-    ):
+    with pytest.raises(InputError) as caught:
         BenchOptions(rounds=0, passes=("some",), threads=-1)
+    for words in (
+        "rounds must be at least 1, found 0",
+        "passes must be a number",
+        "threads must be 0 to 1024, found -1",
+    ):
+        assert words in str(caught.value)
 
 
 def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[Path, object]]) -> None:
@@ -220,7 +224,7 @@ def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_r
 def test_a_baseline_that_cannot_run_is_not_run_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A module of this name that cannot be imported is first on the workers' path.
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(tmp_path)
     options = _changed(QUICK, against=("pytorch-dynamic-int8",), positions=(2,), prompt_tokens=(3,), rounds=1)
     found = run_bench(GOLDEN, options).candidate("pytorch-dynamic-int8")
     assert (found.status, found.step, found.load) == ("not run", (), None)

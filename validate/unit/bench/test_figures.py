@@ -9,10 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from crt_export.bench.graph_file import initializers_from_graph
 from crt_export.bench.process_memory import cached_share, peak_rss, usage
-from crt_export.bench.statistics import paired_ratio, quantiles
-from crt_export.bench.step_cost import step_bytes, step_flops, weight_bytes
+from crt_export.bench.rounds import paired_ratio, quantiles
+from crt_export.bench.step_cost import initializers_from_graph, step_bytes, step_flops, weight_bytes
 from crt_export.config import ModelConfig
 from crt_export.errors import BundleError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from crt_export.errors import BundleError, ContractError, CrtExportError, InputE
 from crt_export.profile import EngineProfile, OrtOptions
 from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
-from crt_export.spec import compatible_sizes, graph_spec, interface_problems
+from crt_export.spec import GraphSpec, TensorSpec, compatible_sizes, graph_names, graph_spec, interface_problems
 
 if TYPE_CHECKING:
     from crt_export.engine.tensorrt.loading import Machine
@@ -90,12 +91,27 @@ def config_from_manifest(files: BundleFiles) -> ModelConfig:
     """The model's configuration.
 
     Raises:
-        BundleError: The manifest holds none that this version understands.
+        BundleError: The manifest holds none that this version understands, or a contract of other tensors.
     """
     try:
-        return ModelConfig.from_dict(files.manifest["config"])
+        config = ModelConfig.from_dict(files.manifest["config"])
     except CrtExportError as error:
         raise BundleError(f"{files.path}: the manifest's config is unusable: {error}") from error
+    expected = {name: _tensors(graph_spec(name, config, "float32")) for name in graph_names(config)}
+    found = {name: _tensors(GraphSpec.from_dict(name, entry)) for name, entry in files.manifest["contract"].items()}
+    named = {*found, *(name for target in files.manifest["targets"].values() for name in target["graphs"])}
+    problems = [name for name in sorted(named) if name not in expected or found.get(name) != expected[name]]
+    if problems:
+        raise BundleError(
+            f"{files.path}: the manifest's contract is unusable: of its model it is not for {', '.join(problems)}"
+        )
+    return config
+
+
+def _tensors(graph: GraphSpec) -> str:
+    """What two contracts are compared by: JSON, in which true is not 1, whatever the order of the tensors."""
+    inputs, outputs = (sorted(map(TensorSpec.to_dict, side), key=str) for side in (graph.inputs, graph.outputs))
+    return json.dumps([inputs, outputs, graph.aliases])
 
 
 def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> Target:

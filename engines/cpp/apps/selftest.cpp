@@ -33,9 +33,7 @@ class Output {
 
   /// Writes everything; a full pipe that does not block is waited for. Returns 0, or what errno says.
   int write(std::string_view text) const {
-    if (closed_) {
-      return EBADF;
-    }
+    if (closed_) return EBADF;
     while (!text.empty()) {
       const ssize_t count = ::write(descriptor_, text.data(), text.size());
       if (count >= 0) {
@@ -54,9 +52,7 @@ class Output {
   void occupy() const {
     if (closed_) {
       const int opened = open("/dev/null", O_RDWR);
-      if (opened != -1 && opened != descriptor_) {
-        close(opened);
-      }
+      if (opened != -1 && opened != descriptor_) close(opened);
     }
   }
 
@@ -85,9 +81,7 @@ class Output {
 void print_replay(std::string& text, const crt::SelftestTarget& target, const crt::SelftestReplay& replay) {
   const crt::SelftestTensor* worst = nullptr;
   for (const crt::SelftestTensor& tensor : replay.tensors) {
-    if (worst == nullptr || !(tensor.largest <= worst->largest)) {
-      worst = &tensor;
-    }
+    if (worst == nullptr || !(tensor.largest <= worst->largest)) worst = &tensor;
   }
   const char* result = replay.failures.empty() ? "passed" : "off";
   if (worst == nullptr) {
@@ -101,18 +95,14 @@ void print_replay(std::string& text, const crt::SelftestTarget& target, const cr
 int print_report(std::string& text, const crt::SelftestReport& report, double seconds) {
   int ran = 0;
   for (const crt::SelftestTarget& target : report.targets) {
-    for (const crt::SelftestReplay& replay : target.replays) {
-      print_replay(text, target, replay);
-    }
+    for (const crt::SelftestReplay& replay : target.replays) print_replay(text, target, replay);
     if (target.status == crt::SelftestStatus::not_run) {
       append(text, "not run here: %s: %s\n", target.target.c_str(), target.reason.c_str());
     } else {
       ++ran;
     }
   }
-  for (const std::string& failure : report.failures()) {
-    append(text, "off: %s\n", failure.c_str());
-  }
+  for (const std::string& failure : report.failures()) append(text, "off: %s\n", failure.c_str());
   if (!report.validated) {
     append(text, "note: this bundle was never shown to agree with PyTorch on text; loaders refuse it\n");
   }
@@ -151,9 +141,7 @@ int main(int count, char** values) {
   const Output input(STDIN_FILENO);
   const Output output(STDOUT_FILENO);
   const Output messages(STDERR_FILENO);
-  for (const Output* stream : {&input, &output, &messages}) {
-    stream->occupy();
-  }
+  for (const Output* stream : {&input, &output, &messages}) stream->occupy();
   try {
     std::string text;
     const int code = run({values + (count > 0 ? 1 : 0), values + count}, text);

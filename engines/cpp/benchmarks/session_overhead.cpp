@@ -37,7 +37,7 @@ void measure(const char* path, const char* target_name, int threads) {
   const auto engine = crt::open_engine(files, target, threads);
   crt::SessionTensors tensors(*engine, {1, kCapacity, config.vocab, config.hidden, config.layers, config.heads,
                                         config.head_dim, target.cache_dtype, config.recurrent});
-  crt::Launch& launch = tensors.step_launch(crt::Group{0, 1, 1});
+  crt::Launch& launch = tensors.step_launch(crt::Batch{0, 1, 1});
 
   crt::Bundle bundle = crt::Bundle::load(path, true);
   crt::SessionOptions session_options;

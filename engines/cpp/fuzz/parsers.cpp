@@ -13,14 +13,14 @@
 #include "bundle/bundle_files.hpp"
 #include "bundle/external_data.hpp"
 #include "bundle/json.hpp"
-#include "bundle/profile_check.hpp"
-#include "bundle/sidecar.hpp"
+#include "bundle/target.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/snapshot.hpp"
 #include "crt_runtime/tokenizer.hpp"
-#include "generation/stops.hpp"
-#include "generation/utf8.hpp"
+#include "generation/row_text.hpp"
 #include "selftest/vectors.hpp"
+#include "tensorrt/tensorrt_sidecar.hpp"
+#include "text/utf8.hpp"
 
 namespace crt_fuzz {
 namespace {

@@ -69,7 +69,14 @@ Json target(const std::string& name, const std::string& runtime) {
   if (compiled) engines["step"] = "engines/" + name + "/step.engine";
   return {{"profile", profile},   {"graphs", {{"step", "graphs/step.fp32.onnx"}}},
           {"engines", engines},   {"capacity", nullptr},
-          {"unroll", 4},          {"cache_dtype", compiled ? "float16" : "float32"}};
+          {"unroll", 4},          {"cache_dtype", compiled ? "float16" : "float32"},
+          {"prefill",
+           {{"method", "passes"},
+            {"passes", 4},
+            {"chunk", nullptr},
+            {"shortest", 1},
+            {"residual_bound", nullptr},
+            {"perplexity_gap", nullptr}}}};
 }
 
 Json sidecar() {
@@ -87,6 +94,41 @@ Json sidecar() {
 }
 
 }  // namespace
+
+Json contract_of(bool recurrent) {
+  const auto tensor = [](const std::string& name, const char* dtype, Json dims) {
+    return Json{{"name", name}, {"dtype", dtype}, {"dims", std::move(dims)}};
+  };
+  const Json batch = Json::array({"batch"}), state = Json::array({"batch", 1, 8});
+  const Json iterate = Json::array({"batch", "seq", 8}), cache = Json::array({"batch", 2, "capacity", 4});
+  const auto graph = [&](bool prefill) {
+    Json inputs = Json::array(), outputs = Json::array(), aliases = Json::array();
+    inputs.push_back(tensor("input_ids", "int64", prefill ? Json::array({"batch", "seq"}) : Json::array({"batch", 1})));
+    if (prefill) inputs.push_back(tensor("length", "int64", batch));
+    inputs.push_back(tensor("position", "int64", batch));
+    if (recurrent) inputs.push_back(tensor("state", "float32", state));
+    if (recurrent && prefill) inputs.push_back(tensor("hidden", "float32", iterate));
+    outputs.push_back(tensor("logits", "float32", Json::array({"batch", 256})));
+    outputs.push_back(tensor("next_token", "int64", Json::array({"batch", 1})));
+    outputs.push_back(tensor("next_position", "int64", batch));
+    if (recurrent) outputs.push_back(tensor("next_state", "float32", state));
+    if (prefill) outputs.push_back(tensor("next_hidden", "float32", iterate));
+    if (recurrent && prefill) outputs.push_back(tensor("residual", "float32", batch));
+    for (const char* part : {"key", "value"}) {
+      const std::string past = std::string("past_key_values.0.") + part, present = "present" + past.substr(4);
+      inputs.push_back(tensor(past, "float32", cache));
+      outputs.push_back(tensor(present, "float32", cache));
+      aliases.push_back(Json::array({present, past}));
+    }
+    return Json{{"inputs", inputs}, {"outputs", outputs}, {"aliases", aliases}};
+  };
+  Json contract{{"step", graph(false)}, {"prefill", graph(true)}};
+  if (recurrent) contract["prefill_pass"] = graph(true);
+  contract["head"] = {{"inputs", Json::array({tensor("hidden", "float32", iterate)})},
+                      {"outputs", Json::array({tensor("logits", "float32", Json::array({"batch", "seq", 256}))})},
+                      {"aliases", Json::array()}};
+  return contract;
+}
 
 std::string refusal(const std::function<void()>& action, crt::ErrorKind kind) {
   try {
@@ -128,15 +170,12 @@ BundleFolder::BundleFolder(const std::string& location) : parent_(new_folder()) 
               {"config", config()},
               {"checkpoint", {{"sha256", std::string(64, '0')}}},
               {"options", Json::object()},
-              {"contract", Json::object()},
+              {"contract", contract_of(true)},
               {"graphs", Json::array()},
               {"quantization", Json::object()},
               {"targets", {{"ort", target("ort", "onnxruntime")}, {"rtx", target("rtx", "tensorrt-rtx")}}},
               {"files", Json::object()},
               {"parity", {{"passed", true}}}};
-  manifest["contract"]["step"] = {{"inputs", {{{"name", "x"}, {"dtype", "float32"}, {"dims", {"batch", 4}}}}},
-                                  {"outputs", Json::array()},
-                                  {"aliases", Json::array({Json::array({"present", "past"})})}};
   manifest["graphs"].push_back({{"file", "graphs/step.fp32.onnx"},
                                 {"graph", "step"},
                                 {"precision", "fp32"},

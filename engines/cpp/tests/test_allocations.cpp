@@ -43,7 +43,7 @@ std::size_t bare_allocations(const crt::ModelConfig& config, const TokenRows& pr
                          config.heads, config.head_dim, target.cache_dtype, config.recurrent};
   sizes.unroll = target.unroll.value_or(0);
   crt::SessionTensors tensors(*engine, sizes);
-  std::vector<crt::TokenSpan> rows;
+  std::vector<crt::RowTokens> rows;
   std::int64_t longest = 0;
   for (const std::vector<std::int64_t>& prompt : prompts) {
     rows.push_back({prompt.data(), static_cast<std::int64_t>(prompt.size())});
@@ -51,8 +51,8 @@ std::size_t bare_allocations(const crt::ModelConfig& config, const TokenRows& pr
   }
   const std::vector<std::int64_t> positions(prompts.size(), 0);
   std::vector<float> residual(prompts.size());
-  tensors.prefill(rows, positions.data(), {crt::Group{0, batch, longest}}, 0, std::nullopt, residual);
-  crt::Launch& launch = tensors.step_launch(crt::Group{0, 1, 1});
+  tensors.prefill(rows, positions.data(), {crt::Batch{0, batch, longest}}, 0, std::nullopt, residual);
+  crt::Launch& launch = tensors.step_launch(crt::Batch{0, 1, 1});
   launch.run();
   return allocations_of([&] {
     for (int index = 0; index < kSteps; ++index) {

@@ -55,36 +55,36 @@ TEST_CASE("config: values arrive, derived sizes are filled") {
 
 TEST_CASE("config: each rule") {
   const std::vector<Change> cases{
-      {"/model_type", "rwkv", "model_type must be one of context_ready_transformer, transformer, found 'rwkv'"},
-      {"/model_type", Json::array(), "model_type must be one of"},
-      {"/format_version", 2, "format_version 2 (this version reads 1; upgrade crt-export)"},
-      {"/num_key_value_heads", 1, "num_key_value_heads 1 different from num_attention_heads (grouped queries)"},
-      {"/head_dim", 2, "head_dim 2 x 2 heads different from hidden_size"},
-      {"/head_dim", 0, "head_dim must be at least 1, found 0"},
-      {"/head_dim", 4611686018427387904LL, "heads different from hidden_size"},
-      {"/surprise", 1, "unknown key 'surprise'; known keys: bos_token_id, correction"},
-      {"/vocab_size", 1, "vocab_size must be at least 2, found 1"},
-      {"/vocab_size", 255, "the byte tokenizer needs vocab_size >= 256, found 255"},
-      {"/vocab_size", true, "vocab_size must be an integer, found True"},
-      {"/vocab_size", 256.0, "vocab_size must be an integer, found 256.0"},
-      {"/hidden_size", -8, "hidden_size must be greater than 0, found -8"},
-      {"/hidden_size", 7, "hidden_size 7 is not a multiple of num_attention_heads 2"},
-      {"/hidden_size", 6, "different from hidden_size"},
-      {"/num_hidden_layers", 4097, "num_hidden_layers must be at most 4096 in this version, found 4097"},
-      {"/max_position_embeddings", 1048577, "max_position_embeddings must be at most 1048576"},
-      {"/max_position_embeddings", 31, "training_sequence_length 32 is above max_position_embeddings 31"},
-      {"/unroll_steps", nullptr, "unroll_steps must be an integer, found None"},
-      {"/correction_intermediate_size", nullptr, "correction_intermediate_size must be greater than 0, found None"},
-      {"/sliding_window", 0, "sliding_window must be greater than 0, found 0"},
+      {"/model_type", "rwkv", "'model_type' must be one of context_ready_transformer transformer, found 'rwkv'"},
+      {"/model_type", Json::array(), "'model_type' must be one of"},
+      {"/format_version", 2, "'format_version' must be an integer of at least 1 and at most 1, found 2"},
+      {"/num_key_value_heads", 1, "num_key_value_heads different from num_attention_heads"},
+      {"/head_dim", 2, "head_dim x num_attention_heads is not hidden_size"},
+      {"/head_dim", 0, "'head_dim' must be an integer of at least 1 or null, found 0"},
+      {"/head_dim", 4611686018427387904LL, "head_dim x num_attention_heads is not hidden_size"},
+      {"/surprise", 1, "unknown key 'surprise'"},
+      {"/vocab_size", 1, "'vocab_size' must be an integer of at least 2, found 1"},
+      {"/vocab_size", 255, "the byte tokenizer needs a vocab_size of at least 256"},
+      {"/vocab_size", true, "'vocab_size' must be an integer of at least 2, found true"},
+      {"/vocab_size", 256.0, "'vocab_size' must be an integer of at least 2, found 256"},
+      {"/hidden_size", -8, "'hidden_size' must be an integer of at least 1, found -8"},
+      {"/hidden_size", 7, "hidden_size is not a multiple of num_attention_heads"},
+      {"/hidden_size", 6, "head_dim x num_attention_heads is not hidden_size"},
+      {"/num_hidden_layers", 4097, "'num_hidden_layers' must be an integer of at least 1 and at most 4096, found 4097"},
+      {"/max_position_embeddings", 1048577, "at least 1 and at most 1048576, found 1048577"},
+      {"/max_position_embeddings", 31, "training_sequence_length is above max_position_embeddings"},
+      {"/unroll_steps", nullptr, "'unroll_steps' must be an integer of at least 1 and at most 4096, found null"},
+      {"/correction_intermediate_size", nullptr, "'correction_intermediate_size' must be an integer of at least 1, found null"},
+      {"/sliding_window", 0, "'sliding_window' must be an integer of at least 1 or null, found 0"},
       {"/eos_token_id", 256, "eos_token_id must be in [0, vocab_size = 256), found 256"},
       {"/eos_token_id", {3, 256}, "eos_token_id must be in [0, vocab_size = 256), found 256"},
-      {"/eos_token_id", Json::array(), "eos_token_id must be an integer or a list of at least one, found []"},
-      {"/eos_token_id", {3, true}, "eos_token_id must be an integer or a list of at least one, found [3, True]"},
+      {"/eos_token_id", Json::array(), "eos_token_id must be an integer or a list of at least one, found none"},
+      {"/eos_token_id", {3, true}, "eos_token_id must be in [0, vocab_size = 256), found true"},
       {"/bos_token_id", -1, "bos_token_id must be in [0, vocab_size = 256), found -1"},
-      {"/rope_theta", "1", "rope_theta must be a finite number, found '1'"},
-      {"/layer_norm_eps", 0, "layer_norm_eps must be greater than 0, found 0"},
-      {"/tie_word_embeddings", 1, "tie_word_embeddings must be true or false, found 1"},
-      {"/tokenizer", "bpe", "tokenizer must be one of byte, tokenizer.json, none, found 'bpe'"},
+      {"/rope_theta", "1", "'rope_theta' must be a number above 0, found '1'"},
+      {"/layer_norm_eps", 0, "'layer_norm_eps' must be a number above 0, found 0"},
+      {"/tie_word_embeddings", 1, "'tie_word_embeddings' must be true or false, found 1"},
+      {"/tokenizer", "bpe", "'tokenizer' must be one of byte tokenizer.json none, found 'bpe'"},
   };
   const BundleFolder sound;
   BundleFolder bundle;
@@ -105,8 +105,8 @@ TEST_CASE("config: all problems at once") {
   bundle.write_manifest();
   const std::string found = refusal([&] { open(bundle); });
   INFO(found);
-  CHECK(contains(found, "config.json: 12 problems"));
-  CHECK(contains(found, "missing key 'hidden_size'"));
+  CHECK(contains(found, "the manifest's config is unusable: 12 problems"));
+  CHECK(contains(found, "it lacks 'hidden_size'"));
 }
 
 TEST_CASE("config: a plain transformer needs no correction and has no prefill_pass") {
@@ -114,6 +114,7 @@ TEST_CASE("config: a plain transformer needs no correction and has no prefill_pa
   bundle.manifest["config"]["model_type"] = "transformer";
   bundle.manifest["config"].erase("correction_intermediate_size");
   bundle.manifest["config"].erase("unroll_steps");
+  bundle.manifest["contract"] = crt_test::contract_of(false);
   bundle.write_manifest();
   const crt::BundleFiles files = open(bundle);
   CHECK_FALSE(files.config().recurrent);
@@ -122,18 +123,67 @@ TEST_CASE("config: a plain transformer needs no correction and has no prefill_pa
                  "a transformer model has no prefill_pass graph"));
 }
 
-TEST_CASE("contract: it follows from the configuration, not from what the manifest claims") {
-  const BundleFolder bundle;  // its manifest claims one input, x: [batch, 4]
+TEST_CASE("contract: it is read from the manifest") {
+  const BundleFolder bundle;
   const crt::BundleFiles files = open(bundle);
   const crt::GraphContract& step = files.contract("step");
   REQUIRE(step.inputs.size() == 5);
   CHECK(step.inputs[2].name == "state");
   CHECK(step.inputs[2].dims == crt::Shape{-1, 1, 8});
   CHECK(step.inputs[3].name == "past_key_values.0.key");
-  CHECK(step.inputs[3].dims == crt::Shape{-1, 2, -1, 4});
+  CHECK(step.inputs[3].dims == crt::Shape{-1, 2, -3, 4});
   CHECK(step.aliases[0] == std::pair<std::string, std::string>("present_key_values.0.key", "past_key_values.0.key"));
   CHECK(files.contract("prefill").outputs.size() == 8);
   CHECK(files.contract("prefill_pass").inputs.size() == files.contract("prefill").inputs.size());
+}
+
+TEST_CASE("contract: one that a session could not bind is refused") {
+  const Json tensor{{"name", "x"}, {"dtype", "float32"}, {"dims", {"batch", 4}}};
+  const std::vector<Change> cases{
+      {"/step/inputs/0/dims/1", 2, "step: input input_ids: int64 [?, 2] was expected to be int64 [?, 1]"},
+      {"/step/inputs/0/dims/0", "seq", "step: input input_ids"},
+      {"/step/inputs/0/dims/0", -1, "step: input input_ids"},
+      {"/step/inputs/0/dims/1", true, "step: input input_ids"},
+      {"/step/inputs/0/dtype", "float32", "step: input input_ids: float32 [?, 1] was expected to be"},
+      {"/step/inputs/0/dtype", "int8", "step: input input_ids has dtype 'int8'"},
+      {"/step/inputs/3/dtype", "float16", "step: input past_key_values.0.key has dtype 'float16'"},
+      {"/step/inputs/3/dims/3", 8, "step: input past_key_values.0.key: float32 [?, 2, ?, 8] was expected"},
+      {"/step/inputs/2/name", "stat", "step: input stat is not part of the contract"},
+      {"/step/outputs/3/dims/2", 16, "step: output next_state"},
+      {"/step/outputs/0/dims/1", 512, "step: output logits: float32 [?, 512] was expected"},
+      {"/prefill/inputs/7", tensor, "prefill: input x is not part of the contract"},
+      {"/prefill/outputs/8", tensor, "prefill: output x is not part of the contract"},
+      {"/prefill/aliases", Json::array(), "prefill: aliases must give"},
+      {"/prefill/aliases/0/1", "past_key_values.0.value", "prefill: aliases must give"},
+      {"/head/outputs/0/dims/1", 1, "head: output logits"},
+      {"/other", crt_test::contract_of(true)["step"], "'other' is no graph of this model"},
+  };
+  const BundleFolder sound;
+  BundleFolder bundle;
+  const auto refused = [&](const std::string& message) {
+    bundle.write_manifest();
+    const std::string found = refusal([&] { open(bundle); });
+    INFO(found);
+    CHECK(contains(found, bundle.text() + ": the manifest's contract is unusable: "));
+    CHECK(contains(found, message));
+  };
+  for (const Change& change : cases) {
+    bundle.manifest = sound.manifest;
+    bundle.manifest[Json::json_pointer("/contract" + change.pointer)] = change.value;
+    refused(change.message);
+  }
+  bundle.manifest = sound.manifest;
+  bundle.manifest["contract"].erase("step");
+  refused("'step' of 'ort' is missing");
+  bundle.manifest = sound.manifest;
+  bundle.manifest["contract"]["step"]["outputs"].erase(3);
+  refused("step: output next_state is missing");
+  bundle.manifest = sound.manifest;
+  bundle.manifest["contract"]["step"]["inputs"].push_back(sound.manifest["contract"]["step"]["inputs"][0]);
+  refused("step: input a name stands twice");
+  bundle.manifest = sound.manifest;
+  bundle.manifest["contract"] = crt_test::contract_of(false);  // of a plain transformer
+  refused("step: input state is missing");
 }
 
 TEST_CASE("target: values arrive") {
@@ -172,35 +222,35 @@ TEST_CASE("target: the capacity is never above the model's positions") {
 
 TEST_CASE("target: each rule of a profile, and only that target is refused") {
   const std::vector<Change> cases{
-      {"/runtime", "tensorflow", "runtime must be one of onnxruntime, tensorrt, tensorrt-rtx, not 'tensorflow'"},
-      {"/runtime", Json::array(), "runtime must be one of"},
-      {"/device", nullptr, "device must be one of cpu, cuda, not None"},
-      {"/precision", "int4", "precision must be one of fp32, fp16, w8, w8a8, not 'int4'"},
+      {"/runtime", "tensorflow", "'runtime' must be one of onnxruntime tensorrt tensorrt-rtx, found 'tensorflow'"},
+      {"/runtime", Json::array(), "'runtime' must be one of"},
+      {"/device", nullptr, "'device' must be one of cpu cuda, found null"},
+      {"/precision", "int4", "'precision' must be one of fp32 fp16 w8 w8a8, found 'int4'"},
       {"/device", "cuda", "threads is for device cpu"},
-      {"/runtime", "tensorrt", "tensorrt does not run on cpu"},
-      {"/name", "FP 32", "name must be lower-case letters"},
-      {"/name", "fp32", "is the name of a precision"},
+      {"/runtime", "tensorrt", "tensorrt on cpu does not run fp32"},
+      {"/name", "FP 32", "name 'FP 32' cannot name files"},
+      {"/name", "fp32", "name 'fp32' cannot name files"},
       {"/title", " ", "title must be one line"},
-      {"/capacity", 0, "capacity must be at least 1 token, not 0"},
-      {"/capacity", true, "capacity must be at least 1 token, not True"},
-      {"/capacity", 8, "seq may not exceed the capacity of 8 tokens, but its largest size is 16"},
-      {"/threads", -1, "threads must be 0 (all) or more, at most 1024, not -1"},
-      {"/threads", 1000000, "threads must be 0 (all) or more, at most 1024, not 1000000"},
-      {"/unroll", 0, "unroll must be at least 1 pass, not 0"},
-      {"/batch", {1, 2}, "batch must be [min, opt, max], each at least 1, not [1, 2]"},
-      {"/seq", {1, 2.0, 3}, "seq must be [min, opt, max], each at least 1, not [1, 2.0, 3]"},
-      {"/seq", {4, 2, 8}, "seq must rise from min over opt to max, not [4, 2, 8]"},
+      {"/capacity", 0, "'capacity' must be an integer of at least 1, found 0"},
+      {"/capacity", true, "'capacity' must be an integer of at least 1, found true"},
+      {"/capacity", 8, "seq exceeds the capacity"},
+      {"/threads", -1, "'threads' must be an integer of at least 0 and at most 1024, found -1"},
+      {"/threads", 1000000, "at most 1024, found 1000000"},
+      {"/unroll", 0, "'unroll' must be an integer of at least 1 or null, found 0"},
+      {"/batch", {1, 2}, "batch must be [min, opt, max], rising and each at least 1"},
+      {"/seq", {1, 2.0, 3}, "seq must be [min, opt, max], rising and each at least 1"},
+      {"/seq", {4, 2, 8}, "seq must be [min, opt, max], rising and each at least 1"},
       {"/residual_dtype", "float16", "residual_dtype must be float32 with precision fp32"},
       {"/attention", "fused", "attention is for TensorRT"},
-      {"/compute_capability", 80, "compute_capability is for TensorRT, not for onnxruntime"},
-      {"/options", nullptr, "options must be a table, not None"},
-      {"/options/graph_optimization", "most", "graph_optimization must be one of disable, basic, extended, all, not"},
-      {"/options/disabled_optimizers", {1}, "options.disabled_optimizers must be a list of names, not [1]"},
-      {"/options/disabled_optimizers", {"a;b"}, "options.disabled_optimizers must be a list of names, not ['a;b']"},
-      {"/options/spinning", 1, "options.spinning must be true or false, not 1"},
-      {"/options/huge_pages", "no", "options.huge_pages must be true or false, not 'no'"},
-      {"/options/spining", true, "unknown key 'options.spining' (did you mean 'spinning'?)"},
-      {"/capacities", 1, "unknown key 'capacities' (did you mean 'capacity'?)"},
+      {"/compute_capability", 80, "compute_capability is none that onnxruntime has"},
+      {"/options", nullptr, "'options' must be an object, found null"},
+      {"/options/graph_optimization", "most", "'graph_optimization' must be one of disable basic extended all, found"},
+      {"/options/disabled_optimizers", {1}, "options.disabled_optimizers must be a list of names"},
+      {"/options/disabled_optimizers", {"a;b"}, "options.disabled_optimizers must be a list of names"},
+      {"/options/spinning", 1, "options: 'spinning' must be true or false, found 1"},
+      {"/options/huge_pages", "no", "options: 'huge_pages' must be true or false, found 'no'"},
+      {"/options/spining", true, "options has the unknown key 'spining'"},
+      {"/capacities", 1, "unknown key 'capacities'"},
   };
   const BundleFolder sound;
   BundleFolder bundle;
@@ -219,11 +269,11 @@ TEST_CASE("target: each rule of a profile, and only that target is refused") {
 
 TEST_CASE("target: rules of compiled profiles") {
   const std::vector<Change> cases{
-      {"/compute_capability", 90, "of a tensorrt-rtx profile must be one of 75, 80, 86, 89, 120, 121 (80 is SM 8.0)"},
-      {"/precision", "fp32", "tensorrt-rtx on cuda runs fp16, w8a8, not fp32"},
-      {"/options/ampere_plus", true, "options.ampere_plus does not apply to tensorrt-rtx"},
-      {"/options/optimization_level", 6, "options.optimization_level must be 0 to 5, not 6"},
-      {"/options/workspace_mib", -1, "options.workspace_mib must be 0 or more MiB, not -1"},
+      {"/compute_capability", 90, "compute_capability is none that tensorrt-rtx has"},
+      {"/precision", "fp32", "tensorrt-rtx on cuda does not run fp32"},
+      {"/options/ampere_plus", true, "ampere_plus and version_compatible do not apply to tensorrt-rtx"},
+      {"/options/optimization_level", 6, "'optimization_level' must be an integer of at least 0 and at most 5, found 6"},
+      {"/options/workspace_mib", -1, "'workspace_mib' must be an integer of at least 0, found -1"},
   };
   const BundleFolder sound;
   BundleFolder bundle;

@@ -50,16 +50,16 @@ TEST_CASE("manifest: bytes that are no manifest") {
       {"\xff\xfe{}", "not UTF-8 (byte 0)"},
       {"{", "not JSON"},
       {"", "not JSON"},
-      {"[]", "must hold a JSON object, found []"},
+      {"[]", "must hold a JSON object, found a list of 0"},
       {R"({"schema_version": 1, "schema_version": 1})", "stands twice"},
       {R"({"schema_version": NaN})", "not JSON"},
       {std::string(200000, '['), "nested too deeply"},
       {"{\"schema_version\": " + std::string(10000, '9') + "}", "not JSON"},
-      {"{}", "expected an integer 'schema_version' of 1 or more, found None"},
-      {R"({"schema_version": true})", "expected an integer 'schema_version' of 1 or more, found True"},
+      {"{}", "expected an integer 'schema_version' of 1 or more, found nothing"},
+      {R"({"schema_version": true})", "expected an integer 'schema_version' of 1 or more, found true"},
       {R"({"schema_version": "1"})", "expected an integer 'schema_version' of 1 or more, found '1'"},
       {R"({"schema_version": 0})", "expected an integer 'schema_version'"},
-      {R"({"schema_version": 1.0})", "expected an integer 'schema_version' of 1 or more, found 1.0"},
+      {R"({"schema_version": 1.0})", "expected an integer 'schema_version' of 1 or more, found 1"},
       {R"({"schema_version": 2, "files": 3})", "reads up to version 1: upgrade crt-export"},
   };
   for (const auto& [content, message] : cases) {
@@ -119,38 +119,38 @@ TEST_CASE("manifest: each rule of the schema") {
   const BundleFolder sound;
   const Json file = file_entry();
   const std::vector<std::pair<std::string, std::pair<Json, std::string>>> cases{
-      {"/tool/name", {"other", "tool.name must be 'crt-export', found 'other'"}},
-      {"/tool/version", {1, "tool: 'version' must be a string, found 1"}},
+      {"/tool/name", {"other", "tool: 'name' must be one of crt-export, found 'other'"}},
+      {"/tool/version", {1, "tool: 'version' must be a text, found 1"}},
       {"/checkpoint", {Json::object(), "checkpoint lacks 'sha256'"}},
       {"/parity", {nullptr, "no parity report that passed"}},
       {"/parity/passed", {1, "no parity report that passed"}},
       {"/parity", {Json::object(), "no parity report that passed"}},
-      {"/graphs/0", {Json::array(), "graphs[0] must be an object, found []"}},
+      {"/graphs/0", {Json::array(), "graphs[0] must be an object, found a list of 0"}},
       {"/graphs/0/weights", {"absent", "graphs[0]['weights'] is 'absent', which is not listed in 'files'"}},
-      {"/graphs/0/quantized_matmuls", {true, "'quantized_matmuls' must be an integer, found True"}},
-      {"/graphs/0/unroll", {1.0, "'unroll' must be an integer or null, found 1.0"}},
+      {"/graphs/0/quantized_matmuls", {true, "'quantized_matmuls' must be an integer, found true"}},
+      {"/graphs/0/unroll", {1.5, "'unroll' must be an integer or null, found 1.5"}},
       {"/targets/t", {Json::object(), "targets['t'] lacks 'profile'"}},
       {"/targets/ort/engines/step", {"x", "engines['step'] is 'x', which is not listed"}},
-      {"/targets/ort/graphs/step", {3, "graphs['step'] must be a file name, found 3"}},
-      {"/targets/ort/capacity", {0, "'capacity' must be 1 or more, found 0"}},
-      {"/targets/ort/unroll", {-8, "'unroll' must be 1 or more, found -8"}},
-      {"/targets/ort/cache_dtype", {"int8", "'cache_dtype' must be 'float32' or 'float16', found 'int8'"}},
+      {"/targets/ort/graphs/step", {3, "graphs['step'] is 3, which is not listed"}},
+      {"/targets/ort/capacity", {0, "'capacity' must be an integer of at least 1 or null, found 0"}},
+      {"/targets/ort/unroll", {-8, "'unroll' must be an integer of at least 1 or null, found -8"}},
+      {"/targets/ort/cache_dtype", {"int8", "'cache_dtype' must be one of float32 float16, found 'int8'"}},
       {"/contract/step", {1, "contract['step'] must be an object"}},
       {"/contract/step/inputs/0", {1, "contract['step'].inputs[0] must be an object"}},
-      {"/contract/step/aliases/0", {Json::array({"a"}), "aliases[0] must be a pair of names, found ['a']"}},
-      {"/files/report.md/size", {-1, "'size' must be 0 or more, found -1"}},
-      {"/files/report.md/size", {1.5, "'size' must be an integer, found 1.5"}},
-      {"/files/report.md/size", {true, "'size' must be an integer, found True"}},
+      {"/contract/step/aliases/0", {Json::array({"a"}), "contract['step'].aliases must be pairs of names"}},
+      {"/files/report.md/size", {-1, "'size' must be an integer of at least 0, found -1"}},
+      {"/files/report.md/size", {1.5, "'size' must be an integer of at least 0, found 1.5"}},
+      {"/files/report.md/size", {true, "'size' must be an integer of at least 0, found true"}},
       {"/files/report.md/size", {18446744073709551615ULL, "a whole number is beyond 64 bits"}},
       {"/files/report.md/sha256", {std::string(64, 'A'), "64 lower-case hex digits"}},
-      {"/files/report.md", {nullptr, "files['report.md'] must be an object, found None"}},
+      {"/files/report.md", {nullptr, "files['report.md'] must be an object, found null"}},
       {"/files/~1etc~1passwd", {file, "absolute path"}},
       {"/files/..~1secret", {file, "component '..', which could lead out"}},
       {"/files/graphs~1..~1..~1secret", {file, "component '..'"}},
       {"/files/graphs~1~1x", {file, "component ''"}},
       {"/files/.~1x", {file, "component '.'"}},
       {"/files/", {file, "must have 1 to 1024 characters, has 0"}},
-      {"/files/graphs\\x", {file, "contains '\\\\'; use '/' between folders"}},
+      {"/files/graphs\\x", {file, "contains '\\'; use '/' between folders"}},
       {"/files/C:x", {file, "no drive letter"}},
       {"/files/a\n", {file, "contains '\\n'"}},
       {"/files/" + std::string(1025, 'x'), {file, "must have 1 to 1024 characters, has 1025"}},
@@ -219,7 +219,7 @@ TEST_CASE("manifest: all problems are listed at once, unknown keys are allowed")
   bundle.manifest["files"]["report.md"]["size"] = -1;
   bundle.write_manifest();
   const std::string found = refusal_of(bundle);
-  CHECK(contains(found, "breaks schema version 1: 3 problems\n  - tool.name"));
+  CHECK(contains(found, "breaks schema version 1: 3 problems\n  - tool: 'name'"));
 }
 
 TEST_CASE("manifest: an unvalidated bundle needs consent") {
@@ -270,16 +270,16 @@ TEST_CASE("manifest: leftovers are refused even if complete, and never moved") {
   const BundleFolder bundle;
   const fs::path parent = bundle.path().parent_path();
   for (const char* name : {".demo.partial-17", ".demo.previous-4194304"}) {
-    const fs::path leftover = parent / name;
-    fs::rename(bundle.path(), leftover);
-    const std::string found = crt_test::refusal([&] { crt::BundleFiles::open(leftover.string(), false); });
+    const fs::path abandoned = parent / name;
+    fs::rename(bundle.path(), abandoned);
+    const std::string found = crt_test::refusal([&] { crt::BundleFiles::open(abandoned.string(), false); });
     CHECK(contains(found, "what an interrupted or running build left behind, not a bundle: open " + bundle.text()));
     const std::string absent = refusal_of(bundle);
     INFO(absent);
     const bool previous = std::string(name).find("previous") != std::string::npos;
     CHECK(contains(absent, previous ? "was interrupted and the old bundle is set aside" : "no such bundle folder"));
-    CHECK(fs::exists(leftover));
-    fs::rename(leftover, bundle.path());
+    CHECK(fs::exists(abandoned));
+    fs::rename(abandoned, bundle.path());
   }
   for (const char* name :
        {"demo.partial-1", ".demo.partial-", ".demo.partial-12345678901", "..partial-1", ".demo.other-1"}) {

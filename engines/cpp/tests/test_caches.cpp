@@ -18,14 +18,14 @@ using crt_test::by_passes;
 constexpr std::int64_t kCapacity = 3 * kCacheBlock - 40;  // the last block is a short one
 
 struct Toy {
-  explicit Toy(std::int64_t batch, bool joins_rows = true, const std::function<void(ToyControl&)>& change = {})
+  explicit Toy(std::int64_t batch, bool rows_are_independent = true, const std::function<void(ToyControl&)>& change = {})
       : control(std::make_shared<ToyControl>()) {
     control->max_tokens = kCapacity;
     if (change) {
       change(*control);
     }
     crt::SessionSetup setup = crt_test::toy_setup(batch, kCapacity);
-    setup.joins_rows = joins_rows;
+    setup.rows_are_independent = rows_are_independent;
     setup.sizes.unroll = 3;
     decoder = std::make_unique<crt::Decoder>(crt_test::make_toy_engine(control), setup);
   }

@@ -14,7 +14,7 @@ using crt::kNoToken;
 using crt_test::ToyControl;
 using crt_test::ToyRow;
 using crt_test::by_passes;
-using Rows = std::vector<std::vector<std::int64_t>>;
+using BufferSlice = std::vector<std::vector<std::int64_t>>;
 
 struct Toy {
   explicit Toy(std::int64_t batch, std::int64_t capacity = 12)
@@ -55,7 +55,7 @@ std::string text_of(const std::function<void()>& call) {
 TEST_CASE("decoder: rows in company go on as each would alone, whatever takes part in a call") {
   Toy toy(3);
   std::vector<ToyRow> alone(3);
-  const auto feed = [&](const Rows& rows, bool as_step) {
+  const auto feed = [&](const BufferSlice& rows, bool as_step) {
     if (as_step) {
       std::vector<std::int64_t> tokens;
       for (const auto& row : rows) {
@@ -156,7 +156,7 @@ TEST_CASE("decoder: away from host memory, spoiled logits are found when they ar
 TEST_CASE("decoder: rows that may not share a call run one at a time") {
   const auto control = std::make_shared<ToyControl>();
   crt::SessionSetup setup = crt_test::toy_setup(3, 12);
-  setup.joins_rows = false;
+  setup.rows_are_independent = false;
   crt::Decoder decoder(crt_test::make_toy_engine(control), setup);
   decoder.step({1, 2, 3}, {1, 1, 1}, true);
   CHECK(control->runs == 3);

@@ -4,7 +4,7 @@
 #include <sstream>
 #include <vector>
 
-#include "engine/huge_pages.hpp"
+#include "engine/process_memory.hpp"
 
 namespace {
 

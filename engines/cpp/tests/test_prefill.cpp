@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "crt_runtime/error.hpp"
-#include "session/prefill_rule.hpp"
+#include "session/prefill.hpp"
 #include "toy_engine.hpp"
 
 namespace {

@@ -3,7 +3,7 @@
 
 #include <sstream>
 
-#include "engine/private_weights.hpp"
+#include "engine/process_memory.hpp"
 
 #ifdef __linux__
 #include <fcntl.h>

@@ -10,7 +10,7 @@
 #include "crt_runtime/selftest.hpp"
 #include "given_bundle.hpp"
 #include "given_folder.hpp"
-#include "selftest/comparison.hpp"
+#include "selftest/replay.hpp"
 #include "selftest/vectors.hpp"
 
 namespace {

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "engine/host_buffer.hpp"
-#include "session/float16.hpp"
+#include "engine/engine.hpp"
+#include "session/floats.hpp"
 #include "session/slide.hpp"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "generation/stops.hpp"
+#include "generation/row_text.hpp"
 
 namespace {
 

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "crt_runtime/error.hpp"
-#include "engine/host_buffer.hpp"
+#include "engine/engine.hpp"
 #include "engine/tensor_names.hpp"
 
 namespace crt_test {
@@ -17,7 +17,7 @@ namespace {
 using crt::Binding;
 using crt::Buffer;
 using crt::DType;
-using crt::Rows;
+using crt::BufferSlice;
 using crt::Shape;
 using crt::TensorSpec;
 
@@ -71,7 +71,7 @@ class ToyLaunch final : public crt::Launch {
  private:
   template <typename Value>
   Value* row_of(const Binding& binding, const std::string& name, std::int64_t row) const {
-    const Rows& rows = binding.at(name);
+    const BufferSlice& rows = binding.at(name);
     const std::size_t width = rows.buffer->row_bytes() / sizeof(Value);
     return static_cast<Value*>(rows.address()) + width * static_cast<std::size_t>(row);
   }

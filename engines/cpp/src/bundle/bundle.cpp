@@ -9,13 +9,13 @@
 #include <utility>
 
 #include "bundle/bundle_files.hpp"
-#include "bundle/message_text.hpp"
-#include "bundle/profile_check.hpp"
+#include "bundle/target.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
 #include "session/decoder.hpp"
 #include "session/session_impl.hpp"
 #include "session/slide.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -42,9 +42,7 @@ std::int64_t chosen_capacity(const SessionOptions& options, const Target& target
 
 /// Whether rows slide; throws Error(input) if they cannot.
 bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std::int64_t capacity, DType cache_dtype) {
-  if (options.on_full == OnFull::error) {
-    return false;
-  }
+  if (options.on_full == OnFull::error) return false;
   if (!config.sliding_window) {
     throw Error(ErrorKind::input,
                 "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its "
@@ -118,7 +116,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
   SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides,
-                     target.joins_rows(), target.prefill};
+                     target.rows_are_independent(), target.prefill};
   try {
     return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));
   } catch (const std::bad_alloc&) {
@@ -133,9 +131,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
 
 std::shared_ptr<Engine> Bundle::Impl::engine(const Target& target, int threads) {
   std::shared_ptr<Engine>& engine = engines_[{target.name, threads}];
-  if (engine == nullptr) {
-    engine = open_engine(files_, target, threads);
-  }
+  if (engine == nullptr) engine = open_engine(files_, target, threads);
   return engine;
 }
 
@@ -157,9 +153,7 @@ std::string Bundle::default_target() const {
   for (const char* device : {"cpu", "cuda"}) {
     for (const std::string& name : targets()) {
       const Target& target = impl_->files().target(name);
-      if (target.device == device && runs_here(target)) {
-        return name;
-      }
+      if (target.device == device && runs_here(target)) return name;
     }
   }
   throw Error(ErrorKind::unsupported, path() + " has no target that this library runs, only " +

@@ -8,17 +8,12 @@
 #include <utility>
 
 #include "bundle/external_data.hpp"
-#include "bundle/graph_contract.hpp"
 #include "bundle/integrity.hpp"
-#include "bundle/leftovers.hpp"
+#include "bundle/recovery.hpp"
 #include "bundle/manifest.hpp"
-#include "bundle/message_text.hpp"
 #include "bundle/model_config.hpp"
-#include "bundle/problem_list.hpp"
-#include "bundle/profile.hpp"
-#include "bundle/schema.hpp"
-#include "bundle/sidecar.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 namespace {
@@ -28,7 +23,6 @@ namespace fs = std::filesystem;
 constexpr char kAgain[] = "the bundle was changed after it was built; build it again or restore it from its source";
 constexpr std::size_t kMaxGraphBytes = std::size_t{2} << 30U;  // what protobuf can hold
 constexpr std::string_view kOnnx = ".onnx";
-constexpr std::size_t kMaxSidecarBytes = std::size_t{16} << 20U;
 
 /// The folder of a file of the bundle, with its slash. ONNX: a location is relative to the folder of the graph file.
 std::string folder_of(const std::string& name) { return name.substr(0, name.rfind('/') + 1); }
@@ -38,18 +32,18 @@ std::string folder_of(const std::string& name) { return name.substr(0, name.rfin
 /// The manifests that builds set aside while they replace the bundle; after a crash one is the only copy.
 std::vector<std::string> set_aside(const std::string& folder) {
   std::vector<std::string> found;
-  for (const Leftover& leftover : find_leftovers(folder)) {
+  for (const AbandonedFolder& abandoned : find_abandoned(folder)) {
     std::error_code problem;
-    const fs::path path = fs::path(folder).parent_path() / leftover.file_name;
-    if (!leftover.partial && fs::is_regular_file(path / kManifestName, problem)) found.push_back(path.string());
+    const fs::path path = fs::path(folder).parent_path() / abandoned.file_name;
+    if (!abandoned.partial && fs::is_regular_file(path / kManifestName, problem)) found.push_back(path.string());
   }
   return found;
 }
 
 std::string unfinished_hint(const std::string& folder) {
   std::vector<std::string> unfinished;
-  for (const Leftover& leftover : find_leftovers(folder)) {
-    if (leftover.partial) unfinished.push_back(leftover.file_name);
+  for (const AbandonedFolder& abandoned : find_abandoned(folder)) {
+    if (abandoned.partial) unfinished.push_back(abandoned.file_name);
   }
   if (unfinished.empty()) return "";
   return "; an unfinished build is beside it (" + joined(unfinished) + "): let it finish or build again";
@@ -73,11 +67,13 @@ void check_folder(const std::string& folder) {
 /// Runs out of descriptors, which is no fault of the bundle.
 bool is_out_of_descriptors(const SystemError& error) { return error.number() == EMFILE || error.number() == ENFILE; }
 
-ModelConfig config_of(const std::string& folder, const JsonValue& config) {
+/// Throws what `read` throws, with the folder in front.
+template <typename Read>
+auto of_manifest(const std::string& folder, const Read& read) {
   try {
-    return model_config_from_json(config);
+    return read();
   } catch (const Error& error) {
-    refuse(folder + ": the manifest's config is unusable: " + error.what());
+    refuse(folder + ": " + error.what());
   }
 }
 
@@ -86,9 +82,9 @@ ModelConfig config_of(const std::string& folder, const JsonValue& config) {
 BundleFiles BundleFiles::open(const std::string& path, bool allow_unvalidated, const std::string& identity) {
   if (path.find('\0') != std::string::npos) refuse("a path holds no NUL character, found " + in_quotes(path));
   const std::string folder = real_path(path);
-  if (const std::optional<Leftover> leftover = parse_leftover(folder)) {
+  if (const std::optional<AbandonedFolder> abandoned = parse_abandoned(folder)) {
     refuse(folder + " is what an interrupted or running build left behind, not a bundle: open " +
-           (fs::path(folder).parent_path() / leftover->name).string() +
+           (fs::path(folder).parent_path() / abandoned->name).string() +
            ", or build it again (that removes leftovers)");
   }
   const auto opened = [&folder]() -> std::optional<BundleFiles> {
@@ -136,8 +132,9 @@ BundleFiles BundleFiles::read(const std::string& path, bool* incomplete) {
   files.checkpoint_ = content.at("checkpoint").at("sha256").string();
   files.validated_ = content.at("validated").boolean();
   files.files_as_written_ = files_are_as_written(content);
-  files.config_ = config_of(path, content.at("config"));
-  files.contracts_ = graph_contracts(files.config_);
+  files.config_ = of_manifest(path, [&] { return model_config_from_json(content.at("config")); });
+  files.contracts_ = of_manifest(
+      path, [&] { return contracts_from_json(content.at("contract"), content.at("targets"), files.config_); });
   files.take_tables(content);
   *incomplete = !files.hold();
   return files;
@@ -224,13 +221,8 @@ const GraphContract& BundleFiles::contract(const std::string& graph) const {
 }
 
 HeldFile BundleFiles::held(const std::string& name) {
-  const std::optional<std::string> problem = problem_of(name);
-  if (problem) {
-    std::vector<std::string> names;
-    for (const auto& listed : files_) names.push_back(listed.first);
-    const std::optional<std::string> close = files_.count(name) == 0 ? close_match(name, names) : std::nullopt;
-    refuse(in_quotes(name) + " in " + path() + " " + *problem +
-           (close ? " (did you mean " + in_quotes(*close) + "?)" : "") + "; " + kAgain);
+  if (const std::optional<std::string> problem = problem_of(name)) {
+    refuse(in_quotes(name) + " in " + path() + " " + *problem + "; " + kAgain);
   }
   return {path() + "/" + name, held_.at(name), verified_.at(name), files_.at(name).sha256};
 }
@@ -271,19 +263,9 @@ HeldGraph BundleFiles::graph(const std::string& name) {
   const std::vector<std::string> problems = external_problems(name, &locations);
   if (!problems.empty()) refuse(problem_list("the external data of " + in_quotes(name) + " in " + path(), problems));
   const std::string folder = folder_of(name);
-  graph.folder = folder_->way_in() + "/" + folder;
+  graph.folder = folder_->entry_path() + "/" + folder;
   for (const std::string& location : locations) graph.weights.emplace(location, held(folder + location));
   return graph;
-}
-
-EngineSidecar BundleFiles::sidecar(const std::string& engine_file) {
-  const std::string ending = ".engine";
-  const std::size_t stem = engine_file.size() - std::min(engine_file.size(), ending.size());
-  if (engine_file.substr(stem) != ending) {
-    refuse("the engine " + in_quotes(engine_file) + " of " + path() + " has no sidecar: its name must end in " + ending);
-  }
-  const std::string name = engine_file.substr(0, stem) + ".json";
-  return sidecar_from_json(content(name, kMaxSidecarBytes), path() + "/" + name);
 }
 
 std::optional<std::string> BundleFiles::problem_of(const std::string& name) {

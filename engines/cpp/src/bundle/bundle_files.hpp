@@ -2,7 +2,6 @@
 // The C++ twin of crt_export/bundle/files.py and opening.py.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -11,9 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "bundle/contract.hpp"
 #include "bundle/held_folder.hpp"
 #include "bundle/paths.hpp"
-#include "bundle/prefill_plan.hpp"
+#include "bundle/target.hpp"
 #include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
 
@@ -24,57 +24,6 @@ class JsonValue;
 struct FileEntry {
   std::uint64_t size = 0;
   std::string sha256;  // lower-case hex
-};
-
-/// The contract of one graph with the sizes of this model; batch, seq and capacity are -1.
-struct GraphContract {
-  std::vector<TensorSpec> inputs;
-  std::vector<TensorSpec> outputs;
-  std::vector<std::pair<std::string, std::string>> aliases;  // present output, past input
-};
-
-/// Options of an "ort-..." profile that loading needs.
-struct OrtProfile {
-  std::string graph_optimization = "all";
-  std::vector<std::string> disabled_optimizers;
-  bool spinning = true;
-  bool huge_pages = true;
-  bool mmap = false;
-};
-
-/// One target of the manifest; the twin of runtime/opening.py's Target.
-struct Target {
-  std::string name;
-  std::string runtime;  // "onnxruntime", "tensorrt" or "tensorrt-rtx"
-  std::string device;   // "cpu" or "cuda"
-  std::string precision;
-  std::map<std::string, std::string> graphs;   // graph name -> file of the bundle
-  std::map<std::string, std::string> engines;  // graph name -> engine file; its sidecar is the same path with .json
-  std::int64_t capacity = 0;
-  std::optional<std::int64_t> unroll;
-  DType cache_dtype = DType::float32;
-  std::int64_t max_tokens = 0;  // profile.seq.max
-  std::int64_t max_batch = 0;   // profile.batch.max
-  int threads = 0;
-  std::optional<int> compute_capability;
-  OrtProfile ort;
-  PrefillPlan prefill;
-
-  /// Whether rows of one call get what each would get alone: not where activations are rounded after sums whose order
-  /// depends on the number of rows (crt_export/runtime/opening.py says more).
-  bool joins_rows() const { return precision != "w8"; }
-};
-
-/// What a TensorRT engine's sidecar says; checked before the engine is deserialised.
-struct EngineSidecar {
-  std::string graph;
-  std::string runtime;
-  std::string runtime_version;
-  std::optional<int> compute_capability;
-  std::int64_t capacity = 0;
-  bool ampere_plus = false;
-  bool version_compatible = false;
-  std::map<std::string, std::array<Shape, 3>> input_shapes;  // min, opt, max
 };
 
 /// The files of an opened bundle.
@@ -99,7 +48,7 @@ class BundleFiles {
   const std::vector<std::string>& target_names() const noexcept { return target_names_; }
   /// Throws Error(input) if there is no such target, Error(bundle) if its entry is unusable.
   const Target& target(const std::string& name) const;
-  /// What this library binds, whatever the manifest says; throws Error(unsupported) if the model has no such graph.
+  /// Throws Error(unsupported) if the model has no such graph.
   const GraphContract& contract(const std::string& graph) const;
 
   /// A listed file whose size and SHA-256 are those of the manifest; throws Error(bundle).
@@ -108,8 +57,6 @@ class BundleFiles {
   std::string content(const std::string& name, std::size_t most);
   /// An ONNX graph and every weight file it points at.
   HeldGraph graph(const std::string& name);
-  /// The sidecar of an engine file of a target; throws Error(bundle).
-  EngineSidecar sidecar(const std::string& engine_file);
 
  private:
   /// A target that could not be read is refused when it is asked for, so that it does not spoil the others.
@@ -127,7 +74,7 @@ class BundleFiles {
   void prove_files();
   /// Read files, graphs and targets from a manifest that passed the schema.
   void take_tables(const JsonValue& manifest);
-  /// Check one file and remember it if it is sound; what is wrong with it.
+  /// Check one file and remember it if it is valid; what is wrong with it.
   std::optional<std::string> problem_of(const std::string& name);
   /// Check every file that the (already verified) graph points at; gives the locations.
   std::vector<std::string> external_problems(const std::string& name, std::vector<std::string>* locations);
@@ -140,7 +87,7 @@ class BundleFiles {
   ModelConfig config_;
   std::vector<std::string> target_names_;  // in the order of the manifest
   std::map<std::string, TargetEntry> targets_;
-  std::map<std::string, GraphContract> contracts_;
+  GraphContracts contracts_;
   std::map<std::string, FileEntry> files_;
   std::map<std::string, std::vector<std::string>> weights_of_graph_;  // every file of "graphs" and its weight files
   std::map<std::string, std::shared_ptr<const RegularFile>> held_;

@@ -9,10 +9,10 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bundle/json.hpp"
-#include "bundle/message_text.hpp"
 #include "bundle/paths.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
+#include "text/utf8.hpp"
 
 namespace crt {
 namespace {
@@ -112,7 +112,7 @@ class WireReader {
     const std::size_t got = file_.read(content.data(), content.size(), offset_);
     offset_ += got;
     if (got != content.size()) throw WireError("the file ends inside a string");
-    if (find_invalid_utf8(content) != std::string_view::npos) throw WireError("a name or path that is not UTF-8");
+    if (first_invalid_utf8(content) != std::string_view::npos) throw WireError("a name or path that is not UTF-8");
     return content;
   }
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "bundle/message_text.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 namespace {
@@ -97,7 +97,7 @@ std::shared_ptr<const RegularFile> HeldFolder::open_file(const std::string& name
   return std::make_shared<RegularFile>(folder ? folder->number() : descriptor_, name.substr(begin));
 }
 
-std::string HeldFolder::way_in() const {
+std::string HeldFolder::entry_path() const {
 #ifdef __linux__
   const std::string held = "/proc/self/fd/" + std::to_string(descriptor_);
   struct stat status {};

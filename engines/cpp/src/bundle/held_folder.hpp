@@ -23,12 +23,12 @@ class HeldFolder {
   const std::string& path() const noexcept { return path_; }
   /// Whether path leads to another folder by now, or nowhere.
   bool exchanged() const;
-  /// Why name, a sound one, is no regular file reached through no link; unset if it is.
+  /// Why name, a valid one, is no regular file reached through no link; unset if it is.
   std::optional<std::string> problem(const std::string& name) const;
   /// A regular file, through no link. Throws SystemError.
   std::shared_ptr<const RegularFile> open_file(const std::string& name) const;
   /// A path by which this process reaches this very folder; on Linux whatever its name is by now.
-  std::string way_in() const;
+  std::string entry_path() const;
   /// Every file below it, and what is neither a file nor a folder as a problem. Throws SystemError.
   std::vector<std::string> files(std::vector<std::string>& problems) const;
 

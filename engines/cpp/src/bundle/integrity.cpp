@@ -6,8 +6,8 @@
 #include <string_view>
 #include <vector>
 
-#include "bundle/message_text.hpp"
 #include "bundle/sha256.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 namespace {
@@ -123,11 +123,11 @@ std::optional<std::string> integrity_problem(const JsonValue& manifest) {
                      found->find(kManifest) != nullptr && found->find(kFiles) != nullptr;
   if (!whole) {
     return "expected an object 'integrity' with the digests 'manifest' and 'files', found " +
-           (found == nullptr ? "None" : shown(*found, 60));
+           (found == nullptr ? "nothing" : shown(*found));
   }
   const std::string digest = digest_of_rest(manifest, found->at(kFiles));
   if (!is_text(found->find(kManifest), digest)) {
-    return "its content has the digest " + digest + ", integrity.manifest says " + shown(found->at(kManifest), 80);
+    return "its content has the digest " + digest + ", integrity.manifest says " + shown(found->at(kManifest));
   }
   return std::nullopt;
 }

@@ -6,7 +6,8 @@
 #include <numeric>
 #include <optional>
 
-#include "bundle/message_text.hpp"
+#include "text/messages.hpp"
+#include "text/utf8.hpp"
 
 namespace crt {
 namespace {
@@ -97,22 +98,6 @@ class Builder {
   std::string problem_;
 };
 
-/// Length of the UTF-8 sequence at the start of text, 0 if it is none.
-std::size_t utf8_length(std::string_view text) noexcept {
-  const auto byte = [&text](std::size_t index) { return static_cast<unsigned char>(text[index]); };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  const std::size_t length = first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
-  if (length == 0 || text.size() < length) return 0;
-  for (std::size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0U) != 0x80U) return 0;
-  }
-  const unsigned second = byte(1);
-  const bool overlong = (first == 0xE0 && second < 0xA0) || (first == 0xF0 && second < 0x90);
-  const bool surrogate_or_beyond = (first == 0xED && second > 0x9F) || (first == 0xF4 && second > 0x8F);
-  return overlong || surrogate_or_beyond ? 0 : length;
-}
-
 }  // namespace
 
 JsonObject::JsonObject(std::vector<JsonMember> members) : members_(std::move(members)), sorted_(members_.size()) {
@@ -149,17 +134,8 @@ const JsonValue& JsonValue::at(std::string_view key) const {
   return *value;
 }
 
-std::size_t find_invalid_utf8(std::string_view text) noexcept {
-  for (std::size_t at = 0; at < text.size();) {
-    const std::size_t length = utf8_length(text.substr(at));
-    if (length == 0) return at;
-    at += length;
-  }
-  return std::string_view::npos;
-}
-
 JsonValue parse_json(std::string_view text) {
-  const std::size_t invalid = find_invalid_utf8(text);
+  const std::size_t invalid = first_invalid_utf8(text);
   if (invalid != std::string_view::npos) throw JsonError("is not UTF-8 (byte " + std::to_string(invalid) + ")");
   if (text.substr(0, 3) == "\xEF\xBB\xBF") throw JsonError("is not JSON (it starts with a byte order mark)");
   // nlohmann takes a NUL for the end of the text and whatever follows for nothing.

@@ -86,7 +86,4 @@ inline constexpr std::size_t kMostJsonLevels = 200;
 /// number within 64 bits signed, every other number finite, at most kMostJsonLevels deep. Throws JsonError.
 JsonValue parse_json(std::string_view text);
 
-/// Byte of the first sequence that is not UTF-8, or std::string_view::npos.
-std::size_t find_invalid_utf8(std::string_view text) noexcept;
-
 }  // namespace crt

@@ -6,8 +6,7 @@
 
 namespace crt {
 
-/// config must be an object. Throws Error(bundle): unknown or missing keys and impossible values, all at once;
-/// Error(unsupported): a value is valid in the format and not implemented by this version.
+/// Throws Error(bundle): unknown or missing keys and values that no model of this version has, all at once.
 ModelConfig model_config_from_json(const JsonValue& config);
 
 }  // namespace crt

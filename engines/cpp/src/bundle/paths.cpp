@@ -11,8 +11,8 @@
 #include <map>
 #include <vector>
 
-#include "bundle/message_text.hpp"
 #include "bundle/sha256.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 namespace {

@@ -4,8 +4,8 @@
 #include <exception>
 #include <new>
 
-#include "bundle/problem_list.hpp"
 #include "session/rows.hpp"
+#include "text/messages.hpp"
 
 namespace crt::c_api {
 namespace {

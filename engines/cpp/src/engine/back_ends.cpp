@@ -2,8 +2,8 @@
 
 #include <vector>
 
-#include "bundle/message_text.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -15,19 +15,13 @@ enum class BackEnd { none, onnxruntime, tensorrt, tensorrt_rtx };
 BackEnd back_end_of(const Target& target) noexcept {
 #ifdef CRT_RUNTIME_ONNXRUNTIME
   // Copies to and from a GPU need CUDA, which the ONNX Runtime back end is built without.
-  if (target.runtime == "onnxruntime" && target.device == "cpu") {
-    return BackEnd::onnxruntime;
-  }
+  if (target.runtime == "onnxruntime" && target.device == "cpu") return BackEnd::onnxruntime;
 #endif
 #ifdef CRT_RUNTIME_TENSORRT
-  if (target.runtime == "tensorrt") {
-    return BackEnd::tensorrt;
-  }
+  if (target.runtime == "tensorrt") return BackEnd::tensorrt;
 #endif
 #ifdef CRT_RUNTIME_TENSORRT_RTX
-  if (target.runtime == "tensorrt-rtx") {
-    return BackEnd::tensorrt_rtx;
-  }
+  if (target.runtime == "tensorrt-rtx") return BackEnd::tensorrt_rtx;
 #endif
   static_cast<void>(target);
   return BackEnd::none;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <optional>
@@ -56,7 +57,7 @@ class Buffer {
 };
 
 /// Rows start to stop of a buffer, bound as one tensor.
-struct Rows {
+struct BufferSlice {
   Buffer* buffer = nullptr;
   std::int64_t start = 0;
   std::int64_t stop = 0;
@@ -66,7 +67,7 @@ struct Rows {
   std::size_t bytes() const { return buffer->row_bytes() * static_cast<std::size_t>(stop - start); }
 };
 
-using Binding = std::map<std::string, Rows>;
+using Binding = std::map<std::string, BufferSlice>;
 
 /// A graph bound to its tensors.
 class Launch {
@@ -109,6 +110,26 @@ class Engine {
   virtual Program& program(const std::string& graph) = 0;
   /// New zeroed memory where this engine computes.
   virtual std::unique_ptr<Buffer> allocate(Shape shape, DType dtype) = 0;
+};
+
+/// Zeroed host memory that a CPU runtime reads and writes directly.
+class HostBuffer final : public Buffer {
+ public:
+  /// Throws std::bad_alloc if there is not enough memory.
+  HostBuffer(Shape shape, DType dtype);
+
+  void* address() noexcept override { return values_; }
+  const void* read() override { return values_; }
+  void write(const void* values) override;
+  void copy_rows(Buffer& source, std::int64_t begin, std::int64_t end) override;
+  void clear(std::int64_t row, std::int64_t begin, std::int64_t end) override;
+
+ private:
+  struct Release {
+    void operator()(void* memory) const noexcept { std::free(memory); }
+  };
+  std::unique_ptr<void, Release> memory_;
+  unsigned char* values_;
 };
 
 }  // namespace crt

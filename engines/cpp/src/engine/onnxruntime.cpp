@@ -12,14 +12,13 @@
 #include <string>
 #include <utility>
 
-#include "bundle/message_text.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
-#include "engine/contract.hpp"
-#include "engine/host_buffer.hpp"
-#include "engine/huge_pages.hpp"
+#include "engine/engine.hpp"
 #include "engine/onnxruntime_loading.hpp"
+#include "engine/process_memory.hpp"
 #include "engine/tensor_names.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -33,9 +32,7 @@ constexpr char kBlockBase[] = "4";
 void disable_telemetry() {
   constexpr char kSwitch[] = "ORT_DISABLE_TELEMETRY";
   const char* given = std::getenv(kSwitch);
-  if (given == nullptr || *given == '\0') {
-    setenv(kSwitch, "1", 1);
-  }
+  if (given == nullptr || *given == '\0') setenv(kSwitch, "1", 1);
 }
 
 /// One environment for the process; engines share it, so that it goes after the last of them, even at exit.
@@ -76,9 +73,7 @@ Ort::SessionOptions session_options(const OrtProfile& profile, int threads, bool
   // Threads take a loop in ever smaller pieces, so that one which is held up does not keep the others waiting.
   options.AddConfigEntry("session.dynamic_block_base", kBlockBase);
   options.AddConfigEntry("session.intra_op.allow_spinning", profile.spinning ? "1" : "0");
-  if (stop_spinning) {
-    options.AddConfigEntry("session.force_spinning_stop", "1");
-  }
+  if (stop_spinning) options.AddConfigEntry("session.force_spinning_stop", "1");
   if (!profile.disabled_optimizers.empty()) {
     options.AddConfigEntry("optimization.disable_specified_optimizers",
                            joined(profile.disabled_optimizers, ";").c_str());
@@ -105,9 +100,7 @@ TensorSpec spec_of(const std::string& file, const std::string& name, const Ort::
   }
   const auto tensor = type.GetTensorTypeAndShapeInfo();
   for (const DType dtype : {DType::int64, DType::float32, DType::float16}) {
-    if (tensor.GetElementType() == element_type_of(dtype)) {
-      return TensorSpec{name, dtype, tensor.GetShape()};
-    }
+    if (tensor.GetElementType() == element_type_of(dtype)) return TensorSpec{name, dtype, tensor.GetShape()};
   }
   throw Error(ErrorKind::contract, file + ": " + name + " has ONNX element type " +
                                        std::to_string(static_cast<int>(tensor.GetElementType())) + known);
@@ -139,12 +132,8 @@ class OrtLaunch final : public Launch {
   OrtLaunch(Ort::Session& session, const std::string& file, const Process& process, const Binding& inputs,
             const Binding& outputs)
       : session_(session), file_(file), process_(process), binding_(session) {
-    for (const auto& [name, rows] : inputs) {
-      binding_.BindInput(name.c_str(), value_of(rows));
-    }
-    for (const auto& [name, rows] : outputs) {
-      binding_.BindOutput(name.c_str(), value_of(rows));
-    }
+    for (const auto& [name, rows] : inputs) binding_.BindInput(name.c_str(), value_of(rows));
+    for (const auto& [name, rows] : outputs) binding_.BindOutput(name.c_str(), value_of(rows));
   }
 
   void run() override {
@@ -157,7 +146,7 @@ class OrtLaunch final : public Launch {
   }
 
  private:
-  static Ort::Value value_of(const Rows& rows) {
+  static Ort::Value value_of(const BufferSlice& rows) {
     const auto place = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
     const Shape shape = rows.shape();
     return Ort::Value::CreateTensor(place, rows.address(), rows.bytes(), shape.data(), shape.size(),
@@ -243,12 +232,10 @@ class OrtEngine final : public Engine {
         threads_(threads),
         one_graph_(std::move(one_graph)) {
     std::vector<std::string> loaded{names::kGraphStep, names::kGraphPrefill};
-    if (!one_graph_.empty()) {
-      loaded = {one_graph_};
-    }
+    if (!one_graph_.empty()) loaded = {one_graph_};
     std::vector<std::string> problems;
     for (const std::string& graph : loaded) {
-      const std::vector<std::string> found = contract_problems(files_, target_, graph, load(graph));
+      const std::vector<std::string> found = contract_problems(files_.contract(graph), target_, graph, load(graph));
       problems.insert(problems.end(), found.begin(), found.end());
     }
     refuse_broken_contract(target_, problems);
@@ -264,17 +251,13 @@ class OrtEngine final : public Engine {
     const std::string& graph = asked == names::kGraphStep ? step_graph() : asked;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = programs_.find(graph);
-    if (found != programs_.end()) {
-      return *found->second;
-    }
+    if (found != programs_.end()) return *found->second;
     if (one_graph() || graph != names::kGraphPrefillPass || target_.graphs.count(graph) == 0) {
       throw Error(ErrorKind::unsupported, "this target has no " + graph + " graph");
     }
     Program& loaded = load(graph);
-    const std::vector<std::string> problems = contract_problems(files_, target_, graph, loaded);
-    if (!problems.empty()) {
-      programs_.erase(graph);
-    }
+    const std::vector<std::string> problems = contract_problems(files_.contract(graph), target_, graph, loaded);
+    if (!problems.empty()) programs_.erase(graph);
     refuse_broken_contract(target_, problems);
     return loaded;
   }
@@ -308,9 +291,7 @@ class OrtEngine final : public Engine {
 std::shared_ptr<Engine> open_onnxruntime(BundleFiles& files, const Target& target, int threads) {
   std::vector<std::string> missing;
   for (const char* graph : {names::kGraphStep, names::kGraphPrefill}) {
-    if (target.graphs.count(graph) == 0) {
-      missing.emplace_back(graph);
-    }
+    if (target.graphs.count(graph) == 0) missing.emplace_back(graph);
   }
   if (!missing.empty()) {
     throw Error(ErrorKind::bundle, files.path() + ": target " + target.name + " has no " + joined(missing, " and no ") +

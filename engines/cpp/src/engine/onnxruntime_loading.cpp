@@ -13,7 +13,7 @@
 
 #include "bundle/sha256.hpp"
 #include "crt_runtime/error.hpp"
-#include "engine/private_weights.hpp"
+#include "engine/process_memory.hpp"
 
 namespace crt {
 namespace {
@@ -93,13 +93,9 @@ Ort::Session from_memory(const HeldGraph& graph, const LoadGraph& load) {
 }  // namespace
 
 Ort::Session load_held_graph(const HeldGraph& graph, const LoadGraph& load, bool keep_mapped) {
-  if (graph.weights.empty()) {
-    return load(graph.model, [](Ort::SessionOptions&) {});
-  }
+  if (graph.weights.empty()) return load(graph.model, [](Ort::SessionOptions&) {});
   if (keep_mapped || replaces_mappings()) {
-    if (std::optional<Ort::Session> session = from_mapped(graph, load, keep_mapped)) {
-      return *std::move(session);
-    }
+    if (std::optional<Ort::Session> session = from_mapped(graph, load, keep_mapped)) return *std::move(session);
   }
   try {
     return from_memory(graph, load);

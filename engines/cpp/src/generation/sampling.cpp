@@ -9,8 +9,8 @@
 #include <limits>
 #include <string>
 
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
 
 #if defined(__FAST_MATH__)
 #error "sampling.cpp must not be compiled with -ffast-math: it has to round as the specification says"
@@ -83,15 +83,11 @@ void SamplingOptions::check() const {
   if (!(std::isfinite(temperature) && temperature >= 0.0)) {
     problems.push_back("temperature must be a finite number of at least 0, found " + text_of(temperature));
   }
-  if (top_k < 0) {
-    problems.push_back("top_k must be at least 0 (0 keeps all tokens), found " + std::to_string(top_k));
-  }
+  if (top_k < 0) problems.push_back("top_k must be at least 0 (0 keeps all tokens), found " + std::to_string(top_k));
   if (!(top_p > 0.0 && top_p <= 1.0)) {
     problems.push_back("top_p must be above 0 and at most 1, found " + text_of(top_p));
   }
-  if (!(min_p >= 0.0 && min_p <= 1.0)) {
-    problems.push_back("min_p must be between 0 and 1, found " + text_of(min_p));
-  }
+  if (!(min_p >= 0.0 && min_p <= 1.0)) problems.push_back("min_p must be between 0 and 1, found " + text_of(min_p));
   if (!(std::isfinite(repetition_penalty) && repetition_penalty > 0.0)) {
     problems.push_back("repetition_penalty must be a finite number above 0, found " + text_of(repetition_penalty));
   }

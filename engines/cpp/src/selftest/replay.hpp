@@ -1,4 +1,4 @@
-// Feed the tokens of the vectors to a session, through its public calls only.
+// Feed the tokens of the vectors to a session, through its public calls only, and compare what it gives with them.
 // The C++ twin of crt_export/selftest/run.py.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "crt_runtime/selftest.hpp"
 #include "crt_runtime/session.hpp"
 #include "selftest/vectors.hpp"
 
@@ -51,5 +52,47 @@ void replay(Session& session, const SelftestVectors& vectors, const Feeding& fee
 
 /// Where in a run an index is: "after step 3".
 std::string place(const SelftestVectors& vectors, std::int64_t index, const char* preposition = "after");
+
+/// Collects the errors of one replay.
+class Comparison {
+ public:
+  /// limit: largest |difference| over the largest |value| of the vectors.
+  Comparison(const SelftestVectors& vectors, std::string run, std::string precision, double limit);
+
+  /// Compare logits, state and next token of one index.
+  void add(const Observed& observed);
+  /// Compare the caches: one entry per token so far.
+  void add_caches(const Observed& observed);
+
+  /// The largest error of every tensor.
+  std::vector<SelftestTensor> tensors() const;
+  /// A sentence on every tensor that is off.
+  std::vector<std::string> failures() const;
+
+ private:
+  struct Largest {
+    std::string tensor;
+    double error = 0.0;
+    std::string where;
+    std::string first;  ///< the first one beyond the limit, as a sentence
+    std::int64_t beyond = 0;
+  };
+
+  /// Largest |value| of a tensor in the run, of all its steps: what an error is relative to.
+  double scale_of(const std::string& tensor) const;
+  void record(const std::string& tensor, double difference, const std::string& where);
+  void check_token(const Observed& observed);
+
+  const SelftestVectors& vectors_;
+  std::string run_;
+  std::string precision_;
+  double limit_;
+  std::vector<Largest> largest_;
+  std::vector<std::string> tokens_;
+  std::vector<std::string> missing_;
+};
+
+/// A number with three significant digits, alike in every locale.
+std::string three_digits(double value);
 
 }  // namespace crt

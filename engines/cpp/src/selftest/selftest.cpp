@@ -7,13 +7,12 @@
 #include <utility>
 
 #include "bundle/bundle_files.hpp"
-#include "bundle/message_text.hpp"
 #include "crt_runtime/bundle.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
-#include "selftest/comparison.hpp"
 #include "selftest/replay.hpp"
 #include "selftest/vectors.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -98,9 +97,7 @@ SelftestReplay TargetRun::compared(const std::string& run, const Feeding& feedin
   Comparison comparison(vectors_, run, target_.precision, limit);
   std::vector<Observed> seen;
   const std::vector<std::string> failed = observe(feeding, &seen, &comparison);
-  if (feeding.by == Feed::prefill) {
-    by_prefill_ = std::move(seen);
-  }
+  if (feeding.by == Feed::prefill) by_prefill_ = std::move(seen);
   session_.reset();
   SelftestReplay result{feed_name(feeding.by), comparison.tensors(), comparison.failures()};
   result.failures.insert(result.failures.end(), failed.begin(), failed.end());
@@ -133,9 +130,7 @@ std::vector<std::string> TargetRun::observe(const Feeding& feeding, std::vector<
                                             Comparison* comparison) {
   try {
     replay(session_, vectors_, feeding, [&](Observed observed) {
-      if (comparison != nullptr) {
-        comparison->add(observed);
-      }
+      if (comparison != nullptr) comparison->add(observed);
       seen->push_back(std::move(observed));
     });
   } catch (const Error& error) {
@@ -144,9 +139,7 @@ std::vector<std::string> TargetRun::observe(const Feeding& feeding, std::vector<
     }
     return {"failed " + place(vectors_, static_cast<std::int64_t>(seen->size()), "at") + ": " + error.what()};
   }
-  if (comparison != nullptr) {
-    comparison->add_caches(seen->back());
-  }
+  if (comparison != nullptr) comparison->add_caches(seen->back());
   return {};
 }
 
@@ -165,9 +158,7 @@ SelftestTarget target_result(Bundle& bundle, const Target& target, const Selftes
       result.reason = error.what();
       return result;
     }
-    if (error.kind() == ErrorKind::bundle) {
-      throw;
-    }
+    if (error.kind() == ErrorKind::bundle) throw;
     result.replays.push_back({"open", {}, {error.what()}});
   }
   const bool off = std::any_of(result.replays.begin(), result.replays.end(),
@@ -217,9 +208,7 @@ int SelftestReport::exit_code() const noexcept {
     return std::any_of(targets.begin(), targets.end(),
                        [status](const SelftestTarget& target) { return target.status == status; });
   };
-  if (any(SelftestStatus::failed)) {
-    return kExitOff;
-  }
+  if (any(SelftestStatus::failed)) return kExitOff;
   const bool complete = asked.empty() || !any(SelftestStatus::not_run);
   return any(SelftestStatus::passed) && complete ? 0 : kExitNotRun;
 }

@@ -5,14 +5,14 @@
 #include <optional>
 
 #include "bundle/json.hpp"
-#include "bundle/message_text.hpp"
 #include "bundle/paths.hpp"
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
-#include "session/finite.hpp"
-#include "session/snapshot_layout.hpp"
+#include "session/floats.hpp"
+#include "session/snapshot.hpp"
 #include "session/tensor_file.hpp"
+#include "text/messages.hpp"
+#include "text/utf8.hpp"
 
 namespace crt {
 
@@ -50,13 +50,9 @@ std::optional<std::map<std::string, double>> limits_of(const std::string& text) 
   std::map<std::string, double> limits;
   try {
     const JsonValue parsed = parse_json(text);
-    if (!parsed.is_object()) {
-      return std::nullopt;
-    }
+    if (!parsed.is_object()) return std::nullopt;
     for (const auto& [precision, value] : parsed.object().members()) {
-      if (!value.is_number() || !(value.number() > 0)) {
-        return std::nullopt;
-      }
+      if (!value.is_number() || !(value.number() > 0)) return std::nullopt;
       limits[precision] = value.number();
     }
   } catch (const JsonError&) {
@@ -68,9 +64,7 @@ std::optional<std::map<std::string, double>> limits_of(const std::string& text) 
 template <typename Value>
 std::vector<Value> values_of(const SnapshotTensor& tensor) {
   std::vector<Value> values(tensor.data.size() / sizeof(Value));
-  if (!values.empty()) {
-    std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(Value));
-  }
+  if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(Value));
   return values;
 }
 
@@ -99,22 +93,14 @@ SelftestVectors SelftestVectors::load(const HeldFile& held, const ModelConfig& c
   std::vector<std::string> problems;
   try {
     const TensorFile file = read_tensor_file(vectors_kind(), path, held.file);
-    if (!held.unchanged()) {
-      problems.emplace_back("the file changed while it was read");
-    }
+    if (!held.unchanged()) problems.emplace_back("the file changed while it was read");
     vectors.take_metadata(file.metadata, checkpoint, &problems);
-    if (problems.empty()) {
-      vectors.check_shapes(file.tensors, config, &problems);
-    }
-    if (problems.empty()) {
-      vectors.take_values(file.tensors, config, &problems);
-    }
+    if (problems.empty()) vectors.check_shapes(file.tensors, config, &problems);
+    if (problems.empty()) vectors.take_values(file.tensors, config, &problems);
   } catch (const SystemError& error) {
     throw Error(ErrorKind::bundle, "cannot read the self-test vectors " + path + ": " + error.what());
   }
-  if (!problems.empty()) {
-    refuse(path, problems);
-  }
+  if (!problems.empty()) refuse(path, problems);
   return vectors;
 }
 
@@ -151,9 +137,7 @@ std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(
       const std::int64_t stride = column_stride(index);
       expected[run + ".logits." + std::to_string(index)] = {"F32", {(left + stride - 1) / stride}};
     }
-    if (config.recurrent) {
-      expected[run + ".state"] = {"F32", {steps_ + 1, config.hidden}};
-    }
+    if (config.recurrent) expected[run + ".state"] = {"F32", {steps_ + 1, config.hidden}};
     expected[run + kNextTokens] = {"I64", {steps_ + 1}};
     expected[run + ".margins"] = {"F32", {steps_ + 1}};
     for (std::int64_t layer = 0; layer < config.layers; ++layer) {
@@ -176,9 +160,7 @@ void SelftestVectors::check_shapes(const std::vector<SnapshotTensor>& tensors, c
       runs_.push_back(tensor.name.substr(0, size - ending.size()));
     }
   }
-  if (!has_run(kRecurrence)) {
-    problems->push_back(std::string("they hold no run '") + kRecurrence + "'");
-  }
+  if (!has_run(kRecurrence)) problems->push_back(std::string("they hold no run '") + kRecurrence + "'");
   // A number of steps beyond the tensors of the file would ask for more names than memory holds.
   if (steps_ > static_cast<std::int64_t>(tensors.size())) {
     problems->push_back("metadata steps is " + std::to_string(steps_) + ", but the file has " +
@@ -196,9 +178,7 @@ void SelftestVectors::check_shapes(const std::vector<SnapshotTensor>& tensors, c
     }
   }
   for (const auto& entry : found) {
-    if (wanted.count(entry.first) == 0) {
-      problems->push_back(entry.first + " is unknown");
-    }
+    if (wanted.count(entry.first) == 0) problems->push_back(entry.first + " is unknown");
   }
 }
 
@@ -208,9 +188,7 @@ void SelftestVectors::take_values(const std::vector<SnapshotTensor>& tensors, co
     if (tensor.dtype == "F32") {
       std::vector<float>& values = values_[tensor.name];
       values = values_of<float>(tensor);
-      if (!all_finite(values.data(), values.size())) {
-        problems->push_back(tensor.name + " is not finite");
-      }
+      if (!all_finite(values.data(), values.size())) problems->push_back(tensor.name + " is not finite");
       const bool divisors = tensor.name.compare(0, std::strlen(kDivisors), kDivisors) == 0;
       if (divisors && !std::all_of(values.begin(), values.end(), [](float value) { return value > 0; })) {
         problems->push_back(tensor.name + " must be above 0");

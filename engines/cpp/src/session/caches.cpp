@@ -27,49 +27,45 @@ void copy_heads(const unsigned char* source, std::size_t source_stride, unsigned
 
 }  // namespace
 
-SessionCaches::SessionCaches(Engine& engine, const TensorSizes& sizes, bool joins_rows)
+SessionCaches::SessionCaches(Engine& engine, const TensorSizes& sizes, bool rows_are_independent)
     : engine_(engine),
       sizes_(sizes),
       block_(engine.host_memory() && !engine.fixed_capacity() ? kCacheBlock : sizes.capacity),
-      lane_rows_(joins_rows ? sizes.batch : 1) {
+      group_rows_(rows_are_independent ? sizes.batch : 1) {
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
     const std::size_t key = size_from(2 * layer);
     index_by_name_[names::past_key_values_key(layer)] = index_by_name_[names::present_key_values_key(layer)] = key;
     index_by_name_[names::past_key_values_value(layer)] = index_by_name_[names::present_key_values_value(layer)] =
         key + 1;
   }
-  for (std::int64_t start = 0; start < sizes.batch; start += lane_rows_) {
-    Lane& lane = lanes_.emplace_back();
-    for (std::size_t index = 0; index < count(); ++index) {
-      lane.push_back(allocate(rounded(1)));
-    }
+  for (std::int64_t start = 0; start < sizes.batch; start += group_rows_) {
+    CacheGroup& group = groups_.emplace_back();
+    for (std::size_t index = 0; index < count(); ++index) group.push_back(allocate(rounded(1)));
   }
-  sliding_.resize(size_from(lane_rows_));
+  sliding_.resize(size_from(group_rows_));
 }
 
 void SessionCaches::reserve(std::int64_t start, std::int64_t stop, std::int64_t tokens) {
-  for (std::int64_t lane = start / lane_rows_; lane * lane_rows_ < stop; ++lane) {
-    for (std::unique_ptr<Buffer>& cache : lanes_[size_from(lane)]) {
+  for (std::int64_t group = start / group_rows_; group * group_rows_ < stop; ++group) {
+    for (std::unique_ptr<Buffer>& cache : groups_[size_from(group)]) {
       resize(cache, std::max(length_of(*cache), rounded(tokens)));
     }
   }
 }
 
-std::optional<Rows> SessionCaches::rows(const std::string& name, std::int64_t start, std::int64_t stop) const {
+std::optional<BufferSlice> SessionCaches::rows(const std::string& name, std::int64_t start, std::int64_t stop) const {
   const auto found = index_by_name_.find(name);
-  if (found == index_by_name_.end()) {
-    return std::nullopt;
-  }
-  const std::int64_t lane = start / lane_rows_;  // one for all of them, as for the rows of every call
-  return Rows{lanes_[size_from(lane)][found->second].get(), start - lane * lane_rows_, stop - lane * lane_rows_};
+  if (found == index_by_name_.end()) return std::nullopt;
+  const std::int64_t group = start / group_rows_;  // one for all of them, as for the rows of every call
+  return BufferSlice{groups_[size_from(group)][found->second].get(), start - group * group_rows_, stop - group * group_rows_};
 }
 
 std::vector<unsigned char> SessionCaches::entries(std::size_t index, std::int64_t length) const {
-  const std::size_t wanted = size_from(length) * token_bytes(*lanes_.front()[index]);
+  const std::size_t wanted = size_from(length) * token_bytes(*groups_.front()[index]);
   std::vector<unsigned char> values(size_from(sizes_.batch * sizes_.heads) * wanted, 0);
   std::size_t offset = 0;
-  for (const Lane& lane : lanes_) {
-    Buffer& cache = *lane[index];
+  for (const CacheGroup& group : groups_) {
+    Buffer& cache = *group[index];
     const std::size_t heads = head_count(cache);
     copy_heads(static_cast<const unsigned char*>(cache.read()), head_bytes(cache), values.data() + offset, wanted,
                heads, std::min(wanted, head_bytes(cache)));
@@ -80,12 +76,12 @@ std::vector<unsigned char> SessionCaches::entries(std::size_t index, std::int64_
 
 void SessionCaches::write(const std::vector<const unsigned char*>& caches, std::int64_t length) {
   std::vector<unsigned char> values;
-  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
     for (std::size_t index = 0; index < count(); ++index) {
-      Buffer& cache = *with_length(lanes_[lane][index], rounded(length));
+      Buffer& cache = *with_length(groups_[group][index], rounded(length));
       const std::size_t given = size_from(length) * token_bytes(cache);
       values.assign(cache.bytes(), 0);
-      copy_heads(caches[index] + lane * head_count(cache) * given, given, values.data(), head_bytes(cache),
+      copy_heads(caches[index] + group * head_count(cache) * given, given, values.data(), head_bytes(cache),
                  head_count(cache), given);
       cache.write(values.data());
     }
@@ -93,47 +89,39 @@ void SessionCaches::write(const std::vector<const unsigned char*>& caches, std::
 }
 
 void SessionCaches::assign(const SessionCaches& other) {
-  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
     for (std::size_t index = 0; index < count(); ++index) {
-      Buffer& source = *other.lanes_[lane][index];
-      with_length(lanes_[lane][index], length_of(source))->copy_rows(source, 0, lane_rows_);
+      Buffer& source = *other.groups_[group][index];
+      with_length(groups_[group][index], length_of(source))->copy_rows(source, 0, group_rows_);
     }
   }
 }
 
 void SessionCaches::slide(const std::vector<std::int64_t>& positions, Window& window) {
-  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
-    const auto first = positions.begin() + static_cast<std::ptrdiff_t>(lane * sliding_.size());
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
+    const auto first = positions.begin() + static_cast<std::ptrdiff_t>(group * sliding_.size());
     std::copy_n(first, sliding_.size(), sliding_.begin());
-    if (std::all_of(sliding_.begin(), sliding_.end(), [](std::int64_t position) { return position < 0; })) {
-      continue;
-    }
+    if (std::all_of(sliding_.begin(), sliding_.end(), [](std::int64_t position) { return position < 0; })) continue;
     for (std::size_t index = 0; index < count(); ++index) {
-      window.slide(*lanes_[lane][index], sliding_, index % 2 == 0);
+      window.slide(*groups_[group][index], sliding_, index % 2 == 0);
     }
   }
 }
 
 void SessionCaches::clear(std::int64_t row, std::int64_t begin, std::int64_t end) {
-  for (const std::unique_ptr<Buffer>& cache : lanes_[size_from(row / lane_rows_)]) {
+  for (const std::unique_ptr<Buffer>& cache : groups_[size_from(row / group_rows_)]) {
     const std::int64_t stop = std::min(end, length_of(*cache));
-    if (begin < stop) {
-      cache->clear(row % lane_rows_, begin, stop);
-    }
+    if (begin < stop) cache->clear(row % group_rows_, begin, stop);
   }
 }
 
 void SessionCaches::trim(const std::int64_t* positions) {
-  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
-    const std::int64_t* first = positions + static_cast<std::int64_t>(lane) * lane_rows_;
-    const std::int64_t length = rounded(*std::max_element(first, first + lane_rows_));
-    for (std::unique_ptr<Buffer>& cache : lanes_[lane]) {
-      resize(cache, length);
-    }
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
+    const std::int64_t* first = positions + static_cast<std::int64_t>(group) * group_rows_;
+    const std::int64_t length = rounded(*std::max_element(first, first + group_rows_));
+    for (std::unique_ptr<Buffer>& cache : groups_[group]) resize(cache, length);
   }
-  for (std::int64_t row = 0; row < sizes_.batch; ++row) {
-    clear(row, positions[row], sizes_.capacity);
-  }
+  for (std::int64_t row = 0; row < sizes_.batch; ++row) clear(row, positions[row], sizes_.capacity);
 }
 
 /// Tokens of a cache with room for that many: whole blocks, at least one, at most the capacity.
@@ -143,7 +131,7 @@ std::int64_t SessionCaches::rounded(std::int64_t tokens) const noexcept {
 }
 
 std::unique_ptr<Buffer> SessionCaches::allocate(std::int64_t length) const {
-  return engine_.allocate({lane_rows_, sizes_.heads, length, sizes_.head_dim}, sizes_.cache_dtype);
+  return engine_.allocate({group_rows_, sizes_.heads, length, sizes_.head_dim}, sizes_.cache_dtype);
 }
 
 /// The cache, or a new one in its place if it had another length.

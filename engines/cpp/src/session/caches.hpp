@@ -35,8 +35,8 @@ inline constexpr std::int64_t kCacheBlock = 128;
 class SessionCaches {
  public:
   /// Allocates the first block of every cache, zeroed; all of it where the engine computes in memory of its own.
-  /// joins_rows: whether rows may share a call of the engine, hence a cache.
-  SessionCaches(Engine& engine, const TensorSizes& sizes, bool joins_rows);
+  /// rows_are_independent: whether rows may share a call of the engine, hence a cache.
+  SessionCaches(Engine& engine, const TensorSizes& sizes, bool rows_are_independent);
 
   std::size_t count() const noexcept { return static_cast<std::size_t>(2 * sizes_.layers); }
   /// Counts up whenever memory moves: what was bound to the caches before must not run any more.
@@ -44,7 +44,7 @@ class SessionCaches {
   /// Make room for that many tokens in each of these rows. After std::bad_alloc it can be repeated.
   void reserve(std::int64_t start, std::int64_t stop, std::int64_t tokens);
   /// Rows of the cache that a graph's tensor of this name is bound to; unset if it is none.
-  std::optional<Rows> rows(const std::string& name, std::int64_t start, std::int64_t stop) const;
+  std::optional<BufferSlice> rows(const std::string& name, std::int64_t start, std::int64_t stop) const;
 
   /// Copy of the first length entries of a cache, [batch, heads, length, head_dim]; zeros where none are kept.
   std::vector<unsigned char> entries(std::size_t index, std::int64_t length) const;
@@ -61,7 +61,7 @@ class SessionCaches {
 
  private:
   /// Neighbouring rows that share a cache.
-  using Lane = std::vector<std::unique_ptr<Buffer>>;
+  using CacheGroup = std::vector<std::unique_ptr<Buffer>>;
 
   std::int64_t rounded(std::int64_t tokens) const noexcept;
   std::unique_ptr<Buffer> allocate(std::int64_t length) const;
@@ -71,9 +71,9 @@ class SessionCaches {
   Engine& engine_;
   TensorSizes sizes_;
   std::int64_t block_;
-  std::int64_t lane_rows_;
+  std::int64_t group_rows_;
   std::uint64_t moves_ = 0;
-  std::vector<Lane> lanes_;
+  std::vector<CacheGroup> groups_;
   std::map<std::string, std::size_t> index_by_name_;
   std::vector<std::int64_t> sliding_;  // scratch of slide()
 };

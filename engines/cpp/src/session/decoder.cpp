@@ -4,11 +4,11 @@
 #include <exception>
 #include <utility>
 
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/session.hpp"
 #include "engine/tensor_names.hpp"
-#include "session/finite.hpp"
+#include "session/floats.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -16,9 +16,9 @@ Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
     : engine_(std::move(engine)),
       target_(setup.target),
       sizes_(setup.sizes),
-      tensors_(*engine_, setup.sizes, setup.joins_rows),
+      tensors_(*engine_, setup.sizes, setup.rows_are_independent),
       max_chunk_(engine_->max_tokens()),
-      joins_rows_(setup.joins_rows),
+      rows_are_independent_(setup.rows_are_independent),
       plan_(setup.plan) {
   if (setup.slides) {
     window_.emplace(setup.config);
@@ -31,48 +31,40 @@ Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
   next_tokens_.assign(batch, kNoToken);
   sliding_.assign(batch, -1);
   zeros_.assign(batch, 0);
-  groups_.reserve(batch);
+  batches_.reserve(batch);
 }
 
 void Decoder::check_room(const std::vector<std::int64_t>& lengths) const {
-  if (!window_) {
-    check_capacity(position_, lengths, sizes_.capacity);
-  }
+  if (!window_) check_capacity(position_, lengths, sizes_.capacity);
 }
 
 PrefillRule Decoder::rule_of(const PrefillOptions& options) {
   const PrefillRule rule = prefill_rule(plan_, options, max_chunk_, sizes_.recurrent, sizes_.unroll, target_);
-  if (rule.passes > 0) {
-    static_cast<void>(engine_->program(names::kGraphPrefillPass));
-  }
+  if (rule.passes > 0) static_cast<void>(engine_->program(names::kGraphPrefillPass));
   return rule;
 }
 
 void Decoder::prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillRule& rule) {
   std::size_t longest = 0;
-  for (const std::vector<std::int64_t>& row : rows) {
-    longest = std::max(longest, row.size());
-  }
-  std::vector<TokenSpan> by_steps(rows.size());
-  std::vector<TokenSpan> by_passes(rows.size());
+  for (const std::vector<std::int64_t>& row : rows) longest = std::max(longest, row.size());
+  std::vector<RowTokens> by_steps(rows.size());
+  std::vector<RowTokens> by_passes(rows.size());
   for (std::size_t begin = 0; begin < longest; begin += static_cast<std::size_t>(rule.chunk)) {
     for (std::size_t row = 0; row < rows.size(); ++row) {
       const std::size_t start = std::min(begin, rows[row].size());
       const std::int64_t length = std::min(static_cast<std::int64_t>(rows[row].size() - start), rule.chunk);
-      const TokenSpan piece{rows[row].data() + start, length};
-      by_steps[row] = length < rule.shortest ? piece : TokenSpan();
-      by_passes[row] = length < rule.shortest ? TokenSpan() : piece;
+      const RowTokens piece{rows[row].data() + start, length};
+      by_steps[row] = length < rule.shortest ? piece : RowTokens();
+      by_passes[row] = length < rule.shortest ? RowTokens() : piece;
     }
     feed_steps(by_steps);
     feed_passes(by_passes, rule);
   }
 }
 
-void Decoder::feed_steps(const std::vector<TokenSpan>& pieces) {
+void Decoder::feed_steps(const std::vector<RowTokens>& pieces) {
   std::int64_t longest = 0;
-  for (const TokenSpan& piece : pieces) {
-    longest = std::max(longest, piece.count);
-  }
+  for (const RowTokens& piece : pieces) longest = std::max(longest, piece.count);
   std::vector<std::int64_t> ids(pieces.size());
   std::vector<std::int64_t> lengths(pieces.size());
   for (std::int64_t index = 0; index < longest; ++index) {
@@ -84,38 +76,32 @@ void Decoder::feed_steps(const std::vector<TokenSpan>& pieces) {
   }
 }
 
-void Decoder::feed_passes(const std::vector<TokenSpan>& pieces, const PrefillRule& rule) {
+void Decoder::feed_passes(const std::vector<RowTokens>& pieces, const PrefillRule& rule) {
   std::vector<std::int64_t> lengths;
   std::vector<float> residual(pieces.size());
-  for (const TokenSpan& piece : pieces) {
-    lengths.push_back(piece.count);
-  }
+  for (const RowTokens& piece : pieces) lengths.push_back(piece.count);
   // How many passes a row takes until its residual is small must not depend on its neighbours.
-  set_groups(lengths, joins_rows_ && !rule.bound);
-  if (groups_.empty()) {
-    return;
-  }
-  tensors_.prefill(pieces, position_.data(), groups_, rule.passes, rule.bound, residual);
-  if (sizes_.recurrent) {
-    refuse_non_finite("residual", residual.data(), 1, lengths);
-  }
+  set_batches(lengths, rows_are_independent_ && !rule.bound);
+  if (batches_.empty()) return;
+  tensors_.prefill(pieces, position_.data(), batches_, rule.passes, rule.bound, residual);
+  if (sizes_.recurrent) refuse_non_finite("residual", residual.data(), 1, lengths);
   finish(lengths, true);
 }
 
 void Decoder::step(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& lengths, bool check_logits) {
-  set_groups(lengths, joins_rows_);
-  tensors_.step(ids.data(), position_.data(), groups_);
+  set_batches(lengths, rows_are_independent_);
+  tensors_.step(ids.data(), position_.data(), batches_);
   finish(lengths, check_logits);
 }
 
 const float* Decoder::logits() {
   const float* values = tensors_.logits();
   if (!logits_checked_) {
-    groups_.clear();
+    batches_.clear();
     for (std::size_t row = 0; row < position_.size(); ++row) {
       if (position_[row] > 0) {
         const auto number = static_cast<std::int64_t>(row);
-        groups_.push_back(Group{number, number + 1, 1});
+        batches_.push_back(Batch{number, number + 1, 1});
       }
     }
     refuse_non_finite("logits", values, sizes_.vocab, zeros_);
@@ -148,9 +134,7 @@ void Decoder::reset() {
 }
 
 void Decoder::abandon(const std::vector<std::int64_t>& before) noexcept {
-  for (std::size_t row = 0; row < position_.size(); ++row) {
-    position_[row] = std::min(position_[row], before[row]);
-  }
+  for (std::size_t row = 0; row < position_.size(); ++row) position_[row] = std::min(position_[row], before[row]);
   try {
     tensors_.clear(position_.data());
   } catch (const std::exception&) {
@@ -159,12 +143,10 @@ void Decoder::abandon(const std::vector<std::int64_t>& before) noexcept {
 }
 
 /// The rows that run together, after making room where rows slide.
-void Decoder::set_groups(const std::vector<std::int64_t>& lengths, bool joins_rows) {
-  if (window_) {
-    slide(lengths);
-  }
+void Decoder::set_batches(const std::vector<std::int64_t>& lengths, bool rows_are_independent) {
+  if (window_) slide(lengths);
   const bool pads = !engine_->host_memory();  // on a device a call per row costs more than padding
-  groups_from_lengths(position_, lengths, sizes_.capacity, joins_rows, pads, groups_);
+  batches_from_lengths(position_, lengths, sizes_.capacity, rows_are_independent, pads, batches_);
 }
 
 void Decoder::slide(const std::vector<std::int64_t>& lengths) {
@@ -174,9 +156,7 @@ void Decoder::slide(const std::vector<std::int64_t>& lengths) {
     sliding_[row] = full ? position_[row] : -1;
     any = any || full;
   }
-  if (!any) {
-    return;
-  }
+  if (!any) return;
   tensors_.caches().slide(sliding_, *window_);
   for (std::size_t row = 0; row < position_.size(); ++row) {
     position_[row] = sliding_[row] < 0 ? position_[row] : window_->kept(position_[row]);
@@ -185,30 +165,26 @@ void Decoder::slide(const std::vector<std::int64_t>& lengths) {
 
 /// Check what the engine wrote, then count the tokens.
 void Decoder::finish(const std::vector<std::int64_t>& lengths, bool check_logits) {
-  if (sizes_.recurrent) {
-    refuse_non_finite("state", tensors_.state(), sizes_.hidden, lengths);
-  }
+  if (sizes_.recurrent) refuse_non_finite("state", tensors_.state(), sizes_.hidden, lengths);
   if (check_logits || engine_->host_memory()) {
     refuse_non_finite("logits", tensors_.logits(), sizes_.vocab, lengths);
   } else {
     logits_checked_ = false;
   }
   refuse_unknown_tokens();
-  for (const Group& group : groups_) {
-    std::copy(tensors_.next_tokens() + group.start, tensors_.next_tokens() + group.stop,
-              next_tokens_.begin() + group.start);
+  for (const Batch& batch : batches_) {
+    std::copy(tensors_.next_tokens() + batch.start, tensors_.next_tokens() + batch.stop,
+              next_tokens_.begin() + batch.start);
   }
-  for (std::size_t row = 0; row < position_.size(); ++row) {
-    position_[row] += lengths[row];
-  }
+  for (std::size_t row = 0; row < position_.size(); ++row) position_[row] += lengths[row];
 }
 
-/// values: [batch, width]; the rows of the groups are looked at.
+/// values: [batch, width]; the rows of the batches are looked at.
 void Decoder::refuse_non_finite(const char* name, const float* values, std::int64_t width,
                                 const std::vector<std::int64_t>& lengths) const {
   std::vector<std::string> problems;
-  for (const Group& group : groups_) {
-    for (std::int64_t row = group.start; row < group.stop; ++row) {
+  for (const Batch& batch : batches_) {
+    for (std::int64_t row = batch.start; row < batch.stop; ++row) {
       if (!all_finite(values + row * width, static_cast<std::size_t>(width))) {
         const auto index = static_cast<std::size_t>(row);
         problems.push_back("row " + std::to_string(row) + " after position " +
@@ -223,8 +199,8 @@ void Decoder::refuse_non_finite(const char* name, const float* values, std::int6
 
 void Decoder::refuse_unknown_tokens() const {
   std::vector<std::string> problems;
-  for (const Group& group : groups_) {
-    for (std::int64_t row = group.start; row < group.stop; ++row) {
+  for (const Batch& batch : batches_) {
+    for (std::int64_t row = batch.start; row < batch.stop; ++row) {
       const std::int64_t token = tensors_.next_tokens()[row];
       if (token < 0 || token >= sizes_.vocab) {
         problems.push_back("row " + std::to_string(row) + " has " + std::to_string(token));

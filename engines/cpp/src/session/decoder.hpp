@@ -10,7 +10,7 @@
 
 #include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
-#include "session/prefill_rule.hpp"
+#include "session/prefill.hpp"
 #include "session/rows.hpp"
 #include "session/slide.hpp"
 #include "session/tensors.hpp"
@@ -24,7 +24,7 @@ struct SessionSetup {
   ModelConfig config;
   TensorSizes sizes;
   bool slides = false;
-  bool joins_rows = true;  ///< rows may share a call of the engine
+  bool rows_are_independent = true;  ///< rows may share a call of the engine
   PrefillPlan plan;        ///< how prompts are taken unless a call says otherwise
 };
 
@@ -63,9 +63,9 @@ class Decoder {
   void abandon(const std::vector<std::int64_t>& before) noexcept;
 
  private:
-  void feed_steps(const std::vector<TokenSpan>& pieces);
-  void feed_passes(const std::vector<TokenSpan>& pieces, const PrefillRule& rule);
-  void set_groups(const std::vector<std::int64_t>& lengths, bool joins_rows);
+  void feed_steps(const std::vector<RowTokens>& pieces);
+  void feed_passes(const std::vector<RowTokens>& pieces, const PrefillRule& rule);
+  void set_batches(const std::vector<std::int64_t>& lengths, bool rows_are_independent);
   void slide(const std::vector<std::int64_t>& lengths);
   void finish(const std::vector<std::int64_t>& lengths, bool check_logits);
   void refuse_non_finite(const char* name, const float* values, std::int64_t width,
@@ -78,13 +78,13 @@ class Decoder {
   SessionTensors tensors_;
   std::optional<Window> window_;
   std::int64_t max_chunk_;
-  bool joins_rows_;
+  bool rows_are_independent_;
   PrefillPlan plan_;
   std::vector<std::int64_t> position_;
   std::vector<std::int64_t> next_tokens_;
   bool logits_checked_ = true;
   // Scratch of one call, kept so that a step allocates nothing.
-  std::vector<Group> groups_;
+  std::vector<Batch> batches_;
   std::vector<std::int64_t> sliding_;
   std::vector<std::int64_t> zeros_;
 };

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <string>
 
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -23,9 +23,7 @@ void check_token_rows(const std::vector<std::vector<std::int64_t>>& rows, std::i
                          std::to_string(vocab - 1) + ")");
     }
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::input, problem_list("token ids", problems));
-  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("token ids", problems));
 }
 
 void check_capacity(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
@@ -38,32 +36,28 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
                          " more exceed the capacity of " + std::to_string(capacity));
     }
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::input, problem_list("the cache is too small", problems));
-  }
+  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("the cache is too small", problems));
 }
 
-void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
-                         std::int64_t capacity, bool joins_rows, bool pads, std::vector<Group>& groups) {
-  groups.clear();
-  std::int64_t furthest = 0;  // largest position among the rows of the last group
+void batches_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                         std::int64_t capacity, bool rows_are_independent, bool pads, std::vector<Batch>& batches) {
+  batches.clear();
+  std::int64_t furthest = 0;  // largest position among the rows of the last batch
   for (std::size_t index = 0; index < lengths.size(); ++index) {
-    if (lengths[index] == 0) {
-      continue;
-    }
+    if (lengths[index] == 0) continue;
     const auto row = static_cast<std::int64_t>(index);
-    if (joins_rows && !groups.empty() && groups.back().stop == row && (pads || groups.back().seq == lengths[index])) {
-      // Padding is written to the cache as well, so no row of the group may pass the capacity.
-      const std::int64_t seq = std::max(groups.back().seq, lengths[index]);
+    if (rows_are_independent && !batches.empty() && batches.back().stop == row && (pads || batches.back().seq == lengths[index])) {
+      // Padding is written to the cache as well, so no row of the batch may pass the capacity.
+      const std::int64_t seq = std::max(batches.back().seq, lengths[index]);
       const std::int64_t position = std::max(furthest, positions[index]);
       if (position + seq <= capacity) {
-        groups.back().stop = row + 1;
-        groups.back().seq = seq;
+        batches.back().stop = row + 1;
+        batches.back().seq = seq;
         furthest = position;
         continue;
       }
     }
-    groups.push_back(Group{row, row + 1, lengths[index]});
+    batches.push_back(Batch{row, row + 1, lengths[index]});
     furthest = positions[index];
   }
 }

@@ -9,14 +9,14 @@
 namespace crt {
 
 /// Neighbouring rows start to stop that run in one call, right-padded to seq tokens.
-struct Group {
+struct Batch {
   std::int64_t start = 0;
   std::int64_t stop = 0;
   std::int64_t seq = 0;
 };
 
 /// Tokens of one row; the memory belongs to the caller.
-struct TokenSpan {
+struct RowTokens {
   const std::int64_t* tokens = nullptr;
   std::int64_t count = 0;
 };
@@ -29,10 +29,10 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
                     std::int64_t capacity);
 
 /// Join neighbouring rows with tokens, as long as the padding fits behind every one of them; rows without tokens take
-/// no part. Without joins_rows each row runs alone. Without pads only rows of equally many tokens join: padding changes
-/// the shape of every product and the order of sums, so a row would have other bits than alone. Fills groups, and
+/// no part. Without rows_are_independent each row runs alone. Without pads only rows of equally many tokens join: padding changes
+/// the shape of every product and the order of sums, so a row would have other bits than alone. Fills batches, and
 /// allocates nothing if its capacity is the batch.
-void groups_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
-                         std::int64_t capacity, bool joins_rows, bool pads, std::vector<Group>& groups);
+void batches_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
+                         std::int64_t capacity, bool rows_are_independent, bool pads, std::vector<Batch>& batches);
 
 }  // namespace crt

@@ -87,26 +87,18 @@ SafeWrite::SafeWrite(const std::string& path, unsigned int mode)
       path_(followed(path, &mode_, &exists_)),
       partial_(partial_name(path_)),
       descriptor_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode_)) {
-  if (descriptor_ < 0) {
-    throw SystemError(errno);
-  }
+  if (descriptor_ < 0) throw SystemError(errno);
 }
 
 SafeWrite::~SafeWrite() {
-  if (descriptor_ >= 0) {
-    ::close(descriptor_);
-  }
-  if (!partial_.empty()) {
-    ::unlink(partial_.c_str());
-  }
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (!partial_.empty()) ::unlink(partial_.c_str());
 }
 
 void SafeWrite::write(std::string_view bytes) {
   while (!bytes.empty()) {
     const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
-    if (written < 0 && errno != EINTR) {
-      throw SystemError(errno);
-    }
+    if (written < 0 && errno != EINTR) throw SystemError(errno);
     bytes.remove_prefix(written < 0 ? 0 : static_cast<std::size_t>(written));
   }
 }
@@ -117,9 +109,7 @@ void SafeWrite::commit() {
   }
   const int descriptor = descriptor_;
   descriptor_ = -1;
-  if (::close(descriptor) != 0 || std::rename(partial_.c_str(), path_.c_str()) != 0) {
-    throw SystemError(errno);
-  }
+  if (::close(descriptor) != 0 || std::rename(partial_.c_str(), path_.c_str()) != 0) throw SystemError(errno);
   partial_.clear();
   sync_folder(folder_of(path_));
 }

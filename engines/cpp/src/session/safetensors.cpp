@@ -5,10 +5,10 @@
 #include <string_view>
 #include <utility>
 
-#include "bundle/message_text.hpp"
 #include "bundle/sha256.hpp"
-#include "generation/utf8.hpp"
 #include "session/safe_write.hpp"
+#include "text/messages.hpp"
+#include "text/utf8.hpp"
 
 namespace crt {
 
@@ -29,27 +29,17 @@ struct StoredTensor {
 
 /// Bytes per element; unset for a dtype that no file of this package has.
 std::optional<std::uint64_t> element_bytes(const std::string& dtype) noexcept {
-  if (dtype == "I64") {
-    return 8;
-  }
-  if (dtype == "F32") {
-    return 4;
-  }
-  if (dtype == "F16") {
-    return 2;
-  }
-  if (dtype == "U8") {
-    return 1;
-  }
+  if (dtype == "I64") return 8;
+  if (dtype == "F32") return 4;
+  if (dtype == "F16") return 2;
+  if (dtype == "U8") return 1;
   return std::nullopt;
 }
 
 /// Tensors in the order that the safetensors library writes: largest elements first, so that all stay aligned.
 std::vector<const SnapshotTensor*> in_file_order(const std::vector<SnapshotTensor>& tensors) {
   std::vector<const SnapshotTensor*> sorted;
-  for (const SnapshotTensor& tensor : tensors) {
-    sorted.push_back(&tensor);
-  }
+  for (const SnapshotTensor& tensor : tensors) sorted.push_back(&tensor);
   std::sort(sorted.begin(), sorted.end(), [](const auto* a, const auto* b) {
     const auto first = element_bytes(a->dtype).value_or(0);
     const auto second = element_bytes(b->dtype).value_or(0);
@@ -73,7 +63,7 @@ std::string quoted(const std::string& text) {
   constexpr char kLetters[] = "\"\\bfnrt";
   std::string result = "\"";
   for (std::size_t offset = 0; offset < text.size();) {
-    const Utf8Prefix prefix = first_character(text.data() + offset, text.size() - offset);
+    const Utf8Prefix prefix = first_character(std::string_view(text).substr(offset));
     const char first = text[offset];
     const std::string_view escaped(kEscaped);
     if (prefix.kind != Utf8Prefix::complete) {
@@ -131,9 +121,7 @@ JsonValue read_header(const RegularFile& file, std::uint64_t* data_begin) {
   }
   const std::string bytes = read_text(file, kLengthBytes, 0);
   std::uint64_t length = 0;
-  for (std::size_t index = kLengthBytes; index-- > 0;) {
-    length = length << 8 | static_cast<unsigned char>(bytes[index]);
-  }
+  for (std::size_t index = kLengthBytes; index-- > 0;) length = length << 8 | static_cast<unsigned char>(bytes[index]);
   if (length > kMostHeaderBytes || length > size - kLengthBytes) {
     throw SafetensorsError("its header claims " + std::to_string(length) + " bytes, the file has " +
                            std::to_string(size) +
@@ -141,9 +129,7 @@ JsonValue read_header(const RegularFile& file, std::uint64_t* data_begin) {
   }
   *data_begin = kLengthBytes + length;
   JsonValue header = parse_json(read_text(file, static_cast<std::size_t>(length), kLengthBytes));
-  if (!header.is_object()) {
-    throw SafetensorsError("its header must be a JSON object, found " + shown(header));
-  }
+  if (!header.is_object()) throw SafetensorsError("its header must be a JSON object, found " + shown(header));
   return header;
 }
 
@@ -151,13 +137,13 @@ JsonValue read_header(const RegularFile& file, std::uint64_t* data_begin) {
 std::vector<std::int64_t> counts(const std::string& name, const char* key, const JsonValue& entry) {
   const JsonValue* list = entry.find(key);
   std::vector<std::int64_t> values;
-  bool sound = list != nullptr && list->is_array();
-  for (std::size_t index = 0; sound && index < list->array().size(); ++index) {
+  bool valid = list != nullptr && list->is_array();
+  for (std::size_t index = 0; valid && index < list->array().size(); ++index) {
     const JsonValue& value = list->array()[index];
-    sound = value.is_integer() && value.integer() >= 0;
-    values.push_back(sound ? value.integer() : 0);
+    valid = value.is_integer() && value.integer() >= 0;
+    values.push_back(valid ? value.integer() : 0);
   }
-  if (!sound) {
+  if (!valid) {
     throw SafetensorsError(in_quotes(name, 80) + ": " + key + " must be a list of whole numbers of at least 0");
   }
   return values;
@@ -207,9 +193,7 @@ StoredTensor stored_tensor(const std::string& name, const JsonValue& entry) {
 std::vector<StoredTensor> stored_tensors(const JsonValue& header, std::uint64_t data_bytes) {
   std::vector<StoredTensor> tensors;
   for (const auto& [name, entry] : header.object().members()) {
-    if (name != kMetadata) {
-      tensors.push_back(stored_tensor(name, entry));
-    }
+    if (name != kMetadata) tensors.push_back(stored_tensor(name, entry));
   }
   std::sort(tensors.begin(), tensors.end(), [](const StoredTensor& a, const StoredTensor& b) {
     return std::make_pair(a.begin, a.end) < std::make_pair(b.begin, b.end);

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "session/float16.hpp"
+#include "session/floats.hpp"
 
 namespace crt {
 
@@ -31,9 +31,7 @@ void Window::slide(Buffer& cache, const std::vector<std::int64_t>& positions, bo
   const auto* content = static_cast<const unsigned char*>(cache.read());
   values_.assign(content, content + cache.bytes());
   for (std::size_t row = 0; row < positions.size(); ++row) {
-    if (positions[row] < 0) {
-      continue;
-    }
+    if (positions[row] < 0) continue;
     const std::int64_t keep = kept(positions[row]);
     const std::int64_t shift = positions[row] - keep;
     const std::size_t kept_bytes = static_cast<std::size_t>(keep) * token_bytes;

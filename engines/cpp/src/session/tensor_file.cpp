@@ -6,10 +6,11 @@
 #include <new>
 #include <utility>
 
-#include "bundle/message_text.hpp"
 #include "bundle/sha256.hpp"
 #include "crt_runtime/error.hpp"
 #include "session/safetensors.hpp"
+#include "text/messages.hpp"
+#include "text/utf8.hpp"
 
 namespace crt {
 
@@ -18,14 +19,10 @@ namespace {
 /// SHA-256 over the bytes of all tensors in order of their sorted names.
 std::string digest_of(const std::vector<SnapshotTensor>& tensors) {
   std::vector<const SnapshotTensor*> sorted;
-  for (const SnapshotTensor& tensor : tensors) {
-    sorted.push_back(&tensor);
-  }
+  for (const SnapshotTensor& tensor : tensors) sorted.push_back(&tensor);
   std::sort(sorted.begin(), sorted.end(), [](const auto* a, const auto* b) { return a->name < b->name; });
   Sha256 digest;
-  for (const SnapshotTensor* tensor : sorted) {
-    digest.update(tensor->data.data(), tensor->data.size());
-  }
+  for (const SnapshotTensor* tensor : sorted) digest.update(tensor->data.data(), tensor->data.size());
   return digest.hex();
 }
 
@@ -41,9 +38,7 @@ void check_metadata(const TensorFileKind& kind, const std::string& path, const S
   const std::string version = given == nullptr ? "" : *given;
   const bool digits = !version.empty() && version.find_first_not_of("0123456789") == std::string::npos;
   const std::int64_t number = digits ? std::stoll(version.substr(0, 9)) : 0;
-  if (number < 1) {
-    refuse(" is not " + kind.title + ": its format version is " + in_quotes(version, 80));
-  }
+  if (number < 1) refuse(" is not " + kind.title + ": its format version is " + in_quotes(version, 80));
   if (number > kind.version) {
     refuse(" has format version " + first_characters(version, 20) + "; this version reads up to " +
            std::to_string(kind.version) + ": upgrade crt-export");
@@ -53,9 +48,7 @@ void check_metadata(const TensorFileKind& kind, const std::string& path, const S
   std::vector<std::string> missing;
   std::copy_if(wanted.begin(), wanted.end(), std::back_inserter(missing),
                [&file](const std::string& key) { return file.metadata(key) == nullptr; });
-  if (!missing.empty()) {
-    refuse(" is not " + kind.title + ": its metadata lack " + joined(missing));
-  }
+  if (!missing.empty()) refuse(" is not " + kind.title + ": its metadata lack " + joined(missing));
 }
 
 TensorFile read_checked(const TensorFileKind& kind, const std::string& path,
@@ -71,9 +64,7 @@ TensorFile read_checked(const TensorFileKind& kind, const std::string& path,
   check(file.digest());  // before there is memory for any tensor
   TensorFile found{{}, file.tensors()};
   check(digest_of(found.tensors));  // the file may have been written to meanwhile
-  for (const std::string& key : kind.required) {
-    found.metadata[key] = *file.metadata(key);
-  }
+  for (const std::string& key : kind.required) found.metadata[key] = *file.metadata(key);
   return found;
 }
 

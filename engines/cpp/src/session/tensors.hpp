@@ -26,17 +26,17 @@ namespace crt {
 class SessionTensors {
  public:
   /// Allocates everything, zeroed; the logits are NaN, because a row without any token has none.
-  /// joins_rows: whether rows may share a call of the engine.
-  SessionTensors(Engine& engine, const TensorSizes& sizes, bool joins_rows = true);
+  /// rows_are_independent: whether rows may share a call of the engine.
+  SessionTensors(Engine& engine, const TensorSizes& sizes, bool rows_are_independent = true);
 
-  /// Run one token per row of the groups; all others stay as they are. ids and positions: int64 [batch], positions are
+  /// Run one token per row of the batches; all others stay as they are. ids and positions: int64 [batch], positions are
   /// the tokens in the cache before this one. Allocates nothing once its launches exist, until the caches grow.
-  void step(const std::int64_t* ids, const std::int64_t* positions, const std::vector<Group>& groups);
+  void step(const std::int64_t* ids, const std::int64_t* positions, const std::vector<Batch>& batches);
 
-  /// Run several tokens per row of the groups. passes: 0 for as many as the bundle was built with, else that many calls
-  /// of prefill_pass. bound: residual at which passes end, for groups of one row; unset: after all of them. residual:
-  /// float32 [batch], filled for the rows of the groups unless the model is a plain transformer.
-  void prefill(const std::vector<TokenSpan>& rows, const std::int64_t* positions, const std::vector<Group>& groups,
+  /// Run several tokens per row of the batches. passes: 0 for as many as the bundle was built with, else that many calls
+  /// of prefill_pass. bound: residual at which passes end, for batches of one row; unset: after all of them. residual:
+  /// float32 [batch], filled for the rows of the batches unless the model is a plain transformer.
+  void prefill(const std::vector<RowTokens>& rows, const std::int64_t* positions, const std::vector<Batch>& batches,
                std::int64_t passes, std::optional<float> bound, std::vector<float>& residual);
 
   /// float32 [batch, vocab]: each row's after its last call, NaN if it had none; valid until the next call.
@@ -44,7 +44,7 @@ class SessionTensors {
   /// Current recurrent state, float32 [batch, 1, hidden]; nullptr for a plain transformer.
   const float* state();
   /// int64 [batch]: the engine's argmax of the rows that took part in the last call.
-  const std::int64_t* next_tokens() const noexcept { return sets_[current_].held_ids.data(); }
+  const std::int64_t* next_tokens() const noexcept { return double_buffer_[current_].held_ids.data(); }
 
   /// Zero every cache entry beyond the positions, and the state of rows at position 0, whose logits become NaN.
   void clear(const std::int64_t* positions);
@@ -60,11 +60,11 @@ class SessionTensors {
   /// Number of step launches that are kept.
   std::size_t launches() const noexcept { return step_launches_.size(); }
   /// The launch of the next step over these rows, to be timed or counted on its own.
-  Launch& step_launch(const Group& group);
+  Launch& step_launch(const Batch& batch);
 
  private:
   /// What one call leaves for the next. held: what the buffers hold, as far as the host knows, else -1.
-  struct Set {
+  struct Half {
     std::unique_ptr<Buffer> ids;
     std::unique_ptr<Buffer> position;
     std::unique_ptr<Buffer> state;
@@ -81,16 +81,16 @@ class SessionTensors {
   };
 
   void feed(std::vector<std::int64_t>& held, Buffer& buffer, const std::int64_t* values,
-            const std::vector<Group>& groups);
-  void finish(const std::int64_t* positions, const std::vector<Group>& groups, const std::vector<TokenSpan>* rows);
+            const std::vector<Batch>& batches);
+  void finish(const std::int64_t* positions, const std::vector<Batch>& batches, const std::vector<RowTokens>* rows);
   void forget() noexcept;
-  void make_room(const std::int64_t* positions, const std::vector<Group>& groups);
+  void make_room(const std::int64_t* positions, const std::vector<Batch>& batches);
   void allocate_one_token();
-  Rows shared(const std::string& name, const Group& group);
+  BufferSlice shared(const std::string& name, const Batch& batch);
 
   Engine& engine_;
   TensorSizes sizes_;
-  std::array<Set, 2> sets_;
+  std::array<Half, 2> double_buffer_;
   std::size_t current_ = 0;
   std::unique_ptr<Buffer> logits_;
   SessionCaches caches_;

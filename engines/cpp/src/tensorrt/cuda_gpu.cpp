@@ -31,9 +31,7 @@ std::string failure(const std::string& call, cudaError_t code) {
 }
 
 void check(cudaError_t code, const std::string& call) {
-  if (code == cudaSuccess) {
-    return;
-  }
+  if (code == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // an error that does not stick is not found again by the next call
   if (is_absence(code)) {
     throw Error(ErrorKind::missing_dependency,
@@ -45,9 +43,7 @@ void check(cudaError_t code, const std::string& call) {
 
 // The plain text overload builds no string on the path that succeeds: it is taken in every step.
 void check(cudaError_t code, const char* call) {
-  if (code != cudaSuccess) {
-    check(code, std::string(call));
-  }
+  if (code != cudaSuccess) check(code, std::string(call));
 }
 
 cudaStream_t cuda_stream(Stream stream) noexcept { return static_cast<cudaStream_t>(stream); }
@@ -62,9 +58,7 @@ class CudaDevice final : public Device {
     make_current();
     void* memory = nullptr;
     const cudaError_t code = cudaMalloc(&memory, bytes);
-    if (code != cudaSuccess) {
-      check(code, "cudaMalloc of " + std::to_string(bytes) + " bytes");
-    }
+    if (code != cudaSuccess) check(code, "cudaMalloc of " + std::to_string(bytes) + " bytes");
     return memory;
   }
   // Nothing can be done about a failure to free: the call that broke the GPU has reported it.
@@ -74,9 +68,7 @@ class CudaDevice final : public Device {
     make_current();
     void* memory = nullptr;
     const cudaError_t code = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
-    if (code != cudaSuccess) {
-      check(code, "cudaHostAlloc of " + std::to_string(bytes) + " bytes");
-    }
+    if (code != cudaSuccess) check(code, "cudaHostAlloc of " + std::to_string(bytes) + " bytes");
     return memory;
   }
   void free_host(void* memory) noexcept override { static_cast<void>(cudaFreeHost(memory)); }

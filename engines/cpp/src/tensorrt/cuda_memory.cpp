@@ -28,9 +28,7 @@ OwnedGraph::OwnedGraph(std::shared_ptr<Device> device) : device_(std::move(devic
 OwnedGraph::~OwnedGraph() { reset(); }
 
 void OwnedGraph::reset(GraphExec graph) noexcept {
-  if (graph_ != nullptr) {
-    device_->free_graph(graph_);
-  }
+  if (graph_ != nullptr) device_->free_graph(graph_);
   graph_ = graph;
 }
 
@@ -70,9 +68,7 @@ void* DeviceBuffer::host_memory() {
     pageable_.resize(bytes());
     return pageable_.data();
   }
-  if (pinned_ == nullptr) {
-    pinned_ = std::make_unique<PinnedMemory>(streams_->device(), bytes());
-  }
+  if (pinned_ == nullptr) pinned_ = std::make_unique<PinnedMemory>(streams_->device(), bytes());
   return pinned_->get();
 }
 
@@ -98,9 +94,7 @@ void DeviceBuffer::copy_rows(Buffer& source, std::int64_t begin, std::int64_t en
   }
   const std::size_t offset = row_bytes() * static_cast<std::size_t>(begin);
   const std::size_t length = row_bytes() * static_cast<std::size_t>(end - begin);
-  if (length == 0) {
-    return;
-  }
+  if (length == 0) return;
   const StreamPool::Lease stream(*streams_);
   streams_->device()->copy(static_cast<unsigned char*>(address()) + offset,
                            static_cast<unsigned char*>(source.address()) + offset, length, stream.get());
@@ -108,9 +102,7 @@ void DeviceBuffer::copy_rows(Buffer& source, std::int64_t begin, std::int64_t en
 }
 
 void DeviceBuffer::clear(std::int64_t row, std::int64_t begin, std::int64_t end) {
-  if (begin >= end) {
-    return;
-  }
+  if (begin >= end) return;
   const std::size_t token = static_cast<std::size_t>(shape().at(3)) * size_of(dtype());
   const std::size_t head = static_cast<std::size_t>(shape().at(2)) * token;
   unsigned char* first = static_cast<unsigned char*>(address()) + row_bytes() * static_cast<std::size_t>(row) +

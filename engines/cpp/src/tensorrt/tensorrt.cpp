@@ -10,17 +10,15 @@
 #include <utility>
 #include <vector>
 
-#include "bundle/message_text.hpp"
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
-#include "engine/contract.hpp"
 #include "engine/tensor_names.hpp"
 #include "tensorrt/cuda_gpu.hpp"
 #include "tensorrt/cuda_memory.hpp"
 #include "tensorrt/tensorrt_api.hpp"
 #include "tensorrt/tensorrt_launch.hpp"
 #include "tensorrt/tensorrt_sidecar.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -36,9 +34,7 @@ class TensorRtEngine final : public Engine {
         gpu_(open_gpu()),
         streams_(std::make_shared<StreamPool>(gpu_.device)) {
     for (const char* graph : {names::kGraphStep, names::kGraphPrefill, names::kGraphPrefillPass}) {
-      if (target_.engines.count(graph) != 0) {
-        take_sidecar(graph);
-      }
+      if (target_.engines.count(graph) != 0) take_sidecar(graph);
     }
     take_limits();
     api_ = start_tensorrt(sidecars_.at(names::kGraphStep).version_compatible);
@@ -54,9 +50,7 @@ class TensorRtEngine final : public Engine {
   Program& program(const std::string& graph) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = programs_.find(graph);
-    if (found != programs_.end()) {
-      return *found->second;
-    }
+    if (found != programs_.end()) return *found->second;
     if (sidecars_.count(graph) == 0) {
       throw Error(ErrorKind::unsupported,
                   target_.name + " has no " + graph + " engine" +
@@ -75,7 +69,7 @@ class TensorRtEngine final : public Engine {
   /// All sidecars are checked when the target is opened, so that a call in the middle of a session finds no surprise.
   void take_sidecar(const std::string& graph) {
     const std::string& file = target_.engines.at(graph);
-    EngineSidecar sidecar = files_.sidecar(file);
+    EngineSidecar sidecar = read_sidecar(files_, file);
     check_sidecar(file, sidecar, target_, graph, {tensorrt_version(), gpu_.name, gpu_.compute_capability});
     sidecars_.emplace(graph, std::move(sidecar));
   }
@@ -107,7 +101,7 @@ class TensorRtEngine final : public Engine {
         load_plan(api_, {target_.name + " " + graph, files_.path() + "/" + file, files_.content(file, kMostPlanBytes),
                          sidecar.ampere_plus});
     auto program = std::make_unique<TensorRtProgram>(gpu_.device, engine);
-    std::vector<std::string> problems = contract_problems(files_, target_, graph, *program);
+    std::vector<std::string> problems = contract_problems(files_.contract(graph), target_, graph, *program);
     for (const std::string& problem : engine_problems(engine->tensors(), sidecar, files_.contract(graph))) {
       problems.push_back(graph + ": " + problem);
     }
@@ -131,9 +125,7 @@ class TensorRtEngine final : public Engine {
 std::shared_ptr<Engine> open(const BundleFiles& files, const Target& target) {
   std::vector<std::string> missing;
   for (const char* graph : {names::kGraphStep, names::kGraphPrefill}) {
-    if (target.engines.count(graph) == 0) {
-      missing.emplace_back(graph);
-    }
+    if (target.engines.count(graph) == 0) missing.emplace_back(graph);
   }
   if (!missing.empty()) {
     throw Error(ErrorKind::bundle, files.path() + ": target " + target.name + " has no " + joined(missing, " and no ") +

@@ -74,9 +74,7 @@ class TensorRtLoadedEngine final : public LoadedEngine {
   void load_cache() {
 #ifdef TRT_MAJOR_RTX
     const std::unique_ptr<nvinfer1::IRuntimeConfig> config(handle_->engine->createRuntimeConfig());
-    if (config == nullptr) {
-      return;
-    }
+    if (config == nullptr) return;
     handle_->cache.reset(config->createRuntimeCache());
     const std::string kept = cache_file_.load();
     if (handle_->cache != nullptr && !kept.empty()) {
@@ -89,13 +87,9 @@ class TensorRtLoadedEngine final : public LoadedEngine {
 
   void keep_cache() noexcept {
 #ifdef TRT_MAJOR_RTX
-    if (handle_->cache == nullptr) {
-      return;
-    }
+    if (handle_->cache == nullptr) return;
     const std::unique_ptr<nvinfer1::IHostMemory> content(handle_->cache->serialize());
-    if (content != nullptr) {
-      cache_file_.store(content->data(), content->size());
-    }
+    if (content != nullptr) cache_file_.store(content->data(), content->size());
 #endif
   }
 

@@ -36,9 +36,7 @@ std::optional<std::string> runtime_cache_path(const std::string& name) {
     base = given;
   } else {
     const char* home = std::getenv("HOME");
-    if (home == nullptr || *home == '\0') {
-      return std::nullopt;
-    }
+    if (home == nullptr || *home == '\0') return std::nullopt;
     base = std::filesystem::path(home) / ".cache";
   }
   return (base / "crt-export" / "tensorrt-rtx" / (name + ".cache")).string();
@@ -51,14 +49,10 @@ std::string RuntimeCacheFile::load() noexcept {
     const std::string content = path_ ? read_file(RegularFile(*path_), kMostBytes).value_or("") : "";
     const std::string magic = kMagic;
     constexpr std::size_t kHashBytes = 32;
-    if (content.size() <= magic.size() + kHashBytes) {
-      return "";
-    }
+    if (content.size() <= magic.size() + kHashBytes) return "";
     std::string body = content.substr(magic.size() + kHashBytes);
     const std::string digest = sha256_hex(body.data(), body.size());
-    if (content.compare(0, magic.size() + kHashBytes, magic + bytes_of(digest)) != 0) {
-      return "";
-    }
+    if (content.compare(0, magic.size() + kHashBytes, magic + bytes_of(digest)) != 0) return "";
     known_ = digest;
     return body;
   } catch (const std::exception&) {  // absent or unreadable: kernels are compiled again
@@ -67,15 +61,11 @@ std::string RuntimeCacheFile::load() noexcept {
 }
 
 void RuntimeCacheFile::store(const void* content, std::size_t size) noexcept {
-  if (!path_ || size == 0) {
-    return;
-  }
+  if (!path_ || size == 0) return;
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::string digest = sha256_hex(content, size);
-    if (digest != known_) {
-      replace(digest, content, size);
-    }
+    if (digest != known_) replace(digest, content, size);
   } catch (const std::exception&) {  // no room or no right to write: the next process compiles again
     return;
   }

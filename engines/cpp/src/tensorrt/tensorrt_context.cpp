@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "tensorrt/tensorrt_plan.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -15,9 +15,7 @@ namespace {
 std::unique_ptr<nvinfer1::IRuntimeConfig> context_config(EngineHandle& handle, bool captured) {
   using Specialization = nvinfer1::DynamicShapesKernelSpecializationStrategy;
   std::unique_ptr<nvinfer1::IRuntimeConfig> config(handle.engine->createRuntimeConfig());
-  if (config == nullptr) {
-    refuse(handle.label + ": " + kProduct + " makes no runtime configuration");
-  }
+  if (config == nullptr) refuse(handle.label + ": " + kProduct + " makes no runtime configuration");
   if (handle.cache != nullptr) {
     static_cast<void>(config->setRuntimeCache(*handle.cache));  // without it kernels are compiled again, no more
   }
@@ -52,7 +50,7 @@ void TensorRtContext::set_input_shape(const std::string& name, const Shape& shap
   dims.nbDims = static_cast<std::int32_t>(axes);
   std::copy_n(shape.begin(), axes, dims.d);
   if (!context_->setInputShape(name.c_str(), dims)) {
-    refuse(engine_->label + ": TensorRT refused shape " + text_of(shape) + " of " + name);
+    refuse(engine_->label + ": TensorRT refused shape " + list_text(shape) + " of " + name);
   }
 }
 

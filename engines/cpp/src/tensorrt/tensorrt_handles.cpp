@@ -11,9 +11,7 @@ namespace {
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
-    if (severity <= Severity::kERROR) {
-      errors_.keep(message);
-    }
+    if (severity <= Severity::kERROR) errors_.keep(message);
   }
   RuntimeLog& errors() noexcept { return errors_; }
 

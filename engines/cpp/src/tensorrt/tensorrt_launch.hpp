@@ -14,7 +14,7 @@
 namespace crt {
 
 /// A context with the stream that its runs are enqueued on.
-struct Lane {
+struct StreamContext {
   std::unique_ptr<OwnedStream> stream;
   std::unique_ptr<ExecutionContext> context;  // destroyed before the stream
   bool used = false;
@@ -22,13 +22,13 @@ struct Lane {
 
 /// Contexts of one engine, lent to one launch at a time: a context may serve one thread at a time and one captured
 /// graph, and it holds scratch memory.
-class Lanes {
+class StreamContexts {
  public:
-  /// captured: the lanes are for launches that become CUDA graphs.
-  Lanes(std::shared_ptr<Device> device, std::shared_ptr<LoadedEngine> engine, bool captured);
-  /// A lane that nobody else uses until it is given back.
-  Lane borrow();
-  void give_back(Lane lane) noexcept;
+  /// captured: the contexts are for launches that become CUDA graphs.
+  StreamContexts(std::shared_ptr<Device> device, std::shared_ptr<LoadedEngine> engine, bool captured);
+  /// A context that nobody else uses until it is given back.
+  StreamContext borrow();
+  void give_back(StreamContext borrowed) noexcept;
   const std::shared_ptr<Device>& device() const noexcept { return device_; }
   LoadedEngine& engine() const noexcept { return *engine_; }
 
@@ -38,25 +38,25 @@ class Lanes {
   bool captured_;
   std::mutex mutex_;
   std::size_t made_ = 0;
-  std::vector<Lane> free_;
+  std::vector<StreamContext> free_;
 };
 
-/// Enqueues the engine on every call, in a lane borrowed for the call: for prefills, whose shapes change.
+/// Enqueues the engine on every call, in a context borrowed for the call: for prefills, whose shapes change.
 class PlainLaunch final : public Launch {
  public:
-  PlainLaunch(std::shared_ptr<Lanes> lanes, const Binding& inputs, const Binding& outputs);
+  PlainLaunch(std::shared_ptr<StreamContexts> contexts, const Binding& inputs, const Binding& outputs);
   void run() override;
 
  private:
-  std::shared_ptr<Lanes> lanes_;
+  std::shared_ptr<StreamContexts> contexts_;
   BindingPlan plan_;
 };
 
-/// Launches a CUDA graph: for steps. The graph holds its context's addresses and scratch memory, so it keeps its lane.
+/// Launches a CUDA graph: for steps. The graph holds its context's addresses and scratch memory, so it keeps that.
 class CapturedLaunch final : public Launch {
  public:
   /// Warms up, puts back what that overwrote, and captures.
-  CapturedLaunch(std::shared_ptr<Lanes> lanes, const Binding& inputs, const Binding& outputs);
+  CapturedLaunch(std::shared_ptr<StreamContexts> contexts, const Binding& inputs, const Binding& outputs);
   ~CapturedLaunch() override;
   CapturedLaunch(const CapturedLaunch&) = delete;
   CapturedLaunch& operator=(const CapturedLaunch&) = delete;
@@ -68,10 +68,10 @@ class CapturedLaunch final : public Launch {
   void warm_up();
   void capture();
 
-  std::shared_ptr<Lanes> lanes_;
+  std::shared_ptr<StreamContexts> contexts_;
   Device& device_;
   BindingPlan plan_;
-  Lane lane_;
+  StreamContext context_;
   OwnedGraph graph_;
 };
 
@@ -86,8 +86,8 @@ class TensorRtProgram final : public Program {
  private:
   std::vector<TensorSpec> inputs_;
   std::vector<TensorSpec> outputs_;
-  std::shared_ptr<Lanes> plain_lanes_;
-  std::shared_ptr<Lanes> captured_lanes_;
+  std::shared_ptr<StreamContexts> plain_contexts_;
+  std::shared_ptr<StreamContexts> captured_contexts_;
 };
 
 }  // namespace crt

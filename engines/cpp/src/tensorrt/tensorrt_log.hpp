@@ -16,13 +16,9 @@ class RuntimeLog {
  public:
   /// Remember a text; once there is no more room, the first ones stay: what came first is the cause.
   void keep(const char* text) noexcept {
-    if (text == nullptr) {
-      return;
-    }
+    if (text == nullptr) return;
     lock();
-    if (length_ > 0) {
-      add("; ", 2);
-    }
+    if (length_ > 0) add("; ", 2);
     add(text, std::strlen(text));
     unlock();
   }

@@ -5,39 +5,33 @@
 #include <functional>
 #include <utility>
 
-#include "bundle/problem_list.hpp"
 #include "crt_runtime/error.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
 namespace {
 
 bool within(const Shape& shape, const Shape& least, const Shape& most) {
-  if (shape.size() != least.size() || shape.size() != most.size()) {
-    return false;
-  }
+  if (shape.size() != least.size() || shape.size() != most.size()) return false;
   for (std::size_t axis = 0; axis < shape.size(); ++axis) {
-    if (shape[axis] < least[axis] || shape[axis] > most[axis]) {
-      return false;
-    }
+    if (shape[axis] < least[axis] || shape[axis] > most[axis]) return false;
   }
   return true;
 }
 
 bool fits(const EngineTensor& tensor, const Shape& shape) {
-  if (tensor.is_input) {
-    return within(shape, tensor.least, tensor.most);
-  }
+  if (tensor.is_input) return within(shape, tensor.least, tensor.most);
   const Shape& dims = tensor.spec.dims;
   return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end(),
                     [](std::int64_t dim, std::int64_t size) { return dim == -1 || dim == size; });
 }
 
 std::string limits_of(const EngineTensor& tensor) {
-  return tensor.is_input ? text_of(tensor.least) + " to " + text_of(tensor.most) : text_of(tensor.spec.dims);
+  return tensor.is_input ? list_text(tensor.least) + " to " + list_text(tensor.most) : list_text(tensor.spec.dims);
 }
 
-void add_problems(const EngineTensor& tensor, const Rows& rows, std::vector<std::string>& problems) {
+void add_problems(const EngineTensor& tensor, const BufferSlice& rows, std::vector<std::string>& problems) {
   const std::string& name = tensor.spec.name;
   if (rows.buffer == nullptr || rows.start < 0 || rows.start >= rows.stop || rows.stop > rows.buffer->shape()[0]) {
     problems.push_back(name + ": rows " + std::to_string(rows.start) + " to " + std::to_string(rows.stop) +
@@ -48,7 +42,7 @@ void add_problems(const EngineTensor& tensor, const Rows& rows, std::vector<std:
     problems.push_back(name + " must be " + name_of(tensor.spec.dtype) + ", found " + name_of(rows.buffer->dtype()));
   }
   if (!fits(tensor, rows.shape())) {
-    problems.push_back(name + " must have shape " + limits_of(tensor) + ", found " + text_of(rows.shape()));
+    problems.push_back(name + " must have shape " + limits_of(tensor) + ", found " + list_text(rows.shape()));
   }
 }
 
@@ -59,9 +53,7 @@ void add_unknown(const LoadedEngine& engine, const Binding& binding, bool is_inp
     const bool known = std::any_of(tensors.begin(), tensors.end(), [&](const EngineTensor& tensor) {
       return tensor.is_input == is_input && tensor.spec.name == bound.first;
     });
-    if (!known) {
-      problems.push_back(bound.first + " is no " + (is_input ? "input" : "output") + " of the engine");
-    }
+    if (!known) problems.push_back(bound.first + " is no " + (is_input ? "input" : "output") + " of the engine");
   }
 }
 
@@ -76,22 +68,12 @@ bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(addr
 
 }  // namespace
 
-std::string text_of(const Shape& shape) {
-  std::string text = "[";
-  for (std::size_t axis = 0; axis < shape.size(); ++axis) {
-    text += (axis == 0 ? "" : ", ") + std::to_string(shape[axis]);
-  }
-  return text + "]";
-}
-
 BindingPlan::BindingPlan(const LoadedEngine& engine, const Binding& inputs, const Binding& outputs) {
   std::vector<std::string> problems;
   for (const bool is_input : {true, false}) {
     const Binding& binding = is_input ? inputs : outputs;
     for (const EngineTensor& tensor : engine.tensors()) {
-      if (tensor.is_input == is_input) {
-        add(tensor, binding, problems);
-      }
+      if (tensor.is_input == is_input) add(tensor, binding, problems);
     }
     add_unknown(engine, binding, is_input, problems);
   }
@@ -130,9 +112,7 @@ void BindingPlan::pair_in_place(const LoadedEngine& engine, std::vector<std::str
     return static_cast<std::size_t>(found - tensors_.begin());
   };
   for (const EngineTensor& tensor : engine.tensors()) {
-    if (tensor.alias.empty()) {
-      continue;
-    }
+    if (tensor.alias.empty()) continue;
     const std::size_t past = index_of(tensor.alias);
     PlannedTensor& present = tensors_[index_of(tensor.spec.name)];
     if (past == tensors_.size() || present.home != tensors_[past].home || present.bytes != tensors_[past].bytes) {
@@ -179,26 +159,20 @@ bool BindingPlan::moved() const {
 
 void BindingPlan::apply(ExecutionContext& context) const {
   for (const PlannedTensor& tensor : tensors_) {
-    if (tensor.is_input) {
-      context.set_input_shape(tensor.name, tensor.rows.shape());
-    }
+    if (tensor.is_input) context.set_input_shape(tensor.name, tensor.rows.shape());
     context.set_address(tensor.name, tensor.bound);
   }
 }
 
 void BindingPlan::stage_inputs(Device& device, Stream stream) const {
   for (const PlannedTensor& tensor : tensors_) {
-    if (tensor.is_input && tensor.bound != tensor.home) {
-      device.copy(tensor.bound, tensor.home, tensor.bytes, stream);
-    }
+    if (tensor.is_input && tensor.bound != tensor.home) device.copy(tensor.bound, tensor.home, tensor.bytes, stream);
   }
 }
 
 void BindingPlan::unstage_outputs(Device& device, Stream stream) const {
   for (const PlannedTensor& tensor : tensors_) {
-    if (!tensor.is_input && tensor.bound != tensor.home) {
-      device.copy(tensor.home, tensor.bound, tensor.bytes, stream);
-    }
+    if (!tensor.is_input && tensor.bound != tensor.home) device.copy(tensor.home, tensor.bound, tensor.bytes, stream);
   }
 }
 

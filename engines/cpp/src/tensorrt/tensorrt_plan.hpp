@@ -16,13 +16,10 @@ namespace crt {
 /// What TensorRT asks of every address (IExecutionContext::setTensorAddress).
 constexpr std::size_t kAddressAlignment = 256;
 
-/// "[1, 2, 3]".
-std::string text_of(const Shape& shape);
-
 /// One tensor of a launch.
 struct PlannedTensor {
   std::string name;
-  Rows rows;
+  BufferSlice rows;
   bool is_input = false;
   std::optional<std::size_t> in_place_of;  // an output updated in place: index of its input
   std::size_t bytes = 0;

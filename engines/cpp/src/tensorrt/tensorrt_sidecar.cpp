@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <locale>
 #include <sstream>
+#include <utility>
 
-#include "bundle/problem_list.hpp"
+#include "bundle/json_rules.hpp"
 #include "crt_runtime/error.hpp"
-#include "tensorrt/tensorrt_plan.hpp"
+#include "text/messages.hpp"
 
 namespace crt {
 
@@ -16,6 +16,71 @@ namespace {
 
 constexpr const char* kAgain =
     "the bundle was changed after it was built; build it again or restore it from its source";
+
+constexpr std::size_t kMostDims = 8;
+constexpr std::size_t kMostSidecarBytes = std::size_t{16} << 20U;
+
+const MemberRules kRules{
+    {"graph", kText},
+    {"runtime", kText},
+    {"runtime_version", kText},
+    {"compute_capability", kInteger | kNull, 1, 999},
+    {"capacity", kInteger, 1},
+    {"options", kObject},
+    {"inputs", kList},
+};
+const MemberRules kOptionRules{{"ampere_plus", kBoolean}, {"version_compatible", kBoolean | kOptional}};
+const MemberRules kInputRules{{"name", kText}, {"min", kList}, {"opt", kList}, {"max", kList}};
+
+Shape shape_from(const std::string& where, const JsonArray& sizes, std::vector<std::string>& problems) {
+  const auto is_size = [](const JsonValue& size) { return size.is_integer() && size.integer() >= 1; };
+  Shape shape;
+  if (sizes.size() > kMostDims || !std::all_of(sizes.begin(), sizes.end(), is_size)) {
+    problems.push_back(where + " must be a list of at most " + std::to_string(kMostDims) + " sizes");
+    return shape;
+  }
+  for (const JsonValue& size : sizes) shape.push_back(size.integer());
+  return shape;
+}
+
+void take_input(const JsonValue& input, const std::string& where, EngineSidecar& sidecar,
+                std::vector<std::string>& problems) {
+  if (!check_rules(problems, where, input, kInputRules)) return;
+  std::array<Shape, 3> shapes{shape_from(where + ".min", input.at("min").array(), problems),
+                              shape_from(where + ".opt", input.at("opt").array(), problems),
+                              shape_from(where + ".max", input.at("max").array(), problems)};
+  if (shapes[0].size() != shapes[1].size() || shapes[1].size() != shapes[2].size()) {
+    problems.push_back(where + ": min, opt and max have different numbers of dims");
+  }
+  const std::string& name = input.at("name").string();
+  if (!sidecar.input_shapes.emplace(name, std::move(shapes)).second) {
+    problems.push_back(where + ": the name " + in_quotes(name) + " stands twice");
+  }
+}
+
+EngineSidecar sidecar_of(const JsonValue& values, std::vector<std::string>& problems) {
+  EngineSidecar sidecar;
+  if (!check_rules(problems, "it", values, kRules)) return sidecar;
+  const JsonValue& options = values.at("options");
+  if (!check_rules(problems, "options", options, kOptionRules)) return sidecar;
+  for (const auto& [key, text] : {std::pair("graph", &sidecar.graph), std::pair("runtime", &sidecar.runtime),
+                                  std::pair("runtime_version", &sidecar.runtime_version)}) {
+    *text = values.at(key).string();
+    if (text->empty()) problems.push_back(std::string(key) + " is empty");
+  }
+  sidecar.capacity = values.at("capacity").integer();
+  if (const JsonValue* capability = given(values, "compute_capability")) {
+    sidecar.compute_capability = static_cast<int>(capability->integer());
+  }
+  sidecar.ampere_plus = options.at("ampere_plus").boolean();
+  const JsonValue* version_compatible = options.find("version_compatible");
+  sidecar.version_compatible = version_compatible != nullptr && version_compatible->boolean();
+  const JsonArray& inputs = values.at("inputs").array();
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    take_input(inputs[i], "inputs[" + std::to_string(i) + "]", sidecar, problems);
+  }
+  return sidecar;
+}
 
 std::string product_of(const Target& target) {
   return target.runtime == "tensorrt-rtx" ? "TensorRT-RTX" : "TensorRT";
@@ -28,9 +93,7 @@ std::string dotted(int compute_capability) {
 std::vector<std::string> target_problems(const EngineSidecar& sidecar, const Target& target, const std::string& graph) {
   std::vector<std::string> problems;
   const auto expect = [&problems](const char* key, const std::string& wanted, const std::string& found) {
-    if (wanted != found) {
-      problems.push_back(std::string(key) + " " + wanted + " expected, " + found + " found");
-    }
+    if (wanted != found) problems.push_back(std::string(key) + " " + wanted + " expected, " + found + " found");
   };
   const auto text = [](const std::optional<int>& value) { return value ? std::to_string(*value) : "none"; };
   expect("graph", graph, sidecar.graph);
@@ -75,9 +138,7 @@ void add_version_problem(const EngineSidecar& sidecar, const Target& target, con
 
 void add_gpu_problem(const EngineSidecar& sidecar, const EngineHost& host, std::vector<std::string>& problems) {
   const int built = sidecar.compute_capability.value_or(host.compute_capability);
-  if (host.compute_capability == built || (sidecar.ampere_plus && host.compute_capability > built)) {
-    return;
-  }
+  if (host.compute_capability == built || (sidecar.ampere_plus && host.compute_capability > built)) return;
   problems.push_back("it was compiled for compute capability " + dotted(built) +
                      (sidecar.ampere_plus ? " or newer" : "") + ", the GPU is " + host.gpu + ", " +
                      dotted(host.compute_capability) + ": build for a profile with compute_capability = " +
@@ -91,6 +152,32 @@ const EngineTensor* find(const std::vector<EngineTensor>& tensors, const std::st
 }
 
 }  // namespace
+
+EngineSidecar sidecar_from_json(const std::string& content, const std::string& source) {
+  constexpr const char* again = "build the bundle again";
+  std::vector<std::string> problems;
+  EngineSidecar sidecar;
+  try {
+    sidecar = sidecar_of(parse_json(content), problems);
+  } catch (const JsonError& error) {
+    throw Error(ErrorKind::bundle, source + " " + error.what() + "; " + again);
+  }
+  if (!problems.empty()) {
+    throw Error(ErrorKind::bundle, problem_list(source + " is no sidecar of an engine (" + again + ")", problems));
+  }
+  return sidecar;
+}
+
+EngineSidecar read_sidecar(BundleFiles& files, const std::string& engine_file) {
+  const std::string ending = ".engine";
+  const std::size_t stem = engine_file.size() - std::min(engine_file.size(), ending.size());
+  if (engine_file.substr(stem) != ending) {
+    throw Error(ErrorKind::bundle, "the engine " + in_quotes(engine_file) + " of " + files.path() +
+                                       " has no sidecar: its name must end in " + ending);
+  }
+  const std::string name = engine_file.substr(0, stem) + ".json";
+  return sidecar_from_json(files.content(name, kMostSidecarBytes), files.path() + "/" + name);
+}
 
 void check_sidecar(const std::string& engine_file, const EngineSidecar& sidecar, const Target& target,
                    const std::string& graph, const EngineHost& host) {
@@ -112,8 +199,8 @@ std::vector<std::string> engine_problems(const std::vector<EngineTensor>& tensor
   for (const auto& [name, shapes] : sidecar.input_shapes) {
     const EngineTensor* tensor = find(tensors, name);
     if (tensor != nullptr && (tensor->least != shapes[0] || tensor->most != shapes[2])) {
-      problems.push_back(name + " must take shapes " + text_of(shapes[0]) + " to " + text_of(shapes[2]) + ", found " +
-                         text_of(tensor->least) + " to " + text_of(tensor->most));
+      problems.push_back(name + " must take shapes " + list_text(shapes[0]) + " to " + list_text(shapes[2]) + ", found " +
+                         list_text(tensor->least) + " to " + list_text(tensor->most));
     }
   }
   for (const EngineTensor& tensor : tensors) {
@@ -128,7 +215,7 @@ std::vector<std::string> engine_problems(const std::vector<EngineTensor>& tensor
     if (!wanted.empty() && tensor.spec.dims.size() > kCapacityAxis &&
         tensor.spec.dims[kCapacityAxis] != sidecar.capacity) {
       problems.push_back(tensor.spec.name + " must hold " + std::to_string(sidecar.capacity) + " tokens, found " +
-                         text_of(tensor.spec.dims));
+                         list_text(tensor.spec.dims));
     }
   }
   return problems;

@@ -2,6 +2,10 @@
 // twin of crt_export/engine/tensorrt/sidecar.py.
 #pragma once
 
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,6 +13,23 @@
 #include "tensorrt/tensorrt_engine.hpp"
 
 namespace crt {
+
+/// What a TensorRT engine's sidecar says; checked before the engine is deserialised.
+struct EngineSidecar {
+  std::string graph;
+  std::string runtime;
+  std::string runtime_version;
+  std::optional<int> compute_capability;
+  std::int64_t capacity = 0;
+  bool ampere_plus = false;
+  bool version_compatible = false;
+  std::map<std::string, std::array<Shape, 3>> input_shapes;  // min, opt, max
+};
+
+/// Throws Error(bundle): not JSON, or something is missing or impossible; every problem is listed.
+EngineSidecar sidecar_from_json(const std::string& content, const std::string& source);
+/// The sidecar of an engine file of a target; throws Error(bundle).
+EngineSidecar read_sidecar(BundleFiles& files, const std::string& engine_file);
 
 /// The library and the GPU of this process.
 struct EngineHost {

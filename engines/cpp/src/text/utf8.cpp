@@ -1,4 +1,6 @@
-#include "generation/utf8.hpp"
+#include "text/utf8.hpp"
+
+#include <algorithm>
 
 namespace crt {
 namespace {
@@ -26,11 +28,11 @@ Lead lead_from_byte(unsigned lead) noexcept {
 
 }  // namespace
 
-Utf8Prefix first_character(const char* text, std::size_t size) noexcept {
+Utf8Prefix first_character(std::string_view text) noexcept {
   const Lead lead = lead_from_byte(static_cast<unsigned char>(text[0]));
   if (lead.length == 0) return {Utf8Prefix::invalid, 1};
   for (std::size_t index = 1; index < lead.length; ++index) {
-    if (index == size) return {Utf8Prefix::incomplete, size};
+    if (index == text.size()) return {Utf8Prefix::incomplete, index};
     const unsigned byte = static_cast<unsigned char>(text[index]);
     const unsigned low = index == 1 ? lead.low : 0x80;
     const unsigned high = index == 1 ? lead.high : 0xBF;
@@ -39,14 +41,23 @@ Utf8Prefix first_character(const char* text, std::size_t size) noexcept {
   return {Utf8Prefix::complete, lead.length};
 }
 
-std::size_t first_invalid_utf8(const std::string& text) noexcept {
-  std::size_t offset = 0;
-  while (offset < text.size()) {
-    const Utf8Prefix prefix = first_character(text.data() + offset, text.size() - offset);
+std::size_t first_invalid_utf8(std::string_view text) noexcept {
+  for (std::size_t offset = 0; offset < text.size();) {
+    const Utf8Prefix prefix = first_character(text.substr(offset));
     if (prefix.kind != Utf8Prefix::complete) return offset;
     offset += prefix.length;
   }
-  return std::string::npos;
+  return std::string_view::npos;
+}
+
+std::size_t character_count(std::string_view text) noexcept {
+  return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), begins_character));
+}
+
+std::string first_characters(std::string_view text, std::size_t count) {
+  std::size_t characters = 0;
+  const auto beyond = [&](char byte) { return begins_character(byte) && characters++ == count; };
+  return std::string(text.begin(), std::find_if(text.begin(), text.end(), beyond));
 }
 
 }  // namespace crt

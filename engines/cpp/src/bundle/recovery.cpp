@@ -1,4 +1,4 @@
-#include "bundle/leftovers.hpp"
+#include "bundle/recovery.hpp"
 
 #include <fcntl.h>
 #include <sys/file.h>
@@ -28,7 +28,7 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 }  // namespace
 
-std::optional<Leftover> parse_leftover(const std::string& path) {
+std::optional<AbandonedFolder> parse_abandoned(const std::string& path) {
   const std::string file_name = fs::path(path).filename().string();
   const std::size_t dash = file_name.rfind('-');
   if (dash == std::string::npos || file_name.front() != '.') return std::nullopt;
@@ -38,25 +38,25 @@ std::optional<Leftover> parse_leftover(const std::string& path) {
   const std::string stem = file_name.substr(1, dash - 1);
   for (const char* kind : {".partial", ".previous"}) {
     if (ends_with(stem, kind)) {
-      return Leftover{file_name, stem.substr(0, stem.size() - std::string(kind).size()), kind[2] == 'a'};
+      return AbandonedFolder{file_name, stem.substr(0, stem.size() - std::string(kind).size()), kind[2] == 'a'};
     }
   }
   return std::nullopt;
 }
 
-std::vector<Leftover> find_leftovers(const std::string& output) {
+std::vector<AbandonedFolder> find_abandoned(const std::string& output) {
   const fs::path path(output);
-  std::vector<Leftover> found;
+  std::vector<AbandonedFolder> found;
   std::error_code problem;  // an absent or unreadable parent is reported by whoever needs it
   fs::directory_iterator entries(path.parent_path(), problem);
   while (!problem && entries != fs::directory_iterator()) {
-    std::optional<Leftover> leftover = parse_leftover(entries->path().string());
+    std::optional<AbandonedFolder> abandoned = parse_abandoned(entries->path().string());
     std::error_code status_problem;
     const bool folder = entries->symlink_status(status_problem).type() == fs::file_type::directory;
-    if (leftover && leftover->name == path.filename().string() && folder) found.push_back(*std::move(leftover));
+    if (abandoned && abandoned->name == path.filename().string() && folder) found.push_back(*std::move(abandoned));
     entries.increment(problem);
   }
-  std::sort(found.begin(), found.end(), [](const Leftover& a, const Leftover& b) { return a.file_name < b.file_name; });
+  std::sort(found.begin(), found.end(), [](const AbandonedFolder& a, const AbandonedFolder& b) { return a.file_name < b.file_name; });
   return found;
 }
 

@@ -1,13 +1,72 @@
-#include "session/prefill_call.hpp"
+#include "session/prefill.hpp"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <utility>
 
+#include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
 
 namespace crt {
+
+namespace {
+
+[[noreturn]] void out_of_range(const char* name, const std::string& limits, std::int64_t found) {
+  throw Error(ErrorKind::input,
+              std::string(name) + " must be at least 1" + limits + ", found " + std::to_string(found));
+}
+
+void check_passes(const PrefillPlan& plan, std::int64_t passes, bool recurrent, const std::string& target) {
+  if (passes < kAdaptive) out_of_range("passes", "", passes);
+  if (!recurrent && (passes > 0 || passes == kAdaptive)) {
+    throw Error(ErrorKind::unsupported,
+                "passes: a plain transformer has exactly one pass, which is exact; leave passes out");
+  }
+  if (passes == kAdaptive && !plan.residual_bound) {
+    throw Error(ErrorKind::unsupported,
+                target + " has no bound for the residual, so there is no telling when passes may stop: its bundle was "
+                         "built without a text that the model predicts, or by an earlier version; give a number of "
+                         "passes or 'exact'");
+  }
+}
+
+/// As numpy compares a float32 with a number: in float32.
+float float_from(double bound) {
+  return static_cast<float>(std::min(bound, static_cast<double>(std::numeric_limits<float>::max())));
+}
+
+}  // namespace
+
+PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool recurrent,
+                         std::int64_t unroll, const std::string& target) {
+  const std::int64_t passes = options.passes;
+  check_passes(plan, passes, recurrent, target);
+  if (options.chunk < 0 || options.chunk > most) {
+    out_of_range("chunk", " and at most " + std::to_string(most), options.chunk);
+  }
+  PrefillRule rule;
+  rule.chunk = most;
+  if (passes == kTargetsChoice || passes == kAdaptive) rule.chunk = std::min(plan.chunk.value_or(most), most);
+  rule.chunk = options.chunk == 0 ? rule.chunk : options.chunk;
+  if (passes > 0) {
+    rule.passes = passes == unroll ? 0 : passes;
+    return rule;
+  }
+  const bool by_steps = passes == kExact || (passes == kTargetsChoice && plan.method == PrefillMethod::steps);
+  if (recurrent && by_steps) {
+    rule.shortest = std::numeric_limits<std::int64_t>::max();
+    return rule;
+  }
+  rule.passes = plan.passes.value_or(0);
+  rule.shortest = recurrent ? plan.shortest : 1;
+  if (plan.residual_bound && (passes == kAdaptive || plan.method == PrefillMethod::adaptive)) {
+    rule.bound = float_from(*plan.residual_bound);
+    rule.passes = plan.passes.value_or(unroll);  // the unrolled graph cannot stop
+  }
+  return rule;
+}
 
 namespace {
 
@@ -17,7 +76,7 @@ using BufferPointer = std::unique_ptr<Buffer>;
 
 std::size_t size_from(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-Rows whole(const BufferPointer& buffer) { return Rows{buffer.get(), 0, buffer->shape()[0]}; }
+BufferSlice whole(const BufferPointer& buffer) { return BufferSlice{buffer.get(), 0, buffer->shape()[0]}; }
 
 BufferPointer filled(Engine& engine, Shape shape, DType dtype, const void* values) {
   BufferPointer buffer = engine.allocate(std::move(shape), dtype);
@@ -30,7 +89,7 @@ Numbers padded(const PrefillCall& call, std::int64_t first) {
   const std::int64_t width = call.seq - first;
   Numbers ids(size_from(call.count * width), 0);
   for (std::int64_t row = 0; row < call.count; ++row) {
-    const TokenSpan& span = call.rows[row];
+    const RowTokens& span = call.rows[row];
     std::copy(span.tokens + first, span.tokens + span.count, ids.begin() + row * width);
   }
   return ids;
@@ -39,9 +98,7 @@ Numbers padded(const PrefillCall& call, std::int64_t first) {
 /// What follows the first tokens of every row.
 Numbers lengths_after(const PrefillCall& call, std::int64_t first) {
   Numbers lengths;
-  for (std::int64_t row = 0; row < call.count; ++row) {
-    lengths.push_back(call.rows[row].count - first);
-  }
+  for (std::int64_t row = 0; row < call.count; ++row) lengths.push_back(call.rows[row].count - first);
   return lengths;
 }
 
@@ -50,7 +107,7 @@ Numbers lengths_after(const PrefillCall& call, std::int64_t first) {
 /// What is exact is dropped: the rest starts at a later position, from the h of the last exact token as its state.
 class Iteration {
  public:
-  Iteration(const PrefillCall& call, Engine& engine, const SharedRows& shared)
+  Iteration(const PrefillCall& call, Engine& engine, const SharedSlices& shared)
       : call_(call),
         engine_(engine),
         shared_(shared),
@@ -61,15 +118,15 @@ class Iteration {
 
   /// One more pass; its residual, float32 [count].
   const float* run() {
-    std::unique_ptr<Launch>& launch = launches_[turn_];
+    std::unique_ptr<Launch>& launch = launches_[current_];
     if (launch == nullptr) {
       Binding own = own_;
-      own[names::kHidden] = whole(ends_[turn_]);
-      own[names::kNextHidden] = whole(ends_[1 - turn_]);
+      own[names::kHidden] = whole(iterates_[current_]);
+      own[names::kNextHidden] = whole(iterates_[1 - current_]);
       launch = bind_by_name(program_, own, shared_, false);
     }
     launch->run();
-    turn_ = 1 - turn_;
+    current_ = 1 - current_;
     return residual();
   }
 
@@ -77,15 +134,13 @@ class Iteration {
   void drop(std::int64_t exact) {
     const Numbers lengths = lengths_after(call_, 0);
     const std::int64_t first = std::min(exact, *std::min_element(lengths.begin(), lengths.end()) - 1);
-    if (first <= dropped_) {
-      return;
-    }
+    if (first <= dropped_) return;
     const Values state = state_before(first);
     const Values rest = iterate_from(first);
     dropped_ = first;
     begin();
     place(first, state);
-    ends_[0]->write(rest.data());
+    iterates_[0]->write(rest.data());
   }
 
   /// Feed what follows the exact tokens of the one row token by token; the residual, float32 [1].
@@ -128,10 +183,10 @@ class Iteration {
     launches_ = {};  // before what they are bound to
     ids_ = filled(engine_, {call_.count, width}, DType::int64, padded(call_, dropped_).data());
     length_ = filled(engine_, {call_.count}, DType::int64, lengths_after(call_, dropped_).data());
-    for (BufferPointer& end : ends_) {
-      end = engine_.allocate({call_.count, width, call_.hidden}, DType::float32);
+    for (BufferPointer& iterate : iterates_) {
+      iterate = engine_.allocate({call_.count, width, call_.hidden}, DType::float32);
     }
-    turn_ = 0;
+    current_ = 0;
     own_ = {{names::kInputIds, whole(ids_)}, {names::kLength, whole(length_)}, {names::kResidual, whole(residual_)}};
   }
 
@@ -151,7 +206,7 @@ class Iteration {
   Values iterate_from(std::int64_t first) const { return cut(first, call_.seq - first); }
 
   Values cut(std::int64_t first, std::int64_t tokens) const {
-    const auto* iterate = static_cast<const float*>(ends_[turn_]->read());
+    const auto* iterate = static_cast<const float*>(iterates_[current_]->read());
     const std::int64_t row_values = (call_.seq - dropped_) * call_.hidden;
     Values values;
     values.reserve(size_from(call_.count * tokens * call_.hidden));
@@ -164,7 +219,7 @@ class Iteration {
 
   const PrefillCall& call_;
   Engine& engine_;
-  const SharedRows& shared_;
+  const SharedSlices& shared_;
   Program& program_;
   std::int64_t dropped_ = 0;
   BufferPointer ids_;
@@ -172,13 +227,13 @@ class Iteration {
   BufferPointer position_;
   BufferPointer state_;
   BufferPointer residual_;
-  std::array<BufferPointer, 2> ends_;
-  std::size_t turn_ = 0;  // the end that holds the iterate
+  std::array<BufferPointer, 2> iterates_;
+  std::size_t current_ = 0;  // the one that holds the iterate
   Binding own_;
   std::array<std::unique_ptr<Launch>, 2> launches_;  // go before what they are bound to
 };
 
-void run_unrolled(const PrefillCall& call, Engine& engine, const SharedRows& shared, float* residual) {
+void run_unrolled(const PrefillCall& call, Engine& engine, const SharedSlices& shared, float* residual) {
   const BufferPointer ids = filled(engine, {call.count, call.seq}, DType::int64, padded(call, 0).data());
   const BufferPointer length = filled(engine, {call.count}, DType::int64, lengths_after(call, 0).data());
   const BufferPointer hidden = engine.allocate({call.count, call.seq, call.hidden}, DType::float32);
@@ -190,14 +245,12 @@ void run_unrolled(const PrefillCall& call, Engine& engine, const SharedRows& sha
                     {names::kNextHidden, whole(next_hidden)},
                     {names::kResidual, whole(found)}};
   bind_by_name(engine.program(names::kGraphPrefill), own, shared, false)->run();
-  if (call.recurrent) {
-    std::copy_n(static_cast<const float*>(found->read()), call.count, residual);
-  }
+  if (call.recurrent) std::copy_n(static_cast<const float*>(found->read()), call.count, residual);
 }
 
 }  // namespace
 
-void PrefillCall::run(Engine& engine, const SharedRows& shared, float* residual) const {
+void PrefillCall::run(Engine& engine, const SharedSlices& shared, float* residual) const {
   if (passes == 0) {
     run_unrolled(*this, engine, shared, residual);
     return;
@@ -211,9 +264,7 @@ void PrefillCall::run(Engine& engine, const SharedRows& shared, float* residual)
   const float* found = chunk.run();
   std::int64_t done = 1;
   for (; done < most && !reached(found); ++done) {
-    if (engine.host_memory()) {
-      chunk.drop(done);
-    }
+    if (engine.host_memory()) chunk.drop(done);
     found = chunk.run();
   }
   const bool enough = !bound || done == seq || reached(found);
@@ -224,7 +275,7 @@ void PrefillCall::run(Engine& engine, const SharedRows& shared, float* residual)
   std::copy_n(found, count, residual);
 }
 
-std::unique_ptr<Launch> bind_by_name(Program& program, const Binding& own, const SharedRows& shared, bool repeated) {
+std::unique_ptr<Launch> bind_by_name(Program& program, const Binding& own, const SharedSlices& shared, bool repeated) {
   const auto bound = [&](const std::vector<TensorSpec>& specs) {
     Binding binding;
     for (const TensorSpec& spec : specs) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <string>
+#include <string_view>
 
 namespace crt {
 
@@ -20,11 +21,20 @@ struct Utf8Prefix {
   std::size_t length = 0;
 };
 
-/// text: size bytes, at least one.
-Utf8Prefix first_character(const char* text, std::size_t size) noexcept;
+/// text: at least one byte.
+Utf8Prefix first_character(std::string_view text) noexcept;
 
 /// Offset of the first byte that no character begins with, or of a character that the end cuts off; npos if there is
 /// none.
-std::size_t first_invalid_utf8(const std::string& text) noexcept;
+std::size_t first_invalid_utf8(std::string_view text) noexcept;
+
+/// Whether a byte of UTF-8 text begins a character.
+inline bool begins_character(char byte) noexcept { return (static_cast<unsigned char>(byte) & 0xC0U) != 0x80U; }
+
+/// Number of characters of UTF-8 text.
+std::size_t character_count(std::string_view text) noexcept;
+
+/// At most count characters of UTF-8 text, never half of one.
+std::string first_characters(std::string_view text, std::size_t count);
 
 }  // namespace crt

@@ -9,16 +9,16 @@
 namespace crt {
 
 /// A folder named ".NAME.partial-PID" (a build) or ".NAME.previous-PID" (the old output).
-struct Leftover {
+struct AbandonedFolder {
   std::string file_name;
   std::string name;
   bool partial = false;
 };
 
-/// Unset if the last component of path is not named like a leftover.
-std::optional<Leftover> parse_leftover(const std::string& path);
-/// All leftover folders of output, sorted by name; links and files named alike are left alone.
-std::vector<Leftover> find_leftovers(const std::string& output);
+/// Unset if the last component of path is not named like an abandoned.
+std::optional<AbandonedFolder> parse_abandoned(const std::string& path);
+/// All abandoned folders of output, sorted by name; links and files named alike are left alone.
+std::vector<AbandonedFolder> find_abandoned(const std::string& output);
 
 /// Waits until no build is between the two renames that replace a bundle in this folder, and keeps others from it.
 class FolderLock {

@@ -1,4 +1,4 @@
-// Whether float32 values are all finite, fast enough to ask after every step.
+// Floating-point values bit by bit: whether they are finite, and halves.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,7 @@ inline bool all_finite(const float* values, std::size_t count) noexcept {
   std::size_t begin = 0;
   for (; begin + kBlock <= count; begin += kBlock) {
     std::memcpy(bits, values + begin, sizeof bits);
-    for (const std::uint32_t value : bits) {
-      largest = std::max(largest, value & kMagnitude);
-    }
+    for (const std::uint32_t value : bits) largest = std::max(largest, value & kMagnitude);
   }
   for (; begin < count; ++begin) {
     std::memcpy(bits, values + begin, sizeof bits[0]);
@@ -29,5 +27,11 @@ inline bool all_finite(const float* values, std::size_t count) noexcept {
   }
   return largest < kInfinity;
 }
+
+/// The value of a half, exactly.
+double double_from_float16(std::uint16_t bits) noexcept;
+inline bool is_finite_float16(std::uint16_t bits) noexcept { return (bits & 0x7c00) != 0x7c00; }
+/// Rounded once, to the nearest half, halves to even; infinite where the value is beyond the largest one.
+std::uint16_t float16_from_double(double value) noexcept;
 
 }  // namespace crt

@@ -1,4 +1,4 @@
-#include "session/float16.hpp"
+#include "session/floats.hpp"
 
 #include <cmath>
 
@@ -18,20 +18,14 @@ double double_from_float16(std::uint16_t bits) noexcept {
   const double sign = (bits & kSign) != 0 ? -1.0 : 1.0;
   const int exponent = (bits & kInfinity) >> kFractionBits;
   const int fraction = bits & 0x3ff;
-  if (exponent == 0x1f) {
-    return fraction != 0 ? std::nan("") : sign * HUGE_VAL;
-  }
-  if (exponent == 0) {
-    return sign * std::ldexp(fraction, kSmallestExponent - 10);
-  }
+  if (exponent == 0x1f) return fraction != 0 ? std::nan("") : sign * HUGE_VAL;
+  if (exponent == 0) return sign * std::ldexp(fraction, kSmallestExponent - 10);
   return sign * std::ldexp(0x400 + fraction, exponent - 25);
 }
 
 std::uint16_t float16_from_double(double value) noexcept {
   const std::uint16_t sign = std::signbit(value) ? kSign : std::uint16_t{0};
-  if (std::isnan(value)) {
-    return static_cast<std::uint16_t>(sign | kNotANumber);
-  }
+  if (std::isnan(value)) return static_cast<std::uint16_t>(sign | kNotANumber);
   const double magnitude = std::fabs(value);
   if (magnitude >= 65520.0) {  // half way from the largest half to the next power of two
     return static_cast<std::uint16_t>(sign | kInfinity);

@@ -2,7 +2,7 @@
 
 Nothing is run. Every graph of the target is held against the contract of ``graphs/*.toml``, against a list of operators
 and opsets, and against the checkpoint, weight by weight; see :mod:`crt_export.parity.graph_audit`,
-:mod:`crt_export.parity.linear_forms` and :mod:`crt_export.parity.weight_audit`.
+:mod:`crt_export.parity.linear_audit` and :mod:`crt_export.parity.weight_audit`.
 
 ``data`` of the result::
 
@@ -35,7 +35,7 @@ from crt_export.ladder import CONTRACT
 from crt_export.parity.case import ParityCase
 from crt_export.parity.graph_audit import attribute_problems, cache_problems, flow_problems
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
-from crt_export.parity.linear_forms import linear_problems
+from crt_export.parity.linear_audit import linear_problems
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.quantize.w8 import DOMAIN
 from crt_export.spec import graph_names, interface_problems

@@ -43,20 +43,20 @@ def compare_half(
     Returns:
         The comparison, and notes on what was shortened.
     """
-    form = f"W8A8, {residual_dtype} residual" if plan else f"{residual_dtype} residual stream"
-    progress(f"PyTorch FP16 ({form}): {STEP}", 0, reference.windows.count)
+    kind = f"W8A8, {residual_dtype} residual" if plan else f"{residual_dtype} residual stream"
+    progress(f"PyTorch FP16 ({kind}): {STEP}", 0, reference.windows.count)
     reference, notes = _affordable(reference, checkpoint.config.parameter_count)
     windows = reference.windows
     row = ParityRow(
         target="pytorch-half",
         runtime="pytorch-half",
-        graph=f"model ({form})",
+        graph=f"model ({kind})",
         precision="w8a8" if plan else "fp16",
         regime=STEP,
         steps=windows.length,
         arithmetic="int8-emulated+fp16" if plan else "fp16",
     )
-    label = f"{STEP} ({form})"
+    label = f"{STEP} ({kind})"
     scorer = Scorer(reference, STEP, 1, near_tie_margin=tolerances.near_tie_margin)
     try:
         model = model_from_checkpoint(checkpoint, torch.float16, _DTYPES[residual_dtype])

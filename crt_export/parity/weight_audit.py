@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
 from crt_export.parity.case import HALF_PRECISIONS
-from crt_export.parity.quantized_weights import BlockWeight, ColumnWeight, StoredWeight, deviation
+from crt_export.parity.linear_audit import BlockWeight, ColumnWeight, StoredWeight, deviation
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.rotary import rope_tables
@@ -143,18 +143,13 @@ class WeightAudit:
             plain = {name for name in plain if name.startswith(("final_norm.", f"{HEAD}."))}
         groups = [group for group in linear_inputs(config) if graph != "head" or group.name == HEAD]
         for group in groups if self.precision in ("w8", "w8a8") else []:
-            folded = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
-            linears = [f"{linear}.weight" for linear in group.linears]
-            if self.plan is not None:
-                names, check = self._planned(group, self.plan, weights)
-                folded += [f"{linear}.bias" for linear in group.linears]
-            else:
-                names, check = self._weight_only(group, weights)
-                if _is_joined(group, weights):
-                    linears += [f"{linear}.bias" for linear in group.linears]
-                    yield self._joined_bias(group, weights)
-            plain -= {*folded, *linears}
-            yield names, check
+            joined = _is_joined(group, weights)
+            plain -= {*_norms(group), *(f"{linear}.weight" for linear in group.linears)}
+            if self.plan is not None or joined:
+                plain -= {f"{linear}.bias" for linear in group.linears}
+            if joined:
+                yield self._joined_bias(group, weights)
+            yield self._planned(group, self.plan, weights) if self.plan else self._weight_only(group, weights)
         for name in sorted(plain):
             yield (name,), lambda name=name: self._plain(weights, name)
 
@@ -176,7 +171,7 @@ class WeightAudit:
 
     def _weight_only(self, group: LinearInput, weights: Weights) -> _Part:
         """``w8``: blocks of the linears of one activation, which may be stored side by side under its name."""
-        norms = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        norms = _norms(group)
         joined = _is_joined(group, weights)
         stored = (group.name,) if joined else group.linears
 
@@ -201,7 +196,7 @@ class WeightAudit:
     def _planned(self, group: LinearInput, plan: W8A8Plan, weights: Weights) -> _Part:
         """``w8a8``: the ranges of one activation and the linears that read it, by the plan."""
         config, given = self.checkpoint.config, plan.inputs[group.name]
-        norms = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        norms = _norms(group)
         has_bias = {linear: linear != HEAD or not config.tie_word_embeddings for linear in group.linears}
         ranges = {f"{group.name}.input_scale": given.scale}
         if given.shift:
@@ -292,6 +287,11 @@ class WeightAudit:
         tensors = self.checkpoint.tensors
         # A tied head is the embedding.
         return tensors[name if name in tensors else "embed.weight"].numpy()
+
+
+def _norms(group: LinearInput) -> list[str]:
+    """Gain and bias of the LayerNorm that produces an activation; nothing where none does."""
+    return [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
 
 
 def _is_joined(group: LinearInput, weights: Weights) -> bool:

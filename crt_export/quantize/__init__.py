@@ -10,7 +10,6 @@ from __future__ import annotations
 from crt_export.quantize.calibration import (
     ActivationStatistics,
     CalibrationOptions,
-    InputStatistics,
     calibrate,
     calibration_windows,
 )
@@ -27,7 +26,7 @@ from crt_export.quantize.plan import (
     read_plan,
 )
 from crt_export.quantize.smoothing import fold, smoothing_factors
-from crt_export.quantize.text import TextEvidence, check_is_text
+from crt_export.quantize.text import check_is_text
 from crt_export.quantize.w8 import quantize_blocks, quantize_w8
 from crt_export.quantize.w8a8 import quantize_w8a8
 
@@ -35,12 +34,10 @@ __all__ = [
     "PLAN_FILE",
     "ActivationStatistics",
     "CalibrationOptions",
-    "InputStatistics",
     "LinearInput",
     "QuantizedInput",
     "QuantizedLinear",
     "QuantizedLinears",
-    "TextEvidence",
     "W8A8Plan",
     "calibrate",
     "calibration_windows",

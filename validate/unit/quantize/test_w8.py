@@ -12,7 +12,7 @@ from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter
 from crt_export.memo import Memo
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity.quantized_weights import BlockWeight, deviation
+from crt_export.parity.linear_audit import BlockWeight, deviation
 from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8, smoothing, w8
 from crt_export.quantize.linears import weight_matmuls
 from crt_export.quantize.plan import SMALLEST_STEP

@@ -177,7 +177,8 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o66
     finally:
         with suppress(OSError):
             partial.unlink()
-    _sync_folder(place.parent)
+    with suppress(OSError):  # the rename has happened; not every file system can sync a folder
+        sync_folder(place.parent)
 
 
 def _status(path: str | os.PathLike[str]) -> os.stat_result | None:
@@ -198,13 +199,15 @@ def _write_stream(path: str | os.PathLike[str], content: bytes) -> None:
         stream.write(content)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last; not every file system can sync a folder."""
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can do that."""
     if os.name != "posix":
         return
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}:  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)

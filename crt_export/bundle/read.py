@@ -12,7 +12,7 @@ from crt_export.bundle.held import HeldFolder
 from crt_export.bundle.integrity import files_are_as_written
 from crt_export.bundle.manifest import read_manifest_and_identity
 from crt_export.bundle.ownership import folder_lock
-from crt_export.bundle.recovery import find_leftovers, parse_leftover, restore_previous
+from crt_export.bundle.recovery import build_folders, parse_build_folder, restore_previous
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
 
@@ -42,11 +42,11 @@ def open_bundle(
             f"expected an identity, 64 hex digits as 'inspect' prints them, found {type(identity).__name__}"
         )
     folder = _real_folder(path)
-    leftover = parse_leftover(folder)
-    if leftover is not None:
+    unfinished = parse_build_folder(folder)
+    if unfinished is not None:
         raise BundleError(
             f"{folder} is what an interrupted or running build left behind, not a bundle: "
-            f"open {folder.parent / leftover.name}, or build it again (that removes leftovers)"
+            f"open {folder.parent / unfinished.name}, or build it again (that removes leftovers)"
         )
     bundle = _held_bundle(folder)
     if identity is not None and bundle.identity != identity:
@@ -125,7 +125,7 @@ def _check_folder(folder: Path) -> None:
         return
     if folder.exists():
         raise BundleError(f"expected a bundle folder, found a file: {folder}")
-    unfinished = [leftover.path.name for leftover in find_leftovers(folder) if leftover.kind == "partial"]
+    unfinished = [one.path.name for one in build_folders(folder) if one.kind == "partial"]
     hint = (
         f"; an unfinished build is beside it ({', '.join(unfinished)}): let it finish or build again"
         if unfinished

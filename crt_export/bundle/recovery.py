@@ -28,6 +28,7 @@ from typing import Literal
 from crt_export.bundle.ownership import can_be_owner, folder_lock, is_abandoned
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
+from crt_export.user_files import sync_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -94,20 +95,6 @@ def replace_folder(new: Path, output: Path, previous: Path) -> Path | None:
     return previous
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}:  # some network file systems
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder and all below it, links not followed; its manifest goes first.
 
@@ -136,7 +123,7 @@ _PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|previous)-(?P<pid>[0-9]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leftover:
+class BuildFolder:
     """A folder named ``.NAME.partial-PID`` (a build) or ``.NAME.previous-PID`` (the old output)."""
 
     path: Path
@@ -145,30 +132,30 @@ class Leftover:
     pid: int
 
 
-def leftover_path(output: Path, kind: Literal["partial", "previous"]) -> Path:
+def build_folder_path(output: Path, kind: Literal["partial", "previous"]) -> Path:
     """This process's name for its unfinished build of ``output``, or for the old output set aside."""
     return output.with_name(f".{output.name}.{kind}-{os.getpid()}")
 
 
-def parse_leftover(path: Path) -> Leftover | None:
-    """Read a leftover's name; None if ``path`` is not named like one."""
+def parse_build_folder(path: Path) -> BuildFolder | None:
+    """Read the name of such a folder; None if ``path`` is not named like one."""
     match = _PATTERN.fullmatch(path.name)
     if match is None:
         return None
-    return Leftover(path=path, name=match["name"], kind=match["kind"], pid=int(match["pid"]))
+    return BuildFolder(path=path, name=match["name"], kind=match["kind"], pid=int(match["pid"]))
 
 
-def find_leftovers(output: Path) -> list[Leftover]:
-    """All leftover folders of ``output``, sorted by name; links and files named alike are left alone."""
-    found: list[Leftover] = []
+def build_folders(output: Path) -> list[BuildFolder]:
+    """All such folders beside ``output``, sorted by name; links and files named alike are left alone."""
+    found: list[BuildFolder] = []
     try:
         entries = sorted(entry.name for entry in output.parent.iterdir())
     except OSError:  # an absent or unreadable parent is reported by whoever needs it
         return found
     for entry in entries:
-        leftover = parse_leftover(output.parent / entry)
-        if leftover is not None and leftover.name == output.name and _is_plain_folder(leftover.path):
-            found.append(leftover)
+        folder = parse_build_folder(output.parent / entry)
+        if folder is not None and folder.name == output.name and _is_plain_folder(folder.path):
+            found.append(folder)
     return found
 
 
@@ -190,7 +177,7 @@ def restore_previous(output: Path) -> bool:
         ]
         if not candidates or not _is_absent(output):
             return False
-        newest = max(candidates, key=lambda leftover: os.lstat(leftover.path).st_mtime_ns).path
+        newest = max(candidates, key=lambda folder: os.lstat(folder.path).st_mtime_ns).path
         try:
             if os.name != "posix" and output.exists():
                 output.rmdir()
@@ -204,16 +191,16 @@ def restore_previous(output: Path) -> bool:
     return True
 
 
-def sweep_leftovers(output: Path) -> None:
+def sweep_abandoned_builds(output: Path) -> None:
     """Remove what dead builds of ``output`` left.
 
     Call it after :func:`restore_previous` and with the parent folder locked.
     A folder that cannot be removed causes a RuntimeWarning, not an error: it is in nobody's way.
     """
-    for leftover in find_leftovers(output):
-        superseded = leftover.kind == "partial" or (output / MANIFEST_NAME).is_file()
-        if superseded and is_abandoned(leftover.path, leftover.pid):
-            remove_or_warn(leftover.path)
+    for folder in build_folders(output):
+        superseded = folder.kind == "partial" or (output / MANIFEST_NAME).is_file()
+        if superseded and is_abandoned(folder.path, folder.pid):
+            remove_or_warn(folder.path)
 
 
 def remove_or_warn(folder: Path) -> None:
@@ -241,9 +228,9 @@ def _is_absent(output: Path) -> bool:
         return False
 
 
-def _set_aside(output: Path) -> list[Leftover]:
+def _set_aside(output: Path) -> list[BuildFolder]:
     return [
-        leftover
-        for leftover in find_leftovers(output)
-        if leftover.kind == "previous" and (leftover.path / MANIFEST_NAME).is_file()
+        folder
+        for folder in build_folders(output)
+        if folder.kind == "previous" and (folder.path / MANIFEST_NAME).is_file()
     ]

@@ -20,18 +20,17 @@ from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
 from crt_export.bundle.paths import FileState, collision_problems, file_state, list_tree, name_problem
 from crt_export.bundle.read import open_staged
 from crt_export.bundle.recovery import (
-    leftover_path,
-    parse_leftover,
+    build_folder_path,
+    parse_build_folder,
     remove_or_warn,
     replace_folder,
     restore_previous,
-    sweep_leftovers,
-    sync_folder,
+    sweep_abandoned_builds,
 )
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
 from crt_export.termination import not_interrupted, orderly_termination
-from crt_export.user_files import kind_of
+from crt_export.user_files import kind_of, sync_folder
 
 _SHOWN_NAMES = 5
 
@@ -60,7 +59,7 @@ def target_folder(output: str | os.PathLike[str]) -> Path:
         target = Path(os.path.realpath(output))
     except FileNotFoundError:
         raise BundleError(f"the output {output} is relative to a current folder that no longer exists") from None
-    if parse_leftover(target) is not None:
+    if parse_build_folder(target) is not None:
         raise BundleError(
             f"{target.name!r} is a name that crt-export gives to unfinished builds: choose another output"
         )
@@ -194,7 +193,7 @@ class Staging:
             self._write(manifest)
             with folder_lock(self.output.parent):
                 check_target(self.output)  # minutes have passed since the first check
-                old = replace_folder(self.path, self.output, leftover_path(self.output, "previous"))
+                old = replace_folder(self.path, self.output, build_folder_path(self.output, "previous"))
                 self._committed = True
                 if old is not None:
                     remove_or_warn(old)
@@ -269,14 +268,14 @@ def stage_bundle(output: str | os.PathLike[str]) -> Iterator[Staging]:
 
 def _staged(target: Path) -> Iterator[Staging]:
     made = _make_parents(target.parent)
-    partial = leftover_path(target, "partial")
+    partial = build_folder_path(target, "partial")
     lock: int | None = None
     owned = False
     try:
         restore_previous(target)
         with folder_lock(target.parent):
             check_target(target)
-            sweep_leftovers(target)
+            sweep_abandoned_builds(target)
             _make_partial(partial, target)
             owned = True
             with suppress(OSError):  # no locks on this file system: the PID in the name has to do
@@ -329,7 +328,7 @@ def _clean_up(partial: Path | None, target: Path, made: list[Path]) -> None:
     if partial is not None:
         if os.path.lexists(partial):
             remove_or_warn(partial)
-        previous = leftover_path(target, "previous")
+        previous = build_folder_path(target, "previous")
         if previous.exists() and (target / MANIFEST_NAME).is_file():
             remove_or_warn(previous)
     _remove_empty(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from dataclasses import fields
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -143,7 +144,7 @@ _SESSION: dict[str, tuple[Callable[[Session, Any], Any], set[str]]] = {
     ),
 }
 _OPTIONS = ("max_new_tokens", "sampling", "stop_token_ids", "stop_strings", "ignore_eos", "passes")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_SAMPLING = tuple(field.name for field in fields(SamplingOptions))
 _BUNDLE = ("target", "batch", "threads", "capacity", "on_full")
 
 

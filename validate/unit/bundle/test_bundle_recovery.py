@@ -86,7 +86,7 @@ def test_a_pid_that_is_used_again_does_not_protect_an_old_partial(
     process = subprocess.Popen(["sleep", "60"])
     try:
         partial = make_partial(tmp_path, process.pid)
-        found = recovery.parse_leftover(partial)
+        found = recovery.parse_build_folder(partial)
         assert found is not None
         assert not ownership.is_abandoned(found.path, found.pid)
         # ctime cannot be set; a process that started an hour later is the same thing seen from the other side

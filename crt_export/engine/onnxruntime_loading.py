@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 from crt_export.bundle import HeldGraph
 from crt_export.checked import Checked, Rules, choice, whole
-from crt_export.engine.huge_pages import allocated_in_huge_pages
+from crt_export.engine.memory_map import REPLACES_MAPPINGS, allocated_in_huge_pages, make_private, mappings_of
 from crt_export.engine.onnxruntime_process import PROVIDERS
-from crt_export.engine.private_weights import REPLACES_MAPPINGS, make_private, mappings_of
 from crt_export.errors import (
     ContractError,
     CrtExportError,

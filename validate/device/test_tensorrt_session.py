@@ -11,6 +11,7 @@ import pytest
 
 from crt_export.bundle import open_bundle
 from crt_export.engine.tensorrt import calls
+from crt_export.engine.tensorrt.api import Log, logger_from_log
 from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.engine.tensorrt.loading import Machine
 from crt_export.environment import gpus, run_obstacles, target_status
@@ -79,8 +80,8 @@ def test_what_tensorrt_rtx_says_to_an_engine_for_sm_80(
         BuildOptions(checkpoint=demo_checkpoint, output=tmp_path / "demo", targets=(name, REFERENCE), text=heldout_text)
     )
     files = open_bundle(tmp_path / "demo")
-    log = calls.RuntimeLog()
-    logger = calls.logger_for_runtime(rtx, log)
+    log = Log()
+    logger = logger_from_log(rtx, log)
     runtime = calls.create_runtime(rtx, logger, version_compatible=False)
     plan = files.file(f"engines/{name}/step.engine").read_bytes()
     verdict = calls.plan_validity_rtx(runtime, plan)
@@ -95,5 +96,5 @@ def test_what_tensorrt_rtx_says_to_an_engine_for_sm_80(
         else:
             with load_bundle(tmp_path / "demo") as reference:
                 difference = float(np.abs(logits - reference.session(REFERENCE).prefill([[84, 104, 101]])).max())
-    note(validity=verdict, log=log.take(), outcome=outcome, largest_difference=difference, gpu=gpus()[0].name)
+    note(validity=verdict, log=log.take_errors(), outcome=outcome, largest_difference=difference, gpu=gpus()[0].name)
     assert outcome

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from crt_export.engine import huge_pages
-from crt_export.engine.huge_pages import allocated_in_huge_pages, huge_page_size, private_memory, without
+from crt_export.engine import memory_map
+from crt_export.engine.memory_map import allocated_in_huge_pages, huge_page_size, private_memory, without
 from crt_export.engine.onnxruntime import load_with_settings
 from crt_export.engine.onnxruntime_loading import OrtSettings
 from crt_export.engine.onnxruntime_process import import_onnxruntime
@@ -33,7 +33,7 @@ needs_huge_pages = pytest.mark.skipif(
 
 def test_only_private_writable_memory_without_a_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "maps").write_text(_MAPS, encoding="utf-8")
-    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(memory_map, "_MAPS", tmp_path / "maps")
     assert private_memory() == [
         (0x555500000000, 0x555500021000),
         (0x7F0000000000, 0x7F0000400000),
@@ -91,7 +91,7 @@ def test_a_graph_lies_in_huge_pages_only_where_its_settings_say_so(tmp_path: Pat
 
 
 def test_unwanted_it_does_not_even_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "private_memory", None)  # calling it would fail
+    monkeypatch.setattr(memory_map, "private_memory", None)  # calling it would fail
     with allocated_in_huge_pages(False):
         pass
 
@@ -106,12 +106,12 @@ def test_a_system_without_huge_pages_is_left_alone(
     for name, content in (("enabled", setting), ("hpage_pmd_size", size)):
         if content is not None:
             (tmp_path / name).write_text(str(content), encoding="ascii")
-    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(memory_map, "_SETTINGS", tmp_path)
     assert huge_page_size() == 0
 
 
 def test_what_cannot_be_looked_at_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "nowhere")
+    monkeypatch.setattr(memory_map, "_MAPS", tmp_path / "nowhere")
     assert private_memory() == []
     with allocated_in_huge_pages():
         pass

@@ -1,4 +1,4 @@
-"""Load TensorRT or TensorRT-RTX, or say what is missing; and the names of their classes.
+"""TensorRT or TensorRT-RTX, imported or said to be missing; the names of their classes; what they log.
 
 The classes are Any for the type checker, because they come from whichever of the two modules is installed. Code
 annotates each runtime object with one of these names, so that a test can look up every attribute used in the
@@ -8,6 +8,7 @@ genuine bindings of every supported version.
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from typing import Any
 
 from crt_export.environment import compile_need, compile_obstacle, find_dependency
@@ -68,3 +69,47 @@ def _require_architecture_rtx(api: Api, profile: EngineProfile) -> None:
 def need_of_profile(profile: EngineProfile) -> str:
     """Say what compiling a TensorRT or TensorRT-RTX profile needs."""
     return f"target {profile.name} needs {compile_need(profile)}"
+
+
+class Log:
+    """What TensorRT logged, in order; of a session, which may run for months, the newest only.
+
+    Attributes:
+        errors: Errors.
+        warnings: Warnings.
+        layer_text: The detailed layer list of a build.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        """Nothing yet; ``most`` limits how many errors and warnings are kept."""
+        self.errors: deque[str] = deque(maxlen=most)
+        self.warnings: deque[str] = deque(maxlen=most)
+        self.layer_text = ""
+
+    def take_errors(self) -> str:
+        """The errors as one text, or that there were none; forgets them."""
+        text = "; ".join(self.errors) or "no reason given"
+        self.errors.clear()
+        return text
+
+
+def logger_from_log(api: Api, log: Log) -> ILogger:
+    """Make a ``trt.ILogger`` that writes into ``log`` and prints nothing; it must outlive what it is given to.
+
+    Native code calls it, possibly from its own threads, and cannot take an exception from it.
+    """
+    errors = (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR)
+
+    class Logger(api.ILogger):
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)  # pybind11 refuses super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in errors:
+                log.errors.append(message)
+            elif severity == api.ILogger.Severity.WARNING:
+                log.warnings.append(message)
+            elif severity == api.ILogger.Severity.VERBOSE and message.startswith("Layers:"):
+                log.layer_text = message
+
+    return Logger()

@@ -15,8 +15,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,13 @@ from crt_export.engine.tensorrt.api import (
     INetworkDefinition,
     IOptimizationProfile,
     ITensor,
+    Log,
     OnnxParser,
     ParserError,
     Runtime,
     is_ampere_plus,
     load_api,
+    logger_from_log,
     need_of_profile,
 )
 from crt_export.errors import BuildError, CrtExportError, MissingDependencyError, NoEngineError, problem_list
@@ -61,37 +62,10 @@ ALLOWED_WARNINGS = (
 )
 
 
-@dataclass
-class BuildLog:
-    """What was logged during one build, in order."""
-
-    warnings: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    layer_text: str = ""
-
-    def unexpected_warnings(self, allowed: Sequence[AllowedWarning] = ALLOWED_WARNINGS) -> list[str]:
-        """Return the warnings that no entry of the allowlist covers."""
-        patterns = [re.compile(rf"(?:\[[^\]]*\] |\S+\.cpp:\d+: )*{entry.pattern}") for entry in allowed]
-        return [w for w in self.warnings if not any(pattern.fullmatch(w.strip()) for pattern in patterns)]
-
-
-def logger_from_log(api: Api, log: BuildLog) -> ILogger:
-    """Make a ``trt.ILogger`` that writes into ``log``; keep it alive as long as anything it was given to."""
-    errors = (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR)
-
-    class Logger(api.ILogger):
-        def __init__(self) -> None:
-            api.ILogger.__init__(self)  # pybind11 refuses super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in errors:
-                log.errors.append(message)
-            elif severity == api.ILogger.Severity.WARNING:
-                log.warnings.append(message)
-            elif severity == api.ILogger.Severity.VERBOSE and message.startswith("Layers:"):
-                log.layer_text = message
-
-    return Logger()
+def unexpected_warnings(log: Log) -> list[str]:
+    """The warnings that no entry of the allowlist covers."""
+    patterns = [re.compile(rf"(?:\[[^\]]*\] |\S+\.cpp:\d+: )*{entry.pattern}") for entry in ALLOWED_WARNINGS]
+    return [warning for warning in log.warnings if not any(p.fullmatch(warning.strip()) for p in patterns)]
 
 
 #: Before the answer's JSON header: its length as an unsigned 64-bit little-endian integer.
@@ -155,7 +129,7 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
         BuildError: The parser or the builder failed or warned, or made something else of the graph.
     """
     api = load_api(job.profile)
-    log = BuildLog()
+    log = Log()
     logger: ILogger = logger_from_log(api, log)
     builder: Builder = _builder(api, job, logger, log)
     flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -167,7 +141,7 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
     _add_shapes(builder, config, job)
     plan: IHostMemory | None = builder.build_serialized_network(network, config)
     del parser  # it maps the weights that the network reads: not to be freed before the build
-    problems = [*log.errors, *(f"warning: {warning}" for warning in log.unexpected_warnings())]
+    problems = [*log.errors, *(f"warning: {warning}" for warning in unexpected_warnings(log))]
     if plan is None:
         raise NoEngineError(problem_list(f"building {job.label}", problems or ["no engine and no reason given"]))
     if problems:
@@ -176,10 +150,10 @@ def compile_graph(job: BuildJob) -> BuildAnswer:
     # TensorRT-RTX logs the layers while it builds; TensorRT must load the engine, which needs its GPU, to list them.
     rtx = job.profile.runtime == "tensorrt-rtx"
     layer_text = log.layer_text if rtx else _layer_text_tensorrt(api, job, data, logger, log)
-    return BuildAnswer(plan=data, layer_text=layer_text, warnings=log.warnings, version=api.__version__)
+    return BuildAnswer(plan=data, layer_text=layer_text, warnings=[*log.warnings], version=api.__version__)
 
 
-def _builder(api: Api, job: BuildJob, logger: ILogger, log: BuildLog) -> Builder:
+def _builder(api: Api, job: BuildJob, logger: ILogger, log: Log) -> Builder:
     try:
         return api.Builder(logger)
     except TypeError as error:  # what pybind11 makes of the null pointer that stands for "no CUDA"
@@ -188,7 +162,7 @@ def _builder(api: Api, job: BuildJob, logger: ILogger, log: BuildLog) -> Builder
         raise MissingDependencyError(f"{need}; its builder does not start: {reason}") from error
 
 
-def _parse(api: Api, job: BuildJob, network: INetworkDefinition, logger: ILogger, log: BuildLog) -> OnnxParser:
+def _parse(api: Api, job: BuildJob, network: INetworkDefinition, logger: ILogger, log: Log) -> OnnxParser:
     parser: OnnxParser = api.OnnxParser(network, logger)
     if not parser.parse_from_file(str(job.path)):
         problems = list(log.errors)
@@ -255,12 +229,12 @@ def _add_shapes(builder: Builder, config: IBuilderConfig, job: BuildJob) -> None
     config.add_optimization_profile(optimization)
 
 
-def _layer_text_tensorrt(api: Api, job: BuildJob, plan: memoryview, logger: ILogger, log: BuildLog) -> str:
+def _layer_text_tensorrt(api: Api, job: BuildJob, plan: memoryview, logger: ILogger, log: Log) -> str:
     """Load the engine on its GPU, check what can only be asked there, and return its layer list."""
     runtime: Runtime = api.Runtime(logger)
     engine: ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BuildError(problem_list(f"loading {job.label}", log.errors or ["no reason given"]))
+        raise BuildError(problem_list(f"loading {job.label}", [*log.errors] or ["no reason given"]))
     problems = []
     wanted = api.HardwareCompatibilityLevel.AMPERE_PLUS
     if is_ampere_plus(job.profile) and engine.hardware_compatibility_level != wanted:

@@ -6,10 +6,8 @@ used here in the genuine bindings. Functions named ``*_rtx`` are for TensorRT-RT
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from crt_export.engine.tensorrt.api import (
     Api,
@@ -24,7 +22,6 @@ from crt_export.engine.tensorrt.api import (
 from crt_export.spec import TensorSpec
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
-_MOST_KEPT_ERRORS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,34 +41,6 @@ class EngineTensor:
     least: tuple[int, ...]
     most: tuple[int, ...]
     alias: str
-
-
-@dataclass
-class RuntimeLog:
-    """The newest errors that TensorRT logged."""
-
-    errors: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_KEPT_ERRORS))
-
-    def take(self) -> str:
-        """The errors as one text, or that there were none; forgets them."""
-        text = "; ".join(self.errors) or "no reason given"
-        self.errors.clear()
-        return text
-
-
-def logger_for_runtime(api: Api, log: RuntimeLog) -> ILogger:
-    """Make a ``trt.ILogger`` that keeps errors and prints nothing; it must outlive what it is given to."""
-    errors = (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR)
-
-    class Logger(api.ILogger):
-        def __init__(self) -> None:
-            api.ILogger.__init__(self)  # pybind11 refuses super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in errors:
-                log.errors.append(message)
-
-    return Logger()
 
 
 def create_runtime(api: Api, logger: ILogger, *, version_compatible: bool) -> Runtime:

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from crt_export.engine.base import BufferSlice
-from crt_export.engine.tensorrt.api import IExecutionContext
-from crt_export.engine.tensorrt.calls import RuntimeLog, enqueue, set_tensors
+from crt_export.engine.tensorrt.api import IExecutionContext, Log
+from crt_export.engine.tensorrt.calls import enqueue, set_tensors
 from crt_export.engine.tensorrt.device import Device
 from crt_export.engine.tensorrt.launch_plan import LaunchPlan, StagingBuffer
 from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources
@@ -91,7 +91,7 @@ class LaunchTools:
     plan: Planner
     contexts: StreamContexts
     capturable: Callable[[StreamContext], bool]
-    log: RuntimeLog
+    log: Log
     label: str
 
 
@@ -225,7 +225,7 @@ def _run_to_end(tools: LaunchTools, context: StreamContext, run: Callable[[], No
 def _set_tensors(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> None:
     refused = set_tensors(context.execution, plan.shapes, plan.addresses)
     if refused:
-        raise ContractError(problem_list(f"{tools.label}: TensorRT refused ({tools.log.take()})", refused))
+        raise ContractError(problem_list(f"{tools.label}: TensorRT refused ({tools.log.take_errors()})", refused))
 
 
 def _enqueue(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> None:
@@ -233,6 +233,6 @@ def _enqueue(tools: LaunchTools, context: StreamContext, plan: LaunchPlan) -> No
     for copy in plan.copies_in:
         device.copy(copy.target, copy.source, copy.size, context.stream)
     if not enqueue(context.execution, context.stream):
-        raise ContractError(f"{tools.label}: TensorRT did not run the engine ({tools.log.take()})")
+        raise ContractError(f"{tools.label}: TensorRT did not run the engine ({tools.log.take_errors()})")
     for copy in plan.copies_out:
         device.copy(copy.target, copy.source, copy.size, context.stream)

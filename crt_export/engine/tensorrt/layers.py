@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ class Layer:
         return f"{kind} {'+'.join(sorted(self.operand_dtypes))} -> {written}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values; :func:`layers_from_dicts` reads them back."""
+        """Return JSON-ready values."""
         return dataclasses.asdict(self)
 
 
@@ -143,26 +143,6 @@ def layers_from_text(text: str) -> tuple[Layer, ...]:
     if problems:
         raise BuildError(problem_list("the builder's layer list is not understood", problems))
     return tuple(layers)
-
-
-def layers_from_dicts(items: Iterable[Mapping[str, Any]]) -> tuple[Layer, ...]:
-    """Read layers back from the JSON that :meth:`Layer.to_dict` made."""
-
-    def tensors(values: Iterable[Mapping[str, Any]]) -> tuple[LayerTensor, ...]:
-        return tuple(LayerTensor(name=v["name"], dtype=v["dtype"], dims=tuple(v["dims"])) for v in values)
-
-    return tuple(
-        Layer(
-            name=item["name"],
-            kind=item["kind"],
-            inputs=tensors(item["inputs"]),
-            constants=tensors(item["constants"]),
-            outputs=tensors(item["outputs"]),
-            onnx_nodes=tuple(item["onnx_nodes"]),
-            tactic=item["tactic"],
-        )
-        for item in items
-    )
 
 
 def summarize_layers(layers: Iterable[Layer]) -> dict[str, int]:

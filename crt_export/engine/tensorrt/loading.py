@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.engine.tensorrt import calls, runtime_cache
-from crt_export.engine.tensorrt.api import Api, ICudaEngine, IExecutionContext, Runtime
-from crt_export.engine.tensorrt.calls import EngineTensor, RuntimeLog
+from crt_export.engine.tensorrt.api import Api, ICudaEngine, IExecutionContext, Log, Runtime, logger_from_log
+from crt_export.engine.tensorrt.calls import EngineTensor
 from crt_export.engine.tensorrt.device import Device
 from crt_export.engine.tensorrt.launch import StreamContext
 from crt_export.engine.tensorrt.sidecar import EngineFacts, EngineFile, read_sidecar
@@ -49,12 +49,12 @@ class LoadedEngine:
         """Check and load; see :func:`load_engine`."""
         self.label = f"{profile.name} {file.graph}"
         self.facts = read_sidecar(file, profile, machine.gpu, machine.api.__version__)
-        self.log = RuntimeLog()
+        self.log = Log(most=10)
         self._api = machine.api
         self._rtx = profile.runtime == "tensorrt-rtx"
         plan = file.read_plan()
         # TensorRT wants its objects destroyed in the reverse order: contexts, engine, runtime, logger.
-        self._logger = calls.logger_for_runtime(machine.api, self.log)
+        self._logger = logger_from_log(machine.api, self.log)
         version_compatible = bool(getattr(profile.options, "version_compatible", False))
         self._runtime: Runtime = calls.create_runtime(machine.api, self._logger, version_compatible=version_compatible)
         self._engine: ICudaEngine = self._deserialized(plan, file)
@@ -91,7 +91,7 @@ class LoadedEngine:
     def _deserialized(self, plan: bytes, file: EngineFile) -> ICudaEngine:
         engine = calls.deserialize_engine(self._runtime, plan)
         if engine is None:
-            reason, name = self.log.take(), "TensorRT"
+            reason, name = self.log.take_errors(), "TensorRT"
             if self._rtx:
                 reason, name = f"{reason}; {calls.plan_validity_rtx(self._runtime, plan)}", "TensorRT-RTX"
             raise ContractError(
@@ -103,7 +103,7 @@ class LoadedEngine:
     def _open_cache(self, name: str) -> None:
         path = runtime_cache.cache_path(name)
         self._cache = calls.runtime_cache_rtx(self._engine, runtime_cache.read_cache(path))
-        self.log.take()  # what a cache that does not fit made it say
+        self.log.take_errors()  # what a cache that does not fit made it say
 
         def save(cache: Any) -> None:
             runtime_cache.write_cache(path, calls.content_of_runtime_cache_rtx(cache))

@@ -16,7 +16,7 @@ import pytest
 from crt_export.bundle import HeldGraph
 from crt_export.bundle.integrity import sealed
 from crt_export.engine import onnxruntime_loading
-from crt_export.engine.private_weights import REPLACES_MAPPINGS, make_private, mappings_of
+from crt_export.engine.memory_map import REPLACES_MAPPINGS, make_private, mappings_of
 from crt_export.errors import BundleError
 from crt_export.runtime import load_bundle
 

@@ -1,7 +1,7 @@
 // Memory of this process, found in /proc/self/maps: weights in huge pages, because a decode step reads all of them
 // once and with pages of 4 KiB waits for the page table too; and weights that no longer depend on their file, because
 // what is still mapped from it after loading becomes a private copy.
-// The C++ twin of crt_export/engine/huge_pages.py and private_weights.py.
+// The C++ twin of crt_export/engine/memory_map.py.
 #pragma once
 
 #include <cstdint>

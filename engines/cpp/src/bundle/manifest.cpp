@@ -46,7 +46,7 @@ const MemberRules kTargetRules{
     {"capacity", kInteger | kNull, 1},
     {"unroll", kInteger | kNull, 1},
     {"cache_dtype", kText, 0, 0, "float32 float16"},
-    {"prefill", kObject | kOptional},
+    {"prefill", kObject},
 };
 const MemberRules kPrefillRules{
     {"method", kText, 0, 0, "steps passes adaptive"},
@@ -119,9 +119,9 @@ void check_targets(Problems& problems, const JsonValue& targets, const JsonValue
   for (const auto& [name, target] : targets.object().members()) {
     const std::string where = "targets[" + in_quotes(name) + "]";
     if (!check_rules(problems, where, target, kTargetRules)) continue;
-    const JsonValue* plan = target.find("prefill");
-    if (plan != nullptr && check_rules(problems, where + ".prefill", *plan, kPrefillRules) &&
-        plan->at("method").string() == "adaptive" && given(*plan, "residual_bound") == nullptr) {
+    const JsonValue& plan = target.at("prefill");
+    if (check_rules(problems, where + ".prefill", plan, kPrefillRules) && plan.at("method").string() == "adaptive" &&
+        given(plan, "residual_bound") == nullptr) {
       problems.push_back(where + ".prefill: 'adaptive' needs a 'residual_bound'");
     }
     for (const char* kind : {"graphs", "engines"}) {

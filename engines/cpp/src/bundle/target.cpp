@@ -159,7 +159,7 @@ OrtProfile ort_profile(const JsonValue* options) {
 
 PrefillPlan prefill_plan(const JsonValue& entry, bool recurrent) {
   PrefillPlan plan;
-  if (!recurrent || given(entry, "prefill") == nullptr) return plan;
+  if (!recurrent) return plan;
   const JsonValue& given_plan = entry.at("prefill");
   const std::string& method = given_plan.at("method").string();
   if (method == "steps") plan.method = PrefillMethod::steps;

@@ -30,12 +30,12 @@ from crt_export.build.vectors import write_vectors
 from crt_export.bundle import BundleFiles, stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
+from crt_export.folders import sweep_abandoned
 from crt_export.parity import ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, no_progress
-from crt_export.temporary_folder import sweep_abandoned
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
 from crt_export.config import PLAIN, RECURRENT, ModelConfig
 from crt_export.errors import InputError
-from crt_export.temporary_folder import temporary_folder
+from crt_export.folders import temporary_folder
 
 #: Bytes are the vocabulary's first 256 ids, so any text can be fed and no tokenizer file is needed.
 _COMMON: dict[str, Any] = {

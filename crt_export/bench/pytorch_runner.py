@@ -15,10 +15,9 @@ from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
 from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
-from crt_export.checkpoint import load_checkpoint, tensor_shapes
+from crt_export.checkpoint import find_weight_files, load_checkpoint, tensor_shapes
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
-from crt_export.weight_files import find_weight_files
 
 _SEED = 1
 #: torch.compile compiles one graph for every so many tokens; attention reads them all, masked beyond the position.

@@ -11,13 +11,13 @@ from crt_export.build.options import BuildOptions
 from crt_export.build.store import NO_STORE, StageStore
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
+from crt_export.folders import temporary_folder
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8, read_plan
 from crt_export.quantize.calibration import CalibrationOptions
-from crt_export.temporary_folder import temporary_folder
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import Tokenizer
 

@@ -11,10 +11,10 @@ from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held import HeldFolder
 from crt_export.bundle.integrity import files_are_as_written
 from crt_export.bundle.manifest import read_manifest_and_identity
-from crt_export.bundle.ownership import folder_lock
 from crt_export.bundle.recovery import build_folders, parse_build_folder, restore_previous
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
+from crt_export.folders import folder_lock
 
 
 def open_bundle(

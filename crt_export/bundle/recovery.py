@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crt_export.bundle.ownership import can_be_owner, folder_lock, is_abandoned
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError
+from crt_export.folders import can_be_owner, folder_lock, is_abandoned
 from crt_export.user_files import sync_folder
 
 _AT_FDCWD = -100

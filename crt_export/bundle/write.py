@@ -16,7 +16,6 @@ from typing import Any
 from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held import hash_file
 from crt_export.bundle.manifest import manifest_text, read_manifest
-from crt_export.bundle.ownership import folder_lock, lock_folder, unlock_folder
 from crt_export.bundle.paths import FileState, collision_problems, file_state, list_tree, name_problem
 from crt_export.bundle.read import open_staged
 from crt_export.bundle.recovery import (
@@ -29,6 +28,7 @@ from crt_export.bundle.recovery import (
 )
 from crt_export.bundle.schema import MANIFEST_NAME, SCHEMA_VERSION
 from crt_export.errors import BundleError, problem_list
+from crt_export.folders import folder_lock, lock_folder, unlock_folder
 from crt_export.termination import not_interrupted, orderly_termination
 from crt_export.user_files import kind_of, sync_folder
 

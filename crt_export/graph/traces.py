@@ -23,10 +23,10 @@ from crt_export import errors
 from crt_export.child_process import ChildModule, answer_stream
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, CrtExportError
+from crt_export.folders import temporary_folder
 from crt_export.graph.export import GraphExporter
 from crt_export.model import Model
 from crt_export.rotary import rope_tables
-from crt_export.temporary_folder import temporary_folder
 
 _MODULE = "crt_export.graph.traces"
 _DELIBERATE = {cls.__name__: cls for cls in (errors.BuildError, errors.ContractError, errors.UnsupportedError)}

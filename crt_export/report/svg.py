@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from crt_export.folders import temporary_folder
 from crt_export.report.numbers import power_text
-from crt_export.temporary_folder import temporary_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSI
 TOLD_TWICE = """
 import os, shutil, signal, sys
 from pathlib import Path
-import crt_export.temporary_folder as module
+import crt_export.folders as module
 
 remove = shutil.rmtree
 

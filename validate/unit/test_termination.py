@@ -15,7 +15,7 @@ import click
 import pytest
 
 from crt_export.cli.failures import run_app
-from crt_export.temporary_folder import sweep_abandoned, temporary_folder
+from crt_export.folders import sweep_abandoned, temporary_folder
 from crt_export.termination import Terminated, not_interrupted, orderly_termination, termination_raises
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -132,7 +132,7 @@ def test_in_another_thread_nothing_is_changed() -> None:
 
 FOLDER = """
 import time
-from crt_export.temporary_folder import temporary_folder
+from crt_export.folders import temporary_folder
 with temporary_folder() as folder:
     (folder / "file").touch()
     print(folder, flush=True)

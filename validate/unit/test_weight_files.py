@@ -14,9 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crt_export.checkpoint import checkpoint_files, checkpoint_hash, copy_checkpoint, load_checkpoint
+from crt_export.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    checkpoint_files,
+    checkpoint_hash,
+    copy_checkpoint,
+    load_checkpoint,
+)
 from crt_export.errors import CheckpointError
-from crt_export.weight_files import INDEX_FILE, WEIGHTS_FILE
 
 Make = Callable[..., Path]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.bundle import open_bundle, ownership, recovery, stage_bundle
+from crt_export import folders
+from crt_export.bundle import open_bundle, recovery, stage_bundle
 from crt_export.bundle import write as writing
 from crt_export.errors import BundleError
 
@@ -88,10 +89,10 @@ def test_a_pid_that_is_used_again_does_not_protect_an_old_partial(
         partial = make_partial(tmp_path, process.pid)
         found = recovery.parse_build_folder(partial)
         assert found is not None
-        assert not ownership.is_abandoned(found.path, found.pid)
+        assert not folders.is_abandoned(found.path, found.pid)
         # ctime cannot be set; a process that started an hour later is the same thing seen from the other side
-        monkeypatch.setattr(ownership, "start_time", lambda pid: time.time() + 3600)
-        assert ownership.is_abandoned(found.path, found.pid)
+        monkeypatch.setattr(folders, "start_time", lambda pid: time.time() + 3600)
+        assert folders.is_abandoned(found.path, found.pid)
     finally:
         process.kill()
         process.wait()
@@ -100,14 +101,14 @@ def test_a_pid_that_is_used_again_does_not_protect_an_old_partial(
 def test_start_time_of_a_process() -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
-        started = ownership.start_time(process.pid)
+        started = folders.start_time(process.pid)
         if started is None:
             pytest.skip("this system has no /proc")
         assert abs(started - time.time()) < 5
     finally:
         process.kill()
         process.wait()
-    assert ownership.start_time(process.pid) is None
+    assert folders.start_time(process.pid) is None
 
 
 def test_partial_with_our_own_pid_is_swept_if_no_build_of_ours_holds_it(tmp_path: Path, build: Build) -> None:
@@ -179,7 +180,7 @@ def test_without_folder_locks_the_pid_decides(tmp_path: Path, build: Build, monk
     def no_locks(folder: Path) -> int:
         raise OSError(95, "Operation not supported", str(folder))
 
-    for module in (ownership, writing):
+    for module in (folders, writing):
         monkeypatch.setattr(module, "lock_folder", no_locks)
     make_partial(tmp_path, DEAD_PID)
     alive = make_partial(tmp_path, os.getppid())
@@ -192,9 +193,9 @@ def test_without_folder_locks_the_pid_decides(tmp_path: Path, build: Build, monk
 def test_a_lock_that_is_never_released_ends_in_a_clear_error(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(folders, "_LOCK_SECONDS", 0.1)
     with (
-        ownership.folder_lock(tmp_path),
+        folders.folder_lock(tmp_path),
         pytest.raises(BundleError, match=r"has locked .* wait for it or end it"),
     ):
         build(tmp_path / "demo")

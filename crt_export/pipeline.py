@@ -21,7 +21,7 @@ from pathlib import Path
 
 from crt_export.build.calibration import quantization_plan, read_build_text
 from crt_export.build.graphs import write_graphs
-from crt_export.build.manifest import manifest_from_build
+from crt_export.build.manifest import REPORT_FILE, manifest_from_build
 from crt_export.build.options import BuildOptions, profiles_from_options
 from crt_export.build.prefill import prefill_plans
 from crt_export.build.store import StageStore
@@ -95,7 +95,7 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
             progress("complete the bundle", 0, 0)
             with closing(staging.complete(manifest(report=None))) as files:
                 report = _validated(files, checkpoint, text.validation, own_model, options, progress)
-            (staging.path / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (staging.path / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         progress("write the bundle", 0, 0)
         staging.commit(manifest(report=report))
     return BuildResult(path=options.output, targets=targets, report=report)

@@ -18,6 +18,8 @@ from crt_export.quantize import PLAN_FILE
 from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 
+#: The report of the build, beside the manifest; integrity protects it like every file.
+REPORT_FILE = "report.json"
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")
 
 
@@ -52,7 +54,7 @@ def manifest_from_build(
             target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
             for target in targets
         },
-        "parity": None if report is None else report.to_dict(),
+        "parity": None if report is None else {"passed": report.passed, "report": REPORT_FILE},
     }
 
 

@@ -1,20 +1,45 @@
-"""Does the deployed form still compute the model? Every graph against PyTorch FP32 on held-out text."""
+"""Does the deployed form still compute the model? Every graph against PyTorch FP32 on held-out text.
 
-from crt_export.parity.bundle import validate_bundle
-from crt_export.parity.case import ParityCase
-from crt_export.parity.check import check_parity
-from crt_export.parity.report import ParityReport, ParityRow
-from crt_export.parity.tolerances import Tolerance, Tolerances, load_tolerances
-from crt_export.parity.windows import ParityOptions
+Reports are read where torch is not installed, so the names below are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crt_export.parity.bundle import validate_bundle
+    from crt_export.parity.case import ParityCase
+    from crt_export.parity.check import check_parity
+    from crt_export.parity.report import Comparison, ParityReport
+    from crt_export.parity.tolerances import Tolerance, Tolerances, load_tolerances
+    from crt_export.parity.windows import ParityOptions
 
 __all__ = [
+    "Comparison",
     "ParityCase",
     "ParityOptions",
     "ParityReport",
-    "ParityRow",
     "Tolerance",
     "Tolerances",
     "check_parity",
     "load_tolerances",
     "validate_bundle",
 ]
+_MODULES = {
+    "Comparison": "report",
+    "ParityCase": "case",
+    "ParityOptions": "windows",
+    "ParityReport": "report",
+    "Tolerance": "tolerances",
+    "Tolerances": "tolerances",
+    "check_parity": "check",
+    "load_tolerances": "tolerances",
+    "validate_bundle": "bundle",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

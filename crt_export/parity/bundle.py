@@ -26,7 +26,8 @@ from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.plan import W8A8Plan, read_plan
-from crt_export.report.own_model import own_model_text, was_compared
+from crt_export.report.reading import report_of_bundle
+from crt_export.report.verdict import own_model_text, was_compared
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import load_tokenizer
 
@@ -79,14 +80,15 @@ def validate_bundle(
     levels = (options or ParityOptions()).levels
     if expect is None and OWN_MODEL in levels:
         raise InputError(f"the level {OWN_MODEL} needs the outputs of your own model (--expect FILE.safetensors)")
-    own_model = not_compared(recorded_own_model(files.manifest))
+    recorded = report_of_bundle(files)
+    own_model = not_compared(own_model_text(recorded) if was_compared(recorded) else "")
     if expect is not None:
         own_model = check_own_model(reference, expect, tolerances=tolerances, progress=progress)
         if set(levels) == {OWN_MODEL}:
             return own_model_report(reference, expect, own_model, tolerances)
     tokenizer = load_tokenizer(reference.path, reference.config)
     whole = read_text(reference.config, tokenizer, text=text, tokens=tokens)
-    held_out = held_out_text(whole, files.manifest)
+    held_out = held_out_text(whole, recorded, files.manifest["options"].get("calibration"))
     report = check_parity(
         reference,
         cases,
@@ -94,7 +96,7 @@ def validate_bundle(
         options=options,
         tolerances=tolerances,
         saved_outputs=saved_outputs,
-        recorded_nll=recorded_nll(files.manifest),
+        recorded_nll=recorded_nll(recorded),
         own_model=own_model,
         progress=progress,
     )
@@ -173,17 +175,18 @@ def _reference(files: BundleFiles, folder: Path | None) -> Checkpoint:
     return checkpoint
 
 
-def held_out_text(whole: TokenText, manifest: Mapping[str, Any]) -> TokenText:
+def held_out_text(whole: TokenText, report: ParityReport | None, calibration: Mapping[str, Any] | None) -> TokenText:
     """The part of a text that a bundle was not calibrated on.
 
     Args:
         whole: The text to validate on.
-        manifest: The bundle's; its report names the part that was validated on, its options the calibrated one.
+        report: The bundle's, which names the part that was validated on; None where it has none.
+        calibration: What the bundle's options say of the part that was calibrated on.
     """
-    validated = _recognised((manifest["parity"] or {}).get("text"), whole)
+    validated = _recognised(None if report is None else report.text, whole)
     if validated is not None:
         return validated
-    calibrated = _recognised(manifest["options"].get("calibration"), whole)
+    calibrated = _recognised(calibration, whole)
     if calibrated is None:
         return whole
     # Build calibrates on the start of its text.
@@ -191,17 +194,10 @@ def held_out_text(whole: TokenText, manifest: Mapping[str, Any]) -> TokenText:
     return dataclasses.replace(whole, ids=np.ascontiguousarray(whole.ids[end:]), offset=end)
 
 
-def recorded_nll(manifest: Mapping[str, Any]) -> float | None:
+def recorded_nll(report: ParityReport | None) -> float | None:
     """How well PyTorch FP32 predicted the bundle's validation text token by token, nats; None without a report."""
-    for row in (manifest["parity"] or {}).get("rows", ()):
-        if row.get("regime") == STEP and row.get("reference_nll") is not None:
-            return float(row["reference_nll"])
-    return None
-
-
-def recorded_own_model(manifest: Mapping[str, Any]) -> str:
-    """What a bundle's report says of the user's own model, which its reference still is; empty where not compared."""
-    return own_model_text(manifest["parity"]) if was_compared(manifest["parity"]) else ""
+    rows = () if report is None else report.rows
+    return next((row.reference_nll for row in rows if row.regime == STEP and row.reference_nll is not None), None)
 
 
 def _recognised(record: Mapping[str, Any] | None, whole: TokenText) -> TokenText | None:

@@ -11,13 +11,14 @@ from crt_export.errors import ContractError, InputError
 from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN, OWN_MODEL
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.case import ParityCase
-from crt_export.parity.corpus import CorpusResult, check_corpus
-from crt_export.parity.level import LevelResult, ParitySetup, failed_check
+from crt_export.parity.corpus import check_corpus
+from crt_export.parity.level import ParitySetup
 from crt_export.parity.levels import level_function
 from crt_export.parity.long_run.schedule import check_length
+from crt_export.parity.metrics import failed_check
 from crt_export.parity.own_model import not_compared
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
-from crt_export.parity.report import ParityReport, reference_facts
+from crt_export.parity.report import LevelResult, ParityReport, reference_facts
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.statistics import METHOD
 from crt_export.parity.text_gate import check_text
@@ -77,36 +78,31 @@ def check_parity(
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll,
     )
-    levels, corpus = _climb_ladder(cases, setup)
-    results = [own_model or not_compared(), *levels]
+    results = [own_model or not_compared(), *_climb_ladder(cases, setup)]
     return ParityReport(
-        rows=corpus.rows,
         levels=tuple(results),
         tolerances=setup.tolerances.to_dict(),
         text=_text_identity(windows),
-        notes=tuple(dict.fromkeys((*windows.notes, *corpus.notes, *(n for result in results for n in result.notes)))),
+        notes=tuple(dict.fromkeys((*windows.notes, *(note for result in results for note in result.notes)))),
         method=METHOD,
-        largest_fp16=corpus.largest_fp16,
         **reference_facts(checkpoint),
     )
 
 
-def _climb_ladder(cases: Sequence[ParityCase], setup: ParitySetup) -> tuple[list[LevelResult], CorpusResult]:
-    """Every level that was asked for, all targets of one before the next; what the corpus level adds to its results."""
-    corpus = CorpusResult(rows=(), levels=(), notes=(), largest_fp16={})
+def _climb_ladder(cases: Sequence[ParityCase], setup: ParitySetup) -> list[LevelResult]:
+    """Every level that was asked for, all targets of one before the next."""
     results: list[LevelResult] = []
     for level in (level for level in LEVELS if level in setup.options.levels and level != OWN_MODEL):
         if level == CORPUS:
             _prepare_reference(cases, setup)
-            corpus = check_corpus(cases, setup)
-            results += corpus.levels
+            results += check_corpus(cases, setup)
         else:
             results += [_climb(level, case, setup) for case in cases]
     text_matters = setup.recorded_nll is not None and set(setup.options.levels) != {CONTRACT}
     if text_matters and CORPUS not in setup.options.levels:  # which judges the text itself
         setup.progress("PyTorch FP32: text", 0, setup.windows.count)
         results.append(check_text(setup, float(reference_nll(setup.reference, STEP, 1).mean())))
-    return results, corpus
+    return results
 
 
 def _climb(level: str, case: ParityCase, setup: ParitySetup) -> LevelResult:

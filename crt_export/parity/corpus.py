@@ -2,38 +2,28 @@
 
 Each regime of a target is compared with the same regime of PyTorch FP32; the gap between the regimes is a row of its
 own. Whether the text is one the model knows is a check of its own, of ``pytorch-fp32``. ``data`` of the level: see
-:func:`corpus_result` and :func:`crt_export.parity.text_gate.check_text`.
+:class:`crt_export.parity.report.Comparison`, :mod:`crt_export.parity.corpus_statistics` and
+:func:`crt_export.parity.text_gate.check_text`; ``largest_fp16``: per graph, the largest |value| of the largest FP16
+tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
-from crt_export.ladder import CORPUS
 from crt_export.parity.case import ParityCase
-from crt_export.parity.gap import reference_gap_rows, target_gaps
+from crt_export.parity.comparison import reference_gaps, target_gaps
 from crt_export.parity.half import compare_half
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import HANDOVER, first_position
-from crt_export.parity.report import ParityRow
-from crt_export.parity.rows import Comparison
+from crt_export.parity.report import COMPILED, Comparison, LevelResult, corpus_result
 from crt_export.parity.target import check_target
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import Windows
 
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusResult:
-    """Rows of all targets, what each level result says of them, notes, and the largest FP16 values by target."""
-
-    rows: tuple[ParityRow, ...]
-    levels: tuple[LevelResult, ...]
-    notes: tuple[str, ...]
-    largest_fp16: Mapping[str, Mapping[str, Mapping[str, float]]]
-
-
-def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup) -> CorpusResult:
+def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup) -> list[LevelResult]:
     """Run every regime of every target over all windows.
 
     Args:
@@ -41,40 +31,24 @@ def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup) -> CorpusResul
         setup: Reference, text and limits.
     """
     halves, notes = _halves(cases, setup)
-    rows = [half.row for half in halves]
-    levels = [corpus_result("pytorch-half", halves)] if halves else []
     setup.progress("PyTorch FP32: regime gap", 0, setup.windows.count)
-    gaps = {passes: reference_gap_rows(setup.reference, passes) for passes in sorted({case.unroll for case in cases})}
-    rows += [row for gap in gaps.values() for row, _ in gap]
-    levels.append(check_text(setup, _reference_nll([row for row, _ in next(iter(gaps.values()))])))
-    largest = {}
+    gaps = {passes: reference_gaps(setup.reference, passes) for passes in sorted({case.unroll for case in cases})}
+    results = [corpus_result("pytorch-half", halves, notes=notes)] if halves else []
     for case in cases:
-        result = check_target(case, setup.reference, setup.options, setup.tolerances, setup.progress)
-        own = [*result.comparisons, *target_gaps(case, result, gaps[case.unroll], setup.tolerances, setup.config)]
-        rows += [*(comparison.row for comparison in own), *_compiled(case)]
-        levels.append(corpus_result(case.target, own))
-        if result.largest_fp16:
-            largest[case.target] = result.largest_fp16
-    notes += _coverage_notes(rows, setup.windows)
-    return CorpusResult(rows=tuple(rows), levels=tuple(levels), notes=tuple(notes), largest_fp16=largest)
+        found = check_target(case, setup.reference, setup.options, setup.tolerances, setup.progress)
+        trained = setup.config.training_sequence_length
+        own = [*found.comparisons, *target_gaps(case, found.scores, gaps[case.unroll], setup.tolerances, trained)]
+        data: dict[str, Any] = {"largest_fp16": found.largest_fp16} if found.largest_fp16 else {}
+        results.append(corpus_result(case.target, [*own, *_compiled(case)], **data))
+    nll = _reference_nll([gap.comparison for gap in next(iter(gaps.values()))])
+    reference = [gap.comparison for of_passes in gaps.values() for gap in of_passes]
+    notes = _coverage_notes([row for result in results for row in result.comparisons], setup.windows)
+    results.append(check_text(setup, nll, reference, notes=notes))
+    return results
 
 
-def corpus_result(target: str, comparisons: Sequence[Comparison]) -> LevelResult:
-    """The level's answer about one target: the checks that its rows stand on.
-
-    ``data``: ``regimes``, by the label of each comparison that ran to its end, what
-    :mod:`crt_export.parity.corpus_statistics` lists.
-    """
-    return LevelResult(
-        level=CORPUS,
-        target=target,
-        checks=tuple(check for comparison in comparisons for check in comparison.checks),
-        data={"regimes": {item.label: item.figures for item in comparisons if item.figures is not None}},
-    )
-
-
-def _reference_nll(gaps: Sequence[ParityRow]) -> float:
-    """Of the step chain over whole windows: a gap row covers some positions, and has the steps as its reference."""
+def _reference_nll(gaps: Sequence[Comparison]) -> float:
+    """Of the step chain over whole windows: a gap covers some positions, and has the steps as its reference."""
     return sum((row.reference_nll or 0.0) * row.tokens for row in gaps) / sum(row.tokens for row in gaps)
 
 
@@ -92,7 +66,7 @@ def _halves(cases: Sequence[ParityCase], setup: ParitySetup) -> tuple[list[Compa
     return halves, notes
 
 
-def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:
+def _coverage_notes(rows: Sequence[Comparison], windows: Windows) -> list[str]:
     """What the rows do not cover: the first half of the windows in the hand-over, likelihoods that gate nothing."""
     positions = windows.length - first_position(HANDOVER, windows.length)
     notes = [
@@ -110,16 +84,17 @@ def _coverage_notes(rows: Sequence[ParityRow], windows: Windows) -> list[str]:
     return notes
 
 
-def _compiled(case: ParityCase) -> list[ParityRow]:
+def _compiled(case: ParityCase) -> list[Comparison]:
     """Engines that were compiled and cannot run here: listed, never passed."""
     return [
-        ParityRow(
+        Comparison(
             target=case.target,
             runtime=case.runtime,
             graph=graph,
             precision=case.precision,
             regime=graph,
-            status="compiled",
+            label=f"{graph} ({COMPILED})",
+            status=COMPILED,
         )
         for graph in case.compiled
     ]

@@ -1,21 +1,21 @@
-"""Scores of one regime -> the figures of the corpus level: what ``llama-perplexity --kl-divergence`` prints, and more.
+"""Figures and distributions of one regime: what ``llama-perplexity --kl-divergence`` prints, and more.
 
-The keys of :func:`corpus_statistics`, intervals being 95 % bootstrap intervals [low, high] over windows
-(:mod:`crt_export.parity.statistics`), divergences in nats, probabilities as shares of 1:
+What is judged is a figure (:func:`corpus_figures`), what describes it a statistic (:func:`corpus_statistics`). The keys
+of the latter, intervals being 95 % bootstrap intervals [low, high] over windows (:mod:`crt_export.parity.statistics`),
+divergences in nats, probabilities as shares of 1:
 
-* ``perplexity``, ``perplexity_ci``: of the target. ``perplexity_ratio`` (over the reference's; exp of
-  ``delta_nll``), ``perplexity_difference``, each with ``_ci``. ``delta_nll_bootstrap_ci``.
+* ``perplexity_ci``: of the target. ``perplexity_ratio`` (over the reference's; exp of ``delta_nll``),
+  ``perplexity_difference``, each with ``_ci``. ``delta_nll_bootstrap_ci``.
 * ``log_perplexity_correlation``: of the two negative log-likelihoods, token by token; None where one never varies.
-* ``kl``: ``mean``, ``mean_ci``, ``median``, ``min``, ``max`` and percentiles ``p001`` (0.1 %), ``p1``, ``p5``,
-  ``p10``, ``p90``, ``p95``, ``p99``, ``p999`` (99.9 %).
+* ``kl``: ``median``, ``min``, ``max`` and percentiles ``p001`` (0.1 %), ``p1``, ``p5``, ``p10``, ``p90``, ``p95``,
+  ``p99``, ``p999`` (99.9 %).
 * ``kl_histogram``: ``edges``, log10 of nats, the same in every report, and ``counts`` of tokens between them; what lies
   outside, a divergence of 0 too, is in the first or the last bin.
-* ``probability_change``: of the text's next token, signed: ``mean``, ``mean_ci``, ``rms``, ``rms_ci``, ``median``,
-  ``min``, ``max`` and percentiles ``p001``, ``p1``, ``p5``, ``p10``, ``p25``, ``p75``, ``p90``, ``p95``, ``p99``,
-  ``p999``.
-* ``top1_agreement``, ``top1_ci``: share of all tokens with the same best token, near ties included (the gate leaves
-  those out). ``top10_overlap``, ``top10_ci``.
-* ``by_position``: per span of positions in the window (powers of two, and the length the model was trained at)
+* ``probability_change``: of the text's next token, signed: ``mean``, ``mean_ci``, ``median``, ``min``, ``max`` and
+  percentiles ``p001``, ``p1``, ``p5``, ``p10``, ``p25``, ``p75``, ``p90``, ``p95``, ``p99``, ``p999``.
+* ``top1_all``, ``top1_all_ci``: share of all tokens with the same best token, near ties included (the gate leaves those
+  out).
+* ``by_position``: per range of positions in the window (powers of two, and the length the model was trained at)
   ``start``, ``stop``, ``delta_nll``, ``delta_nll_ci``, ``kl``, ``kl_ci``.
 """
 
@@ -26,7 +26,18 @@ from typing import Any
 import numpy as np
 
 from crt_export.parity.scores import Scores
-from crt_export.parity.statistics import bootstrap_interval, bootstrap_mean, window_sums
+from crt_export.parity.statistics import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_mean,
+    paired_interval,
+    ratio,
+    ratio_interval,
+    window_sums,
+)
+
+#: Value and 95 % interval; None where there is none.
+Figure = tuple[float | None, tuple[float, float] | None]
 
 #: log10 of nats; fixed, so that two reports can be compared bin by bin.
 KL_EDGES = tuple(edge / 2 for edge in range(-40, 5))
@@ -39,16 +50,44 @@ _CHANGE_PERCENTILES = {
 }  # fmt: skip
 
 
+def corpus_figures(scores: Scores, near_tie_margin: float) -> dict[str, Figure]:
+    """Value and interval of every figure that is judged, by metric; all tokens must have been compared and be finite.
+
+    Args:
+        scores: What was measured.
+        near_tie_margin: Tokens whose margin in the reference is no larger do not count for top-1, logits.
+    """
+    delta = paired_interval(scores.nll - scores.reference_nll)
+    relative = ratio_interval(scores.mean_error, np.maximum(scores.spread, np.finfo(np.float32).tiny))
+    counted = (scores.margin > near_tie_margin).astype(np.float64)
+    top1 = ratio_interval(scores.agrees * counted, counted) if counted.any() else None
+    change = bootstrap_interval(
+        window_sums(scores.probability_change**2, np.ones_like(scores.nll)), lambda sums: np.sqrt(ratio(sums))
+    )
+    figures: dict[str, Interval | None] = {
+        "delta_nll": delta,
+        "top1_agreement": top1,
+        "relative_logit_error": relative,
+        "max_abs_logit_error": None,
+        "mean_kl": bootstrap_mean(scores.kl),
+        "top10_overlap": bootstrap_mean(scores.overlap),
+        "probability_change": change,
+    }
+    found: dict[str, Figure] = {
+        key: (None, None) if interval is None else (interval.mean, interval.ends) for key, interval in figures.items()
+    }
+    return {**found, "max_abs_logit_error": (float(scores.largest_error.max()), None)}
+
+
 def corpus_statistics(scores: Scores) -> dict[str, Any]:
-    """Every figure of one regime, see the module; all tokens must have been compared and be finite."""
+    """Every distribution of one regime, see the module; all tokens must have been compared and be finite."""
     delta = bootstrap_mean(scores.nll - scores.reference_nll)
     own = bootstrap_mean(scores.nll)
     difference = bootstrap_interval(
         window_sums(scores.nll, scores.reference_nll, np.ones_like(scores.nll)), _perplexity_difference
     )
-    top1, top10 = bootstrap_mean(scores.agrees), bootstrap_mean(scores.overlap)
+    top1, change = bootstrap_mean(scores.agrees), bootstrap_mean(scores.probability_change)
     return {
-        "perplexity": _exp(own.mean),
         "perplexity_ci": (_exp(own.low), _exp(own.high)),
         "perplexity_ratio": _exp(delta.mean),
         "perplexity_ratio_ci": (_exp(delta.low), _exp(delta.high)),
@@ -56,14 +95,16 @@ def corpus_statistics(scores: Scores) -> dict[str, Any]:
         "perplexity_difference_ci": difference.ends,
         "delta_nll_bootstrap_ci": delta.ends,
         "log_perplexity_correlation": _correlation(scores.nll, scores.reference_nll),
-        "kl": _kl(scores.kl),
+        "kl": _percentiles(scores.kl, _KL_PERCENTILES),
         "kl_histogram": kl_histogram(scores.kl),
-        "probability_change": _probability_change(scores.probability_change),
-        "top1_agreement": top1.mean,
-        "top1_ci": top1.ends,
-        "top10_overlap": top10.mean,
-        "top10_ci": top10.ends,
-        "by_position": [_span(scores, start, stop) for start, stop in position_spans(scores)],
+        "probability_change": {
+            "mean": change.mean,
+            "mean_ci": change.ends,
+            **_percentiles(scores.probability_change, _CHANGE_PERCENTILES),
+        },
+        "top1_all": top1.mean,
+        "top1_all_ci": top1.ends,
+        "by_position": [_range(scores, start, stop) for start, stop in position_ranges(scores)],
     }
 
 
@@ -74,15 +115,15 @@ def kl_histogram(kl: np.ndarray) -> dict[str, list]:
     return {"edges": list(KL_EDGES), "counts": np.histogram(inside, KL_EDGES)[0].tolist()}
 
 
-def position_spans(scores: Scores) -> list[tuple[int, int]]:
-    """Spans of positions in the window: from 0 to 1, 2, 4, ... and to the training length, as far as it was scored."""
+def position_ranges(scores: Scores) -> list[tuple[int, int]]:
+    """Ranges of positions in the window: from 0 to 1, 2, 4, ... and to the training length, as far as it was scored."""
     first, last = scores.start, scores.start + scores.nll.shape[1]
     edges = {2**power for power in range(last.bit_length())} | {scores.trained or 0}
     inner = sorted(edge for edge in edges if first < edge < last)
     return list(zip([first, *inner], [*inner, last], strict=True))
 
 
-def _span(scores: Scores, start: int, stop: int) -> dict[str, Any]:
+def _range(scores: Scores, start: int, stop: int) -> dict[str, Any]:
     columns = slice(start - scores.start, stop - scores.start)
     delta = bootstrap_mean((scores.nll - scores.reference_nll)[:, columns])
     kl = bootstrap_mean(scores.kl[:, columns])
@@ -92,26 +133,10 @@ def _span(scores: Scores, start: int, stop: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kl(values: np.ndarray) -> dict[str, Any]:
-    mean = bootstrap_mean(values)
-    return {"mean": mean.mean, "mean_ci": mean.ends, **_percentiles(values, _KL_PERCENTILES)}
-
-
-def _probability_change(values: np.ndarray) -> dict[str, Any]:
-    mean = bootstrap_mean(values)
-    rms = bootstrap_interval(window_sums(values**2, np.ones_like(values)), _root_mean)
-    ends = {"mean_ci": mean.ends, "rms": rms.mean, "rms_ci": rms.ends}
-    return {"mean": mean.mean, **ends, **_percentiles(values, _CHANGE_PERCENTILES)}
-
-
 def _percentiles(values: np.ndarray, wanted: dict[str, float]) -> dict[str, float]:
     """Linear interpolation between neighbours, as in llama.cpp, and both ends."""
     found = np.percentile(values, [*wanted.values()]).tolist()
     return {**dict(zip(wanted, found, strict=True)), "min": float(values.min()), "max": float(values.max())}
-
-
-def _root_mean(sums: np.ndarray) -> np.ndarray:
-    return np.sqrt(sums[..., 0] / sums[..., 1])
 
 
 def _perplexity_difference(sums: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import UnsupportedError
 from crt_export.model import model_from_checkpoint
+from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
-from crt_export.parity.report import ParityRow
-from crt_export.parity.rows import Comparison, compare
+from crt_export.parity.report import Comparison
 from crt_export.parity.scores import Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
@@ -47,7 +47,7 @@ def compare_half(
     progress(f"PyTorch FP16 ({kind}): {STEP}", 0, reference.windows.count)
     reference, notes = _affordable(reference, checkpoint.config.parameter_count)
     windows = reference.windows
-    row = ParityRow(
+    row = Comparison(
         target="pytorch-half",
         runtime="pytorch-half",
         graph=f"model ({kind})",

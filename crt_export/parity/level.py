@@ -19,11 +19,9 @@ L5 ``certificate``      certificate     Do K parallel passes and the recurrence 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,6 +31,7 @@ from crt_export.model import Model
 from crt_export.parity.case import ParityCase
 from crt_export.parity.metrics import AT_LEAST, AT_MOST, WITHIN, Check, failed_check, json_value
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner, Runners
 from crt_export.parity.tolerances import Tolerance, Tolerances
 from crt_export.parity.windows import ParityOptions, Windows
@@ -50,58 +49,6 @@ __all__ = [
     "gate_at_most",
     "json_value",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelResult:
-    """What one level found about one target.
-
-    Attributes:
-        level: ``own-model`` to ``long-run``, see the module.
-        target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
-        checks: Every claim; at least one.
-        data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.
-        notes: Sentences on what was shortened or left out, and why.
-    """
-
-    level: str
-    target: str
-    checks: tuple[Check, ...]
-    data: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool | None:
-        """None where nothing was gated, else whether every gate held."""
-        gates = [check.passed for check in self.checks if check.passed is not None]
-        return all(gates) if gates else None
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """What every failed check says, with its name in front."""
-        return tuple(f"{check.name}: {failure}" for check in self.checks for failure in check.failures)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {
-            "level": self.level,
-            "target": self.target,
-            "passed": self.passed,
-            "checks": [check.to_dict() for check in self.checks],
-            "data": json_value(self.data),
-            "notes": list(self.notes),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LevelResult:
-        """Read what to_dict wrote."""
-        return cls(
-            level=values["level"],
-            target=values["target"],
-            checks=tuple(Check.from_dict(check) for check in values["checks"]),
-            data=values["data"],
-            notes=tuple(values["notes"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

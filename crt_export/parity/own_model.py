@@ -161,7 +161,6 @@ def own_model_report(
     """A report of this level alone; its text are the tokens of the file."""
     count = result.data["positions"]
     return ParityReport(
-        rows=(),
         levels=(result,),
         tolerances=(tolerances or load_tolerances()).to_dict(),
         text={

@@ -1,18 +1,25 @@
-"""The result of a parity check: what every level found, one row per target, graph and regime, and on what."""
+"""The report of parity: what every level found of every target, on what, and against which limits.
+
+A result is stored once, as a :class:`~crt_export.parity.metrics.Check` of a level. A :class:`Comparison`, one regime of
+one target on the text, is what its checks and the facts in the level's data say together. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crt_export.checkpoint import Checkpoint
 from crt_export.environment import installed_versions
-from crt_export.errors import BundleError, problem_list
+from crt_export.errors import InputError, problem_list
 from crt_export.ladder import CORPUS
 from crt_export.machine import machine
-from crt_export.parity.level import LevelResult, json_value
+from crt_export.parity.metrics import Check, json_value
+
+if TYPE_CHECKING:
+    from crt_export.checkpoint import Checkpoint
 
 #: Identity of the document and the version of its schema, ``validate/report.schema.json``.
 FORMAT = "crt-export parity report"
@@ -22,11 +29,18 @@ _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "num
 
 RUN = "run"
 COMPILED = "compiled"
+GAP = "regime-gap"
+_LARGEST_EXPONENT = 700  # float64 ends near exp(709)
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite beyond what float64 holds, and for NaN."""
+    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParityRow:
-    """One comparison. Figures are None where there is nothing to state; a row that failed says why.
+class Comparison:
+    """One regime of one target against PyTorch FP32 in the same regime.
 
     Attributes:
         target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
@@ -35,36 +49,22 @@ class ParityRow:
         precision: Precision of the graph.
         regime: ``step``, ``prefill``, ``prefill_pass``, ``handover``, or ``regime-gap`` (K passes against
             the recurrence).
-        tokens: Predictions compared.
-        steps: Decode steps run per window, or parallel passes for the prefill regimes; less if one failed.
-        nll: Mean negative log-likelihood, nats per token.
-        reference_nll: The same of PyTorch FP32 in the same regime; for ``regime-gap`` of the target's own step chain.
-        delta_nll: ``nll - reference_nll``, paired.
-        delta_nll_ci: 95 % interval of delta_nll, windows as units.
-        perplexity: exp(nll).
-        reference_perplexity: exp(reference_nll).
-        max_abs_logit_error: Largest |logit difference|.
-        mean_abs_logit_error: Mean |logit difference|.
-        relative_logit_error: mean_abs_logit_error over the standard deviation of the reference's logits.
-        relative_logit_error_ci: Its 95 % interval, windows as units; the gate is on the value.
-        mean_kl: Mean Kullback-Leibler divergence, nats.
-        top1_agreement: Share of the counted tokens with the reference's best token.
-        top1_ci: Its 95 % interval, windows as units; the gate is on the share.
-        top1_tokens: Tokens whose margin in the reference exceeds near_tie_margin.
-        near_tie_margin: That margin, logits.
+        label: What the names of its checks begin with, unique within the target: ``regime-gap 0-128``.
         arithmetic: What multiplied: ``fp32``, ``int8+fp32``, ``fp16``, ``fp32-emulated`` (an FP16 graph on a CPU),
             ``int8-emulated+fp16`` (the W8A8 plan in half-precision PyTorch).
         status: ``run``, or ``compiled`` for an engine that cannot run here.
+        tokens: Predictions compared.
+        steps: Decode steps run per window, or parallel passes for the prefill regimes; less if one failed.
+        positions: Positions in the window that are compared, [first, last + 1].
+        nll: Mean negative log-likelihood, nats per token; None where the regime did not run to its end.
+        reference_nll: The same of PyTorch FP32 in the same regime; for ``regime-gap`` of the target's own step chain.
+        mean_abs_logit_error: Mean |logit difference|.
+        top1_tokens: Tokens whose margin in the reference exceeds the near-tie margin: those that top-1 counts.
         better_than_chance: Whether the reference predicts the text better than a uniform guess. Where it does not,
             delta_nll is reported and not gated: errors cancel to first order only in a model that fits the text.
-        passed: None where nothing is gated.
-        failures: Sentences, empty if none.
-        positions: Positions in the window the row covers, [first, last + 1].
-        excess_gap: ``regime-gap`` only: the gap beyond that of FP32, nats.
-        excess_gap_ci: Its 95 % interval.
-        largest_fp16: Largest |value| of any FP16 tensor of the graphs, FP16 graphs only.
-        largest_fp16_tensor: Which tensor.
-        inconsistency: Largest relative difference between two forms of the same computation inside the target.
+        checks: Every gate and every figure that is only reported.
+        statistics: Distributions, see :mod:`crt_export.parity.corpus_statistics`; empty where the regime did not run to
+            its end, or is a regime gap.
     """
 
     target: str
@@ -72,46 +72,154 @@ class ParityRow:
     graph: str
     precision: str
     regime: str
-    tokens: int = 0
-    steps: int = 0
-    nll: float | None = None
-    reference_nll: float | None = None
-    delta_nll: float | None = None
-    delta_nll_ci: tuple[float, float] | None = None
-    perplexity: float | None = None
-    reference_perplexity: float | None = None
-    max_abs_logit_error: float | None = None
-    mean_abs_logit_error: float | None = None
-    relative_logit_error: float | None = None
-    relative_logit_error_ci: tuple[float, float] | None = None
-    mean_kl: float | None = None
-    top1_agreement: float | None = None
-    top1_ci: tuple[float, float] | None = None
-    top1_tokens: int | None = None
-    near_tie_margin: float | None = None
+    label: str = ""
     arithmetic: str | None = None
     status: str = RUN
-    better_than_chance: bool | None = None
-    passed: bool | None = None
-    failures: tuple[str, ...] = ()
+    tokens: int = 0
+    steps: int = 0
     positions: tuple[int, int] | None = None
-    excess_gap: float | None = None
-    excess_gap_ci: tuple[float, float] | None = None
-    largest_fp16: float | None = None
-    largest_fp16_tensor: str | None = None
-    inconsistency: float | None = None
+    nll: float | None = None
+    reference_nll: float | None = None
+    mean_abs_logit_error: float | None = None
+    top1_tokens: int | None = None
+    better_than_chance: bool | None = None
+    checks: tuple[Check, ...] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was gated, else whether every gate held."""
+        return held(self.checks)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What its failed checks say."""
+        return tuple(failure for check in self.checks for failure in check.failures)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll)."""
+        return None if self.nll is None else perplexity(self.nll)
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        """exp(reference_nll)."""
+        return None if self.reference_nll is None else perplexity(self.reference_nll)
+
+    def check(self, metric: str) -> Check | None:
+        """The check of a figure; None where the regime has none."""
+        return next((check for check in self.checks if check.metric == metric), None)
+
+    def value(self, metric: str) -> float | None:
+        """A figure; None where the regime has none."""
+        check = self.check(metric)
+        return None if check is None else check.value
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The 95 % interval of a figure; None where it has none."""
+        check = self.check(metric)
+        return None if check is None else check.interval
+
+    def judged(self, *checks: Check) -> Comparison:
+        """With more checks."""
+        return dataclasses.replace(self, checks=(*self.checks, *checks))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a level's data holds of it: everything that its checks do not."""
+        facts = {key: value for key, value in vars(self).items() if key in _FACTS}
+        return {**facts, **self.statistics}
+
+
+_FACTS = tuple(
+    entry.name
+    for entry in dataclasses.fields(Comparison)
+    if entry.name not in ("target", "label", "checks", "statistics")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """What one level found about one target.
+
+    Attributes:
+        level: ``own-model`` to ``long-run``, see :mod:`crt_export.parity.level`.
+        target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
+        checks: Every claim; at least one.
+        data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.
+        notes: Sentences on what was shortened or left out, and why.
+    """
+
+    level: str
+    target: str
+    checks: tuple[Check, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was gated, else whether every gate held."""
+        return held(self.checks)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What every failed check says, with its name in front."""
+        return tuple(f"{check.name}: {failure}" for check in self.checks for failure in check.failures)
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The regimes of a corpus level, engines that were compiled and not run included."""
+        found = []
+        for label, data in (self.data.get("regimes") or {}).items():
+            facts = {key: data[key] for key in _FACTS if key in data}
+            facts["positions"] = tuple(facts["positions"]) if facts.get("positions") else None
+            statistics = {key: value for key, value in data.items() if key not in _FACTS}
+            checks = tuple(check for check in self.checks if check.name.startswith(f"{label}: "))
+            found.append(Comparison(target=self.target, label=label, checks=checks, statistics=statistics, **facts))
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; NaN and infinity, which JSON lacks, become None (the failures name them)."""
-        return json_value(vars(self))
+        """JSON-ready values."""
+        return {
+            "level": self.level,
+            "target": self.target,
+            "passed": self.passed,
+            "checks": [check.to_dict() for check in self.checks],
+            "data": json_value(self.data),
+            "notes": list(self.notes),
+        }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ParityRow:
+    def from_dict(cls, values: Mapping[str, Any]) -> LevelResult:
         """Read what to_dict wrote."""
-        fixed: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**fixed)
+        return cls(
+            level=values["level"],
+            target=values["target"],
+            checks=tuple(Check.from_dict(check) for check in values["checks"]),
+            data=values["data"],
+            notes=tuple(values["notes"]),
+        )
+
+
+def corpus_result(
+    target: str, comparisons: Sequence[Comparison], *checks: Check, notes: Sequence[str] = (), **data: Any
+) -> LevelResult:
+    """The corpus level's answer about one target.
+
+    Args:
+        target: The target.
+        comparisons: Its regimes.
+        checks: What else was judged.
+        notes: Sentences on what was left out.
+        data: What else was measured.
+    """
+    return LevelResult(
+        level=CORPUS,
+        target=target,
+        checks=(*checks, *(check for comparison in comparisons for check in comparison.checks)),
+        data={"regimes": {comparison.label: comparison.data for comparison in comparisons}, **data},
+        notes=tuple(notes),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +227,6 @@ class ParityReport:
     """Everything that was compared and what it stands on.
 
     Attributes:
-        rows: All comparisons of the corpus level, and engines that were compiled and not run.
         tolerances: The limits used, as ``Tolerances.to_dict`` gives them.
         text: Source, sha256 of the token ids, offset and count of the tokens used, windows and their length.
         levels: What every level found, target by target.
@@ -130,13 +237,11 @@ class ParityReport:
         model: ``checkpoint`` (content hash), ``config`` and ``parameters`` of the reference.
         created: When, ISO 8601 in UTC; empty inside a bundle, whose content depends on its inputs only.
         command: How to repeat it; empty where it did not come from the command line.
-        largest_fp16: Per target and graph, the largest |value| of the largest FP16 tensors.
     """
 
-    rows: tuple[ParityRow, ...]
     tolerances: Mapping[str, Any]
     text: Mapping[str, Any]
-    levels: tuple[LevelResult, ...] = ()
+    levels: tuple[LevelResult, ...]
     notes: tuple[str, ...] = ()
     method: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -144,63 +249,76 @@ class ParityReport:
     model: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     command: str = ""
-    largest_fp16: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """True if something was gated and every gate held."""
-        gates = [verdict.passed for verdict in (*self.rows, *self.levels) if verdict.passed is not None]
-        return bool(gates) and all(gates)
+        return held([check for result in self.levels for check in result.checks]) is True
+
+    @property
+    def rows(self) -> tuple[Comparison, ...]:
+        """All comparisons on the text, and engines that were compiled and not run."""
+        return tuple(row for result in self.levels for row in result.comparisons)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets in the order they appear, the reference models last."""
+        names = dict.fromkeys(result.target for result in self.levels)
+        return tuple(sorted(names, key=lambda name: name.startswith("pytorch-")))
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What every failed row and check says, with its name in front."""
-        rows = [f"{row.target} {row.regime} ({row.graph}): {failure}" for row in self.rows for failure in row.failures]
-        # The rows are the corpus level's own; a check that repeats a row's sentence is not a second failure.
-        said = {failure for row in self.rows for failure in row.failures}
-        checks = [
+        """What every failed check says, with its name in front."""
+        return tuple(
             f"{result.target} {result.level} ({check.name}): {failure}"
             for result in self.levels
             for check in result.checks
             for failure in check.failures
-            if not (result.level == CORPUS and failure in said)
-        ]
-        return (*rows, *checks)
+        )
+
+    def result(self, target: str, level: str) -> LevelResult | None:
+        """What a level found about a target; None where it did not run."""
+        return next((found for found in self.levels if (found.target, found.level) == (target, level)), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of ``crt-export validate --json``, of ``report.json`` and of the manifest."""
-        values = {name.name: json_value(getattr(self, name.name)) for name in dataclasses.fields(self)}
-        values["rows"] = [row.to_dict() for row in self.rows]
+        """The document of ``crt-export validate --json`` and of ``report.json``."""
+        values = {entry.name: json_value(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
         values["levels"] = [result.to_dict() for result in self.levels]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, "passed": self.passed, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParityReport:
-        """Read what to_dict wrote; a report of before there was a version has rows and no levels.
+        """Read what to_dict wrote.
 
         Raises:
-            BundleError: Another format or version, or keys are missing or unknown.
+            InputError: Another format or version, or keys are missing or unknown.
         """
-        version = values.get("format_version", FORMAT_VERSION)
-        if values.get("format", FORMAT) != FORMAT or version != FORMAT_VERSION:
-            raise BundleError(
-                f"parity report: expected {FORMAT!r} of version {FORMAT_VERSION}, found "
-                f"{values.get('format', FORMAT)!r} of version {version!r}: use the crt-export that wrote it"
+        identity = values.get("format"), values.get("format_version")
+        if identity != (FORMAT, FORMAT_VERSION):
+            raise InputError(
+                f"parity report: expected {FORMAT!r} of version {FORMAT_VERSION}, found {identity[0]!r} of version "
+                f"{identity[1]!r}: use the crt-export that wrote it"
             )
-        known = {name.name for name in dataclasses.fields(cls)}
-        problems = [f"no {key!r}" for key in sorted({"rows", "tolerances", "text"} - set(values))]
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        problems = [f"no {key!r}" for key in sorted({"levels", "tolerances", "text"} - set(values))]
         problems += [
             f"unknown key {key!r}" for key in sorted(set(values) - known - {"passed", "format", "format_version"})
         ]
         if problems:
-            raise BundleError(problem_list("parity report", problems))
+            raise InputError(problem_list("parity report", problems))
         try:
-            rows = tuple(ParityRow.from_dict(row) for row in values["rows"])
-            levels = tuple(LevelResult.from_dict(result) for result in values.get("levels", ()))
-        except (TypeError, KeyError) as error:
-            raise BundleError(f"parity report: a row cannot be read, or a level ({error})") from None
-        rest = {key: value for key, value in values.items() if key in known - {"rows", "levels", "notes"}}
-        return cls(rows=rows, levels=levels, notes=tuple(values.get("notes", ())), **rest)
+            levels = tuple(LevelResult.from_dict(result) for result in values["levels"])
+            notes = tuple(values.get("notes", ()))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"parity report: a level cannot be read ({error})") from None
+        rest = {key: value for key, value in values.items() if key in known - {"levels", "notes"}}
+        return cls(levels=levels, notes=notes, **rest)
+
+
+def held(checks: Sequence[Check]) -> bool | None:
+    """None where nothing was gated, else whether every gate held."""
+    gates = [check.passed for check in checks if check.passed is not None]
+    return all(gates) if gates else None
 
 
 def reference_facts(checkpoint: Checkpoint) -> dict[str, Any]:

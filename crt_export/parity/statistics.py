@@ -31,7 +31,6 @@ METHOD = (
     f"bootstrap intervals: BCa, {RESAMPLES:,} resamples of whole windows (of at most {MOST_BLOCKS} blocks of "
     f"neighbouring ones), seed {SEED}, the same resamples for every figure"
 )
-_LARGEST_EXPONENT = 700  # float64 ends near exp(709)
 
 #: Sums [..., terms] -> figure [...].
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -53,11 +52,6 @@ class Interval:
     def within(self, limit: float) -> bool:
         """Equivalence test: True only if the whole interval lies in [-limit, limit]; NaN is never inside."""
         return -limit <= self.low and self.high <= limit
-
-
-def perplexity(nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinite beyond what float64 holds, and for NaN."""
-    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
 
 
 # --- Student's t

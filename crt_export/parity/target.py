@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,13 +9,12 @@ import torch
 
 from crt_export.errors import ContractError
 from crt_export.parity.case import ParityCase
-from crt_export.parity.gates import consistency_check, headroom_check
+from crt_export.parity.comparison import compare
 from crt_export.parity.headroom import OBSERVED, largest_fp16_values
-from crt_export.parity.level import Check, failed_check
+from crt_export.parity.metrics import Check, failed_check, measured
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP, Reference
-from crt_export.parity.report import ParityRow
+from crt_export.parity.report import Comparison
 from crt_export.parity.rollout import GRAPHS_OF_REGIME, Rollout
-from crt_export.parity.rows import Comparison, compare
 from crt_export.parity.scores import Scorer, Scores
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
@@ -70,13 +68,10 @@ def check_target(
         label = f"{case.target}: {regime}"
         progress(label, 0, windows.count)
         problems = _run_regime(rollout, regime, scorer, lambda done, label=label: progress(label, done, windows.count))
-        row = dataclasses.replace(
-            _new_row(case, regime, windows.length), inconsistency=rollout.inconsistency.get(regime)
-        )
-        comparison = compare(row, scorer.scores(), tolerances, problems)
-        if comparison.figures is not None and not problems:
+        comparison = compare(_new_row(case, regime, windows.length), scorer.scores(), tolerances, problems)
+        if comparison.statistics and not problems:
             scores[regime] = scorer.scores()
-        found[regime] = comparison.judged(*_consistency(row, tolerances))
+        found[regime] = comparison.judged(*_consistency(comparison, rollout.inconsistency.get(regime), tolerances))
     largest: dict[str, dict[str, float]] = {}
     rollout.release()
     if case.half:
@@ -94,17 +89,17 @@ def _run_regime(rollout: Rollout, regime: str, scorer: Scorer, on_progress: Call
     return [*scorer.problems]
 
 
-def _consistency(row: ParityRow, tolerances: Tolerances) -> tuple[Check, ...]:
-    """Nothing where the regime has one form only."""
-    if row.inconsistency is None:
+def _consistency(row: Comparison, largest: float | None, tolerances: Tolerances) -> tuple[Check, ...]:
+    """Two forms of one computation inside a target; nothing where the regime has one form only."""
+    if largest is None:
         return ()
-    limit = tolerances.precisions[row.precision].consistency
-    return (consistency_check(row.regime, row.precision, row.inconsistency, limit),)
+    limit, name = tolerances.precisions[row.precision].consistency, f"{row.label}: consistency"
+    return (measured("regime_consistency", name, largest, limit=limit, precision=row.precision),)
 
 
-def _new_row(case: ParityCase, regime: str, length: int) -> ParityRow:
+def _new_row(case: ParityCase, regime: str, length: int) -> Comparison:
     steps = {STEP: length, HANDOVER: length - length // 2}
-    return ParityRow(
+    return Comparison(
         target=case.target,
         runtime="onnxruntime",
         graph="+".join(GRAPHS_OF_REGIME[regime]),
@@ -126,6 +121,6 @@ def _with_headroom(
     except ContractError as error:
         return found.judged(failed_check(f"{name}: fp16_headroom", f"FP16 values could not be observed: {error}")), {}
     tensor, largest = next(iter(values.items()))
-    row = dataclasses.replace(found.row, largest_fp16=largest, largest_fp16_tensor=tensor)
-    found = dataclasses.replace(found, row=row).judged(headroom_check(name, tensor, largest, tolerances.fp16_headroom))
-    return found, dict(list(values.items())[:_REPORTED_TENSORS])
+    limit = tolerances.fp16_headroom
+    headroom = measured("fp16_headroom", f"{name}: fp16_headroom", largest, limit=limit, tensor=tensor)
+    return found.judged(headroom), dict(list(values.items())[:_REPORTED_TENSORS])

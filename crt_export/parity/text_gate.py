@@ -14,9 +14,11 @@ is as good as noise. It is noted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from crt_export.ladder import CORPUS
-from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.level import ParitySetup
+from crt_export.parity.metrics import measured
+from crt_export.parity.report import Comparison, LevelResult, corpus_result
 from crt_export.quantize.text import TextEvidence, text_evidence
 
 TARGET = "pytorch-fp32"
@@ -25,16 +27,20 @@ _EVIDENCE_TOKENS = 16_384
 _SHORTEST_WINDOW = 3
 
 
-def check_text(setup: ParitySetup, nll: float) -> LevelResult:
+def check_text(
+    setup: ParitySetup, nll: float, comparisons: Sequence[Comparison] = (), *, notes: Sequence[str] = ()
+) -> LevelResult:
     """Judge the text by how well the reference predicts it.
 
     Args:
         setup: Windows, and the recorded likelihood if there is one.
         nll: Mean negative log-likelihood of the text under PyTorch FP32 token by token, nats.
+        comparisons: What else the corpus level has of PyTorch FP32: its regime gap.
+        notes: Of the level.
 
     Returns:
-        One check, gated where a report was recorded of a model that had learnt its text. ``data``: ``regimes`` (empty:
-        the reference is not compared with itself) and ``text``: ``nll``, ``uniform_nll``, ``recorded_nll``,
+        One check, gated where a report was recorded of a model that had learnt its text. ``data``: ``regimes`` and
+        ``text``: ``nll``, ``uniform_nll``, ``recorded_nll``,
         ``repetition`` and ``dependence`` (of noise 1 and 0), None where unknown.
     """
     uniform, recorded = math.log(setup.config.vocab_size), setup.recorded_nll
@@ -42,7 +48,7 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
     doubts = "; ".join(evidence.problems) if evidence is not None else ""
     limit = _limit(recorded, uniform, setup.tolerances.learnt_share, doubtful=bool(doubts))
     passed = None if limit is None else nll < limit
-    failures, notes = (), ()
+    failures = ()
     if passed is False:
         looks = f", and it looks random or shuffled ({doubts})" if doubts else ""
         failures = (
@@ -51,16 +57,11 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
             f"{looks}: validate on text like that which the model was trained on, encoded by its own tokenizer",
         )
     elif doubts:
-        notes = (f"the validation text looks random or shuffled ({doubts}): its figures say little about real text",)
-    check = Check(
-        name="text",
-        figure="negative log-likelihood of the text under PyTorch FP32, nats per token",
-        value=nll,
-        limit=limit,
-        tolerance="" if limit is None else "shared.learnt_share",
-        passed=passed,
-        failures=failures,
-    )
+        notes = (
+            *notes,
+            f"the validation text looks random or shuffled ({doubts}): its figures say little about real text",
+        )
+    check = measured("text_nll", "text", nll, limit=limit, failures=failures)
     text = {
         "nll": nll,
         "uniform_nll": uniform,
@@ -68,7 +69,7 @@ def check_text(setup: ParitySetup, nll: float) -> LevelResult:
         "repetition": None if evidence is None else evidence.repetition,
         "dependence": None if evidence is None else evidence.dependence,
     }
-    return LevelResult(level=CORPUS, target=TARGET, checks=(check,), data={"regimes": {}, "text": text}, notes=notes)
+    return corpus_result(TARGET, comparisons, check, notes=notes, text=text)
 
 
 def _limit(recorded: float | None, uniform: float, learnt_share: float, *, doubtful: bool) -> float | None:

@@ -7,8 +7,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from crt_export.environment import require_extra
-from crt_export.report.gates import targets_of
-from crt_export.report.reading import BENCH_FORMAT
 from crt_export.visible import visible
 
 if TYPE_CHECKING:
@@ -22,18 +20,21 @@ def require_renderer() -> None:
     """Refuse to begin where the packages that render are missing.
 
     Raises:
-        MissingDependencyError: jinja2 or matplotlib is not installed or too old; names the extra.
+        MissingDependencyError: jinja2, matplotlib or jsonschema is not installed or too old; names the extra.
     """
-    require_extra(("jinja2", "matplotlib"), _PURPOSE)
+    require_extra(("jinja2", "matplotlib", "jsonschema"), _PURPOSE)
 
 
-def render_html(report: Mapping[str, Any] | ParityReport, bench: Mapping[str, Any] | None = None) -> str:
+def render_html(
+    report: ParityReport | Mapping[str, Any], bench: Mapping[str, Any] | None = None, *, bundle: str = ""
+) -> str:
     """The report as one HTML page.
 
     Args:
-        report: The document, as :func:`crt_export.report.reading.read_document` gives it, of a validation or a
-            benchmark; or the report of a validation itself.
+        report: Of a validation, or the document of a benchmark, as
+            :func:`crt_export.report.reading.read_document` gives them.
         bench: A benchmark that becomes a section of a validation's page.
+        bundle: Name of the bundle that was validated, for the header; empty where it is not known.
 
     Returns:
         The page. It needs no network, no script and no other file, and is the same text for the same report and
@@ -43,18 +44,17 @@ def render_html(report: Mapping[str, Any] | ParityReport, bench: Mapping[str, An
         MissingDependencyError: The extra ``report`` is not installed.
     """
     require_renderer()
-    document: Mapping[str, Any] = report if isinstance(report, Mapping) else report.to_dict()
-    if document["format"] == BENCH_FORMAT:
-        return _rendered("bench.html.jinja", speed=_bench_page(document))
+    if isinstance(report, Mapping):
+        return _rendered("bench.html.jinja", speed=_bench_page(report))
     from crt_export.report.page import page_from_report
     from crt_export.report.plots import draw_plots
 
     plots = {}
-    for number, target in enumerate(targets_of(document), start=1):
-        results = [result for result in document["levels"] if result["target"] == target]
-        plots[target] = draw_plots(results, document["tolerances"], f"plot-{number}")
+    for number, target in enumerate(report.targets, start=1):
+        results = [result for result in report.levels if result.target == target]
+        plots[target] = draw_plots(results, report.tolerances, f"plot-{number}")
     speed = None if bench is None else _bench_page(bench)
-    return _rendered("report.html.jinja", page=page_from_report(document, plots), speed=speed)
+    return _rendered("report.html.jinja", page=page_from_report(report, plots, bundle=bundle), speed=speed)
 
 
 def _bench_page(document: Mapping[str, Any]) -> BenchPage:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
-from crt_export.ladder import CORPUS, NOT_COMPARED, OWN_MODEL
+from crt_export.ladder import NOT_COMPARED, OWN_MODEL
+from crt_export.parity.metrics import Check
+from crt_export.parity.report import COMPILED, ParityReport
 from crt_export.report.output import write_output
 from crt_export.visible import visible
 
@@ -35,44 +36,26 @@ class JUnitCase:
     skipped: str | None = None
 
 
-def junit_cases(report: Mapping[str, Any] | Any) -> list[JUnitCase]:
-    """The checks of a parity report, target by target.
-
-    Args:
-        report: The document of ``report.json``, or a ParityReport.
-
-    Returns:
-        One case per check of every level. A row is a case of its own where no check of the corpus level speaks for it:
-        engines that were compiled and not run, and the reference models.
-    """
-    document: Mapping[str, Any] = report if isinstance(report, Mapping) else report.to_dict()
-    cases = [
-        _case(
-            f"{result['target']} {result['level']}",
-            check["name"],
-            check["passed"],
-            check["failures"],
-            NOT_COMPARED if result["level"] == OWN_MODEL else _NOT_GATED,
-        )
-        for result in document["levels"]
-        for check in result["checks"]
-    ]
-    judged = {result["target"] for result in document["levels"] if result["level"] == CORPUS}
-    for row in document["rows"]:
-        compiled = row["status"] != "run"
-        if compiled or row["target"] not in judged:
-            span = "{}-{}".format(*row["positions"]) if row["positions"] else ""
-            name = " ".join(filter(None, (row["regime"], span, f"({row['graph']})")))
-            reason = f"{row['status']}, not run here" if compiled else _NOT_GATED
-            cases.append(_case(f"{row['target']} {CORPUS}", name, row["passed"], row["failures"], reason))
+def junit_cases(report: ParityReport) -> list[JUnitCase]:
+    """The checks of a parity report, target by target, and the engines that were compiled and not run."""
+    cases = []
+    for result in report.levels:
+        suite = f"{result.target} {result.level}"
+        reason = NOT_COMPARED if result.level == OWN_MODEL else _NOT_GATED
+        cases += [_case(suite, check, reason) for check in result.checks]
+        cases += [
+            JUnitCase(suite=suite, name=row.label, skipped=f"{COMPILED}, not run here")
+            for row in result.comparisons
+            if row.status == COMPILED
+        ]
     return cases
 
 
-def _case(suite: str, name: str, passed: bool | None, failures: Sequence[str], reason: str = _NOT_GATED) -> JUnitCase:
+def _case(suite: str, check: Check, reason: str) -> JUnitCase:
     """A check that failed without a sentence still fails."""
-    sentences = tuple(failures) or (("failed",) if passed is False else ())
-    skipped = reason if passed is None and not sentences else None
-    return JUnitCase(suite=suite, name=name, failures=sentences, skipped=skipped)
+    failures = check.failures or (("failed",) if check.passed is False else ())
+    skipped = reason if check.passed is None and not failures else None
+    return JUnitCase(suite=suite, name=check.name, failures=failures, skipped=skipped)
 
 
 def junit_xml(cases: Iterable[JUnitCase], *, name: str = "crt-export") -> bytes:

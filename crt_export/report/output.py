@@ -51,18 +51,18 @@ class ReportFiles:
 
             require_renderer()
 
-    def write(self, report: ParityReport) -> None:
-        """Write every file that was asked for."""
+    def write(self, report: ParityReport, *, bundle: str = "") -> None:
+        """Write every file that was asked for; the page names the bundle."""
         if self.report is not None:
             write_output(self.report, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
         if self.html is not None:
             from crt_export.report.html import render_html
 
-            write_output(self.html, render_html(report.to_dict()))
+            write_output(self.html, render_html(report, bundle=bundle))
         if self.junit is not None:
             from crt_export.report.junit import junit_cases, junit_xml
 
-            write_output(self.junit, junit_xml(junit_cases(report.to_dict())))
+            write_output(self.junit, junit_xml(junit_cases(report)))
 
 
 def check_outputs(

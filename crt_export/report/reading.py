@@ -1,27 +1,60 @@
-"""Read a report: a ``report.json``, the one that a bundle holds, or the JSON of a benchmark."""
+"""Readers of reports: a ``report.json``, the one that a bundle holds, or the JSON of a benchmark.
+
+Documents are held against their published schemas, ``validate/report.schema.json`` and ``validate/bench.schema.json``,
+by ``jsonschema`` (extra ``report``). Where only the core is installed, a report of a validation is read all the same:
+its record refuses missing and unknown keys.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from crt_export.catalog import definition_path
+from crt_export.environment import find_dependency, require_extra
 from crt_export.errors import BundleError, InputError, problem_list
-from crt_export.report.schema import bench_schema, report_schema, schema_problems
+from crt_export.parity.report import ParityReport
 from crt_export.user_files import read_input
 
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+
+    from crt_export.bundle import BundleFiles
+
+BENCH_FORMAT = "crt-export-bench"
 _MAX_BYTES = 256 << 20
 _SHOWN_PROBLEMS = 10
 _KIND = "a parity report (crt-export validate --report FILE.json, or report.json of a bundle)"
 _BENCH_KIND = "a benchmark (crt-export bench BUNDLE --output FILE.json)"
-BENCH_FORMAT = "crt-export-bench"
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """Read a report of a validation or a benchmark, whichever it is.
+@cache
+def report_schema() -> dict[str, Any]:
+    """The schema of parity reports as it is published; treat it as read-only.
+
+    Raises:
+        MissingDependencyError: The installation lacks the file.
+    """
+    return json.loads(definition_path("validate", "report.schema.json").read_text(encoding="utf-8"))
+
+
+@cache
+def bench_schema() -> dict[str, Any]:
+    """Likewise the schema of benchmarks.
+
+    Raises:
+        MissingDependencyError: The installation lacks the file.
+    """
+    return json.loads(definition_path("validate", "bench.schema.json").read_text(encoding="utf-8"))
+
+
+def read_document(path: Path) -> ParityReport | dict[str, Any]:
+    """Read a report of a validation, or the JSON of a benchmark, whichever it is.
 
     Args:
         path: A JSON file, or the folder of a bundle.
@@ -31,7 +64,7 @@ def read_document(path: Path) -> dict[str, Any]:
         BundleError: As :func:`read_report`.
     """
     if path.is_dir():
-        return _report_of_bundle(path)
+        return read_report(path)
     document = _json_of_file(path)
     if isinstance(document, dict) and document.get("format") == BENCH_FORMAT:
         return checked_bench(document, str(path))
@@ -56,7 +89,9 @@ def checked_bench(document: object, where: str) -> dict[str, Any]:
 
     Raises:
         InputError: It is none; lists what is wrong.
+        MissingDependencyError: jsonschema is not installed.
     """
+    require_extra(("jsonschema",), "reading a benchmark")
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
     if not isinstance(document, dict) or found != BENCH_FORMAT:
         raise InputError(f"{where}: expected {_BENCH_KIND}, found {found!r:.60}")
@@ -70,26 +105,44 @@ def checked_bench(document: object, where: str) -> dict[str, Any]:
     return document
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> ParityReport:
     """Read a report and hold it against its schema.
 
     Args:
         path: A ``report.json``, or the folder of a bundle, validated or not.
 
-    Returns:
-        The document; every key of ``validate/report.schema.json`` is there and of its type.
-
     Raises:
         InputError: The file cannot be read, is no report, or is one of another version; names what was expected.
         BundleError: The folder is no bundle, or its bundle was built without a report.
     """
-    if path.is_dir():
-        return _report_of_bundle(path)
-    document = _json_of_file(path)
-    return checked_report(document, str(path))
+    if not path.is_dir():
+        return checked_report(_json_of_file(path), str(path))
+    from crt_export.bundle import open_bundle
+
+    report = report_of_bundle(open_bundle(path, allow_unvalidated=True))
+    if report is None:
+        raise BundleError(
+            f"{path} was built without validation (--unvalidated), so it holds no report: make one with "
+            f"'crt-export validate {path} --report FILE.json'"
+        )
+    return report
 
 
-def checked_report(document: object, where: str) -> dict[str, Any]:
+def report_of_bundle(files: BundleFiles) -> ParityReport | None:
+    """The report that a bundle holds; None where it was built without validation.
+
+    Raises:
+        InputError: It holds a file that is no report, or one of another version.
+        BundleError: The file is missing or was changed.
+    """
+    parity = files.manifest["parity"]
+    if parity is None or "report" not in parity:
+        return None
+    name = parity["report"]
+    return checked_report(_parsed(bytes(files.content(name)), f"{files.path}/{name}", _KIND), f"{files.path}/{name}")
+
+
+def checked_report(document: object, where: str) -> ParityReport:
     """The document if it is a report of this version.
 
     Args:
@@ -101,11 +154,6 @@ def checked_report(document: object, where: str) -> dict[str, Any]:
     """
     if not isinstance(document, dict):
         raise InputError(f"{where}: expected {_KIND}, found {type(document).__name__}")
-    if "format" not in document and {"rows", "tolerances", "text"} <= set(document):
-        raise InputError(
-            f"{where} is a parity report from before reports had a version: validate the bundle again with this "
-            "crt-export"
-        )
     expected = {key: report_schema()["properties"][key]["const"] for key in ("format", "format_version")}
     found = {key: document.get(key) for key in expected}
     if found["format"] != expected["format"]:
@@ -115,8 +163,54 @@ def checked_report(document: object, where: str) -> dict[str, Any]:
             f"{where} is a parity report of version {found['format_version']!r:.60}; this crt-export reads version "
             f"{expected['format_version']}: use the crt-export that wrote it, or validate again with this one"
         )
-    _refuse_problems(document, report_schema(), f"{where}: a parity report that is damaged or of a newer crt-export")
-    return document
+    heading = f"{where}: a parity report that is damaged or of a newer crt-export"
+    if find_dependency("jsonschema").usable:
+        _refuse_problems(document, report_schema(), heading)
+    try:
+        return ParityReport.from_dict(document)
+    except InputError as error:
+        raise InputError(f"{heading}: {error}") from None
+
+
+def schema_problems(document: Any, schema: Mapping[str, Any], where: str = "report") -> Iterator[str]:
+    """What is wrong with a document, one sentence each with the place; nothing where it fits the schema.
+
+    Args:
+        document: What was parsed from JSON.
+        schema: Its schema.
+        where: What the document is called in the sentences.
+    """
+    from jsonschema import Draft202012Validator
+
+    for error in Draft202012Validator(schema).iter_errors(document):
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
+        yield f"{where}{place}: {_sentence(error)}"
+
+
+def _sentence(error: ValidationError) -> str:
+    expected, found = error.validator_value, f"{error.instance!r:.60}"
+    match error.validator:
+        case "type":
+            return f"expected {expected if isinstance(expected, str) else ' or '.join(_words(expected))}, found {found}"
+        case "const":
+            return f"expected {expected!r}, found {found}"
+        case "enum":
+            return f"expected one of {', '.join(map(repr, _words(expected)))}, found {found}"
+        case "required":
+            return f"no {error.message.partition(' is a required')[0]}"
+        case "additionalProperties":
+            known = error.schema.get("properties", {}) if isinstance(error.schema, Mapping) else {}
+            return ", ".join(f"unknown key {key!r}" for key in _words(error.instance) if key not in known)
+        case "minimum":
+            return f"expected at least {expected}, found {found}"
+        case "minItems" | "maxItems":
+            return f"expected {expected} items, found {len(_words(error.instance))}"
+        case _:
+            return f"fits none of the forms it may have, found {found}"
+
+
+def _words(value: Any) -> list[str]:
+    return list(value) if isinstance(value, Iterable) else []
 
 
 def _refuse_problems(document: dict[str, Any], schema: Mapping[str, Any], heading: str) -> None:
@@ -127,29 +221,21 @@ def _refuse_problems(document: dict[str, Any], schema: Mapping[str, Any], headin
         raise InputError(problem_list(heading, problems))
 
 
-def _report_of_bundle(folder: Path) -> dict[str, Any]:
-    from crt_export.bundle import open_bundle
-
-    parity = open_bundle(folder, allow_unvalidated=True).manifest["parity"]
-    if parity is None:
-        raise BundleError(
-            f"{folder} was built without validation (--unvalidated), so it holds no report: make one with "
-            f"'crt-export validate {folder} --report FILE.json'"
-        )
-    return checked_report(parity, f"the report of {folder}")
-
-
 def _json_of_file(path: Path, kind: str = _KIND) -> object:
     try:
         content = read_input(path, most=_MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): expected {kind}") from None
+    return _parsed(content, str(path), kind)
+
+
+def _parsed(content: bytes, where: str, kind: str) -> object:
     try:
         return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
     except RecursionError:
-        raise InputError(f"{path} is nested too deeply: expected {kind}") from None
+        raise InputError(f"{where} is nested too deeply: expected {kind}") from None
     except ValueError as error:  # of JSON, of UTF-8, of numbers
-        raise InputError(f"{path} is not JSON ({error}): expected {kind}") from None
+        raise InputError(f"{where} is not JSON ({error}): expected {kind}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -8,7 +8,7 @@ import numpy as np
 
 from crt_export.config import ModelConfig
 from crt_export.parity.case import ParityCase
-from crt_export.parity.gap import spans
+from crt_export.parity.comparison import trained_ranges
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import PREFILL_PASS
 from crt_export.parity.windows import Windows
@@ -111,7 +111,7 @@ def coverage_of(case: ParityCase, setup: ParitySetup) -> Coverage:
         whole=count == windows.count,
         passes=passes,
         selected=tuple(sorted(selected & set(passes))),
-        spans=tuple(spans(windows.length, trained)),
+        spans=tuple(trained_ranges(windows.length, trained)),
         handovers=_handovers(windows.length, trained),
         anchors=tuple(sorted({min(tokens, windows.length) for tokens in (1, 2, case.unroll, 2 * case.unroll)})),
         batch=max(1, min(setup.options.window_batch, count, _BATCH_BYTES // bytes_each)),

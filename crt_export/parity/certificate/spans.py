@@ -11,7 +11,8 @@ import numpy as np
 
 from crt_export.parity.certificate.coverage import Coverage
 from crt_export.parity.certificate.measurement import Measurement
-from crt_export.parity.statistics import Interval, paired_interval, perplexity
+from crt_export.parity.report import perplexity
+from crt_export.parity.statistics import Interval, paired_interval
 
 
 def span_curves(

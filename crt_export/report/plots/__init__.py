@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.ladder import CERTIFICATE, CHAIN, CORPUS, FREE_RUNNING, LONG_RUN
+from crt_export.parity.report import LevelResult
 from crt_export.report.plots.drawing import Plot
 from crt_export.report.plots.passes import plot_gap, plot_handover, plot_perplexity, plot_residual
 from crt_export.report.plots.positions import plot_drift_by_passes, plot_likelihood_by_position
@@ -45,7 +46,7 @@ class DrawnPlot:
     svg: str
 
 
-def draw_plots(results: Sequence[Mapping[str, Any]], tolerances: Mapping[str, Any], identity: str) -> list[DrawnPlot]:
+def draw_plots(results: Sequence[LevelResult], tolerances: Mapping[str, Any], identity: str) -> list[DrawnPlot]:
     """Every plot that the levels of one target have data for.
 
     Args:
@@ -53,7 +54,7 @@ def draw_plots(results: Sequence[Mapping[str, Any]], tolerances: Mapping[str, An
         tolerances: The report's limits.
         identity: Unique within the page, letters, digits and hyphens.
     """
-    data = {result["level"]: result["data"] for result in results}
+    data = {result.level: result.data for result in results}
     drawn = []
     with plot_style():
         for number, (level, draw) in enumerate(_PLOTS):

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_message
-from crt_export.cli.level_table import write_level_table
 from crt_export.cli.options import (
     PATH,
     expect_option,
@@ -17,7 +16,7 @@ from crt_export.cli.options import (
     text_options,
     validation_tokens_option,
 )
-from crt_export.cli.tables import bundle_document, write_bundle_tables, write_parity_table
+from crt_export.cli.tables import bundle_document, write_bundle, write_summary
 
 
 @click.command()
@@ -79,6 +78,7 @@ def build(
     from crt_export.build.store import default_folder
     from crt_export.bundle import open_bundle
     from crt_export.errors import ParityError
+    from crt_export.parity import ParityReport
     from crt_export.pipeline import BuildOptions
     from crt_export.pipeline import build as build_bundle
 
@@ -107,12 +107,11 @@ def build(
         if as_json:
             write_json(error.report)
         else:
-            write_parity_table(error.report)
-            write_level_table(error.report, failures=False)
+            write_summary(ParityReport.from_dict(error.report), failures=False)
         raise
     write_message(f"built in {time.monotonic() - started:.0f} s")
     bundle = open_bundle(output, allow_unvalidated=True)
     if as_json:
         write_json(bundle_document(bundle))
     else:
-        write_bundle_tables(bundle)
+        write_bundle(bundle)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from crt_export.cli.console import write_json, write_table, write_text
+from crt_export.cli.console import write_json, write_sentence, write_table
 from crt_export.cli.options import PATH, json_option, junit_option
 
 
@@ -43,12 +43,12 @@ def compare(old: Path, new: Path, junit: Path | None, as_json: bool) -> None:
             write_table(("what", "old>", "new>", "noise>", "verdict"), rows, title="what changed beyond noise")
         for change in result.regressions:
             if change.reason:
-                write_text(f"regression: {change.place}: {change.reason}")
+                write_sentence(f"regression: {change.place}: {change.reason}")
         for note in result.notes:
-            write_text(f"note: {note}")
+            write_sentence(f"note: {note}")
         count = len(result.regressions)
         words = f"FAILED, {count} regression{'s' * (count != 1)}" if count else "no regression"
-        write_text(f"compare: {words} in {len(result.changes):,} gates and figures")
+        write_sentence(f"compare: {words} in {len(result.changes):,} gates and figures")
     if not result.passed:
         raise click.exceptions.Exit(1)
 

@@ -55,27 +55,36 @@ def reserved_stdout(reserve: bool) -> Iterator[None]:
         yield
 
 
+def write_sentence(text: str) -> None:
+    """Write a sentence to stdout: a terminal breaks it between words and shows verdicts in colour."""
+    if not sys.stdout.isatty():
+        write_text(text)
+    else:
+        _draw(visible_line(text))
+
+
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Write a table to stdout; columns whose name ends in ``>`` are right-aligned."""
+    """Write a table to stdout; columns whose name ends in ``>`` are right-aligned.
+
+    A terminal shows verdicts in colour. One that is too narrow for the table gets a paragraph per row, each cell with
+    the name of its column, so that no word is ever folded.
+    """
     names = [column.rstrip(">") for column in columns]
     right = [column.endswith(">") for column in columns]
     rows = [[visible_line(cell) for cell in row] for row in rows]
+    lines = _table_lines(names, right, rows)
     if not sys.stdout.isatty():
-        write_text(_plain_table(names, right, rows, title))
+        write_text("\n".join([*([title] if title else []), *lines]))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left")
-    for name, is_right in zip(names, right, strict=True):
-        table.add_column(name, justify="right" if is_right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(file=Drawn(sys.stdout), markup=False).print(table)  # type: ignore[arg-type]
+    if max(map(len, lines)) > _width():
+        pairs = (zip(names[1:], row[1:], strict=True) for row in rows)
+        lines = [f"{row[0]}: {', '.join(f'{n} {c}' for n, c in p if c)}" for row, p in zip(rows, pairs, strict=True)]
+    for line in [*([title] if title else []), *lines]:
+        _draw(line)
 
 
-def _plain_table(names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str) -> str:
-    """Columns padded with spaces, two between them."""
+def _table_lines(names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Header and rows, columns padded with spaces, two between them."""
     widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
 
     def line(cells: Sequence[str]) -> str:
@@ -85,7 +94,29 @@ def _plain_table(names: Sequence[str], right: Sequence[bool], rows: Sequence[Seq
         )
         return "  ".join(padded).rstrip()
 
-    return "\n".join(([title] if title else []) + [line(names), *map(line, rows)])
+    return [line(names), *map(line, rows)]
+
+
+#: What a word means; nothing else has a colour.
+_COLOURS = {"passed": "green", "validated": "green", "failed": "red", "FAILED": "red", "compiled": "yellow"}
+
+
+def _draw(line: str) -> None:
+    """A line of a terminal, broken between words; NO_COLOR and dumb terminals get no colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(line)
+    for word, colour in _COLOURS.items():
+        text.highlight_regex(rf"(?<![\w-])(NOT )?{word}(?![\w-])", "red" if "NOT validated" in line else colour)
+    Console(file=Drawn(sys.stdout), highlight=False, markup=False).print(text, overflow="ignore", crop=False)  # type: ignore[arg-type]
+
+
+def _width() -> int:
+    """Columns of the terminal."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 class ProgressLine:

@@ -8,27 +8,28 @@ from typing import Any
 import click
 
 from crt_export.cli.console import write_json, write_message, write_text
-from crt_export.cli.options import PATH, json_option
-from crt_export.cli.tables import bundle_document, readable_size, write_bundle_tables
+from crt_export.cli.options import PATH, full_option, json_option
+from crt_export.cli.tables import bundle_document, readable_size, write_bundle
 
 
 @click.command()
 @click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole).")
+@full_option
 @json_option
-def inspect(path: Path, verify: bool, as_json: bool) -> None:
+def inspect(path: Path, verify: bool, full: bool, as_json: bool) -> None:
     """Show what a bundle or a checkpoint holds, and check it."""
     if _is_checkpoint(path):
         _inspect_checkpoint(path, as_json)
     else:
-        _inspect_bundle(path, verify, as_json)
+        _inspect_bundle(path, verify=verify, full=full, as_json=as_json)
 
 
 def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() and not (path / "manifest.json").exists()
 
 
-def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:
+def _inspect_bundle(path: Path, *, verify: bool, full: bool, as_json: bool) -> None:
     from crt_export.bundle import open_bundle
 
     bundle = open_bundle(path, allow_unvalidated=True)
@@ -37,9 +38,9 @@ def _inspect_bundle(path: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         write_json({**bundle_document(bundle), "verified": verify})
         return
-    write_bundle_tables(bundle)
     if verify:
         write_text(f"verified: all {len(bundle.names)} files are as they were built")
+    write_bundle(bundle, full=full)
 
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:

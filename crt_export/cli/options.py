@@ -40,6 +40,12 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
 
 
+def full_option(command: Command) -> Command:
+    """``--full``."""
+    help_text = "Show every regime and every level, not one row per target."
+    return click.option("--full", is_flag=True, help=help_text)(command)
+
+
 def junit_option(command: Command) -> Command:
     """``--junit``."""
     help_text = "Write the verdicts as JUnit XML, for CI systems."

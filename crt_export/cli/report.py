@@ -26,15 +26,17 @@ def report(report: Path, output: Path, bench: Path | None, junit: Path | None) -
     from crt_export.report.html import render_html, require_renderer
     from crt_export.report.junit import junit_cases, write_junit
     from crt_export.report.output import check_outputs, write_output
-    from crt_export.report.reading import BENCH_FORMAT, read_bench, read_document
+    from crt_export.report.reading import read_bench, read_document
 
     require_renderer()
     check_outputs([output, junit], inputs=[report, bench])
     document = read_document(report)
-    if document["format"] == BENCH_FORMAT and (bench is not None or junit is not None):
+    measured = isinstance(document, dict)
+    if measured and (bench is not None or junit is not None):
         raise InputError(f"{report} is a benchmark: --bench and --junit go with the report of a validation")
     speed = None if bench is None else read_bench(bench)
-    write_output(output, render_html(document, speed))
-    if junit is not None:
+    name = report.resolve().name if report.is_dir() else ""
+    write_output(output, render_html(document, speed, bundle=name))
+    if junit is not None and not isinstance(document, dict):
         write_junit(junit, junit_cases(document))
     write_message(f"wrote {output}")

@@ -1,22 +1,26 @@
-"""A bundle's manifest and parity report as tables and as JSON."""
+"""Bundles and parity reports in a terminal: verdict first and last, one row per target, the rest with ``--full``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from crt_export.bundle import BundleFiles
-from crt_export.cli.console import write_table, write_text
-from crt_export.cli.level_table import write_level_table
-from crt_export.report.own_model import own_model_text
-from crt_export.report.reading import checked_report
+from crt_export.cli.console import write_sentence, write_table, write_text
+from crt_export.ladder import OWN_MODEL
+from crt_export.parity.metrics import WITHIN, Check
+from crt_export.parity.report import COMPILED, GAP, RUN, Comparison, LevelResult, ParityReport, held
+from crt_export.report.numbers import count_text
+from crt_export.report.reading import report_of_bundle
+from crt_export.report.verdict import gates_held, own_model_text, target_checks, verdict_of
 
-PARITY_COLUMNS = (
+TARGET_COLUMNS = ("target", "perplexity>", "delta nll>", "top-1>", "gates>", "result", "size>")
+REGIME_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
     "mean KL>", "top-1>", "result",
 )  # fmt: skip
-
-
+LEVEL_COLUMNS = ("target", "level", "gates>", "closest to its limit", "value>", "limit>", "result")
+_SHOWN_FAILURES = 20
 _GAP_NOTE = (
     "regime-gap compares K passes with the steps of the same target (reference column); excess is how much wider that "
     "gap is than in PyTorch FP32, and is what its gate judges"
@@ -35,7 +39,7 @@ def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
         "path": str(bundle.path),
         "identity": bundle.identity,
         "bytes": bundle_bytes(bundle),
-        "own_model": own_model_text(_parity_report(bundle)),
+        "own_model": own_model_text(report_of_bundle(bundle)),
     }
 
 
@@ -44,88 +48,179 @@ def bundle_bytes(bundle: BundleFiles) -> int:
     return sum(entry["size"] for entry in bundle.manifest["files"].values())
 
 
-def _parity_report(bundle: BundleFiles) -> Mapping[str, Any] | None:
-    found = bundle.manifest["parity"]
-    return None if found is None else checked_report(found, f"the parity report of {bundle.path}")
-
-
-def write_bundle_tables(bundle: BundleFiles) -> None:
+def write_bundle(bundle: BundleFiles, *, full: bool = False) -> None:
     """Write what a bundle holds and how well it agrees with PyTorch.
+
+    Args:
+        bundle: The bundle.
+        full: Every regime, every level, profiles and notes too.
 
     Raises:
         InputError: The parity report that it holds is none.
     """
-    manifest, parity = bundle.manifest, _parity_report(bundle)
-    validated = "validated" if manifest["validated"] else "NOT validated"
-    write_text(
-        f"{bundle.path}: {validated}, {own_model_text(parity)}, "
+    manifest, report = bundle.manifest, report_of_bundle(bundle)
+    verdict = (
+        f"{bundle.path}: {'validated' if manifest['validated'] else 'NOT validated'}, {own_model_text(report)}, "
         f"{readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
+    write_sentence(verdict)
     write_text(f"identity {bundle.identity} (SHA-256 of manifest.json)")
-    rows = [
-        (
-            name,
-            str(target["profile"].get("precision", "?")),
-            "-" if target["capacity"] is None else str(target["capacity"]),
-            "-" if target["unroll"] is None else str(target["unroll"]),
-            ", ".join(target["engines"] or target["graphs"]),
-            str(target["profile"].get("title", "")),
-        )
-        for name, target in manifest["targets"].items()
-    ]
-    write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
-    if parity:
-        write_text("")
-        write_parity_table(parity)
-        write_level_table(parity)
+    if report is not None:
+        write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]})
+    if full or report is None:
+        rows = [
+            (
+                name,
+                str(target["profile"].get("precision", "?")),
+                "-" if target["capacity"] is None else str(target["capacity"]),
+                "-" if target["unroll"] is None else str(target["unroll"]),
+                ", ".join(target["engines"] or target["graphs"]),
+                str(target["profile"].get("title", "")),
+            )
+            for name, target in manifest["targets"].items()
+        ]
+        write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
+    if full and report is not None:
+        write_report_tables(report)
+    path = bundle.path
+    write_next(
+        f"crt-export inspect {path} --full",
+        f"crt-export generate {path} --prompt TEXT",
+        f"crt-export report {path} --output report.html",
+    )
+    if report is not None:
+        write_verdict(report)
+    else:
+        write_sentence(f"parity: {'' if manifest['validated'] else 'NOT '}validated, {own_model_text(report)}")
 
 
-def write_parity_table(report: Mapping[str, Any]) -> None:
-    """Write the rows of a parity report, and below them what the report says about them."""
-    rows = report.get("rows", [])
+def _target_bytes(manifest: Mapping[str, Any], name: str) -> int:
+    """Size of everything that a target is made of: engines, graphs, and the weights that those share with others."""
+    target = manifest["targets"][name]
+    weights = {graph["file"]: graph["weights"] for graph in manifest["graphs"]}
+    graphs = set(target["graphs"].values())
+    parts = {*graphs, *target["engines"].values(), *(weights[file] for file in graphs if weights.get(file))}
+    return sum(manifest["files"][file]["size"] for file in parts)
+
+
+def write_verdict(report: ParityReport) -> None:
+    """Write how a report came out: the last line of every command that makes or shows one."""
+    verdict = verdict_of(report)
+    words = f"parity: {'passed' if report.passed else 'FAILED'}, {own_model_text(report)}"
+    write_sentence(f"{words}. {verdict.summary}")
+
+
+def write_next(*commands: str) -> None:
+    """Write what one would do next."""
+    for label, command in zip(("next:", *("",) * (len(commands) - 1)), commands, strict=True):
+        write_text(f"{label:<5} {command}")
+
+
+def write_summary(report: ParityReport, sizes: Mapping[str, int] | None = None, *, failures: bool = True) -> None:
+    """Write one row per target, and what failed, unless the caller says that itself.
+
+    Args:
+        report: The report.
+        sizes: Bytes of a target by name, where they are known.
+        failures: Whether to write what failed.
+    """
+    rows = [_target_cells(report, name, sizes or {}) for name in report.targets if not name.startswith("pytorch-")]
+    columns = TARGET_COLUMNS if sizes else TARGET_COLUMNS[:-1]
     if rows:
-        write_table(PARITY_COLUMNS, [_parity_cells(row) for row in rows], title="agreement with PyTorch FP32")
-    notes = list(report.get("notes", ()))
-    if any(row.get("excess_gap") is not None for row in rows):
+        write_table(columns, [row[: len(columns)] for row in rows], title="step by step against PyTorch FP32")
+    if failures:
+        _write_failures(report.levels)
+    caveat = verdict_of(report).caveat
+    if caveat:
+        write_sentence(f"note: {caveat}")
+    if report.notes:
+        write_text(f"{count_text(len(report.notes), 'note')} on what was shortened or left out: --full, report.json")
+
+
+def write_report_tables(report: ParityReport) -> None:
+    """Write every regime and every level, and below them what the report says about them."""
+    rows = report.rows
+    if rows:
+        write_table(REGIME_COLUMNS, [_regime_cells(row) for row in rows], title="agreement with PyTorch FP32")
+    notes = list(report.notes)
+    if any(row.check("gap_delta_nll") for row in rows):
         notes.append(_GAP_NOTE)
     for note in notes:
-        write_text(f"note: {note}")
+        write_sentence(f"note: {note}")
+    if report.levels:
+        write_table(LEVEL_COLUMNS, [_level_cells(result) for result in report.levels], title="the ladder")
 
 
-def _parity_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _write_failures(results: Sequence[LevelResult]) -> None:
+    failures = [f"{result.target} {result.level}: {failure}" for result in results for failure in result.failures]
+    for failure in failures[:_SHOWN_FAILURES]:
+        write_sentence(f"failed: {failure}")
+    if len(failures) > _SHOWN_FAILURES:
+        write_sentence(f"failed: {len(failures) - _SHOWN_FAILURES} more, all of them in the report (--json, --report)")
+
+
+# --- one row per target
+def _target_cells(report: ParityReport, target: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    rows = [row for row in report.rows if row.target == target]
+    step = next((row for row in rows if row.regime == "step" and row.status == RUN and row.nll is not None), None)
+    checks = target_checks(report, target)
+    good, gates = gates_held(checks)
+    compiled = any(row.status == COMPILED for row in rows)
+    passed = held(checks)
+    figures = ("-", "-", "-")
+    if step is not None:
+        figures = (
+            _perplexity(step.perplexity),
+            _half_width(step.check("delta_nll")),
+            _figure(step.value("top1_agreement"), ".2%"),
+        )
+    result = "FAILED" if passed is False else COMPILED if compiled else "passed" if passed else RUN
+    return (target, *figures, f"{good}/{gates}", result, readable_size(sizes.get(target, 0)))
+
+
+def _half_width(check: Check | None) -> str:
+    """A difference and half the width of its interval, exponents without leading zeros: ``+1.2e-6 ±3.4e-6``."""
+    if check is None or check.value is None:
+        return "-"
+    half = "" if check.interval is None else f" ±{(check.interval[1] - check.interval[0]) / 2:.1e}"
+    return f"{check.value:+.1e}{half}".replace("e-0", "e-").replace("e+00", "").replace("e+0", "e+")
+
+
+# --- every regime
+def _regime_cells(row: Comparison) -> tuple[str, ...]:
     return (
-        str(row["target"]),
-        str(row["graph"]),
-        _regime(row),
-        _figure(row["tokens"], ",d"),
-        _perplexity(row["perplexity"]),
-        _reference(row),
+        row.target,
+        row.graph,
+        row.regime + (f" {row.positions[0]}-{row.positions[1]}" if row.positions else ""),
+        _figure(row.tokens, ",d"),
+        _perplexity(row.perplexity),
+        # A regime gap is compared with the target's own steps, not with PyTorch FP32.
+        "step " * (row.regime == GAP) + _perplexity(row.reference_perplexity),
         _difference(row),
-        _figure(row["max_abs_logit_error"], ".2g"),
-        _figure(row["mean_kl"], ".2g"),
-        _figure(row["top1_agreement"], ".3%"),
-        _result(row),
+        _figure(row.value("max_abs_logit_error"), ".2g"),
+        _figure(row.value("mean_kl"), ".2g"),
+        _figure(row.value("top1_agreement"), ".3%"),
+        ", ".join(_result(row)),
     )
 
 
-def _regime(row: Mapping[str, Any]) -> str:
-    """The regime, with the part of the window that a row covers where it is not all of it."""
-    positions = row.get("positions")
-    return str(row["regime"] or "-") + (f" {positions[0]}-{positions[1]}" if positions else "")
-
-
-def _reference(row: Mapping[str, Any]) -> str:
-    """The perplexity compared with; a regime gap has the target's own steps there, not PyTorch FP32."""
-    text = _perplexity(row["reference_perplexity"])
-    return f"step {text}" if row["regime"] == "regime-gap" else text
-
-
-def _difference(row: Mapping[str, Any]) -> str:
+def _difference(row: Comparison) -> str:
     """What the likelihood gate judges: of a target's regime gap the excess over that of PyTorch FP32."""
-    if row.get("excess_gap") is not None:
-        return f"excess {_interval(row['excess_gap'], row['excess_gap_ci'])}"
-    return _interval(row["delta_nll"], row["delta_nll_ci"])
+    excess = row.check("gap_delta_nll")
+    check = excess or row.check("delta_nll")
+    if check is None or check.value is None:
+        return "-"
+    ends = "" if check.interval is None else f" [{check.interval[0]:+.1e}, {check.interval[1]:+.1e}]"
+    return f"{'excess ' if excess else ''}{check.value:+.1e}{ends}"
+
+
+def _result(row: Comparison) -> Iterator[str]:
+    yield row.status if row.passed is None else "passed" if row.passed else "FAILED"
+    if row.better_than_chance is False:
+        yield "nll not gated"
+    if "emulated" in (row.arithmetic or ""):
+        yield str(row.arithmetic)
 
 
 def _perplexity(value: float | None) -> str:
@@ -138,22 +233,26 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(int(value) if form.endswith("d") else value, form)
 
 
-def _interval(value: float | None, interval: Any) -> str:
-    """A difference with its confidence interval, given as a half-width or as [low, high]."""
-    if value is None:
-        return "-"
-    if isinstance(interval, list | tuple):
-        return f"{value:+.1e} [{interval[0]:+.1e}, {interval[1]:+.1e}]"
-    return f"{value:+.1e}" if interval is None else f"{value:+.1e} ± {interval:.1e}"
+# --- every level
+def _level_cells(result: LevelResult) -> tuple[str, ...]:
+    good, gates = gates_held(result.checks)
+    measured = [
+        check
+        for check in result.checks
+        if check.passed is not None and check.limit and (check.value is not None or check.interval)
+    ]
+    closest = max(measured, key=lambda check: check.limit_usage, default=None)
+    named = ("-", "-", "-") if closest is None else (closest.name, _value(closest), f"{closest.limit:g}")
+    ungated = "not compared" if result.level == OWN_MODEL else "run"
+    outcome = ungated if result.passed is None else "passed" if result.passed else "FAILED"
+    return (result.target, result.level, f"{good}/{gates}", *named, outcome)
 
 
-def _result(row: Mapping[str, Any]) -> str:
-    words = [str(row["status"]) if row["passed"] is None else "passed" if row["passed"] else "FAILED"]
-    if row.get("better_than_chance") is False:
-        words.append("nll not gated")
-    if "emulated" in (row["arithmetic"] or ""):
-        words.append(row["arithmetic"])
-    return ", ".join(words)
+def _value(check: Check) -> str:
+    if check.relation == WITHIN and check.interval:
+        low, high = check.interval
+        return f"[{low:+.1e}, {high:+.1e}]"
+    return f"{check.value:.3g}"
 
 
 def readable_size(size: float) -> str:

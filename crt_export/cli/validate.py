@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_text
-from crt_export.cli.level_table import write_level_table
+from crt_export.cli.console import ProgressLine, reserved_stdout, write_json
 from crt_export.cli.options import (
     PATH,
     command_line,
     expect_option,
+    full_option,
     json_option,
     junit_option,
     now,
@@ -20,9 +20,8 @@ from crt_export.cli.options import (
     text_options,
     validation_tokens_option,
 )
-from crt_export.cli.tables import write_parity_table
+from crt_export.cli.tables import write_next, write_report_tables, write_summary, write_verdict
 from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, OWN_MODEL, VALIDATE_LEVELS
-from crt_export.report.own_model import own_model_text
 
 
 @click.command()
@@ -49,6 +48,7 @@ from crt_export.report.own_model import own_model_text
 @click.option("--html", type=PATH, metavar="FILE.html", help="Write the report for readers, one file with plots.")
 @junit_option
 @click.option("--save-outputs", type=PATH, metavar="DIR", help="Save one-step's tensors for Polygraphy's tools.")
+@full_option
 @json_option
 def validate(
     bundle: Path,
@@ -65,6 +65,7 @@ def validate(
     html: Path | None,
     junit: Path | None,
     save_outputs: Path | None,
+    full: bool,
     as_json: bool,
 ) -> None:
     """Compare every graph of BUNDLE that runs here with PyTorch FP32; exit code 1 if one does not agree.
@@ -101,14 +102,17 @@ def validate(
             progress=progress,
         )
         found = dataclasses.replace(found, created=now(), command=command_line())
-        files.write(found)
+        files.write(found, bundle=bundle.resolve().name)
     if as_json:
         write_json(found.to_dict())
     else:
-        document = found.to_dict()
-        write_parity_table(document)
-        write_level_table(document)
-        write_text(f"parity: {'passed' if found.passed else 'FAILED'}, {own_model_text(document)}")
+        write_verdict(found)
+        write_summary(found)
+        if full:
+            write_report_tables(found)
+        if report is None and html is None:
+            write_next(f"crt-export validate {bundle} --report report.json --html report.html")
+        write_verdict(found)
     if not found.passed:
         raise click.exceptions.Exit(1)
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from crt_export.parity.rows import Comparison, compare
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.graph.export import export_graph
@@ -23,7 +24,6 @@ from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, ParityRow, load_tolerances
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.rollout import Rollout
-from crt_export.parity.rows import Comparison, compare
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
 from crt_export.quantize import (

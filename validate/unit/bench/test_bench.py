@@ -18,7 +18,7 @@ from crt_export.bench.run import run_bench
 from crt_export.cli import main
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.report.schema import bench_schema, schema_problems
+from crt_export.report.reading import bench_schema, schema_problems
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bundle-v1"
 QUICK = BenchOptions(

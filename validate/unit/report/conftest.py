@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from crt_export.catalog import definition_path
-from crt_export.parity import ParityReport, ParityRow, load_tolerances
-from crt_export.parity.level import Check, LevelResult
+from crt_export.parity import Comparison, ParityReport, load_tolerances
+from crt_export.parity.metrics import Check, measured
 from crt_export.parity.own_model import not_compared
+from crt_export.parity.report import COMPILED, LevelResult, corpus_result
 
 WINDOW, TRAINED, UNROLL = 256, 128, 10
 PASSES = list(range(1, 2 * UNROLL + 1))
@@ -143,38 +144,65 @@ def _long_run(scale: float) -> dict[str, Any]:
     }
 
 
-def _corpus(scale: float) -> dict[str, Any]:
-    centre = math.log10(2e-4 * scale)
+def _statistics(scale: float, shift: float) -> dict[str, Any]:
+    value, centre = scale * 2e-4 * shift, math.log10(2e-4 * scale)
     edges = [-16 + 0.5 * index for index in range(33)]
     counts = [round(900 * math.exp(-(((edge + 0.25 - centre) / 1.2) ** 2))) for edge in edges[:-1]]
+    return {
+        "perplexity_ci": [3.1, 3.4],
+        "perplexity_ratio": 1 + value,
+        "perplexity_ratio_ci": [1 - value, 1 + 3 * value],
+        "log_perplexity_correlation": 0.9999,
+        "delta_nll_bootstrap_ci": [-value, 3 * value],
+        "kl": {"median": value / 4, "p99": 9 * value},
+        "kl_histogram": {"edges": edges, "counts": counts},
+        "probability_change": {"mean": -value, "mean_ci": [-2 * value, 0.0], "p50": 0.0},
+        "by_position": [
+            {
+                "start": start,
+                "stop": start + 32,
+                "delta_nll": value * (1 + 3 * _wave(start)),
+                "delta_nll_ci": [value * (3 * _wave(start) - 3), value * (3 * _wave(start) + 5)],
+                "kl": value * (1 + start / 512),
+                "kl_ci": [value * 0.8, value * (1.2 + start / 256)],
+            }
+            for start in range(0, WINDOW, 32)
+        ],
+    }
 
-    def regime(shift: float) -> dict[str, Any]:
-        value = scale * 2e-4 * shift
-        return {
-            "perplexity_ci": [3.1, 3.4],
-            "perplexity_ratio": 1 + value,
-            "perplexity_ratio_ci": [1 - value, 1 + 3 * value],
-            "log_perplexity_correlation": 0.9999,
-            "delta_nll_bootstrap_ci": [-value, 3 * value],
-            "kl": {"mean": value, "mean_ci": [0.9 * value, 1.1 * value], "median": value / 4, "p99": 9 * value},
-            "kl_histogram": {"edges": edges, "counts": counts},
-            "probability_change": {"mean": -value, "mean_ci": [-2 * value, 0.0], "rms": 0.006 * scale, "p50": 0.0},
-            "top10_overlap": 1 - 0.02 * scale,
-            "top10_ci": [1 - 0.022 * scale, 1 - 0.018 * scale],
-            "by_position": [
-                {
-                    "start": start,
-                    "stop": start + 32,
-                    "delta_nll": value * (1 + 3 * _wave(start)),
-                    "delta_nll_ci": [value * (3 * _wave(start) - 3), value * (3 * _wave(start) + 5)],
-                    "kl": value * (1 + start / 512),
-                    "kl_ci": [value * 0.8, value * (1.2 + start / 256)],
-                }
-                for start in range(0, WINDOW, 32)
-            ],
-        }
 
-    return {"regimes": {"step": regime(1.0), "prefill": regime(1.1), "handover": regime(0.9)}}
+def _comparison(target: str, precision: str, arithmetic: str, scale: float, regime: str, shift: float) -> Comparison:
+    limits = load_tolerances().precisions[precision]
+
+    def gate(metric: str, value: float, ends: tuple[float, float] | None = None) -> Check:
+        limit = getattr(limits, metric)
+        return measured(metric, f"{regime}: {metric}", value, interval=ends, limit=limit, precision=precision)
+
+    return Comparison(
+        target=target,
+        runtime="onnxruntime",
+        graph="step" if regime == "step" else "prefill+head",
+        precision=precision,
+        regime=regime,
+        label=regime,
+        tokens=4096,
+        steps=256,
+        nll=1.1757 + scale * 2.2e-4,
+        reference_nll=1.1757,
+        mean_abs_logit_error=scale * 0.02,
+        top1_tokens=4050,
+        arithmetic=arithmetic,
+        better_than_chance=True,
+        positions=(0, WINDOW),
+        checks=(
+            gate("delta_nll", scale * 2.2e-4, (scale * -1.2e-5, scale * 4.5e-4)),
+            gate("top1_agreement", 1 - 0.0053 * scale, (1 - 0.0063 * scale, 1 - 0.0043 * scale)),
+            gate("relative_logit_error", scale * 0.009, (scale * 0.0088, scale * 0.0092)),
+            gate("max_abs_logit_error", scale * 0.37),
+            gate("mean_kl", scale * 2e-4 * shift, (scale * 1.8e-4 * shift, scale * 2.2e-4 * shift)),
+        ),
+        statistics=_statistics(scale, shift),
+    )
 
 
 def _data(level: str, scale: float) -> dict[str, Any]:
@@ -195,7 +223,6 @@ def _data(level: str, scale: float) -> dict[str, Any]:
             },
             "first_divergence": None,
         },
-        "corpus": _corpus(scale),
         "free-running": {
             "prompts": 32,
             "prompt_tokens": 32,
@@ -231,16 +258,6 @@ def _checks(level: str, precision: str, scale: float) -> tuple[Check, ...]:
             )
         ),
         "chain": (gate("logits", relative, scale * 0.05, 0.15, "chain_error"),),
-        "corpus": (
-            gate(
-                "step: delta NLL", "nats per token", scale * 2.2e-4, 2e-3, "delta_nll",
-                interval=(scale * -1.2e-5, scale * 4.5e-4), relation="within",
-            ),
-            gate(
-                "step: top-1 agreement", "share of counted tokens", 1 - 0.0053 * scale, 0.985, "top1_agreement",
-                interval=(1 - 0.0063 * scale, 1 - 0.0043 * scale), relation="at least",
-            ),
-        ),
         "free-running": (
             gate("first divergence", "margin / standard deviation", scale * 0.05, 0.2, "divergence_margin"),
             Check(name="agreement", figure="tokens, mean", value=51.9),
@@ -258,56 +275,24 @@ def _checks(level: str, precision: str, scale: float) -> tuple[Check, ...]:
     return checks[level]
 
 
-def _row(target: str, precision: str, arithmetic: str, scale: float, regime: str) -> ParityRow:
-    return ParityRow(
-        target=target,
-        runtime="onnxruntime",
-        graph="step" if regime == "step" else "prefill+head",
-        precision=precision,
-        regime=regime,
-        tokens=4096,
-        steps=256,
-        nll=1.1757 + scale * 2.2e-4,
-        reference_nll=1.1757,
-        delta_nll=scale * 2.2e-4,
-        delta_nll_ci=(scale * -1.2e-5, scale * 4.5e-4),
-        perplexity=3.2401 * math.exp(scale * 2.2e-4),
-        reference_perplexity=3.2401,
-        max_abs_logit_error=scale * 0.37,
-        mean_abs_logit_error=scale * 0.02,
-        relative_logit_error=scale * 0.009,
-        relative_logit_error_ci=(scale * 0.0088, scale * 0.0092),
-        mean_kl=scale * 2e-4,
-        top1_agreement=1 - 0.0053 * scale,
-        top1_ci=(1 - 0.0063 * scale, 1 - 0.0043 * scale),
-        top1_tokens=4050,
-        near_tie_margin=0.01,
-        arithmetic=arithmetic,
-        better_than_chance=True,
-        passed=True,
-        positions=(0, WINDOW),
-    )
-
-
 LEVELS = ("contract", "one-step", "chain", "corpus", "free-running", "certificate", "long-run")
+
+
+def _level(level: str, name: str, precision: str, arithmetic: str, scale: float) -> LevelResult:
+    if level != "corpus":
+        return LevelResult(level=level, target=name, checks=_checks(level, precision, scale), data=_data(level, scale))
+    regimes = (("step", 1.0), ("prefill", 1.1), ("handover", 0.9))
+    rows = [_comparison(name, precision, arithmetic, scale, regime, shift) for regime, shift in regimes]
+    if name.startswith("rtx-"):
+        names: dict[str, Any] = {"target": name, "runtime": "tensorrt-rtx", "graph": "step", "precision": "fp16"}
+        rows.append(Comparison(**names, regime="step", label=f"step ({COMPILED})", status=COMPILED))
+    return corpus_result(name, rows)
 
 
 def _sample(targets: int = 3, levels: tuple[str, ...] = LEVELS) -> dict[str, Any]:
     chosen = TARGETS[:targets]
-    rows = [_row(*target, regime=regime) for target in chosen for regime in ("step", "prefill")]
-    if targets > 1:
-        compiled: dict[str, Any] = {"graph": "step", "precision": "fp16", "regime": "step", "status": "compiled"}
-        rows.append(ParityRow(target="rtx-sm80-fp16", runtime="tensorrt-rtx", **compiled))
     report = ParityReport(
-        rows=tuple(rows),
-        levels=(
-            not_compared(),
-            *(
-                LevelResult(level=level, target=name, checks=_checks(level, precision, scale), data=_data(level, scale))
-                for level in levels
-                for name, precision, _, scale in chosen
-            ),
-        ),
+        levels=(not_compared(), *(_level(level, *target) for level in levels for target in chosen)),
         tolerances=load_tolerances().to_dict(),
         text={
             "source": "heldout.txt",

@@ -17,9 +17,16 @@ from crt_export.bench import report as records
 from crt_export.bench.report import KINDS, MEASURED, NOT_RUN, BenchReport
 from crt_export.cli.report import report as report_verb
 from crt_export.errors import InputError
+from crt_export.parity import ParityReport
 from crt_export.report.html import render_html
-from crt_export.report.reading import checked_bench, read_bench, read_document, read_report
-from crt_export.report.schema import bench_schema, schema_problems
+from crt_export.report.reading import (
+    bench_schema,
+    checked_bench,
+    read_bench,
+    read_document,
+    read_report,
+    schema_problems,
+)
 
 HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }} $\\frac{1}{0}$ \"'&"
 VOID = {"meta", "link", "col", "br"}
@@ -186,7 +193,7 @@ def test_nothing_in_a_benchmark_can_be_markup() -> None:
 
 
 def test_a_benchmark_becomes_a_section_of_a_validation(sample_report: dict[str, Any]) -> None:
-    page = render_html({**sample_report, "levels": [], "rows": []}, sample().to_dict())
+    page = render_html(ParityReport.from_dict({**sample_report, "levels": []}), sample().to_dict())
     text = " ".join(Balanced(page).words)
     assert 'id="speed"' in page
     assert "Step and floor" in text

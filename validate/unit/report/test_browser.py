@@ -16,6 +16,7 @@ import pytest
 
 from crt_export.cli import main
 from crt_export.ladder import LEVELS
+from crt_export.parity import ParityReport
 from crt_export.report.html import render_html
 
 pytestmark = [pytest.mark.evidence, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -90,7 +91,7 @@ def made_up(make_report: Callable[..., Report], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("pages")
     pages = {"passed": make_report(), "failed": failed(make_report())}
     for name, report in pages.items():
-        (folder / f"{name}.html").write_text(render_html(report), encoding="utf-8")
+        (folder / f"{name}.html").write_text(render_html(ParityReport.from_dict(report)), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
 
 

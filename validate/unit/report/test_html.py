@@ -15,9 +15,10 @@ from crt_export import environment
 from crt_export.errors import MissingDependencyError
 from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
-from crt_export.report.html import render_html
+from crt_export.parity.report import LevelResult
+from crt_export.report import html
+from crt_export.report.page import target_block
 from crt_export.report.plots import draw_plots
-from crt_export.report.target_block import target_block
 from crt_export.visible import visible
 
 Report = dict[str, Any]
@@ -25,6 +26,10 @@ VOID = {"meta", "link", "col", "br"}
 HOSTILE = (
     '<script>alert(1)</script><img src="https://example.com/x" onerror="y">{{ 7 * 7 }} $\\frac{1}{0}$ \u202e\x00"\'&'
 )
+
+
+def render_html(report: Report, **words: str) -> str:
+    return html.render_html(ParityReport.from_dict(report), **words)
 
 
 class Page(HTMLParser):
@@ -105,7 +110,6 @@ def test_figures_stand_with_interval_limit_and_its_name(full: Page) -> None:
 
 def test_a_failure_is_said_first_in_words(sample_report: Report) -> None:
     result = next(r for r in sample_report["levels"] if (r["target"], r["level"]) == ("ort-cpu-int8", "one-step"))
-    result["passed"] = sample_report["passed"] = False
     result["checks"][5].update(passed=False, value=0.31, failures=["error is 0.31 at step 12, expected at most 0.05"])
     sample_report["levels"] = [result]
     text = Page(render_html(sample_report)).text
@@ -125,20 +129,27 @@ def test_a_report_that_says_passed_over_a_failed_check_is_not_shown_as_passed(
 
 
 def test_a_report_that_gated_nothing_shows_nothing(make_report: Callable[..., Report]) -> None:
-    report = small(make_report, levels=[], rows=[], passed=False)
+    report = small(make_report, levels=[], passed=False)
     assert "Failed Nothing was gated on 0 targets" in Page(render_html(report)).text
+
+
+def test_the_header_names_model_bundle_and_date(make_report: Callable[..., Report]) -> None:
+    text = Page(render_html(small(make_report), bundle="demo")).text
+    assert "Bundle demo Model context ready transformer of 396,288 parameters, checkpoint 4f4f4f4f4f4f" in text[:600]
+    assert "Date 2026-11-22 12:00:00 UTC" in text[:600]
 
 
 def test_no_limit_stands_beside_a_figure_that_is_not_gated(make_report: Callable[..., Report]) -> None:
     report = make_report(targets=1)
-    row = next(row for row in report["rows"] if row["regime"] == "step")
-    for better, limit in ((True, "≤ 0.002"), (False, "")):
-        row["better_than_chance"] = better
-        line = next(
-            line for line in target_block(report, row["target"], "a", {}).rows if line.regime.startswith("step")
-        )
-        assert (line.divergence_limit, bool(line.delta_limit)) == (limit, better)
-        assert line.error_limit, "errors are gated for every model"
+    checks = next(result for result in report["levels"] if result["level"] == "corpus")["checks"]
+    for gated in (True, False):
+        for check in checks:
+            if check["metric"] in ("delta_nll", "mean_kl") and not gated:
+                check.update(passed=None, limit=None)
+        line = target_block(ParityReport.from_dict(report), "ort-cpu-int8", "a", ()).rows[0]
+        limits = {title: limit for title, _, _, limit in line.figures}
+        assert (limits["Mean KL, nats"], bool(limits["Δ NLL, nats"])) == ("≤ 0.002" if gated else "", gated)
+        assert limits["Relative logit error"], "errors are gated for every model"
 
 
 def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) -> None:
@@ -146,7 +157,7 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
 
     def poisoned(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            keep = {"level", "relation", "status", "passed", "config", "kind"}
+            keep = {"level", "relation", "metric", "status", "passed", "config", "kind", "regime"}
             return {k: v if k in keep else poisoned(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [poisoned(item, key) for item in value]
@@ -156,7 +167,8 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
     poison = poisoned({key: report[key] for key in report if key not in ("format", "format_version", "tolerances")})
     hostile_key = {HOSTILE: poison["levels"][3]["data"]["tensors"]["logits"]}
     poison["levels"][3]["data"]["tensors"] = hostile_key
-    poison["levels"][4]["data"]["regimes"] = {HOSTILE: poison["levels"][4]["data"]["regimes"]["step"]}
+    regime = poison["levels"][4]["data"]["regimes"]["step"]
+    poison["levels"][4]["data"]["regimes"] = {HOSTILE: {**regime, "graph": HOSTILE, "runtime": HOSTILE}}
     poison["levels"][7]["data"]["runs"][0]["headroom_by_layer"] = {HOSTILE: 3.0}
     poison["versions"] = {HOSTILE: HOSTILE}
     text = render_html({**report, **poison})
@@ -250,11 +262,6 @@ def test_the_same_report_gives_the_same_page(make_report: Callable[..., Report])
     assert render_html(make_report(1, levels)) == render_html(make_report(1, levels))
 
 
-def test_the_document_and_the_report_itself_give_the_same_page(make_report: Callable[..., Report]) -> None:
-    report = small(make_report)
-    assert render_html(ParityReport.from_dict(report)) == render_html(report)
-
-
 def test_the_users_own_plot_settings_change_nothing_and_stay(make_report: Callable[..., Report]) -> None:
     import matplotlib
 
@@ -278,16 +285,17 @@ def test_holes_in_the_data_leave_out_what_they_are_in(make_report: Callable[...,
             return [] if hole == [] else [hollow(item, hole) for item in value]
         return hole if isinstance(value, float) else value
 
-    results = [{"level": level, "data": hole} for hole in (hollow(data, None), hollow(data, []), {}, hollow(data, 0.0))]
+    holes = (hollow(data, None), hollow(data, []), {}, hollow(data, 0.0))
+    results = [LevelResult(level=level, target="t", checks=(), data=hole) for hole in holes]
     for result in results:
         assert len(draw_plots([result], report["tolerances"], "plot-1")) <= 5
     assert draw_plots(results[2:3], {}, "plot-1") == []
 
 
-def test_a_bundle_of_before_the_ladder_has_rows_and_no_levels(make_report: Callable[..., Report]) -> None:
-    text = Page(render_html(small(make_report, levels=[], command="", created="")))
-    assert "All 2 gates held on 1 target." in text.text
-    assert "crt-export validate BUNDLE" in text.text
+def test_the_report_of_a_build_says_how_to_measure_again(make_report: Callable[..., Report]) -> None:
+    text = Page(render_html(small(make_report, command="", created=""))).text
+    assert "Date not recorded" in text
+    assert "crt-export validate BUNDLE" in text
 
 
 def test_missing_packages_are_named_with_their_extra(

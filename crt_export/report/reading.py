@@ -139,6 +139,8 @@ def report_of_bundle(files: BundleFiles) -> ParityReport | None:
     if parity is None or "report" not in parity:
         return None
     name = parity["report"]
+    if not isinstance(name, str):
+        raise InputError(f"{files.path}: parity.report must be the name of a file, found {name!r:.60}")
     return checked_report(_parsed(bytes(files.content(name)), f"{files.path}/{name}", _KIND), f"{files.path}/{name}")
 
 

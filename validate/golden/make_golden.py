@@ -27,8 +27,8 @@ from crt_export.bundle.manifest import manifest_text
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.graph import write_weights
-from crt_export.parity.level import Check, LevelResult
-from crt_export.parity.report import ParityReport, ParityRow
+from crt_export.parity.metrics import Check, measured
+from crt_export.parity.report import Comparison, LevelResult, ParityReport, corpus_result
 from crt_export.profile import load_profile
 from crt_export.runtime import GenerationOptions, Snapshot, load_bundle
 from crt_export.runtime.prefill import PrefillPlan
@@ -167,39 +167,36 @@ def vectors(folder: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """``report.json`` with a row, a check that held, one that did not, and one that judges nothing."""
-    row = ParityRow(
+    """``report.json`` with a regime, a check that held, one that did not, and one that judges nothing."""
+    row = Comparison(
         target="ort-cpu-int8",
         runtime="onnxruntime",
         graph="step",
         precision="w8",
         regime="step",
+        label="step",
         tokens=4096,
         steps=256,
         nll=1.25,
         reference_nll=1.0,
-        delta_nll=0.25,
-        delta_nll_ci=(0.125, 0.375),
-        mean_kl=float("nan"),
-        passed=False,
-        failures=("delta_nll is too large",),
         positions=(0, 256),
+        checks=(
+            measured("delta_nll", "step: delta_nll", 0.25, interval=(0.125, 0.375), limit=0.002, precision="w8"),
+            measured("mean_kl", "step: mean_kl", float("nan")),
+        ),
     )
     checks = (
-        Check(
-            name="step: logits", figure="largest error", value=0.5, limit=1.0, tolerance="w8.tensor_error", passed=True
-        ),
-        Check(name="step: state", value=2.0, interval=(1.0, 3.0), limit=1.0, passed=False, failures=("state is off",)),
+        measured("tensor_error", "step: logits", 0.5, limit=1.0, precision="w8"),
+        measured("tensor_error", "step: state", 2.0, limit=1.0, precision="w8", where="at step 3"),
         Check(name="step: text"),
     )
     level = LevelResult(
         level="one-step", target="ort-cpu-int8", checks=checks, data={"positions": [0, 7]}, notes=("a",)
     )
     whole = ParityReport(
-        rows=(row,),
+        levels=(level, corpus_result("ort-cpu-int8", [row])),
         tolerances={"near_tie_margin": 0.01},
         text={"source": "text", "sha256": "d" * 64, "offset": 0, "tokens": 4097, "windows": 16, "window": 256},
-        levels=(level,),
         notes=("a note",),
         method="how",
         versions={"torch": "2.13.0"},

@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from crt_export.parity.rows import Comparison, compare
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.graph.export import export_graph
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, ParityRow, load_tolerances
+from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
+from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.rollout import Rollout
 from crt_export.parity.scores import Scorer
@@ -107,7 +107,7 @@ def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Compariso
     reference = Reference(model, windows, batch=windows.count)
     scorer = Scorer(reference, STEP, 2, near_tie_margin=limits.near_tie_margin)
     Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
-    row = ParityRow(target="random", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
+    row = Comparison(target="random", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
     return compare(row, scorer.scores(), limits, scorer.problems)
 
 
@@ -125,7 +125,7 @@ def test_a_sound_export_of_a_random_model_passes_every_gate(
 
     found = _compared(load_checkpoint(make_checkpoint(edit=louder, **changes)), precision, tmp_path)
     _log.info("%s, %s: %s", name, precision, {check.name: check.value for check in found.checks})
-    assert found.row.better_than_chance, "its own samples are predicted worse than by a uniform guess"
+    assert found.better_than_chance, "its own samples are predicted worse than by a uniform guess"
     ungated = {check.name for check in found.checks if check.passed is None}
     assert ungated <= {"step: max_abs_logit_error", "step: top10_overlap"}
-    assert found.row.passed, found.row.failures
+    assert found.passed, found.failures

@@ -19,7 +19,7 @@ from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.graph.passes.decompose_attention import decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, ParityReport, ParityRow, check_parity, load_tolerances
+from crt_export.parity import Comparison, ParityCase, ParityOptions, ParityReport, check_parity, load_tolerances
 from crt_export.parity.half import compare_half
 from crt_export.parity.headroom import observe_fp16
 from crt_export.parity.reference import Reference
@@ -78,7 +78,7 @@ def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., 
     return run
 
 
-def _row(report: ParityReport, regime: str, target: str = "rtx-sm80-fp16") -> ParityRow:
+def _row(report: ParityReport, regime: str, target: str = "rtx-sm80-fp16") -> Comparison:
     return next(row for row in report.rows if row.target == target and row.regime == regime)
 
 
@@ -101,10 +101,12 @@ def test_sound_files_pass_and_say_what_kind_of_evidence_it_is(built: Path, check
         ("prefill", "tensorrt-rtx", None, None),
     ]
     for regime in ("step", "prefill"):
-        largest = _row(report, regime).largest_fp16
+        largest = _row(report, regime).value("fp16_headroom")
         assert largest is not None
         assert 1 < largest < 100
-        assert len(report.largest_fp16["rtx-sm80-fp16"][regime]) == 16
+        level = report.result("rtx-sm80-fp16", "corpus")
+        assert level is not None
+        assert len(level.data["largest_fp16"][regime]) == 16
 
 
 @pytest.mark.parametrize("graph", ["step", "prefill_pass"])
@@ -116,7 +118,8 @@ def test_an_overflow_that_the_cpu_hides_fails(
     _replace_bias(folder / f"{graph}.onnx", "layers.0.mlp.up.bias", 30000.0)
     row = _row(check(folder), "step" if graph == "step" else "prefill")
     assert row.passed is False
-    assert row.largest_fp16 is None or row.largest_fp16 > 29000
+    largest = row.value("fp16_headroom")
+    assert largest is None or largest > 29000
     assert any("the limit is 16376" in failure for failure in row.failures), row.failures
 
 
@@ -158,10 +161,10 @@ def test_a_graph_without_fp16_is_refused_as_evidence() -> None:
         observe_fp16(helper.make_model(graph))
 
 
-def _half(checkpoint: Checkpoint, text: TokenText, plan: W8A8Plan | None = None) -> ParityRow:
+def _half(checkpoint: Checkpoint, text: TokenText, plan: W8A8Plan | None = None) -> Comparison:
     windows = windows_from_text(text, OPTIONS, longest=64, longest_reason="")
     reference = Reference(model_from_checkpoint(checkpoint), windows, batch=8)
-    return compare_half(checkpoint, reference, "float16", load_tolerances(), no_progress, plan=plan)[0].row
+    return compare_half(checkpoint, reference, "float16", load_tolerances(), no_progress, plan=plan)[0]
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +182,10 @@ def test_w8a8_runs_in_real_half_arithmetic_under_its_own_gate(
     assert (row.precision, row.arithmetic, row.tokens) == ("w8a8", "int8-emulated+fp16", 128)
     assert row.passed, row.failures
     fp16 = _half(parity_checkpoint, real_text)
-    assert row.relative_logit_error is not None
-    assert fp16.relative_logit_error is not None
-    assert row.relative_logit_error > 3 * fp16.relative_logit_error, "nothing was quantised"
+    error = row.value("relative_logit_error")
+    assert error is not None
+    assert fp16.value("relative_logit_error") is not None
+    assert error > 3 * (fp16.value("relative_logit_error") or 0), "nothing was quantised"
 
 
 def test_a_wrong_w8a8_scale_fails_the_half_precision_chain(

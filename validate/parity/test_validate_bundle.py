@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crt_export.bundle import open_bundle
 from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError, InputError
@@ -20,6 +19,7 @@ from crt_export.parity import ParityOptions, ParityReport, validate_bundle
 from crt_export.parity.bundle import held_out_text
 from crt_export.profile import load_profile
 from crt_export.quantize import PLAN_FILE
+from crt_export.report.reading import read_report
 from crt_export.text import TokenText, split_text
 
 SHORT = ParityOptions(validation_tokens=128, window=16, short_reason="test of the way there", threads=1)
@@ -38,7 +38,7 @@ def _without_reference(bundle: Path) -> None:
 
 
 def test_validating_again_gives_the_figures_of_the_build(parity_bundle: Path, heldout_text: Path) -> None:
-    stored = ParityReport.from_dict(open_bundle(parity_bundle).manifest["parity"])
+    stored = read_report(parity_bundle)
     again = validate_bundle(parity_bundle, text=heldout_text)
     assert again.passed
     assert again.text == {**stored.text, "source": again.text["source"]}
@@ -135,16 +135,13 @@ def test_text_that_was_calibrated_on_is_left_out(real_text: TokenText) -> None:
     calibration, validation = split_text(real_text, calibrate=True)
     assert calibration is not None
     record = {"offset": calibration.offset, "tokens": len(calibration), "sha256": calibration.sha256}
-    report = {"text": {"offset": validation.offset, "tokens": len(validation), "sha256": validation.sha256}}
-    for manifest in (
-        {"options": {"calibration": record}, "parity": None},
-        {"options": {"calibration": None}, "parity": report},
-        {"options": {"calibration": record}, "parity": report},
-    ):
-        found = held_out_text(real_text, manifest)
+    text = {"offset": validation.offset, "tokens": len(validation), "sha256": validation.sha256}
+    report = ParityReport(levels=(), tolerances={}, text=text)
+    for found_report, calibrated in ((None, record), (report, None), (report, record)):
+        found = held_out_text(real_text, found_report, calibrated)
         assert (found.offset, found.sha256) == (validation.offset, validation.sha256)
         other = TokenText(ids=real_text.ids[::-1].copy(), source="another text")
-        assert held_out_text(other, manifest) is other
+        assert held_out_text(other, found_report, calibrated) is other
 
 
 def test_progress_names_every_stage(parity_bundle: Path, heldout_text: Path) -> None:

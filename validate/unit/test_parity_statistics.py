@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from crt_export.catalog import definition_path
-from crt_export.errors import BundleError, InputError
-from crt_export.parity import ParityReport, ParityRow, load_tolerances
-from crt_export.parity.rows import compare, gate_gap
+from crt_export.errors import InputError
+from crt_export.parity import Comparison, ParityReport, load_tolerances
+from crt_export.parity.comparison import RegimeGap, compare, judge_gap
+from crt_export.parity.metrics import AT_LEAST, METRICS, SHARED_LIMITS, Check, measured
+from crt_export.parity.report import FORMAT, FORMAT_VERSION, corpus_result
 from crt_export.parity.scores import Scores
 from crt_export.parity.statistics import Interval, paired_interval, ratio_interval, student_t_quantile
 
@@ -98,30 +100,30 @@ def _scores(**changes: Any) -> Scores:
     return Scores(start=0, vocab=256, **arrays)
 
 
-def _row(precision: str = "fp32") -> ParityRow:
-    return ParityRow(
+def _row(precision: str = "fp32") -> Comparison:
+    return Comparison(
         target="t", runtime="onnxruntime", graph="step", precision=precision, regime="step", steps=8, arithmetic="fp32"
     )
 
 
 def test_equal_scores_pass_with_every_figure() -> None:
-    row = compare(_row(), _scores(), load_tolerances(), []).row
+    row = compare(_row(), _scores(), load_tolerances(), [])
     assert row.passed is True
-    assert (row.tokens, row.delta_nll, row.top1_agreement, row.top1_tokens) == (32, 0, 1, 32)
+    assert (row.tokens, row.value("delta_nll"), row.value("top1_agreement"), row.top1_tokens) == (32, 0, 1, 32)
     assert row.perplexity == pytest.approx(math.exp(2))
-    assert (row.top1_ci, row.relative_logit_error_ci) == ((1, 1), (0, 0))
+    assert (row.interval("top1_agreement"), row.interval("relative_logit_error")) == ((1, 1), (0, 0))
 
 
 def test_point_gates_report_their_interval_over_windows() -> None:
     scores = _scores()
     scores.agrees[0, :4] = 0.0  # one window of four agrees in half of its tokens
     scores.mean_error[0] = 0.4
-    row = compare(_row(), scores, load_tolerances(), []).row
+    row = compare(_row(), scores, load_tolerances(), [])
     half = 3.1824 * 0.25 / 2  # t(3) * standard deviation 0.25 of (0.5, 1, 1, 1) / sqrt(4)
-    assert row.top1_agreement == 0.875
-    assert row.top1_ci == pytest.approx((0.875 - half, 0.875 + half), abs=1e-4)
-    assert row.relative_logit_error == pytest.approx(0.1)
-    assert row.relative_logit_error_ci == pytest.approx((0.1 - 3.1824 * 0.1, 0.1 + 3.1824 * 0.1), abs=1e-4)
+    assert row.value("top1_agreement") == 0.875
+    assert row.interval("top1_agreement") == pytest.approx((0.875 - half, 0.875 + half), abs=1e-4)
+    assert row.value("relative_logit_error") == pytest.approx(0.1)
+    assert row.interval("relative_logit_error") == pytest.approx((0.1 - 3.1824 * 0.1, 0.1 + 3.1824 * 0.1), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_point_gates_report_their_interval_over_windows() -> None:
     ],
 )
 def test_each_gate_fails_with_its_own_sentence(precision: str, change: dict[str, float], sentence: str) -> None:
-    row = compare(_row(precision), _scores(**change), load_tolerances(), []).row
+    row = compare(_row(precision), _scores(**change), load_tolerances(), [])
     assert row.passed is False
     assert len(row.failures) == 1
     assert sentence in row.failures[0]
@@ -151,10 +153,10 @@ def test_probabilities_that_change_both_ways_fail_where_the_mean_does_not_move()
     scores.nll[:, ::2] += 0.4
     scores.nll[:, 1::2] -= 0.4
     found = compare(_row("w8a8"), scores, load_tolerances(), [])
-    assert found.row.delta_nll == pytest.approx(0)
-    assert len(found.row.failures) == 1
+    assert found.value("delta_nll") == pytest.approx(0)
+    assert len(found.failures) == 1
     # exp(-2) (exp(+-0.4) - 1) is 0.0666 and -0.0446.
-    assert found.row.failures[0].startswith("probability of the text's next token changes by 0.0567")
+    assert found.failures[0].startswith("probability of the text's next token changes by 0.0567")
 
 
 def test_checks_and_row_are_one_verdict() -> None:
@@ -163,8 +165,8 @@ def test_checks_and_row_are_one_verdict() -> None:
     assert [check.name for check in failed] == [
         "step (half): runs", "step (half): delta_nll", "step (half): top10_overlap", "step (half): probability_change",
     ]  # fmt: skip
-    assert found.row.failures == tuple(failure for check in failed for failure in check.failures)
-    assert found.row.passed is False
+    assert found.failures == tuple(failure for check in failed for failure in check.failures)
+    assert found.passed is False
 
 
 def test_all_tokens_there_are_overlap_whatever_a_target_says() -> None:
@@ -176,37 +178,37 @@ def test_all_tokens_there_are_overlap_whatever_a_target_says() -> None:
 def test_a_near_tie_does_not_count_for_top1() -> None:
     scores = _scores()
     scores.margin[0, 0], scores.agrees[0, 0] = 0.009, 0.0
-    row = compare(_row(), scores, load_tolerances(), []).row
-    assert (row.passed, row.top1_agreement, row.top1_tokens) == (True, 1.0, 31)
+    row = compare(_row(), scores, load_tolerances(), [])
+    assert (row.passed, row.value("top1_agreement"), row.top1_tokens) == (True, 1.0, 31)
 
 
 def test_missing_tokens_fail_and_leave_no_figures() -> None:
     scores = _scores()
     for name in ("nll", "reference_nll", "margin"):
         getattr(scores, name)[2, 5:] = np.nan
-    row = compare(_row(), scores, load_tolerances(), []).row
+    row = compare(_row(), scores, load_tolerances(), [])
     assert row.failures == ("29 of 32 tokens were compared",)
     assert (row.passed, row.tokens, row.steps, row.nll) == (False, 29, 5, None)
 
 
 def test_nothing_compared_fails() -> None:
-    row = compare(_row(), _scores(nll=np.nan, margin=np.nan), load_tolerances(), []).row
+    row = compare(_row(), _scores(nll=np.nan, margin=np.nan), load_tolerances(), [])
     assert (row.passed, row.failures, row.tokens, row.steps) == (False, ("nothing was compared",), 0, 0)
 
 
 def test_a_nan_likelihood_fails_even_if_nobody_reported_it() -> None:
-    row = compare(_row(), _scores(nll=np.nan), load_tolerances(), []).row
+    row = compare(_row(), _scores(nll=np.nan), load_tolerances(), [])
     assert (row.passed, row.failures) == (False, ("logits are NaN or infinite",))
 
 
 def test_regime_gap_is_judged_against_the_gap_of_fp32() -> None:
-    own = np.full((4, 8), 0.5)
-    same = gate_gap(_row(), own, own.copy(), 1e-5).row
-    assert (same.passed, same.excess_gap) == (True, 0)
-    wider = gate_gap(_row(), own, own - 1e-3, 1e-5).row
+    own = RegimeGap(comparison=_row(), differences=np.full((4, 8), 0.5))
+    same = judge_gap(own, own.differences.copy(), 1e-5)
+    assert (same.passed, same.value("gap_delta_nll")) == (True, 0)
+    wider = judge_gap(own, own.differences - 1e-3, 1e-5)
     assert wider.passed is False
     assert "further apart than in FP32" in wider.failures[0]
-    assert gate_gap(_row(), own, own - 1e-3, None).row.passed is None
+    assert judge_gap(own, own.differences - 1e-3, None).passed is None
 
 
 def test_tolerances_are_those_the_project_promises() -> None:
@@ -244,60 +246,95 @@ def test_a_bad_tolerance_file_is_refused(tmp_path: Path, old: str, new: str, pro
     assert problem in str(error.value)
 
 
-def _report(*rows: ParityRow) -> ParityReport:
-    return ParityReport(rows=rows, tolerances=load_tolerances().to_dict(), text={"sha256": "0"}, notes=("short",))
+def _report(*rows: Comparison) -> ParityReport:
+    named = [
+        dataclasses.replace(row, label=f"{row.label or row.regime} {n}", checks=_renamed(row, n))
+        for n, row in enumerate(rows)
+    ]
+    levels = (corpus_result("t", named),) if rows else ()
+    return ParityReport(levels=levels, tolerances=load_tolerances().to_dict(), text={"sha256": "0"}, notes=("short",))
+
+
+def _renamed(row: Comparison, number: int) -> tuple[Check, ...]:
+    return tuple(
+        dataclasses.replace(check, name=check.name.replace(f"{row.label}:", f"{row.label} {number}:"))
+        for check in row.checks
+    )
 
 
 def test_report_passes_only_if_something_was_gated_and_held() -> None:
-    good = compare(_row(), _scores(), load_tolerances(), []).row
-    bad = compare(_row(), _scores(nll=3.0), load_tolerances(), []).row
-    compiled = ParityRow(
+    good = compare(_row(), _scores(), load_tolerances(), [])
+    bad = compare(_row(), _scores(nll=3.0), load_tolerances(), [])
+    compiled = Comparison(
         target="t", runtime="tensorrt-rtx", graph="step", precision="fp16", regime="step", status="compiled"
     )
     assert _report(good, compiled).passed
     assert not _report(good, bad).passed
     assert not _report(compiled).passed
     assert not _report().passed
-    assert _report(good, bad).failures[0].startswith("t step (step): 95 % interval")
+    assert _report(good, bad).failures[0].startswith("t corpus (step 1: delta_nll): 95 % interval")
 
 
-def test_report_survives_json_and_has_the_promised_keys() -> None:
-    good = compare(_row(), _scores(), load_tolerances(), []).row
-    infinite = compare(_row(), _scores(largest_error=np.inf), load_tolerances(), ["overflow"]).row
-    document = json.loads(json.dumps(_report(good, infinite).to_dict(), allow_nan=False))
-    assert ParityReport.from_dict(document) == _report(good, infinite)
-    assert set(document) >= {"passed", "rows", "tolerances", "text"}
-    assert set(document["rows"][0]) >= {
-        "target", "runtime", "graph", "precision", "regime", "tokens", "steps", "nll", "reference_nll", "delta_nll",
-        "delta_nll_ci", "perplexity", "reference_perplexity", "max_abs_logit_error", "mean_kl", "top1_agreement",
-        "arithmetic", "status", "passed",
-    }  # fmt: skip
+def test_report_survives_json_and_gives_its_comparisons_back() -> None:
+    good = compare(_row(), _scores(), load_tolerances(), [])
+    infinite = compare(_row(), _scores(largest_error=np.inf), load_tolerances(), ["overflow"])
+    report = _report(good, infinite)
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    again = ParityReport.from_dict(document)
+    assert again.to_dict() == document
+    assert [(row.passed, row.failures) for row in again.rows] == [(True, ()), (False, ("overflow",))]
+    row = again.rows[0]
+    assert (row.runtime, row.graph, row.regime, row.tokens, row.steps) == ("onnxruntime", "step", "step", 32, 8)
+    assert (row.nll, row.perplexity, row.value("delta_nll"), row.value("mean_kl")) == (2, math.exp(2), 0, 0)
+    assert row.interval("top1_agreement") == (1, 1)
+    assert (again.rows[1].nll, again.rows[1].value("mean_kl")) == (None, None)
 
 
 def test_a_foreign_report_is_refused() -> None:
-    with pytest.raises(BundleError, match="3 problems"):
-        ParityReport.from_dict({"rows": [], "verdict": "fine"})
-    with pytest.raises(BundleError, match="a row cannot be read"):
-        ParityReport.from_dict({"rows": [{"target": "t"}], "tolerances": {}, "text": {}})
+    foreign = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    with pytest.raises(InputError, match="expected 'crt-export parity report' of version 1, found None"):
+        ParityReport.from_dict({"levels": []})
+    with pytest.raises(InputError, match="3 problems"):
+        ParityReport.from_dict({**foreign, "levels": [], "verdict": "fine"})
+    with pytest.raises(InputError, match="a level cannot be read"):
+        ParityReport.from_dict({**foreign, "levels": [{"target": "t"}], "tolerances": {}, "text": {}})
+
+
+def test_every_limit_of_the_table_of_metrics_is_a_tolerance() -> None:
+    limits = load_tolerances()
+    keys = {name for name, tolerance in limits.precisions.items() for name in vars(tolerance)} | set(SHARED_LIMITS)
+    assert {metric.limit for metric in METRICS.values() if metric.limit} <= keys
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_every_metric_fails_with_a_sentence_on_nan_and_beyond_its_limit(key: str) -> None:
+    words = {"tokens": 32, "tensor": "next_state"}
+    beyond = -1.0 if METRICS[key].relation == AT_LEAST else 2.0
+    for value in (math.nan, beyond):
+        check = measured(key, "name", value, interval=(value, value), limit=0.5, precision="w8", **words)
+        assert check.passed is False
+        assert len(check.failures) == 1
+    assert measured(key, "name", 0.5, interval=(0.5, 0.5), limit=0.5, precision="w8", **words).passed is True
+    assert measured(key, "name", beyond).passed is None
 
 
 def test_likelihood_gates_only_models_that_predict_better_than_chance() -> None:
     """A random model is worse than a uniform guess: there an error of the logits shifts the mean to first order."""
     noise = np.random.default_rng(0).normal(0.01, 1e-4, (4, 8))
     fits, guesses = 5.0, 6.0  # a uniform guess over 256 tokens costs ln 256 = 5.545 nat
-    row = compare(_row("w8"), _scores(nll=fits + noise, reference_nll=fits), load_tolerances(), ()).row
+    row = compare(_row("w8"), _scores(nll=fits + noise, reference_nll=fits), load_tolerances(), ())
     assert row.better_than_chance
     assert "delta NLL" in row.failures[0]
-    row = compare(_row("w8"), _scores(nll=guesses + noise, reference_nll=guesses, kl=9.0), load_tolerances(), ()).row
+    row = compare(_row("w8"), _scores(nll=guesses + noise, reference_nll=guesses, kl=9.0), load_tolerances(), ())
     assert not row.better_than_chance
     assert row.passed
-    assert row.delta_nll == pytest.approx(0.01, rel=0.1)
+    assert row.value("delta_nll") == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("reference_nll", [2.0, 9.0])
 def test_relative_logit_error_gates_every_model(reference_nll: float) -> None:
     scores = _scores(nll=reference_nll, reference_nll=reference_nll, mean_error=0.1, spread=2.0)
-    row = compare(_row("w8a8"), scores, load_tolerances(), ()).row
-    assert row.relative_logit_error == pytest.approx(0.05)
+    row = compare(_row("w8a8"), scores, load_tolerances(), ())
+    assert row.value("relative_logit_error") == pytest.approx(0.05)
     assert row.passed is False
     assert "standard deviation" in row.failures[0]

@@ -20,7 +20,7 @@ import json, sys
 from importlib.metadata import PackageNotFoundError, version
 import crt_export
 from crt_export.profile import list_profiles
-from crt_export.report.schema import report_schema
+from crt_export.report.reading import report_schema
 from crt_export.runtime import GenerationOptions, generate_text, load_bundle
 from crt_export.selftest import run_selftest
 try:

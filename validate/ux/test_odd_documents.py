@@ -130,39 +130,42 @@ def test_many_odd_reports(root: Path, tmp_path: Path, answer: Callable[..., None
     check_report(THOROUGH, root, tmp_path, answer)
 
 
-@pytest.mark.parametrize(
-    "parity",
-    [
-        {"passed": True, "rows": [[]]},
-        {"passed": True, "rows": 1},
-        {"passed": True, "rows": [{"target": []}]},
-        {"passed": True, "levels": {}},
-        {"passed": True, "levels": [0]},
-        {"passed": True, "levels": ["own-model"]},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("levels", [[[]], 1, [{"target": []}], {}, [0], ["own-model"]], ids=str)
 def test_inspect_refuses_a_parity_report_that_is_none(
-    golden: Path, sign_again: Callable[[Path], None], capsys: pytest.CaptureFixture[str], parity: dict[str, Any]
+    golden: Path, sign_again: Callable[[Path], None], capsys: pytest.CaptureFixture[str], levels: Any
 ) -> None:
-    path = golden / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "parity": parity}), encoding="utf-8")
+    path = golden / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "levels": levels}), encoding="utf-8")
     sign_again(golden)
     for options in ([], ["--json"]):
         assert main(["inspect", str(golden), *options]) == 2
         captured = capsys.readouterr()
         assert not captured.out
-        assert f"error: the parity report of {golden}: expected a parity report" in captured.err
+        assert f"error: {path}: a parity report that is damaged" in captured.err
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "absent.json", "../report.json", 3, None, ["report.json"]], ids=str)
+def test_inspect_refuses_a_report_that_the_bundle_does_not_list(
+    golden: Path, sign_again: Callable[[Path], None], capsys: pytest.CaptureFixture[str], name: Any
+) -> None:
+    path = golden / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(changed(manifest, ("parity", "report"), name)), encoding="utf-8")
+    sign_again(golden)
+    assert main(["inspect", str(golden)]) == 2
+    assert not capsys.readouterr().out
 
 
 def test_whole_numbers_of_a_report_may_have_a_point(
     golden: Path, sign_again: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """JSON knows no difference between 64 and 64.0, and some writers put the point."""
-    path = golden / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    tokens = manifest["parity"]["rows"][0]["tokens"]
-    path.write_text(json.dumps(changed(manifest, ("parity", "rows", 0, "tokens"), float(tokens))), encoding="utf-8")
+    path = golden / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    number = next(n for n, level in enumerate(report["levels"]) if level["level"] == "corpus")
+    label, regime = next(iter(report["levels"][number]["data"]["regimes"].items()))
+    place = ("levels", number, "data", "regimes", label, "tokens")
+    path.write_text(json.dumps(changed(report, place, float(regime["tokens"]))), encoding="utf-8")
     sign_again(golden)
-    assert main(["inspect", str(golden)]) == 0
-    assert f" {tokens:,d} " in capsys.readouterr().out
+    assert main(["inspect", str(golden), "--full"]) == 0
+    assert f" {regime['tokens']:,d} " in capsys.readouterr().out

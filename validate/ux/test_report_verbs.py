@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from crt_export.report.schema import report_schema
+from crt_export.parity import ParityReport
+from crt_export.report.reading import report_schema
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,8 @@ def test_report_writes_one_page_and_junit_of_a_bundle(
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
-    assert all(row["target"] in page for row in document["rows"])
+    assert all(target in page for target in ParityReport.from_dict(document).targets)
+    assert f"<dd>{bundle.name}</dd>" in page
     suites = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert (int(suites.get("tests", 0)) > 10, suites.get("failures")) == (True, "0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["junit.xml", "report.html"]
@@ -50,12 +52,12 @@ def test_report_refuses_an_output_in_no_folder_before_it_reads(crt_export: Run, 
 
 
 def test_a_damaged_report_is_exit_2_with_one_error(crt_export: Run, document: dict[str, Any], tmp_path: Path) -> None:
-    document["rows"][0]["tokens"] = "many"
+    document["levels"][1]["checks"][0]["value"] = "many"
     (tmp_path / "report.json").write_text(json.dumps(document), encoding="utf-8")
     for arguments in (("report", "report.json", "--output", "x.html"), ("compare", "report.json", "report.json")):
         result = crt_export(*arguments)
         assert (result.returncode, result.stdout) == (2, "")
-        assert "report.rows[0].tokens: expected integer, found 'many'" in result.stderr
+        assert "report.levels[1].checks[0].value: expected number or null, found 'many'" in result.stderr
 
 
 def test_compare_passes_a_bundle_against_its_own_report(crt_export: Run, bundle: Path) -> None:
@@ -67,15 +69,16 @@ def test_compare_passes_a_bundle_against_its_own_report(crt_export: Run, bundle:
 def test_compare_fails_with_exit_1_names_what_regressed_and_writes_junit(
     crt_export: Run, bundle: Path, document: dict[str, Any], tmp_path: Path
 ) -> None:
-    row = next(r for r in document["rows"] if (r["target"], r["regime"]) == ("ort-cpu-int8", "step"))
-    row.update(passed=False, failures=["damaged"])
-    row.update(relative_logit_error=0.019, relative_logit_error_ci=[0.0185, 0.0195])  # within its limit of 0.02
+    level = next(r for r in document["levels"] if (r["target"], r["level"]) == ("ort-cpu-int8", "corpus"))
+    checks = {check["name"]: check for check in level["checks"]}
+    checks["step: mean_kl"].update(passed=False, failures=["damaged"])
+    checks["step: relative_logit_error"].update(value=0.019, interval=[0.0185, 0.0195])  # within its limit of 0.02
     (tmp_path / "new.json").write_text(json.dumps(document), encoding="utf-8")
     result = crt_export("compare", str(bundle), "new.json", "--junit", "junit.xml", "--json")
     assert result.returncode == 1, result.stderr
     comparison = json.loads(result.stdout)
     failed = {change["name"] for change in comparison["changes"] if change["verdict"] == "regressed"}
-    assert {name.rpartition(": ")[2] for name in failed} == {"result", "relative_logit_error"}
+    assert {name.rpartition(": ")[2] for name in failed} == {"mean_kl", "relative_logit_error"}
     assert ElementTree.parse(tmp_path / "junit.xml").getroot().get("failures") == "2"
     plain = crt_export("compare", str(bundle), "new.json")
     assert plain.returncode == 1

@@ -1,89 +1,128 @@
+"""Tables of the command line: what a row says, and that a verdict is never softened."""
+
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from crt_export.cli.console import ProgressLine, write_json, write_table
-from crt_export.cli.tables import readable_size, write_parity_table
+from crt_export.cli.tables import readable_size, write_report_tables, write_summary, write_verdict
+from crt_export.parity.metrics import Check, measured
+from crt_export.parity.report import Comparison, ParityReport, corpus_result
 
-ROW: dict[str, Any] = {
-    "target": "ort-cpu-fp32",
-    "runtime": "onnxruntime",
-    "graph": "step",
-    "precision": "fp32",
-    "regime": "step chain",
-    "tokens": 4096,
-    "steps": 256,
-    "nll": 1.25,
-    "reference_nll": 1.25,
-    "delta_nll": 1e-6,
-    "delta_nll_ci": [-1e-6, 3e-6],
-    "perplexity": 3.4903,
-    "reference_perplexity": 3.4903,
-    "max_abs_logit_error": 2.7e-6,
-    "mean_kl": 1e-9,
-    "top1_agreement": 1.0,
-    "arithmetic": "fp32",
-    "status": "run",
-    "passed": True,
-}
-FIGURES = (
-    "tokens", "steps", "nll", "reference_nll", "delta_nll", "delta_nll_ci", "perplexity",
-    "reference_perplexity", "max_abs_logit_error", "mean_kl", "top1_agreement",
-)  # fmt: skip
+LIMITS = {"delta_nll": 1e-3, "max_abs_logit_error": 1e-3, "mean_kl": 1e-3, "top1_agreement": 0.99}
 
 
-def parity_lines(row: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
-    write_parity_table({"passed": True, "rows": [row]})
-    return capsys.readouterr().out.splitlines()[-1]
+def gates(**values: float) -> tuple[Check, ...]:
+    ends = {"delta_nll": (-1e-6, 3e-6), "gap_delta_nll": (-3e-4, 7e-4)}
+    return tuple(
+        measured(key, f"step: {key}", value, interval=ends.get(key), limit=LIMITS.get(key), precision="fp32", tokens=32)
+        for key, value in values.items()
+    )
 
 
-def test_row_that_ran_shows_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    line = parity_lines(ROW, capsys)
-    for figure in ("4,096", "3.4903", "+1.0e-06 [-1.0e-06, +3.0e-06]", "2.7e-06", "100.000%", "passed"):
+ROW = Comparison(
+    target="ort-cpu-fp32",
+    runtime="onnxruntime",
+    graph="step",
+    precision="fp32",
+    regime="step",
+    label="step",
+    tokens=4096,
+    steps=256,
+    nll=1.25,
+    reference_nll=1.25,
+    arithmetic="fp32",
+    checks=gates(delta_nll=1e-6, max_abs_logit_error=2.7e-6, mean_kl=1e-9, top1_agreement=1.0),
+)
+
+
+def report_of(*rows: Comparison, notes: tuple[str, ...] = ()) -> ParityReport:
+    text = {"source": "t", "sha256": "0", "offset": 0, "tokens": 4097, "windows": 16, "window": 256}
+    return ParityReport(levels=(corpus_result(ROW.target, rows),), tolerances={}, text=text, notes=notes)
+
+
+def regime_line(row: Comparison, capsys: pytest.CaptureFixture[str]) -> str:
+    write_report_tables(report_of(row))
+    return capsys.readouterr().out.splitlines()[2]
+
+
+def changed(row: Comparison = ROW, **values: Any) -> Comparison:
+    return dataclasses.replace(row, **values)
+
+
+def test_regime_that_ran_shows_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    line = regime_line(ROW, capsys)
+    for figure in ("4,096", "3.4903", "+1.0e-06 [-1.0e-06, +3.0e-06]", "2.7e-06", "1e-09", "100.000%", "passed"):
         assert figure in line
 
 
-def test_failed_row_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity_lines({**ROW, "passed": False}, capsys).endswith("FAILED")
+def test_failed_regime_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert regime_line(changed(checks=gates(top1_agreement=0.5)), capsys).endswith("FAILED")
 
 
-def test_compiled_row_is_never_shown_as_passed(capsys: pytest.CaptureFixture[str]) -> None:
-    line = parity_lines({**ROW, **dict.fromkeys(FIGURES), "status": "compiled", "passed": None}, capsys)
+def test_compiled_engine_is_never_shown_as_passed(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = changed(status="compiled", label="step (compiled)", nll=None, reference_nll=None, checks=())
+    line = regime_line(engine, capsys)
     assert line.endswith("compiled")
     assert "passed" not in line
+    write_summary(report_of(ROW, engine))
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[-1] == "compiled"
+    assert "1 compiled engine (ort-cpu-fp32) did not run" in out
 
 
 def test_emulated_arithmetic_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity_lines({**ROW, "arithmetic": "fp32-emulated"}, capsys).endswith("passed, fp32-emulated")
+    assert regime_line(changed(arithmetic="fp32-emulated"), capsys).endswith("passed, fp32-emulated")
 
 
 def test_likelihood_that_gates_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity_lines({**ROW, "better_than_chance": False}, capsys).endswith("passed, nll not gated")
-    assert parity_lines({**ROW, "better_than_chance": True}, capsys).endswith("passed")
+    assert regime_line(changed(better_than_chance=False), capsys).endswith("passed, nll not gated")
+    assert regime_line(changed(better_than_chance=True), capsys).endswith("passed")
 
 
 def test_regime_gap_shows_the_gated_excess_and_what_it_is_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
-    gap = {**ROW, "regime": "regime-gap", "excess_gap": 2e-4, "excess_gap_ci": [-3e-4, 7e-4], "positions": [0, 128]}
-    write_parity_table({"passed": True, "rows": [ROW, gap]})
-    line, note = capsys.readouterr().out.splitlines()[-2:]
-    assert "regime-gap 0-128" in line
-    assert "step 3.4903  excess +2.0e-04 [-3.0e-04, +7.0e-04]" in line
-    assert "+1.0e-06" not in line
-    assert note.startswith("note: regime-gap compares K passes with the steps of the same target")
+    checks = gates(delta_nll=1e-6, gap_delta_nll=2e-4)
+    gap = changed(regime="regime-gap", label="step", checks=checks, positions=(0, 128))
+    write_report_tables(report_of(gap))
+    lines = capsys.readouterr().out.splitlines()
+    assert "regime-gap 0-128" in lines[2]
+    assert "step 3.4903  excess +2.0e-04 [-3.0e-04, +7.0e-04]" in lines[2]
+    assert "+1.0e-06" not in lines[2]
+    assert lines[3].startswith("note: regime-gap compares K passes with the steps of the same target")
 
 
 def test_regime_gap_of_the_model_itself_has_no_excess(capsys: pytest.CaptureFixture[str]) -> None:
-    line = parity_lines({**ROW, "regime": "regime-gap", "excess_gap": None, "passed": None}, capsys)
+    delta = measured("delta_nll", "step: delta_nll", 1e-6, interval=(-1e-6, 3e-6))
+    line = regime_line(changed(regime="regime-gap", checks=(delta,)), capsys)
     assert "step 3.4903  +1.0e-06 [-1.0e-06, +3.0e-06]" in line
     assert line.endswith("run")
 
 
-def test_notes_of_the_report_follow_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    notes = ["windows of 100 tokens instead of 256: capacity of x is 100", "pytorch-half ran [4] of 16 windows"]
-    write_parity_table({"passed": True, "rows": [ROW], "notes": notes})
-    assert capsys.readouterr().out.splitlines()[-2:] == [f"note: {note}" for note in notes]
+def test_notes_of_the_report_follow_the_table_and_are_counted_in_the_summary(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    notes = ("windows of 100 tokens instead of 256: capacity of x is 100", "pytorch-half ran [4] of 16 windows")
+    write_report_tables(report_of(ROW, notes=notes))
+    assert capsys.readouterr().out.splitlines()[3:5] == [f"note: {note}" for note in notes]
+    write_summary(report_of(ROW, notes=notes))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 notes on what was shortened or left out: --full")
+
+
+def test_summary_has_one_row_per_target_and_every_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    write_summary(report_of(ROW), {"ort-cpu-fp32": 1536})
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    assert line.split() == ["ort-cpu-fp32", "3.4903", "+1.0e-6", "±2.0e-6", "100.00%", "4/4", "passed", "1.5", "KiB"]
+    failed = report_of(changed(checks=gates(delta_nll=1e-6, top1_agreement=0.5)))
+    write_summary(failed)
+    out = capsys.readouterr().out.splitlines()
+    assert out[2].split()[-2:] == ["1/2", "FAILED"]
+    assert out[3].startswith("failed: ort-cpu-fp32 corpus: step: top1_agreement: top-1 agreement 50.00%")
+    write_verdict(failed)
+    words = "parity: FAILED, not compared with your own model. 1 of 2 gates failed on 1 target."
+    assert capsys.readouterr().out == f"{words}\n"
 
 
 def test_plain_table_is_aligned_and_free_of_drawing(capsys: pytest.CaptureFixture[str]) -> None:

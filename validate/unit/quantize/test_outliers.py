@@ -10,12 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from crt_export.parity.rows import compare
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.graph.export import export_graph
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, ParityRow, load_tolerances
+from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
+from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.rollout import Rollout
 from crt_export.parity.scores import Scorer
@@ -34,7 +34,7 @@ from crt_export.text import TokenText
 
 DTYPES = {"w8": torch.float32, "w8a8": torch.float16}
 UNROLL = 4
-Check = Callable[..., ParityRow]
+Check = Callable[..., Comparison]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def reference(demo_checkpoint: Path, heldout_text: Path) -> Reference:
 def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> Check:
     """``check(precision, quantize, plan)``: quantise the step and compare its chain as a build does."""
 
-    def run(precision: str, quantize: Callable[[ir.Model], object], plan: W8A8Plan | None = None) -> ParityRow:
+    def run(precision: str, quantize: Callable[[ir.Model], object], plan: W8A8Plan | None = None) -> Comparison:
         graph = ir.from_proto(onnx.load_model_from_string(exported[precision]))
         quantize(graph)
         ir.save(graph, tmp_path / "step.onnx")
@@ -75,8 +75,8 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
         )
         scorer = Scorer(reference, STEP, UNROLL)
         Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
-        row = ParityRow(target="demo", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
-        return compare(row, scorer.scores(), load_tolerances(), scorer.problems).row
+        row = Comparison(target="demo", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
+        return compare(row, scorer.scores(), load_tolerances(), scorer.problems)
 
     return run
 
@@ -89,14 +89,15 @@ def _set_weights(graph: ir.Model, model: Model) -> None:
             value.const_value = ir.tensor(weights[name].detach().numpy(), name=name)
 
 
-def _require_within_the_gates(row: ParityRow) -> None:
+def _require_within_the_gates(row: Comparison) -> None:
     """All of the 95 % interval, top-1 and logit error: what ``compare`` judges, and that it did."""
     assert row.passed, row.failures
     assert row.tokens == 4096
     assert row.better_than_chance, "the likelihood was not gated"
-    assert row.delta_nll_ci is not None
+    ends = row.interval("delta_nll")
+    assert ends is not None
     limits = load_tolerances().precisions[row.precision]
-    assert -limits.delta_nll <= row.delta_nll_ci[0] <= row.delta_nll_ci[1] <= limits.delta_nll
+    assert -limits.delta_nll <= ends[0] <= ends[1] <= limits.delta_nll
 
 
 def _without_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ HOSTILE = (
 )
 
 
-def render_html(report: Report, **words: str) -> str:
-    return html.render_html(ParityReport.from_dict(report), **words)
+def render_html(report: Report, bundle: str = "") -> str:
+    return html.render_html(ParityReport.from_dict(report), bundle=bundle)
 
 
 class Page(HTMLParser):

@@ -153,6 +153,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         _set("targets", TARGET, "graphs", "step", "x"),
         r"graphs\['step'\] is 'x', which is not listed",
     ),
+    "plan not listed": (_set("quantization", "w8a8", "x"), r"quantization\['w8a8'\] is 'x', which is not listed"),
+    "plan no name": (_set("quantization", "w8a8", {}), r"quantization\['w8a8'\] must be a file name"),
     "capacity of zero": (_set("targets", TARGET, "capacity", 0), "'capacity' must be 1 or more, found 0"),
     "cache of integers": (
         _set("targets", TARGET, "cache_dtype", "int64"),

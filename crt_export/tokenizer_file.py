@@ -27,7 +27,6 @@ from crt_export.user_files import read_input
 _MOST_BYTES = 256 << 20
 #: Settings of a model that draw random numbers while encoding.
 _RANDOM_SETTINGS = ("dropout", "alpha", "nbest_size")
-_SHOWN_TOKENS = 8
 
 
 class TokenizerFile:
@@ -114,12 +113,6 @@ def library_errors(kind: type[CrtExportError], heading: str) -> Iterator[None]:
             raise  # an interrupt
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise kind(f"{heading} ({words[0]:.300})") from None
-
-
-def special_tokens_listed(names: dict[str, int]) -> str:
-    """The first special tokens in words, for messages."""
-    shown = ", ".join(repr(name) for name in list(names)[:_SHOWN_TOKENS])
-    return (shown + (", ..." if len(names) > _SHOWN_TOKENS else "")) or "none"
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -274,7 +274,7 @@ class BundleFiles:
         return [*problems, *tree.problems]
 
     def _problem_of_name(self, name: str) -> str | None:
-        """Check the file that a name leads to now; remember it if it is sound."""
+        """Check the file that a name leads to now; remember it if it is valid."""
         held = self._held.get(name)
         if held is not None:
             problem = self._folder.problem(name)
@@ -287,7 +287,7 @@ class BundleFiles:
         return self._problem(name)
 
     def _problem(self, name: str) -> str | None:
-        """Check one file, the one that is held; remember it if it is sound."""
+        """Check one file, the one that is held; remember it if it is valid."""
         self._refuse_closed()
         entry = self._manifest["files"].get(name)
         if entry is None:

@@ -82,7 +82,7 @@ class HeldFolder:
         return not os.path.samestat(now, os.fstat(self.descriptor))
 
     def problem(self, name: str) -> str | None:
-        """Why ``name``, a sound one, is no regular file reached through no link; None if it is."""
+        """Why ``name``, a valid one, is no regular file reached through no link; None if it is."""
         return file_problem(self.path, name, self.descriptor)
 
     def state(self, name: str) -> FileState:

@@ -46,7 +46,7 @@ def open_bundle(
     if unfinished is not None:
         raise BundleError(
             f"{folder} is what an interrupted or running build left behind, not a bundle: "
-            f"open {folder.parent / unfinished.name}, or build it again (that removes leftovers)"
+            f"open {folder.parent / unfinished.name}, or build it again (that removes it)"
         )
     bundle = _held_bundle(folder)
     if identity is not None and bundle.identity != identity:

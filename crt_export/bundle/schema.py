@@ -64,7 +64,7 @@ _CACHE_DTYPES = ("float32", "float16")
 
 
 def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
-    """Every way in which a parsed manifest breaks the schema; empty if it is sound."""
+    """Every way in which a parsed manifest breaks the schema; empty if it is valid."""
     problems = _field_problems("the manifest", manifest, _TOP)
     if problems:
         return problems

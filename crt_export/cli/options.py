@@ -69,7 +69,7 @@ def validation_tokens_option(command: Command) -> Command:
         show_default=True,
         metavar="N",
         help="Held-out tokens, at least 4096: scored by step and prefill; "
-        "hand-over scores the second half of each window.",
+        "handover scores the second half of each window.",
     )(command)
 
 

@@ -45,7 +45,7 @@ MOST_DRAWS = 2**62
 
 
 #: Dtype and dims of a session's tensors; equal names are equal sizes, whatever session it is.
-_FORMS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+_TENSORS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     **dict.fromkeys(("position", "next_tokens", "drawn", "pending", "held"), ("int64", ("batch",))),
     "recent": ("int64", ("batch", RECENT_TOKENS)),
     "logits": ("float32", ("batch", "vocab")),
@@ -56,19 +56,19 @@ _CACHE_DIMS = ("batch", "heads", "tokens", "head_dim")
 _CACHE_NAME = re.compile(r"past_key_values\.[0-9]+\.(key|value)")
 
 
-def _form_problems(
-    forms: Mapping[str, tuple[str, tuple[int, ...]]],
+def _tensor_problems(
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
     known: Mapping[str | int, int] | None = None,
     cache_dtypes: Sequence[str] = ("float32", "float16"),
 ) -> list[str]:
     """What no session has; with the sizes and the cache dtype of one, what that session has not."""
     problems = []
     sizes: dict[str | int, int] = dict(known or {})
-    for name, (dtype, shape) in forms.items():
+    for name, (dtype, shape) in found.items():
         if _CACHE_NAME.fullmatch(name):
             dtypes, dims = cache_dtypes, _CACHE_DIMS
-        elif name in _FORMS:
-            dtypes, dims = _FORMS[name][:1], _FORMS[name][1]
+        elif name in _TENSORS:
+            dtypes, dims = _TENSORS[name][:1], _TENSORS[name][1]
         else:
             problems.append(f"{name!r:.80} is unknown")
             continue
@@ -86,7 +86,7 @@ SNAPSHOT = TensorFileKind(
     version=1,
     title="a snapshot",
     required=("bundle", "target"),
-    problems=_form_problems,
+    problems=_tensor_problems,
 )
 
 
@@ -202,14 +202,14 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
         for row in outside:
             yield f"row {row} holds {position[row]} tokens, this session has a capacity of {sizes.capacity}"
         return
-    names = [name for name in _FORMS if name != "state" or sizes.recurrent]
+    names = [name for name in _TENSORS if name != "state" or sizes.recurrent]
     names += [f"past_key_values.{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")]
     yield from (f"{name} is missing" for name in names if name not in tensors)
     yield from (f"{name} is unknown" for name in tensors if name not in names)
     there = {name: tensors[name] for name in names if name in tensors}
     strange = [name for name, values in there.items() if not isinstance(values, np.ndarray)]
     yield from (f"{name} must be an array, found {type(there[name]).__name__}" for name in strange)
-    forms = {name: (str(values.dtype), values.shape) for name, values in there.items() if name not in strange}
+    found = {name: (str(values.dtype), values.shape) for name, values in there.items() if name not in strange}
     known: dict[str | int, int] = {
         "batch": sizes.batch,
         "vocab": sizes.vocab,
@@ -218,7 +218,7 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
         "head_dim": sizes.head_dim,
         "tokens": int(position.max()),
     }
-    yield from _form_problems(forms, known, (sizes.cache_dtype,))
+    yield from _tensor_problems(found, known, (sizes.cache_dtype,))
 
 
 def _value_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> Iterator[str]:

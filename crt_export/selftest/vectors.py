@@ -190,8 +190,8 @@ def _expected(vectors: Vectors, config: ModelConfig) -> dict[str, tuple[str, tup
     expected: dict[str, tuple[str, tuple[int, ...]]] = {"input_ids": ("int64", (tokens,))}
     for precision in vectors.limits:
         if divisor_name(precision, 0) in vectors.tensors:
-            form = ("float32", (config.num_attention_heads, config.head_dim))
-            expected |= {divisor_name(precision, layer): form for layer in range(config.num_hidden_layers)}
+            divisors = ("float32", (config.num_attention_heads, config.head_dim))
+            expected |= {divisor_name(precision, layer): divisors for layer in range(config.num_hidden_layers)}
     for run in vectors.runs:
         for index in range(steps + 1):
             columns = len(range(vocab)[vectors.columns(index)])

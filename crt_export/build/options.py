@@ -1,14 +1,15 @@
-"""What the caller asks of a build, and what it comes to for this checkpoint on this machine."""
+"""Options of a build, and what they come to for this checkpoint on this machine."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
+from crt_export.checked import Checked, Rules, whole
 from crt_export.config import MOST_PASSES, ModelConfig
 from crt_export.environment import target_status
 from crt_export.errors import InputError, MissingDependencyError, problem_list
@@ -23,7 +24,7 @@ SHORT_VALIDATION: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(Checked):
     """Options of one build; the command line has one flag for each.
 
     Attributes:
@@ -46,6 +47,13 @@ class BuildOptions:
         InputError: A number is out of range.
     """
 
+    HEADING: ClassVar[str] = "build options"
+    RULES: ClassVar[Rules] = {
+        "capacity": whole("at least 1 token", least=1, optional=True),
+        "unroll": whole(f"1 to {MOST_PASSES} passes of the prefill", least=1, most=MOST_PASSES, optional=True),
+        "validation_tokens": whole(f"at least {VALIDATION_TOKENS}", least=VALIDATION_TOKENS),
+    }
+
     checkpoint: Path
     output: Path
     targets: tuple[str, ...] = ()
@@ -60,25 +68,15 @@ class BuildOptions:
     expect: Path | None = None
     cache: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without the checkpoint."""
-        problems = []
-        if self.capacity is not None and self.capacity < 1:
-            problems.append(f"capacity must be at least 1 token, found {self.capacity}")
-        if self.unroll is not None and self.unroll < 1:
-            problems.append(f"unroll (number of prefill passes K) must be at least 1, found {self.unroll}")
-        if self.unroll is not None and self.unroll > MOST_PASSES:
-            problems.append(f"unroll (number of prefill passes K) must be at most {MOST_PASSES}, found {self.unroll}")
-        if self.validation_tokens < VALIDATION_TOKENS:
-            problems.append(f"validation tokens must be at least {VALIDATION_TOKENS}, found {self.validation_tokens}")
-        if self.short_reason and self.validation_tokens != VALIDATION_TOKENS:
-            problems.append("give a number of validation tokens or the reason of a short validation, not both")
-        if self.text is not None and self.tokens is not None:
-            problems.append("give a text or token ids, not both")
-        if self.expect is not None and not self.validated:
-            problems.append("an unvalidated bundle has no report for the comparison with your own model: leave out one")
-        if problems:
-            raise InputError(problem_list("build options", problems))
+    @classmethod
+    def conflicts(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What excludes each other."""
+        if values["short_reason"] and values.get("validation_tokens", VALIDATION_TOKENS) != VALIDATION_TOKENS:
+            yield "give a number of validation tokens or the reason of a short validation, not both"
+        if values["text"] is not None and values["tokens"] is not None:
+            yield "give a text or token ids, not both"
+        if values["expect"] is not None and not values["validated"]:
+            yield "an unvalidated bundle has no report for the comparison with your own model: leave out one"
 
     @property
     def parity(self) -> ParityOptions:

@@ -64,11 +64,11 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--unroll", 0], "unroll (number of prefill passes K) must be at least 1, found 0"),
-        (["--unroll", 4097], "unroll (number of prefill passes K) must be at most 4096, found 4097"),
+        (["--unroll", 0], "unroll must be 1 to 4096 passes of the prefill, found 0"),
+        (["--unroll", 4097], "unroll must be 1 to 4096 passes of the prefill, found 4097"),
         (["--capacity", 0], "capacity must be at least 1 token, found 0"),
         (["--capacity", 65], "capacity 65 is above max_position_embeddings 64"),
-        (["--validation-tokens", 4095], "validation tokens must be at least 4096, found 4095"),
+        (["--validation-tokens", 4095], "validation_tokens must be at least 4096, found 4095"),
         (["--target", "ort-cpu-fp64"], "ort-cpu-fp64"),
         (["--target", "absent.toml"], "absent.toml"),
         (["--target", "ort-cpu-fp32", "--target", "ort-cpu-fp32"], "targets named more than once: ort-cpu-fp32"),

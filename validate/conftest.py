@@ -105,7 +105,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not rows:
         return
     sys.path.append(str(ROOT / "validate" / "parity"))
-    table = importlib.import_module("fault_table")
+    table = importlib.import_module("fault_ladder")
     terminalreporter.section("faults: bundle, target, the level that caught it")
     for line in table.summary_lines(rows):
         terminalreporter.line(line)

@@ -9,7 +9,7 @@ Token by token is exact; passes are worth their difference where they are faster
   residual is large holds up its whole chunk. No rule times this model on this machine; ``crt-export bench`` does.
 * Measured by the build, on this model and text: the number of passes within the limit of perplexity and the bound,
   simulated with PyTorch FP32 on windows of one chunk that start from nothing
-  (:mod:`crt_export.parity.certificate.stopping`). That later chunks of a prompt and other precisions behave alike is
+  (:mod:`crt_export.parity.certificate.curves`). That later chunks of a prompt and other precisions behave alike is
   assumed.
 """
 
@@ -27,8 +27,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
 from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity.certificate.spans import perplexity_gap_interval, smallest_passes
-from crt_export.parity.certificate.stopping import Stopping, stopping_bound
+from crt_export.parity.certificate.curves import Stopping, perplexity_gap_interval, smallest_passes, stopping_bound
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress

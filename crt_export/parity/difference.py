@@ -41,5 +41,19 @@ def difference(found: NDArray[Any], expected: NDArray[Any], limit: float) -> Dif
     return Difference(largest=largest, mean=mean, passed=largest <= limit)
 
 
+def relative_error(found: NDArray[Any], expected: NDArray[Any], scale: float | None = None) -> float:
+    """Largest |difference| over the largest |expected|, or over ``scale``.
+
+    NaN where either holds one, infinite where shapes differ.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    wide = expected.astype(np.float32, copy=False)
+    largest = float(np.abs(wide).max(initial=0.0)) if scale is None else scale
+    with np.errstate(invalid="ignore"):
+        error = float(np.abs(found.astype(np.float32, copy=False) - wide).max(initial=0.0))
+    return error / max(largest, float(np.finfo(np.float32).tiny))
+
+
 def _widened(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.float32) if values.dtype == np.float16 else values

@@ -64,6 +64,7 @@ METRICS: Mapping[str, Metric] = {
         Metric(key="tensor_error", limit="tensor_error", figure=_RELATIVE),
         Metric(key="chain_error", limit="chain_error", figure=_RELATIVE),
         Metric(key="consistency", limit="consistency", figure=_RELATIVE),
+        Metric(key="bit_differences", figure="values that differ in a bit"),
         Metric(key="steps", relation=AT_LEAST, figure="steps compared in every window"),
         # corpus
         Metric(key="tokens", relation=AT_LEAST, figure="tokens compared"),

@@ -26,15 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crt_export.engine.onnxruntime import OrtGraph
-from crt_export.errors import ContractError
+from crt_export.errors import ContractError, UnsupportedError
 from crt_export.ladder import ONE_STEP
-from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.case import ParityCase
 from crt_export.parity.difference import difference
+from crt_export.parity.interchange import interchange_checks, session_outputs
 from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
 from crt_export.parity.one_step_calls import Call, OneStepCalls
 from crt_export.parity.polygraphy_results import save_outputs
-from crt_export.parity.same_step import compared_graphs, same_step_check
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]
@@ -52,52 +51,36 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
         setup: Reference, text, limits, and where to save the outputs.
 
     Returns:
-        One check per graph and output, and one of the step graph against a pass over one token
-        (:mod:`crt_export.parity.same_step`); a graph that cannot run is one failed check.
+        One check per graph and output, and those of :mod:`crt_export.parity.interchange`; a graph that cannot run is
+        one failed check.
 
     Raises:
+        ContractError: What a session loads cannot be loaded or breaks the contract.
         MissingDependencyError: ONNX Runtime is not installed, or Polygraphy where outputs are saved.
     """
+    runner = setup.runner(case)
     calls = OneStepCalls(case, setup)
     checks: list[Check] = []
     tensors: dict[str, Any] = {}
-    loaded: dict[str, OrtGraph] = {}
     for name in graph_names(setup.config):
         comparison = _Comparison(case, setup, name)
         try:
-            _compare_graph(case, setup, calls, comparison, loaded)
-        except ContractError as error:
+            for call in calls.of(name):
+                comparison.add(session_outputs(runner, name, call.inputs), call, calls.capacity)
+        except (ContractError, UnsupportedError) as error:
             checks.append(failed_check(f"{name}: runs", str(error)))
         checks += comparison.checks()
         tensors[name] = comparison.data()
         if setup.saved_outputs is not None and comparison.outputs:
             runs = {case.target: comparison.outputs, REFERENCE_RUN: comparison.references}
             save_outputs(setup.saved_outputs / case.target / f"{name}.json", runs)
-    same = same_step_check(case, setup, calls, loaded)
-    if same is not None:
-        checks.append(same)
+    checks += interchange_checks(runner, setup, calls)
     return LevelResult(
         level=ONE_STEP,
         target=case.target,
         checks=tuple(checks),
         data={"positions": calls.positions, "tensors": tensors},
     )
-
-
-def _compare_graph(
-    case: ParityCase, setup: ParitySetup, calls: OneStepCalls, comparison: _Comparison, loaded: dict[str, OrtGraph]
-) -> None:
-    """All calls of one graph, which stays ``loaded`` only where it is compared with another: prefill takes gigabytes.
-
-    Raises:
-        ContractError: The graph cannot be loaded or run.
-    """
-    name = comparison.name
-    graph = load_checked_graph(case, name, setup.config, setup.threads)
-    if name in compared_graphs(setup.config):
-        loaded[name] = graph
-    for call in calls.of(name):
-        comparison.add(graph, call, calls.capacity)
 
 
 @dataclass
@@ -123,13 +106,8 @@ class _Comparison:
         self.outputs: list[dict[str, Array]] = []
         self.references: list[dict[str, Array]] = []
 
-    def add(self, graph: OrtGraph, call: Call, capacity: int) -> None:
-        """Run one call and compare it.
-
-        Raises:
-            ContractError: ONNX Runtime failed.
-        """
-        whole = graph.run({tensor.name: call.inputs[tensor.name] for tensor in self._spec.inputs})
+    def add(self, whole: Mapping[str, Array], call: Call, capacity: int) -> None:
+        """Compare the outputs of one call."""
         sizes = {"batch": len(call.rows), "capacity": capacity}
         sizes["seq"] = next((v.shape[1] for k, v in call.inputs.items() if k in ("input_ids", "hidden")), 1)
         sound = self._sound(whole, call, sizes)
@@ -189,8 +167,6 @@ class _Comparison:
 
     def _sound(self, whole: Mapping[str, Array], call: Call, sizes: Mapping[str, int]) -> dict[str, Array]:
         """The outputs that can be compared at all, caches up to the last slot written; the others fail."""
-        for name in sorted(whole.keys() - {spec.name for spec in self._spec.outputs}):
-            raise ContractError(f"{self.name}: output {name} is not part of the contract")
         sound = {}
         for spec in self._spec.outputs:
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)

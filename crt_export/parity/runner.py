@@ -142,15 +142,24 @@ class Runner:
         self.engine.close()
         self.__dict__.pop("_head", None)
 
+    def load(self, graph: str) -> OrtGraph:
+        """Load a graph of the target that no session loads, with the options of those that it does.
+
+        Raises:
+            ContractError: The target has no such graph, or it cannot be loaded or breaks the contract.
+            BundleError: Its file is missing or differs from what was built.
+        """
+        if graph not in self.target.graphs:
+            raise ContractError(f"target {self.target.name} has no {graph} graph, which validation needs")
+        graphs = {graph: self._files.held_graph(self.target.graphs[graph])}
+        engine = OrtEngine(graphs, _settings(self.target, self._threads), max_tokens=self.engine.max_tokens)
+        program = engine.program(graph)
+        check_contract({graph: program}, self.target, self.config)
+        return program
+
     @cached_property
     def _head(self) -> OrtGraph:
-        if _HEAD not in self.target.graphs:
-            raise ContractError(f"target {self.target.name} has no {_HEAD} graph, which validation needs")
-        graphs = {_HEAD: self._files.held_graph(self.target.graphs[_HEAD])}
-        engine = OrtEngine(graphs, _settings(self.target, self._threads), max_tokens=self.engine.max_tokens)
-        program = engine.program(_HEAD)
-        check_contract({_HEAD: program}, self.target, self.config)
-        return program
+        return self.load(_HEAD)
 
 
 def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
@@ -255,7 +264,7 @@ class Decoding:
         Raises:
             ContractError: The engine failed.
         """
-        self._begin(1)
+        self._begin(0)
         self._decoder.step(ids.tolist(), read_logits=True)
 
     def prefill(self, ids: np.ndarray, passes: int, *, pass_by_pass: bool = False) -> None:
@@ -275,6 +284,38 @@ class Decoding:
         if pass_by_pass:
             rule = PrefillRule(passes=passes, bound=None, shortest=1, chunk=self._decoder.max_chunk)
         self._decoder.prefill(list(ids), rule)
+
+    def passes(self, ids: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Feed some tokens per row in one chunk, one pass at a time, and keep what every pass gave.
+
+        Args:
+            ids: int64 [rows, tokens].
+            most: Number of passes.
+
+        Returns:
+            After each pass h of every token, float32 [passes, rows, tokens, hidden], and the largest |change of h| in
+            it, float32 [passes, rows]. Passes that are not made, since nothing is left to change, are as the last.
+
+        Raises:
+            ContractError: The engine failed.
+            UnsupportedError: The target has no graph of one pass.
+        """
+        hidden = np.empty((most, *ids.shape, self.runner.config.hidden_size), np.float32)
+        residual, made = np.empty((most, self.rows), np.float32), [0] * self.rows
+
+        def keep(rows: slice, change: np.ndarray) -> None:
+            done = made[rows.start]
+            hidden[done, rows], residual[done, rows] = self._tap.hidden[rows], change
+            made[rows] = [done + 1] * (rows.stop - rows.start)
+
+        self._tap.on_pass = keep
+        try:
+            self.prefill(ids, most, pass_by_pass=True)
+        finally:
+            self._tap.on_pass = None
+        for row, done in enumerate(made):
+            hidden[done:, row], residual[done:, row] = hidden[done - 1, row], residual[done - 1, row]
+        return hidden, residual
 
     def reset(self) -> None:
         """Forget every token, as a session does before another text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +27,19 @@ class Tap:
     """Sees every launch of a decoding."""
 
     def __init__(self) -> None:
+        #: Told after every pass which rows made it and their residual, float32 [rows].
+        self.on_pass: Callable[[slice, np.ndarray], None] | None = None
         self.broken: list[str] = []
         self.hidden = np.empty((0, 0, 0), np.float32)
         self._latest: dict[int, _Ran] = {}
         self._start: list[int] = []
 
     def begin(self, positions: Sequence[int], tokens: int, hidden: int) -> None:
-        """A call begins; ``positions`` are the tokens in the caches before it, ``tokens`` those it brings per row."""
+        """A call begins: tokens in the caches before it, and those that a prefill brings per row."""
         self.broken.clear()
         self._latest.clear()
         self._start = list(positions)
-        if tokens > 1:
+        if tokens:
             self.hidden = np.full((len(positions), tokens, hidden), np.nan, np.float32)
 
     def saw(self, ran: _Ran) -> None:
@@ -48,6 +50,9 @@ class Tap:
         self.broken += [f"{ran.graph}: {text}" for text in _contradictions(ran, self._start[first:], place)]
         if "next_hidden" in ran.outputs and ran.graph != "step":
             self._keep_hidden(ran)
+        if self.on_pass is not None and "residual" in ran.outputs:
+            rows = ran.outputs["logits"]
+            self.on_pass(slice(rows.start, rows.stop), ran.read("residual"))
 
     def output(self, name: str) -> np.ndarray | None:
         """The rows of an output, of all launches that were the last of theirs."""

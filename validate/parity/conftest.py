@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ from crt_export.bundle import MANIFEST_NAME
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.pipeline import BuildOptions, build
 from crt_export.text import TokenText
+
+if TYPE_CHECKING:
+    from fault_bundle import SpoiledBundle
 
 if str(Path(__file__).parent) not in sys.path:  # for faults.py; pytest's import mode leaves the path alone
     sys.path.append(str(Path(__file__).parent))
@@ -40,9 +43,23 @@ def parity_bundle(parity_checkpoint: Checkpoint, heldout_text: Path, shared_fold
     return output
 
 
+@pytest.fixture(scope="session")
+def three_targets(parity_checkpoint: Checkpoint, shared_folder: Path) -> Path:
+    """The same model for a target whose rows run together, one whose rows run apart, and one of a GPU."""
+    output = shared_folder / "three-targets"
+    targets = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cuda-fp16")
+    options = BuildOptions(
+        checkpoint=parity_checkpoint.path, output=output, targets=targets, validated=False, capacity=64
+    )
+    with FileLock(output.with_suffix(".lock")):
+        if not (output / MANIFEST_NAME).is_file():
+            build(options)
+    return output
+
+
 @pytest.fixture
-def spoiled(parity_bundle: Path, tmp_path: Path) -> Any:
-    """A copy of the bundle to be damaged, a ``SpoiledBundle``."""
+def spoiled(parity_bundle: Path, tmp_path: Path) -> SpoiledBundle:
+    """A copy of the bundle, to be spoiled and signed again."""
     from fault_bundle import SpoiledBundle
 
     return SpoiledBundle(parity_bundle, tmp_path / "bundle", "ort-cpu-fp32")

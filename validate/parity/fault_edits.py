@@ -1,4 +1,4 @@
-"""Surgery on a built ONNX file: what the faults of :mod:`faults` are made of.
+"""Surgery on a built ONNX file: what the faults of :mod:`faults_of_graphs` and :mod:`faults` are made of.
 
 Every function works on the ``onnx.ModelProto`` of a graph of the contract, of any precision, number of layers and
 passes: it finds what it changes by operator and by the names of the contract, never by the exporter's numbered values.
@@ -107,22 +107,32 @@ def set_attribute(operator: str, name: str, change: Callable[[object], object]) 
     return edit
 
 
-def nan_at(output: str, position: int) -> Edit:
-    """The output [batch, ...] of the step graph is NaN where ``position`` has one value, else as it was."""
+def times_zero(value: str, result: str) -> tuple[Part, ...]:
+    """Nodes that make zeros of a float32 value."""
+    return (constant("zero", 0, np.float32), node("Mul", [value, "zero"], result))
+
+
+def value_at(output: str, position: int, value: float) -> Edit:
+    """The output [batch, ...] has one value where ``position`` is that number, else it is as it was."""
 
     def edit(model: onnx.ModelProto) -> None:
         rank = len(next(value for value in model.graph.output if value.name == output).type.tensor_type.shape.dim)
         replace_output(
             output,
-            constant("nan.position", position),
-            constant("nan.axes", list(range(1, rank))),
-            constant("nan.value", np.nan, np.float32),
-            node("Equal", ["position", "nan.position"], "nan.rows"),
-            node("Unsqueeze", ["nan.rows", "nan.axes"], "nan.mask"),
-            node("Where", ["nan.mask", "nan.value", "before"], output),
+            constant("once.position", position),
+            constant("once.axes", list(range(1, rank))),
+            constant("once.value", value, np.float32),
+            node("Equal", ["position", "once.position"], "once.rows"),
+            node("Unsqueeze", ["once.rows", "once.axes"], "once.mask"),
+            node("Where", ["once.mask", "once.value", "before"], output),
         )(model)
 
     return edit
+
+
+def nan_at(output: str, position: int) -> Edit:
+    """The output is NaN where ``position`` is that number."""
+    return value_at(output, position, np.nan)
 
 
 def drop_first_pass(model: onnx.ModelProto) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -13,26 +12,29 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from fault_edits import Edit, constant, node, replace_value
+from fault_bundle import SpoiledBundle
+from fault_edits import Edit, constant, nan_at, node, replace_value, shift_input
 
+from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
-from crt_export.parity.certificate import certify, coverage, measurement, target_form
-from crt_export.parity.certificate.coverage import coverage_of
-from crt_export.parity.certificate.forms import ReferenceForm
-from crt_export.parity.certificate.measurement import compare_states
-from crt_export.parity.certificate.residual import residual_curve
+from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.certificate import certify, measurement, runs
+from crt_export.parity.certificate.curves import residual_curve
+from crt_export.parity.certificate.measurement import compare_states, coverage_of
+from crt_export.parity.certificate.runs import ReferenceRun
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
+from crt_export.pipeline import BuildOptions, build
 from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
-GRAPHS = ("step", "prefill", "prefill_pass", "head")
 WINDOW, TRAINED, UNROLL, COUNT = 48, 32, 2, 6
+CPU, GPU = "ort-cpu-fp32", "ort-cuda-fp16"
 
 
 def _setup(checkpoint: Checkpoint, text: TokenText, **changes: Any) -> ParitySetup:
@@ -55,8 +57,8 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
 
 
 @pytest.fixture(scope="module")
-def case(parity_bundle: Path, parity_checkpoint: Checkpoint) -> ParityCase:
-    return _case(parity_bundle / "graphs", parity_checkpoint)
+def case(parity_bundle: Path) -> ParityCase:
+    return _case(parity_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +66,8 @@ def sound(case: ParityCase, setup: ParitySetup) -> LevelResult:
     return certify(case, setup)
 
 
-def _case(folder: Path, checkpoint: Checkpoint) -> ParityCase:
-    return ParityCase(
-        target="ort-cpu-fp32",
-        runtime="onnxruntime",
-        precision="fp32",
-        graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
-        unroll=UNROLL,
-        cache_dtype="float32",
-    )
+def _case(bundle: Path, target: str = CPU) -> ParityCase:
+    return case_from_manifest(open_bundle(bundle, allow_unvalidated=True), target)
 
 
 def _check(result: LevelResult, start: str) -> Check:
@@ -156,15 +151,15 @@ def test_figures_do_not_depend_on_batches_or_pieces(
     sound: LevelResult, case: ParityCase, parity_checkpoint: Checkpoint, real_text: TokenText, monkeypatch: Any
 ) -> None:
     largest: list[int] = []
-    head = target_form.TargetForm.head
+    head = runs.TargetRun.head
 
-    def watched(self: target_form.TargetForm, hidden: np.ndarray) -> np.ndarray:
+    def watched(self: runs.TargetRun, hidden: np.ndarray) -> np.ndarray:
         logits = head(self, hidden)
         largest.append(logits.size)
         return logits
 
-    monkeypatch.setattr(target_form.TargetForm, "head", watched)
-    for module in (measurement, target_form):
+    monkeypatch.setattr(runs.TargetRun, "head", watched)
+    for module in (measurement, runs):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", 10_000)
     parts = certify(case, _setup(parity_checkpoint, real_text, window_batch=4))
     assert max(largest) <= 10_000, "no more logits at a time than a block"
@@ -189,15 +184,18 @@ def test_enough_passes_over_short_windows_leave_no_gap(
 
 
 # --- what a target or a model lacks
-def test_a_target_without_single_passes_is_certified_in_steps_of_its_unroll(
-    sound: LevelResult, case: ParityCase, setup: ParitySetup
-) -> None:
-    graphs = {name: path for name, path in case.graphs.items() if name != "prefill_pass"}
-    result = certify(dataclasses.replace(case, graphs=graphs), setup)
-    assert result.passed, result.failures
-    assert result.data["passes"] == [2, 4]
-    assert result.data["spans"][0]["nll"] == pytest.approx(sound.data["spans"][0]["nll"][1::2], abs=1e-7)
-    assert any("no prefill_pass graph" in note for note in result.notes)
+def test_a_target_without_single_passes_is_refused(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
+    manifest = spoiled.manifest
+    del manifest["targets"]["ort-cpu-fp32"]["graphs"]["prefill_pass"]
+    spoiled.change_manifest(targets=manifest["targets"])
+    with pytest.raises(ContractError, match="ort-cpu-fp32 has no prefill_pass graph, which every number of passes"):
+        certify(_case(spoiled.path), setup)
+
+
+def test_windows_are_as_long_as_the_target_takes_at_once(case: ParityCase, setup: ParitySetup) -> None:
+    short = measurement.coverage_of(case, setup, WINDOW - 8)
+    assert (short.length, short.whole) == (WINDOW - 8, False)
+    assert any(f"the first {WINDOW - 8} of the {WINDOW} tokens" in note for note in short.notes)
 
 
 def test_windows_are_left_out_where_they_take_too_long(
@@ -205,33 +203,25 @@ def test_windows_are_left_out_where_they_take_too_long(
 ) -> None:
     config = parity_checkpoint.config
     per_window = (config.parameter_count + 150 * config.vocab_size) * WINDOW * 2 * UNROLL
-    monkeypatch.setattr(coverage, "MOST_WORK", 3 * per_window)
+    monkeypatch.setattr(measurement, "MOST_WORK", 3 * per_window)
     setup = _setup(parity_checkpoint, real_text)
-    assert coverage_of(case, setup).windows == 3
+    assert coverage_of(case, setup, WINDOW).windows == 3
     result = certify(case, setup)
     assert result.passed, result.failures
     assert result.data["windows"] == 3
     assert any("3 of 6 windows" in note and "reported and not gated" in note for note in result.notes)
-    monkeypatch.setattr(coverage, "MOST_WORK", 1)
-    assert coverage_of(case, setup).windows == 2, "an interval needs two"
+    monkeypatch.setattr(measurement, "MOST_WORK", 1)
+    assert coverage_of(case, setup, WINDOW).windows == 2, "an interval needs two"
 
 
-@pytest.mark.evidence  # exports one more model
+@pytest.mark.evidence  # builds one more model
 def test_a_plain_transformer_is_held_to_its_steps(
-    tiny_bundle: Callable[..., tuple[Path, Any]], make_checkpoint: Callable[..., Path], real_text: TokenText,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    from crt_export.graph import export_graph, write_graph, write_weights
-
-    folder, model = tiny_bundle("plain", model_type="transformer", num_hidden_layers=2, eos_token_id=3)
-    head = export_graph(model, "head")
-    write_graph(head, tmp_path / "head.onnx", write_weights({"head": head}, tmp_path / "head.weights"))
+    make_checkpoint: Callable[..., Path], real_text: TokenText, tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(make_checkpoint(model_type="transformer", num_hidden_layers=2, eos_token_id=3))
-    case = ParityCase(
-        target="plain", runtime="onnxruntime", precision="fp32", unroll=1, cache_dtype="float32",
-        graphs={"head": tmp_path / "head.onnx"} | {n: folder / f"graphs/{n}.fp32.onnx" for n in ("step", "prefill")},
-    )  # fmt: skip
-    result = certify(case, _setup(checkpoint, real_text))
+    bundle = tmp_path / "plain"
+    build(BuildOptions(checkpoint=checkpoint.path, output=bundle, targets=("ort-cpu-fp32",), validated=False))
+    result = certify(_case(bundle), _setup(checkpoint, real_text))
     assert result.passed, result.failures
     assert [(check.value or 0) < 1e-5 for check in result.checks] == [True]
     entry = result.data["anchors"][0]
@@ -241,23 +231,15 @@ def test_a_plain_transformer_is_held_to_its_steps(
     assert any("plain transformer" in note for note in result.notes)
     json.dumps(result.to_dict(), allow_nan=False)
 
-    wrong = shutil.copytree(folder / "graphs", tmp_path / "wrong")
-    _edit(wrong, "prefill", replace_value("position", constant("one", 1), node("Add", ["position", "one"], "late"),
-                                          result="late", consumers=lambda n: n.op_type != "TensorScatter"))  # fmt: skip
-    spoiled = {name: wrong / path.name if name == "prefill" else path for name, path in case.graphs.items()}
-    failed = certify(dataclasses.replace(case, graphs=spoiled), _setup(checkpoint, real_text))
+    wrong = SpoiledBundle(bundle, tmp_path / "wrong", CPU)
+    wrong.edit(["prefill"], shift_input("LessOrEqual", 1, 1))  # a prompt sees one future token, a step has none
+    wrong.sign()
+    failed = certify(_case(wrong.path), _setup(checkpoint, real_text))
     assert failed.passed is False
     assert "expected at most" in failed.failures[0]
 
 
 # --- faults
-def _edit(folder: Path, name: str, edit: Edit) -> None:
-    path = folder / f"{name}.fp32.onnx"
-    model = onnx.load(path, load_external_data=False)
-    edit(model)
-    onnx.save(model, path)
-
-
 #: The pass starts from zero whatever it is fed.
 _drop_hidden = replace_value(
     "hidden",
@@ -291,21 +273,29 @@ _PREFIX = "prefix: after K passes of prefill_pass the first K positions are exac
 
 
 @pytest.mark.parametrize(
-    ("graph", "edit", "failed"),
+    ("target", "graph", "edit", "failed"),
     [
-        ("prefill_pass", _drop_hidden, (_TWO_STEPS, _PREFIX, "prefill: 2 passes are 2 calls of prefill_pass")),
-        ("prefill_pass", _unshift, (_TWO_STEPS, _PREFIX)),
-        ("prefill_pass", _halve_residual, ("prefill_pass: residual is the change of next_hidden",)),
-        ("step", _ignore_state, (_TWO_STEPS, _PREFIX, "anchor: 2 passes of prefill over 2 tokens are 2 steps")),
+        (GPU, "prefill_pass", _drop_hidden, (_TWO_STEPS, _PREFIX, "prefill: 2 passes are 2 calls of prefill_pass")),
+        (GPU, "prefill_pass", _halve_residual, ("prefill_pass: residual is the change of next_hidden",)),
+        (GPU, "step", _ignore_state, (_TWO_STEPS, _PREFIX, "anchor: 2 passes of prefill over 2 tokens are 2 steps")),
+        # On a CPU the same graph makes the steps, and leaves out of a pass what is exact already.
+        (CPU, "prefill_pass", _unshift, (_TWO_STEPS, _PREFIX)),
+        (CPU, "prefill_pass", _halve_residual, ("prefill_pass: residual is the change of next_hidden",)),
     ],
 )
 def test_a_fault_in_the_passes_is_named(
-    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path,
-    graph: str, edit: Edit, failed: tuple[str, ...],
-) -> None:  # fmt: skip
-    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
-    _edit(folder, graph, edit)
-    result = certify(_case(folder, parity_checkpoint), setup)
+    three_targets: Path,
+    setup: ParitySetup,
+    tmp_path: Path,
+    target: str,
+    graph: str,
+    edit: Edit,
+    failed: tuple[str, ...],
+) -> None:
+    spoiled = SpoiledBundle(three_targets, tmp_path / "bundle", target)
+    spoiled.edit([graph], edit)
+    spoiled.sign()
+    result = certify(_case(spoiled.path, target), setup)
     assert result.passed is False
     for name in failed:
         failure = next(failure for failure in result.failures if failure.startswith(name))
@@ -313,35 +303,30 @@ def test_a_fault_in_the_passes_is_named(
     assert _check(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
 
 
-def test_one_pass_too_few_in_prefill_is_named(
-    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
-    shutil.copyfile(folder / "prefill_pass.fp32.onnx", folder / "prefill.fp32.onnx")
-    failures = certify(_case(folder, parity_checkpoint), setup).failures
+def test_one_pass_too_few_in_prefill_is_named(three_targets: Path, setup: ParitySetup, tmp_path: Path) -> None:
+    bundle = SpoiledBundle(three_targets, tmp_path / "bundle", GPU)
+    shutil.copyfile(bundle.graphs["prefill_pass"], bundle.graphs["prefill"])
+    bundle.sign()
+    failures = certify(_case(bundle.path, GPU), setup).failures
     assert [failure.split(":")[0] for failure in failures] == ["anchor", "prefill"]
     assert failures[0].startswith("anchor: 2 passes of prefill over 2 tokens are 2 steps")
 
 
-def test_nan_in_a_state_is_an_error_that_says_where(
-    parity_bundle: Path, parity_checkpoint: Checkpoint, setup: ParitySetup, tmp_path: Path
-) -> None:
-    from fault_edits import nan_at
-
-    folder = shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs")
-    _edit(folder, "step", nan_at("next_state", 7))
+def test_nan_in_a_state_is_an_error_that_says_where(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
+    spoiled.edit(["prefill_pass"], nan_at("next_state", 7))
+    spoiled.sign()
     with pytest.raises(ContractError, match="next_state is NaN or infinite, first in window 0 at position 7"):
-        certify(_case(folder, parity_checkpoint), setup)
+        certify(_case(spoiled.path), setup)
 
 
 # --- arithmetic on a small model
 def test_likelihoods_are_right_to_a_nanonat(parity_checkpoint: Checkpoint, setup: ParitySetup) -> None:
-    form = ReferenceForm(setup.reference, COUNT)
-    chain = form.chain(slice(0, COUNT))
+    run = ReferenceRun(setup.reference, COUNT, WINDOW)
+    chain = run.chain(slice(0, COUNT))
     nudged = chain.hidden + np.float32(1e-4)
     targets = setup.windows.targets
-    sequential, nll, kl = compare_states(form, chain.hidden, nudged[None], targets)
-    wide = [form.head(states).astype(np.longdouble) for states in (chain.hidden, nudged)]
+    sequential, nll, kl = compare_states(run, chain.hidden, nudged[None], targets)
+    wide = [run.head(states).astype(np.longdouble) for states in (chain.hidden, nudged)]
     logs = [logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)) for logits in wide]
     expected = [-np.take_along_axis(log, targets[..., None], -1)[..., 0] for log in logs]
     assert np.abs(sequential - expected[0]).max() < 1e-9
@@ -350,7 +335,7 @@ def test_likelihoods_are_right_to_a_nanonat(parity_checkpoint: Checkpoint, setup
 
 
 def test_reference_windows_that_are_left_out_change_nothing(setup: ParitySetup) -> None:
-    few, all_windows = ReferenceForm(setup.reference, 2), ReferenceForm(setup.reference, COUNT)
+    few, all_windows = ReferenceRun(setup.reference, 2, WINDOW), ReferenceRun(setup.reference, COUNT, WINDOW)
     assert np.abs(few.chain(slice(0, 2)).hidden - all_windows.chain(slice(0, 2)).hidden).max() < 1e-5
 
 
@@ -362,7 +347,7 @@ def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) 
         sequential_nll=nothing, nll=nothing, kl=nothing, prefix_error=nothing[0], continuations=(),
         residual=residual, error=error,
     )  # fmt: skip
-    falling, rising, flat, still = residual_curve(made, coverage_of(case, setup))
+    falling, rising, flat, still = residual_curve(made, coverage_of(case, setup, WINDOW))
     assert (falling["ratio_median"], falling["ratio_p95"], falling["correlation"]) == (0.5, 0.5, pytest.approx(1))
     assert rising["correlation"] == pytest.approx(-1)
     assert rising["error_max"] == 4

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from crt_export.parity.certificate import smallest_passes
-from crt_export.parity.certificate.forms import Chain, relative_error
-from crt_export.parity.certificate.gates import gate_within
-from crt_export.parity.certificate.spans import perplexity_gap_interval
+from crt_export.parity.certificate.curves import perplexity_gap_interval
+from crt_export.parity.certificate.gates import excess_check
+from crt_export.parity.certificate.runs import Chain
+from crt_export.parity.difference import relative_error
 from crt_export.parity.statistics import Interval
 
 
@@ -57,12 +58,13 @@ def test_a_perplexity_beyond_numbers_has_no_gap() -> None:
 
 def test_an_interval_gate_needs_the_whole_interval() -> None:
     inside, outside = _intervals(0.001)[0], _intervals(0.009)[0]
-    assert gate_within("a", "figure", inside, 0.01, "w8.gap_delta_nll").passed is True
-    failed = gate_within("a", "figure", outside, 0.01, "w8.gap_delta_nll")
+    assert excess_check("gap_excess", "a", inside, 0.01, "w8").passed is True
+    failed = excess_check("gap_excess", "a", outside, 0.01, "w8")
     assert failed.passed is False
     assert "expected within +-0.01 (w8.gap_delta_nll)" in failed.failures[0]
-    assert gate_within("a", "figure", outside, None, "").passed is None
-    assert gate_within("a", "figure", Interval(mean=math.nan, low=math.nan, high=math.nan), 1, "").passed is False
+    assert excess_check("gap_excess", "a", outside, None, "w8").passed is None
+    nothing = Interval(mean=math.nan, low=math.nan, high=math.nan)
+    assert excess_check("gap_excess", "a", nothing, 1, "w8").passed is False
 
 
 def test_relative_errors_see_nan_and_shapes() -> None:

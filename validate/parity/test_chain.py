@@ -7,9 +7,8 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-from fault import times_zero
 from fault_bundle import SpoiledBundle
-from fault_edits import Edit, constant, nan_at, node, replace_output, replace_value
+from fault_edits import Edit, constant, nan_at, node, replace_output, replace_value, times_zero
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.model import model_from_checkpoint

@@ -52,8 +52,8 @@ def _cases() -> list[Any]:
         for name, layers in ((TWO_LAYERS, 2), (DEMO, 1))
         for precision in TARGETS
         for fault in faults.FAULTS
-        # The fast test has this one; here every level is asked.
-        if precision in fault.caught and fault.layers <= layers
+        # The two-layer model answers for the graphs that no session opens.
+        if precision in fault.caught and fault.layers <= layers and not (fault.interchange and name == DEMO)
     ]
 
 
@@ -126,7 +126,7 @@ def test_the_rotation_that_is_injected_is_that_of_the_other_layout(
     weights = write_weights({"step": graph}, tmp_path / "half.weights")
     write_graph(graph, tmp_path / "half.onnx", weights)
     spoiled = SpoiledBundle(bundles[TWO_LAYERS], tmp_path / "bundle", TARGETS["fp32"])
-    next(fault for fault in faults.FAULTS if fault.name == "RoPE layout wrong in the step graph").inject(spoiled)
+    next(fault for fault in faults.FAULTS if fault.name == "RoPE layout wrong in step").inject(spoiled)
     generator = np.random.default_rng(0)
     exported, edited = (load_graph(path, threads=1) for path in (tmp_path / "half.onnx", spoiled.graphs["step"]))
     inputs = {

@@ -25,12 +25,6 @@ OPTIONS: dict[str, Any] = {
     "short_reason": "fault injection",
     "threads": 1,
 }
-TARGET = "ort-cpu-fp32"
-
-
-@pytest.fixture
-def spoiled(parity_bundle: Path, tmp_path: Path) -> SpoiledBundle:
-    return SpoiledBundle(parity_bundle, tmp_path / "bundle", TARGET)
 
 
 def test_the_sound_bundle_passes_every_level_that_judges_the_faults(parity_bundle: Path, heldout_text: Path) -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from fault_bundle import SpoiledBundle
+from fault_edits import Edit, constant, node, replace_output, replace_value, times_zero
+from onnx import TensorProto
 from polygraphy import comparator
 from polygraphy.logger import G_LOGGER
 
+from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint
+from crt_export.engine import onnxruntime
 from crt_export.engine.onnxruntime import OrtGraph
-from crt_export.graph import write_graph, write_weights
+from crt_export.errors import BundleError, ContractError
 from crt_export.model import model_from_checkpoint
-from crt_export.parity import ParityCase, ParityOptions, one_step, one_step_calls
-from crt_export.parity.case import load_checked_graph
+from crt_export.parity import ParityCase, ParityOptions, one_step_calls
+from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.difference import difference
 from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.one_step import FIGURE, check_one_step
@@ -31,13 +33,12 @@ from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
-from crt_export.quantize import quantize_w8
 from crt_export.text import TokenText
 
 LENGTH = 32
 GRAPHS = ("step", "prefill", "prefill_pass", "head")
 CACHES = [f"present_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
-Edit = Callable[[onnx.ModelProto], object]
+TIED = [f"prefill: 2 passes are 2 calls of prefill_pass{exactly}" for exactly in (", bit by bit", "")]
 
 
 @pytest.fixture(scope="session")
@@ -58,84 +59,47 @@ def _setup(checkpoint: Checkpoint, text: TokenText, length: int) -> ParitySetup:
     )
 
 
-def _case(folder: Path, checkpoint: Checkpoint, precision: str = "fp32") -> ParityCase:
-    return ParityCase(
-        target="test",
-        runtime="onnxruntime",
-        precision=precision,
-        graphs={name: folder / f"{name}.{precision}.onnx" for name in GRAPHS},
-        unroll=2,
-        cache_dtype="float32",
-    )
+def _check(bundle: Path, setup: ParitySetup, target: str = "ort-cpu-fp32") -> LevelResult:
+    return check_one_step(_case(bundle, target), setup)
 
 
-def _check(folder: Path, setup: ParitySetup) -> LevelResult:
-    return check_one_step(_case(folder, setup.checkpoint), setup)
+def _case(bundle: Path, target: str = "ort-cpu-fp32") -> ParityCase:
+    return case_from_manifest(open_bundle(bundle, allow_unvalidated=True), target)
 
 
-def _edit(folder: Path, name: str, edit: Edit) -> None:
-    path = folder / f"{name}.fp32.onnx"
-    model = onnx.load(path, load_external_data=False)
-    edit(model)
-    onnx.save(model, path)
-
-
-def _reroute(output: str, *parts: onnx.NodeProto | onnx.TensorProto) -> Edit:
-    """Put nodes (and constants) between an output and what computes it, called ``before``."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            node.output[:] = ["before" if name == output else name for name in node.output]
-            node.input[:] = ["before" if name == output else name for name in node.input]
-        model.graph.node.extend(part for part in parts if isinstance(part, onnx.NodeProto))
-        model.graph.initializer.extend(part for part in parts if isinstance(part, onnx.TensorProto))
-
-    return edit
+def _edit(bundle: SpoiledBundle, name: str, edit: Edit) -> Path:
+    bundle.edit([name], edit)
+    bundle.sign()
+    return bundle.path
 
 
 def _scaled(output: str, factor: float) -> Edit:
-    constant = numpy_helper.from_array(np.array(factor, np.float32), "factor")
-    return _reroute(output, constant, helper.make_node("Mul", ["before", "factor"], [output]))
-
-
-def _read_instead(name: str, other: str) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            node.input[:] = [other if value == name else value for value in node.input]
-
-    return edit
-
-
-def _one_percent(name: str, weights: Path) -> Edit:
-    def edit(model: onnx.ModelProto) -> None:
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        start, count = int(place["offset"]), int(place["length"])
-        values = np.frombuffer(weights.read_bytes()[start : start + count], np.float32).reshape(tensor.dims)
-        tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), name))
-
-    return edit
+    return replace_output(output, constant("factor", factor, np.float32), node("Mul", ["before", "factor"], output))
 
 
 def test_sound_graphs_pass_with_every_output_compared(parity_bundle: Path, setup: ParitySetup) -> None:
-    result = _check(parity_bundle / "graphs", setup)
+    result = _check(parity_bundle, setup)
     assert result.passed, result.failures
     names = [check.name for check in result.checks]
     tokens = ["logits", "next_token", "next_position", "next_state"]
     for graph in ("prefill", "prefill_pass"):
         assert [name for name in names if name.startswith(f"{graph}:")] == [
-            f"{graph}: {tensor}" for tensor in (*tokens, "next_hidden", "residual", *CACHES)
+            *(f"{graph}: {tensor}" for tensor in (*tokens, "next_hidden", "residual", *CACHES)),
+            *(TIED if graph == "prefill" else ()),
         ]
-    assert [name for name in names if name.startswith("step:")] == [f"step: {tensor}" for tensor in (*tokens, *CACHES)]
+    assert [name for name in names if name.startswith("step:")] == [
+        *(f"step: {tensor}" for tensor in (*tokens, *CACHES)),
+        "step: 64 tokens are 64 calls of prefill_pass, bit by bit",
+    ]
     assert "head: logits" in names
-    figures = [check.value for check in result.checks if check.figure == FIGURE]
+    figures = [check.value for check in result.checks if check.figure == FIGURE and check.name not in TIED]
     assert all(value is not None and 0 < value < 2e-6 for value in figures), figures
     assert result.data["positions"] == [0, 1, 8, 16]
     assert set(result.data["tensors"]["head"]["logits"]) == {"max_abs", "mean_abs", "relative", "limit"}
 
 
 def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: ParitySetup) -> None:
-    calls = OneStepCalls(_case(parity_bundle / "graphs", setup.checkpoint), setup)
+    calls = OneStepCalls(_case(parity_bundle), setup)
     zero, other = calls.of("prefill")
     assert zero.inputs["length"].tolist() == [16, 16, 8, 0]
     assert zero.inputs["position"].tolist() == [0, 16, 16, 8]
@@ -149,14 +113,8 @@ def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: 
     assert middle.inputs["state"].any()
 
 
-def test_weight_only_graphs_are_within_their_limit(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
-    models = {name: ir.load(parity_bundle / "graphs" / f"{name}.fp32.onnx") for name in GRAPHS}
-    for model in models.values():
-        quantize_w8(model)
-    weights = write_weights(models, tmp_path / "w8.weights")
-    for name, model in models.items():
-        write_graph(model, tmp_path / f"{name}.w8.onnx", weights)
-    result = check_one_step(_case(tmp_path, setup.checkpoint, "w8"), setup)
+def test_weight_only_graphs_are_within_their_limit(three_targets: Path, setup: ParitySetup) -> None:
+    result = _check(three_targets, setup, "ort-cpu-int8")
     assert result.passed, result.failures
     limits = {check.limit for check in result.checks if check.figure == FIGURE}
     assert limits == {setup.tolerances.precisions["w8"].tensor_error}
@@ -165,7 +123,7 @@ def test_weight_only_graphs_are_within_their_limit(parity_bundle: Path, setup: P
 
 def test_windows_of_two_tokens_suffice(parity_bundle: Path, setup: ParitySetup, real_text: TokenText) -> None:
     short = _setup(setup.checkpoint, real_text, 2)
-    result = _check(parity_bundle / "graphs", short)
+    result = _check(parity_bundle, short)
     assert result.passed, result.failures
     assert result.data["positions"] == [0, 1]
 
@@ -173,110 +131,98 @@ def test_windows_of_two_tokens_suffice(parity_bundle: Path, setup: ParitySetup, 
 @pytest.mark.parametrize(
     ("graph", "edit", "check", "sentence"),
     [
-        ("step", _scaled("logits", 1.001), "step: logits", f"{FIGURE} is 0.001, expected at most 1e-05"),
-        ("step", _scaled("next_state", 0.0), "step: next_state", f"{FIGURE} is 1, expected"),
+        ("prefill_pass", _scaled("logits", 1.001), "step: logits", f"{FIGURE} is 0.001, expected at most 1e-05"),
+        ("prefill_pass", _scaled("next_state", 0.0), "step: next_state", f"{FIGURE} is 1, expected"),
         (
-            "step",
+            "prefill_pass",
             _scaled("next_state", float("nan")),
             "step: next_state",
             "next_state is NaN or infinite at position 0",
         ),
         ("head", _scaled("logits", 1.001), "head: logits", "hidden states of the recurrence"),
-        ("prefill", _scaled("residual", 1.01), "prefill: residual", f"{FIGURE} is"),
+        ("prefill_pass", _scaled("residual", 1.01), "prefill: residual", f"{FIGURE} is"),
         ("prefill_pass", _scaled("next_hidden", 1.001), "prefill_pass: next_hidden", f"{FIGURE} is 0.001"),
-        ("prefill", _read_instead("length", "position"), "prefill: next_position", "expected 16"),
+        ("prefill_pass", replace_value("length", result="position"), "prefill: next_position", "expected 16"),
         (
-            "step",
-            _reroute("next_token", helper.make_node("Identity", ["input_ids"], ["next_token"])),
+            "prefill_pass",
+            replace_output("next_token", constant("zero", 0), node("Mul", ["before", "zero"], "next_token")),
             "step: next_token",
             "the argmax of the graph's own logits is",
         ),
         (
-            "step",
-            _reroute("next_position", helper.make_node("Identity", ["position"], ["next_position"])),
+            "prefill_pass",
+            replace_output("next_position", node("Identity", ["position"], "next_position")),
             "step: next_position",
             "is 0, expected 1 (position 0, length 1 of 1; empty cache)",
         ),
-        ("prefill", _scaled(CACHES[2], 1.01), "prefill: present_key_values.1.key", "slots before 16 were changed"),
+        ("prefill_pass", _scaled(CACHES[2], 1.01), "prefill: present_key_values.1.key", "slots before 16 were changed"),
         (
-            "step",
-            _reroute(
-                CACHES[1],
-                numpy_helper.from_array(np.array(0.25, np.float32), "stray"),
-                helper.make_node("Add", ["before", "stray"], [CACHES[1]]),
-            ),
+            "prefill_pass",
+            replace_output(CACHES[1], constant("stray", 0.25, np.float32), node("Add", ["before", "stray"], CACHES[1])),
             "step: present_key_values.0.value",
             "slot 1 is not zero, slots from 1 on are unused (position 0, length 1 of 1; empty cache)",
         ),
     ],
 )
 def test_a_fault_is_named_by_tensor_and_place(
-    graphs: Path,
-    setup: ParitySetup,
-    monkeypatch: pytest.MonkeyPatch,
-    graph: str,
-    edit: Edit,
-    check: str,
-    sentence: str,
+    spoiled: SpoiledBundle, setup: ParitySetup, graph: str, edit: Edit, check: str, sentence: str
 ) -> None:
-    _without_contract(monkeypatch)
-    _edit(graphs, graph, edit)
-    result = _check(graphs, setup)
+    result = _check(_edit(spoiled, graph, edit), setup)
     assert result.passed is False
     failed = next(found for found in result.checks if found.name == check)
     assert failed.passed is False
     assert any(sentence in failure for failure in failed.failures), failed.failures
-    own = (f"{graph}:", "step against prefill_pass")  # the one check that two graphs share
-    assert all(failure.startswith(own) for failure in result.failures), "the other graphs are sound"
+    others = ("head:",) if graph != "head" else ("step:", "prefill:", "prefill_pass:")
+    assert not [failure for failure in result.failures if failure.startswith(others)], "the other graphs are sound"
 
 
-def _without_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some faults also break the static contract, which would stop the graph before it runs."""
-    monkeypatch.setattr("crt_export.parity.case.check_contract", lambda graph, spec: None)
-
-
-def test_another_dtype_is_refused(graphs: Path, setup: ParitySetup) -> None:
+@pytest.mark.parametrize("graph", ["prefill_pass", "step"])
+def test_another_dtype_is_refused(spoiled: SpoiledBundle, setup: ParitySetup, graph: str) -> None:
     def change(model: onnx.ModelProto) -> None:
-        _reroute("logits", helper.make_node("Cast", ["before"], ["logits"], to=TensorProto.FLOAT16))(model)
+        replace_output("logits", node("Cast", ["before"], "logits", to=TensorProto.FLOAT16))(model)
         logits = next(output for output in model.graph.output if output.name == "logits")
         logits.type.tensor_type.elem_type = TensorProto.FLOAT16
 
-    _edit(graphs, "step", change)
-    result = _check(graphs, setup)
-    assert any(failure.startswith("step: runs:") and "output logits" in failure for failure in result.failures)
-    assert next(check for check in result.checks if check.name == "prefill: logits").passed
+    path = _edit(spoiled, graph, change)
+    if graph == "prefill_pass":
+        with pytest.raises(ContractError, match="output logits"):
+            _check(path, setup)
+        return
+    (failure,) = _check(path, setup).failures
+    assert failure.startswith("step: 64 tokens are 64 calls of prefill_pass")
+    assert "output logits" in failure
 
 
-def test_one_weight_off_by_one_per_cent_is_found_in_every_tensor_behind_it(graphs: Path, setup: ParitySetup) -> None:
-    _edit(graphs, "step", _one_percent("layers.0.mlp.up.weight", graphs / "fp32.weights"))
-    result = _check(graphs, setup)
+def test_one_weight_off_by_one_per_cent_is_found_in_every_tensor_behind_it(
+    spoiled: SpoiledBundle, setup: ParitySetup
+) -> None:
+    weight = "layers.0.mlp.up.weight"
+    spoiled.set_weight_of("prefill_pass", weight, spoiled.weight(weight) * np.float32(1.01))
+    spoiled.sign()
+    result = _check(spoiled.path, setup)
     failed = {check.name for check in result.checks if check.passed is False}
     assert {"step: logits", "step: next_state", f"step: {CACHES[2]}", f"step: {CACHES[3]}"} <= failed
     assert f"step: {CACHES[0]}" not in failed, "what lies before the weight is right"
 
 
-def test_state_that_is_not_read_is_found(graphs: Path, setup: ParitySetup) -> None:
-    def forget(model: onnx.ModelProto) -> None:
-        model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 16), np.float32), "nothing"))
-        _read_instead("state", "nothing")(model)
-
-    _edit(graphs, "step", forget)
-    failures = [failure for failure in _check(graphs, setup).failures if "step: logits" in failure]
+def test_state_that_is_not_read_is_found(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
+    path = _edit(spoiled, "prefill_pass", replace_value("state", *times_zero("state", "nothing"), result="nothing"))
+    failures = [failure for failure in _check(path, setup).failures if failure.startswith("step: logits")]
     assert failures
     assert all("middle of the text" in failure for failure in failures), "with an empty state nothing is missing"
 
 
 def test_saved_outputs_open_in_polygraphy(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
     saving = dataclasses.replace(setup, saved_outputs=tmp_path / "outputs")
-    check_one_step(_case(parity_bundle / "graphs", setup.checkpoint), saving)
-    folder = tmp_path / "outputs" / "test"
+    check_one_step(_case(parity_bundle), saving)
+    folder = tmp_path / "outputs" / "ort-cpu-fp32"
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.json" for name in GRAPHS)
     tool = Path(sys.executable).with_name("polygraphy")
     command = [str(tool), "inspect", "data", str(folder / "step.json")]
     shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "Run Results (2 runners)" in shown.stdout
-    assert "---- test         (2 iterations) ----" in shown.stdout, "names are padded"
+    assert "---- ort-cpu-fp32 (2 iterations) ----" in shown.stdout
     assert "---- pytorch-fp32 (2 iterations) ----" in shown.stdout
     assert "present_key_values.1.value [dtype=float32, shape=(4, 4, 1, 4)]" in shown.stdout
 
@@ -284,20 +230,22 @@ def test_saved_outputs_open_in_polygraphy(parity_bundle: Path, setup: ParitySetu
 def test_the_same_outputs_are_saved_twice_alike(parity_bundle: Path, setup: ParitySetup, tmp_path: Path) -> None:
     for name in ("one", "other"):
         saving = dataclasses.replace(setup, saved_outputs=tmp_path / name)
-        check_one_step(_case(parity_bundle / "graphs", setup.checkpoint), saving)
+        check_one_step(_case(parity_bundle), saving)
     for graph in GRAPHS:
-        one, other = (tmp_path / name / "test" / f"{graph}.json" for name in ("one", "other"))
+        one, other = (tmp_path / name / "ort-cpu-fp32" / f"{graph}.json" for name in ("one", "other"))
         assert one.read_bytes() == other.read_bytes()
 
 
 def test_nothing_is_printed(parity_bundle: Path, setup: ParitySetup, capfd: pytest.CaptureFixture[str]) -> None:
-    _check(parity_bundle / "graphs", setup)
+    _check(parity_bundle, setup)
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unreadable_file_fails_its_own_checks(graphs: Path, setup: ParitySetup) -> None:
-    (graphs / "step.fp32.onnx").write_bytes(b"not a protobuf")
-    assert _check(graphs, setup).passed is False
+def test_an_unreadable_file_is_refused(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
+    spoiled.graphs["step"].write_bytes(b"not a protobuf")
+    spoiled.sign()
+    with pytest.raises(BundleError, match="step"):
+        _check(spoiled.path, setup)
 
 
 def test_not_a_number_is_within_no_limit() -> None:
@@ -328,18 +276,21 @@ def test_differences_are_those_of_polygraphys_comparator(dtype: str, limit: floa
 def test_reference_is_computed_once_for_targets_with_the_same_inputs(
     parity_bundle: Path, setup: ParitySetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = _check(parity_bundle / "graphs", setup)
+    first = _check(parity_bundle, setup)
     monkeypatch.setattr(one_step_calls, "reference_outputs", lambda *_: pytest.fail("computed again"))
-    assert _check(parity_bundle / "graphs", setup).to_dict() == first.to_dict()
+    assert _check(parity_bundle, setup).to_dict() == first.to_dict()
 
 
-def test_every_graph_is_loaded_once(parity_bundle: Path, setup: ParitySetup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_graph_is_loaded_once(
+    parity_bundle: Path, parity_checkpoint: Checkpoint, real_text: TokenText, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[str] = []
+    load = onnxruntime.load_with_settings
 
-    def load(case: ParityCase, name: str, *rest: Any) -> OrtGraph:
-        loaded.append(name)
-        return load_checked_graph(case, name, *rest)
+    def watched(library: Any, graph: Any, *rest: Any, **options: Any) -> OrtGraph:
+        loaded.append(graph.path.name)
+        return load(library, graph, *rest, **options)
 
-    monkeypatch.setattr(one_step, "load_checked_graph", load)
-    _check(parity_bundle / "graphs", setup)
-    assert sorted(loaded) == ["head", "prefill", "prefill_pass", "step"]
+    monkeypatch.setattr(onnxruntime, "load_with_settings", watched)
+    _check(parity_bundle, _setup(parity_checkpoint, real_text, LENGTH))
+    assert sorted(loaded) == [f"{name}.fp32.onnx" for name in sorted(GRAPHS)]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault import times_zero
 from fault_bundle import SpoiledBundle
-from fault_edits import Edit, constant, nan_at, node, replace_output
+from fault_edits import Edit, constant, nan_at, node, replace_output, times_zero
 
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crt_export.parity.certificate.stopping import Stopping, stopping_bound
+from crt_export.parity.certificate.curves import Stopping, stopping_bound
 
 PASSES = (1, 2, 3, 4)
 WINDOWS = 8

@@ -1,4 +1,4 @@
-"""L5, the regime certificate: do K parallel passes and the recurrence agree, for every K, in the form that is deployed?
+"""Level L5, the regime certificate: K parallel passes against the recurrence, for every K, as the target is deployed.
 
 Each target is measured against its own recurrence: its step chain over each window from position 0, and K passes over
 the same window as one chunk, for K from 1 to twice its unroll. Both regimes' h go through the target's head, so their
@@ -25,7 +25,7 @@ over that, below the training length and where FP32 predicts the text better tha
   ``passes`` (some), ``delta_nll``, ``delta_nll_ci``, ``kl``, ``kl_ci``, ``max_state_error`` (largest |h error| over the
   largest |h|), ``excess``, ``excess_ci``, ``gated``; ``handover_above``: the same above it, None where the windows do
   not reach that far;
-* ``stopping``: where passes may stop by their residual (:mod:`crt_export.parity.certificate.stopping`): ``bound``,
+* ``stopping``: where passes may stop by their residual (:mod:`crt_export.parity.certificate.curves`): ``bound``,
   ``perplexity_gap`` and ``perplexity_gap_ci`` of windows stopped there, ``passes_mean``, ``passes_most``, and
   ``unreached`` (share of windows that went token by token); None where no bound holds;
 * ``reference``: the same ``spans``, ``positions``, ``residual``, ``prefix``, ``stopping``, ``handover`` and
@@ -38,31 +38,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from crt_export.errors import ContractError
 from crt_export.ladder import CERTIFICATE
 from crt_export.parity.case import ParityCase
-from crt_export.parity.certificate.anchors import Anchors
-from crt_export.parity.certificate.coverage import Coverage, coverage_of
-from crt_export.parity.certificate.forms import ReferenceForm
-from crt_export.parity.certificate.gates import RELATIVE, exactness_checks, regime_checks, reported_checks
-from crt_export.parity.certificate.handover import handover_curves
-from crt_export.parity.certificate.measurement import Measurement, measure
-from crt_export.parity.certificate.plain import plain_errors
-from crt_export.parity.certificate.residual import residual_curve
-from crt_export.parity.certificate.spans import position_curves, smallest_passes, span_curves
-from crt_export.parity.certificate.stopping import stopping_bound
-from crt_export.parity.certificate.target_form import TargetForm
-from crt_export.parity.level import LevelResult, ParitySetup, gate_at_most, json_value
-from crt_export.parity.reference import Reference
+from crt_export.parity.certificate.curves import (
+    handover_curves,
+    position_curves,
+    residual_curve,
+    smallest_passes,
+    span_curves,
+    stopping_bound,
+)
+from crt_export.parity.certificate.gates import anchor_check, exactness_checks, regime_checks, reported_checks
+from crt_export.parity.certificate.measurement import Coverage, Measurement, Observer, coverage_of, measure
+from crt_export.parity.certificate.runs import Anchors, ReferenceRun, Run, TargetRun, plain_errors
+from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.metrics import json_value
+from crt_export.parity.reference import PREFILL, PREFILL_PASS, Reference
+from crt_export.parity.runner import Runner
 
 __all__ = ["certify", "smallest_passes"]
 
 #: PyTorch FP32's own regimes, measured once for all targets of a setup.
-_MEASURED: WeakKeyDictionary[Reference, dict[tuple[tuple[int, ...], int], Measurement]] = WeakKeyDictionary()
+_MEASURED: WeakKeyDictionary[Reference, dict[tuple[int, int, int], Measurement]] = WeakKeyDictionary()
 
 
 def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
@@ -78,28 +82,20 @@ def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
     Raises:
         ContractError: A graph is missing, failed, or delivered NaN or infinity.
     """
-    coverage = coverage_of(case, setup)
+    runner = setup.runner(case)
+    if setup.config.recurrent and PREFILL_PASS not in runner.target.graphs:
+        raise ContractError(f"target {case.target} has no {PREFILL_PASS} graph, which every number of passes needs")
+    coverage = coverage_of(case, setup, runner.engine.max_tokens)
     if not setup.config.recurrent:
-        return _certify_plain(case, setup, coverage)
+        return _certify_plain(case, setup, runner, coverage)
     reference = _reference_measurement(setup, coverage)
-    targets = setup.windows.targets[: coverage.windows]
-    form = TargetForm(
-        case,
-        setup.config,
-        setup.windows.inputs[: coverage.windows],
-        threads=setup.threads,
+    run = TargetRun(
+        runner,
+        setup.windows.inputs[: coverage.windows, : coverage.length],
         kept=[tokens - 1 for tokens in (*coverage.anchors, min(coverage.unroll, coverage.length))],
     )
-    anchors = Anchors(form, coverage)
-    label = f"{case.target}: certificate"
-    setup.progress(label, 0, coverage.windows)
-    measured = measure(
-        form,
-        coverage,
-        targets,
-        observe=anchors,
-        on_progress=lambda done: setup.progress(label, done, coverage.windows),
-    )
+    anchors = Anchors(run, coverage.anchors, coverage.unroll)
+    measured = _measured(run, coverage, setup, f"{case.target}: certificate", anchors)
     limits = setup.limits(case.precision)
     better = float(reference.sequential_nll.mean()) < math.log(setup.config.vocab_size)
     perplexity_gap = setup.tolerances.perplexity_gap
@@ -109,9 +105,11 @@ def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
         "anchors": _anchor_entries(anchors.errors, limits.anchor_error),
         "reference": _curves(reference, coverage, None, perplexity_gap),
     }
-    checks = exactness_checks(form, anchors, measured, coverage, limits)
-    checks += regime_checks(measured, reference, coverage, case.precision, limits, judged=better and coverage.whole)
-    checks += reported_checks(data, coverage, perplexity_gap)
+    checks = [
+        *exactness_checks(run, anchors, measured, coverage, limits),
+        *regime_checks(measured, reference, coverage, case.precision, limits, judged=better and coverage.whole),
+        *reported_checks(data, coverage),
+    ]
     return LevelResult(
         level=CERTIFICATE,
         target=case.target,
@@ -121,19 +119,13 @@ def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
     )
 
 
-def _certify_plain(case: ParityCase, setup: ParitySetup, coverage: Coverage) -> LevelResult:
-    limit = setup.limits(case.precision).anchor_error
-    errors = plain_errors(case, setup, coverage)
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else math.inf)
-    key = ("prefill", coverage.length, 1)
-    check = gate_at_most(
-        f"anchor: prefill over {coverage.length} tokens is {coverage.length} steps",
-        RELATIVE,
-        errors[worst],
-        limit,
-        f"{case.precision}.anchor_error",
-        where=f"in {worst}",
-    )
+def _certify_plain(case: ParityCase, setup: ParitySetup, runner: Runner, coverage: Coverage) -> LevelResult:
+    limits, length = setup.limits(case.precision), coverage.length
+    setup.progress(f"{case.target}: certificate", 0, coverage.windows)
+    run = TargetRun(runner, setup.windows.inputs[: coverage.windows, :length], kept=(length - 1,))
+    errors = plain_errors(run, coverage.slices, length)
+    name = f"anchor: prefill over {length} tokens is {length} steps"
+    check = anchor_check(name, errors, PREFILL, case.precision, limits)
     data = {
         **_extent(coverage),
         "passes": [],
@@ -141,7 +133,7 @@ def _certify_plain(case: ParityCase, setup: ParitySetup, coverage: Coverage) -> 
         "positions": {"edges": [], "passes": [], "gap_nll": [], "gap_nll_ci": [], "kl": [], "kl_ci": []},
         "residual": [],
         "prefix": [],
-        "anchors": _anchor_entries({key: errors}, limit),
+        "anchors": _anchor_entries({(PREFILL, length, 1): errors}, limits.anchor_error),
         "handover": {name: [] for name in ("passes", "delta_nll", "delta_nll_ci", "kl", "max_state_error")},
         "handover_above": None,
         "stopping": None,
@@ -157,17 +149,20 @@ def _certify_plain(case: ParityCase, setup: ParitySetup, coverage: Coverage) -> 
 
 def _reference_measurement(setup: ParitySetup, coverage: Coverage) -> Measurement:
     known = _MEASURED.setdefault(setup.reference, {})
-    key = (coverage.passes, coverage.windows)
+    key = (coverage.passes[-1], coverage.windows, coverage.length)
     if key not in known:
-        label = "PyTorch FP32: certificate"
-        setup.progress(label, 0, coverage.windows)
-        known[key] = measure(
-            ReferenceForm(setup.reference, coverage.windows),
-            coverage,
-            setup.windows.targets[: coverage.windows],
-            on_progress=lambda done: setup.progress(label, done, coverage.windows),
-        )
+        run = ReferenceRun(setup.reference, coverage.windows, coverage.length)
+        known[key] = _measured(run, coverage, setup, "PyTorch FP32: certificate")
     return known[key]
+
+
+def _measured(
+    run: Run, coverage: Coverage, setup: ParitySetup, label: str, observe: Observer | None = None
+) -> Measurement:
+    setup.progress(label, 0, coverage.windows)
+    targets = setup.windows.targets[: coverage.windows, : coverage.length]
+    progress = partial(setup.progress, label)
+    return measure(run, coverage, targets, observe=observe, on_progress=lambda done: progress(done, coverage.windows))
 
 
 def _extent(coverage: Coverage) -> dict[str, Any]:

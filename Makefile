@@ -36,6 +36,7 @@ demo: $(VENV)/.installed
 	  $(foreach target,$(DEMO_TARGETS),--target $(target)) --text examples/demo/heldout.txt
 	$(BIN)/crt-export generate build/demo --target ort-cpu-int8 --prompt "The for statement" \
 	  --max-new-tokens 240 --temperature 0.7 --top-k 20 --seed 1
+	@$(BIN)/crt-export inspect build/demo
 
 # --- tests ----------------------------------------------------------------------------------------------------
 # One thread per worker: two test processes that each use every core are slower than one.

@@ -35,7 +35,7 @@ from crt_export.parity import ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
-from crt_export.progress import Progress, no_progress
+from crt_export.progress import Progress, Stages, no_progress
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 
@@ -63,6 +63,8 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         BundleError: The output cannot be written.
     """
     sweep_abandoned()
+    progress = stages = Stages(progress, 8 if options.validated else 7)
+    stages.begin()
     store = StageStore(folder=options.cache, note=lambda sentence: progress(sentence, 0, 0))
     progress("read the checkpoint", 0, 0)
     checkpoint = load_checkpoint(options.checkpoint)
@@ -70,15 +72,20 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
     profiles = profiles_from_options(options, checkpoint.config)
     own_model = require_own_model(checkpoint, options.expect, progress)
+    stages.begin()
     text = read_build_text(checkpoint, tokenizer, profiles, options, progress)
     with stage_bundle(options.output) as staging:
         prefills = prefill_plans(checkpoint, profiles, text.validation, progress)
+        stages.begin()
         plan, calibration = quantization_plan(checkpoint, profiles, text.calibration, progress, store)
+        stages.begin()
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
+        stages.begin()
         targets = build_targets(profiles, graphs, checkpoint.config, staging.path, progress, store)
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)
+        stages.begin()
         write_vectors(checkpoint, tokenizer, profiles, text.validation, plan, staging.path, progress)
         manifest = partial(
             manifest_from_build,
@@ -92,10 +99,12 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         )
         report = None
         if options.validated and text.validation is not None:
+            stages.begin()
             progress("complete the bundle", 0, 0)
             with closing(staging.complete(manifest(report=None))) as files:
                 report = _validated(files, checkpoint, text.validation, own_model, options, progress)
             (staging.path / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        stages.begin()
         progress("write the bundle", 0, 0)
         staging.commit(manifest(report=report))
     return BuildResult(path=options.output, targets=targets, report=report)

@@ -114,4 +114,4 @@ def build(
     if as_json:
         write_json(bundle_document(bundle))
     else:
-        write_bundle(bundle)
+        write_bundle(bundle, output)

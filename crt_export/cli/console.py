@@ -103,13 +103,21 @@ _COLOURS = {"passed": "green", "validated": "green", "failed": "red", "FAILED": 
 
 def _draw(line: str) -> None:
     """A line of a terminal, broken between words; NO_COLOR and dumb terminals get no colour."""
+    import textwrap
+
     from rich.console import Console
     from rich.text import Text
 
-    text = Text(line)
-    for word, colour in _COLOURS.items():
-        text.highlight_regex(rf"(?<![\w-])(NOT )?{word}(?![\w-])", "red" if "NOT validated" in line else colour)
-    Console(file=Drawn(sys.stdout), highlight=False, markup=False).print(text, overflow="ignore", crop=False)  # type: ignore[arg-type]
+    console = Console(file=Drawn(sys.stdout), highlight=False, markup=False)  # type: ignore[arg-type]
+    width = _width()
+    fitting = (
+        [line] if len(line) <= width else textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    )
+    for part in fitting or [""]:
+        text = Text(part)
+        for word, colour in _COLOURS.items():
+            text.highlight_regex(rf"(?<![\w-])(NOT )?{word}(?![\w-])", "red" if "NOT validated" in part else colour)
+        console.print(text, soft_wrap=True)
 
 
 def _width() -> int:

@@ -40,7 +40,7 @@ def _inspect_bundle(path: Path, *, verify: bool, full: bool, as_json: bool) -> N
         return
     if verify:
         write_text(f"verified: all {len(bundle.names)} files are as they were built")
-    write_bundle(bundle, full=full)
+    write_bundle(bundle, path, full=full)
 
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:

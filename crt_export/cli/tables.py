@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from crt_export.bundle import BundleFiles
@@ -48,11 +49,12 @@ def bundle_bytes(bundle: BundleFiles) -> int:
     return sum(entry["size"] for entry in bundle.manifest["files"].values())
 
 
-def write_bundle(bundle: BundleFiles, *, full: bool = False) -> None:
+def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None:
     """Write what a bundle holds and how well it agrees with PyTorch.
 
     Args:
         bundle: The bundle.
+        path: How the user calls it.
         full: Every regime, every level, profiles and notes too.
 
     Raises:
@@ -60,12 +62,12 @@ def write_bundle(bundle: BundleFiles, *, full: bool = False) -> None:
     """
     manifest, report = bundle.manifest, report_of_bundle(bundle)
     verdict = (
-        f"{bundle.path}: {'validated' if manifest['validated'] else 'NOT validated'}, {own_model_text(report)}, "
+        f"{path}: {'validated' if manifest['validated'] else 'NOT validated'}, {own_model_text(report)}, "
         f"{readable_size(bundle_bytes(bundle))} in {len(bundle.names)} files, "
         f"made by {manifest['tool']['name']} {manifest['tool']['version']}"
     )
     write_sentence(verdict)
-    write_text(f"identity {bundle.identity} (SHA-256 of manifest.json)")
+    write_sentence(f"identity {bundle.identity} (SHA-256 of manifest.json)")
     if report is not None:
         write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]})
     if full or report is None:
@@ -83,7 +85,6 @@ def write_bundle(bundle: BundleFiles, *, full: bool = False) -> None:
         write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
     if full and report is not None:
         write_report_tables(report)
-    path = bundle.path
     write_next(
         f"crt-export inspect {path} --full",
         f"crt-export generate {path} --prompt TEXT",

@@ -24,7 +24,7 @@ from crt_export.parity.statistics import METHOD
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.parity.windows import ParityOptions, Windows, windows_from_text
-from crt_export.progress import Progress, no_progress
+from crt_export.progress import Progress, Stages, no_progress
 from crt_export.text import TokenText
 
 
@@ -68,17 +68,19 @@ def check_parity(
     if LONG_RUN in options.levels:  # the last level: nobody waits for the others to learn that the text is too short
         check_length(text, options.long_run_tokens)
     windows = windows_from_text(text, options, **_longest_window(cases, checkpoint.config))
+    levels = [level for level in LEVELS if level in options.levels and level != OWN_MODEL]
+    stages = Stages(progress, len(levels), "level")
     setup = ParitySetup(
         checkpoint=checkpoint,
         reference=Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch),
         text=text,
         options=options,
         tolerances=tolerances or load_tolerances(),
-        progress=progress,
+        progress=stages,
         saved_outputs=saved_outputs,
         recorded_nll=recorded_nll,
     )
-    results = [own_model or not_compared(), *_climb_ladder(cases, setup)]
+    results = [own_model or not_compared(), *_climb_ladder(levels, cases, setup, stages)]
     return ParityReport(
         levels=tuple(results),
         tolerances=setup.tolerances.to_dict(),
@@ -89,10 +91,13 @@ def check_parity(
     )
 
 
-def _climb_ladder(cases: Sequence[ParityCase], setup: ParitySetup) -> list[LevelResult]:
+def _climb_ladder(
+    levels: Sequence[str], cases: Sequence[ParityCase], setup: ParitySetup, stages: Stages
+) -> list[LevelResult]:
     """Every level that was asked for, all targets of one before the next."""
     results: list[LevelResult] = []
-    for level in (level for level in LEVELS if level in setup.options.levels and level != OWN_MODEL):
+    for level in levels:
+        stages.begin()
         if level == CORPUS:
             _prepare_reference(cases, setup)
             results += check_corpus(cases, setup)

@@ -152,4 +152,4 @@ def test_progress_names_every_stage(parity_bundle: Path, heldout_text: Path) -> 
         seen.append(stage)
 
     assert validate_bundle(parity_bundle, text=heldout_text, options=SHORT, progress=progress).passed
-    assert {"PyTorch FP32: step", "ort-cpu-fp32: handover"} <= set(seen)
+    assert {"level 4 of 5: PyTorch FP32: step", "level 4 of 5: ort-cpu-fp32: handover"} <= set(seen)

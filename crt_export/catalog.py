@@ -1,4 +1,4 @@
-"""Find the tracked definitions: graph contracts, engine profiles, tolerances.
+"""The tracked definitions: graph contracts, engine profiles, tolerances.
 
 They live in the folders ``graphs/``, ``engines/`` and ``validate/`` of a checkout, and in
 ``crt_export/_catalog/`` of an installed wheel. Nothing else in the package builds such a path. A package that is

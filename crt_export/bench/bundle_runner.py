@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from crt_export.bench.prompts import prompt_rows
-from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
 from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
@@ -61,7 +61,7 @@ class BundleRunner:
     def first_token(self) -> None:
         self._opened().step([0] * self._batch)
 
-    def facts(self) -> Facts:
+    def info(self) -> CandidateInfo:
         assert self._bundle is not None
         files, notes = self._bundle.files, []
         if not files.manifest["validated"]:
@@ -71,7 +71,7 @@ class BundleRunner:
                 f"{self._target.name} runs each row alone, so a step of {self._batch} rows reads the weights that often"
             )
         graph = self._target.graphs.get("step")
-        return Facts(
+        return CandidateInfo(
             weight_file=None if self._weights is None else self._weights.stat().st_size,
             weights=None if graph is None else weight_bytes(initializers_from_graph(files.file(graph)), self._batch),
             notes=tuple(notes),

@@ -1,4 +1,4 @@
-"""What a benchmark run is asked for, checked against the bundle before anything starts."""
+"""Options of a benchmark run, checked against the bundle before anything starts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BenchOptions(Checked):
         prompt_tokens: Lengths of prompts; empty takes 16 and 64, cut to the capacity.
         passes: Ways to feed a prompt beside the candidate's own: numbers of passes, ``adaptive``, ``exact``.
         rounds: Blocks of steps of every candidate.
-        prefill_rounds: Prompts of every length, candidate and way.
+        prefill_rounds: Prompts of every length, candidate and method.
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
         warmups: Steps before each block that are not counted.
         batch: Rows.
@@ -82,7 +82,7 @@ class BenchOptions(Checked):
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What is wrong with single positions, lengths and ways."""
+        """What is wrong with single positions, lengths and methods."""
         yield from (f"a position must be at least 0, found {found}" for found in values["positions"] if found < 0)
         for found in values["prompt_tokens"]:
             if found < 1:
@@ -93,7 +93,7 @@ class BenchOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CandidatePlan:
     """One candidate that was asked for.
 
     Attributes:
@@ -123,10 +123,10 @@ class Plan:
         files: The bundle.
         config: Its model.
         target: The target that is judged.
-        entries: The candidates, the target first.
+        candidates: The candidates, the target first.
         threads: CPU threads.
         positions, prompt_tokens, steps: As in the options.
-        ways: How prompts are fed; None is the candidate's own way and comes first.
+        methods: How prompts are fed; None is the candidate's own method and comes first.
         text: Where prompts come from.
         options: What they came from.
     """
@@ -134,12 +134,12 @@ class Plan:
     files: BundleFiles
     config: ModelConfig
     target: Target
-    entries: tuple[Entry, ...]
+    candidates: tuple[CandidatePlan, ...]
     threads: int
     positions: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
     steps: int
-    ways: tuple[Passes, ...]
+    methods: tuple[Passes, ...]
     text: PromptText
     options: BenchOptions
 
@@ -177,12 +177,12 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     text = prompt_text(files, config, needed, text=options.text, tokens=options.tokens)
     capacity = max(max(positions) + steps, *prompts)
     room = _Room(batch=options.batch, threads=threads, capacity=capacity, text=text.ids)
-    entries = [_target_entry(files, target, config, room, name=target.name, kind=TARGET)]
+    candidates = [_target_candidate(files, target, config, room, name=target.name, kind=TARGET)]
     folders = [Path(name).name for name in options.against]
     for name, folder in zip(options.against, folders, strict=True):
         shown = name if folders.count(folder) > 1 else ""
-        entries.append(_entry(name, files, target, config, room, shown=shown))
-    names = [entry.name for entry in entries]
+        candidates.append(_candidate(name, files, target, config, room, shown=shown))
+    names = [candidate.name for candidate in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"measured against itself, or named twice: {', '.join(twice)}")
@@ -190,12 +190,12 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         files=files,
         config=config,
         target=target,
-        entries=tuple(entries),
+        candidates=tuple(candidates),
         threads=threads,
         positions=positions,
         prompt_tokens=prompts,
         steps=steps,
-        ways=(None, *_once(options.passes)),
+        methods=(None, *_once(options.passes)),
         text=text,
         options=options,
     )
@@ -224,26 +224,26 @@ class _Room:
         return {"kind": kind, "batch": self.batch, "threads": self.threads, "text": self.text}
 
 
-def _entry(
+def _candidate(
     name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, shown: str = ""
-) -> Entry:
+) -> CandidatePlan:
     """What ``--against`` names; a bundle is shown by its folder's name unless ``shown`` says otherwise."""
     if name in BASELINES:
-        return _baseline_entry(name, files, target, config, room)
+        return _baseline_candidate(name, files, target, config, room)
     if name in files.manifest["targets"]:
-        return _target_entry(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
+        return _target_candidate(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
     if not is_folder(name):
         known = ", ".join((*BASELINES, *files.manifest["targets"]))
         raise InputError(f"--against {name[:200]!r} is neither a bundle's folder nor one of {known}")
     other = open_bundle(name, allow_unvalidated=True)
     other_config = config_from_manifest(other)
     same = target_from_manifest(other, target.name, other_config)
-    return _target_entry(other, same, other_config, room, name=shown or other.path.name, kind=BUNDLE)
+    return _target_candidate(other, same, other_config, room, name=shown or other.path.name, kind=BUNDLE)
 
 
-def _target_entry(
+def _target_candidate(
     files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, name: str, kind: str
-) -> Entry:
+) -> CandidatePlan:
     if room.capacity > target.capacity:
         raise InputError(
             f"{target.name} of {files.path} holds {target.capacity} tokens, {room.capacity} are asked for: "
@@ -251,10 +251,14 @@ def _target_entry(
         )
     request = {**room.request(kind, config), "path": str(files.path), "target": target.name}
     prefill = files.manifest["targets"][target.name].get("prefill")
-    return Entry(name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request)
+    return CandidatePlan(
+        name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request
+    )
 
 
-def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room) -> Entry:
+def _baseline_candidate(
+    kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room
+) -> CandidatePlan:
     reference = files.path / "reference"
     request = {
         **room.request(kind, config),
@@ -262,7 +266,7 @@ def _baseline_entry(kind: str, files: BundleFiles, target: Target, config: Model
         "reference": str(reference) if reference.is_dir() else None,
         "capacity": target.capacity,
     }
-    return Entry(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
+    return CandidatePlan(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
 
 
 def _once(values: Sequence[_Value]) -> tuple[_Value, ...]:

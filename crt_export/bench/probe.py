@@ -1,4 +1,4 @@
-"""How fast this machine reads memory and multiplies matrices right now.
+"""Rates of this machine right now: how fast it reads memory and multiplies matrices.
 
 A shared machine's bandwidth changes from second to second (17 to 36 GB/s were seen on one), so both rates are sampled
 in turns with the measurement that is judged by them. Reading is one ``numpy.bitwise_or.reduce`` per thread over its

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and how much of a file the system holds; None where it does not say."""
+"""Memory that this process holds, and the share of a file that the system holds; None where it does not say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prompts are made of: a text the model was trained for, or random ids where there is none.
+"""Prompts of a benchmark: a text the model was trained for, or random ids where there is none.
 
 It matters: how many passes an adaptive prompt takes depends on how well the model knows the text.
 """

@@ -13,7 +13,7 @@ from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
 from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import Facts, Passes, StepTimes, block_start
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
 from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
 from crt_export.checkpoint import find_weight_files, load_checkpoint, tensor_shapes
 from crt_export.config import ModelConfig
@@ -81,10 +81,10 @@ class PyTorchRunner:
     def first_token(self) -> None:
         self._step(self._token, self._state, 0)
 
-    def facts(self) -> Facts:
+    def info(self) -> CandidateInfo:
         sizes = [path.stat().st_size for path in self._weight_files()]
         random = "PyTorch ran with random weights, as the bundle holds no checkpoint: a step costs the same with any"
-        return Facts(
+        return CandidateInfo(
             weight_file=sum(sizes) or None,
             weights=_weights_read(self._model, self._batch),
             notes=() if sizes else (random,),

@@ -1,4 +1,4 @@
-"""What one benchmark run found, as frozen records and as JSON (``crt-export-bench``, format version 1).
+"""The report of one benchmark run, as frozen records and as JSON (``crt-export-bench``, format version 1).
 
 Units are in the names: ``_s`` seconds, ``_ms`` milliseconds, ``_gb_s`` 1e9 bytes per second, ``_gflop_s`` 1e9 floating
 point operations per second; everything called bytes, weights, cache or memory is bytes. ``None`` (JSON null) is a

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from crt_export.bench.options import Entry, Plan
+from crt_export.bench.options import CandidatePlan, Plan
 from crt_export.bench.report import Quantiles
 from crt_export.bench.runner import Passes
 from crt_export.bench.worker import PROBE, WorkerProcess
@@ -25,17 +25,17 @@ class Measured:
     """Everything one candidate said, as it came.
 
     Attributes:
-        entry: The candidate.
+        candidate: The candidate.
         reason: Why it did not run; empty where it did.
-        opened: Answer to ``open``: load, memory, facts.
+        opened: Answer to ``open``: load, memory, info.
         memory: Answer to ``memory``.
         peak_rss: At the end.
         steps: Position to one answer (``seconds``, ``engine``) per round.
-        prefill: (Tokens, way) to the seconds of each round.
+        prefill: (Tokens, method) to the seconds of each round.
         refused: Ways of feeding a prompt that it does not have, and why.
     """
 
-    entry: Entry
+    candidate: CandidatePlan
     reason: str = ""
     opened: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
@@ -65,10 +65,10 @@ def samples_from_plan(plan: Plan, progress: Progress) -> Samples:
     with ExitStack() as processes:
         probe = processes.enter_context(WorkerProcess("the probe", single_threaded_blas=True))
         probe.ask("open", kind=PROBE, threads=plan.threads, bytes=plan.options.probe_bytes)
-        everybody = [Measured(entry=entry) for entry in plan.entries]
+        everybody = [Measured(candidate=candidate) for candidate in plan.candidates]
         running: list[tuple[Measured, WorkerProcess]] = []
         for number, measured in enumerate(everybody):
-            progress(f"opening {measured.entry.name}", number, len(everybody))
+            progress(f"opening {measured.candidate.name}", number, len(everybody))
             worker = _opened(plan, measured, processes)
             if worker is not None:
                 running.append((measured, worker))
@@ -81,31 +81,31 @@ def samples_from_plan(plan: Plan, progress: Progress) -> Samples:
 
 def _opened(plan: Plan, measured: Measured, processes: ExitStack) -> WorkerProcess | None:
     """Open a candidate in a new process, alone; None where a baseline cannot run."""
-    entry = measured.entry
-    worker = processes.enter_context(WorkerProcess(entry.name))
+    candidate = measured.candidate
+    worker = processes.enter_context(WorkerProcess(candidate.name))
     try:
-        measured.opened = worker.ask("open", **entry.request)
-        own, *others = plan.ways
-        _try_way(plan, measured, worker, own)
+        measured.opened = worker.ask("open", **candidate.request)
+        own, *others = plan.methods
+        _try_method(plan, measured, worker, own)
         longest = 0 if own in measured.refused else max(plan.prompt_tokens)
         measured.memory = worker.ask("memory", tokens=longest)
-        for way in others:
-            _try_way(plan, measured, worker, way)
+        for method in others:
+            _try_method(plan, measured, worker, method)
     except CrtExportError as error:
         worker.close()
-        if entry.target is not None:
+        if candidate.target is not None:
             raise
         measured.reason = str(error).strip()
         return None
     return worker
 
 
-def _try_way(plan: Plan, measured: Measured, worker: WorkerProcess, way: Passes) -> None:
-    """Find out whether it can feed a prompt this way, which loads what that takes."""
+def _try_method(plan: Plan, measured: Measured, worker: WorkerProcess, method: Passes) -> None:
+    """Find out whether it can feed a prompt this method, which loads what that takes."""
     try:
-        worker.ask("prefill", tokens=min(plan.prompt_tokens), passes=way)
+        worker.ask("prefill", tokens=min(plan.prompt_tokens), passes=method)
     except (UnsupportedError, InputError) as error:
-        measured.refused[way] = str(error)
+        measured.refused[method] = str(error)
 
 
 def _step_rounds(
@@ -133,12 +133,12 @@ def _prefill_rounds(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]
         for number in range(rounds):
             progress("prompts in turns", place * rounds + number, rounds * len(plan.prompt_tokens))
             for measured, worker in _rotated(running, number):
-                for way in plan.ways:
-                    if way in measured.refused:
+                for method in plan.methods:
+                    if method in measured.refused:
                         continue
                     time.sleep(plan.options.pause_s)
-                    seconds = worker.ask("prefill", tokens=tokens, passes=way)
-                    measured.prefill.setdefault((tokens, way), []).append(seconds)
+                    seconds = worker.ask("prefill", tokens=tokens, passes=method)
+                    measured.prefill.setdefault((tokens, method), []).append(seconds)
 
 
 def _rotated(running: Sequence[tuple[Measured, WorkerProcess]], number: int) -> list[tuple[Measured, WorkerProcess]]:

@@ -1,4 +1,4 @@
-"""From a bundle and options to a report: the file to read first."""
+"""The benchmark, from a bundle and options to a report: the file to read first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crt_export import __version__
-from crt_export.bench.options import BenchOptions, Entry, Plan, plan_from_options
+from crt_export.bench.options import BenchOptions, CandidatePlan, Plan, plan_from_options
 from crt_export.bench.report import (
     MEASURED,
     NOT_RUN,
@@ -89,23 +89,23 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
 
 
 def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Candidate:
-    entry = measured.entry
-    other = entry.path is not None and entry.path != plan.files.path
-    model = _model(entry.name, entry.config) if other else None
+    candidate = measured.candidate
+    other = candidate.path is not None and candidate.path != plan.files.path
+    model = _model(candidate.name, candidate.config) if other else None
     if measured.reason:
-        return Candidate(name=entry.name, kind=entry.kind, status=NOT_RUN, reason=measured.reason, model=model)
+        return Candidate(name=candidate.name, kind=candidate.kind, status=NOT_RUN, reason=measured.reason, model=model)
     steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
-    prefill = [_prefill(entry, tokens, way, seconds) for (tokens, way), seconds in measured.prefill.items()]
+    prefill = [_prefill(candidate, tokens, method, seconds) for (tokens, method), seconds in measured.prefill.items()]
     return Candidate(
-        name=entry.name,
-        kind=entry.kind,
+        name=candidate.name,
+        kind=candidate.kind,
         status=MEASURED,
         model=model,
         load=Load(**measured.opened["load"]),
         step=tuple(steps),
         prefill=tuple(prefill),
         memory=Memory(
-            weight_file=measured.opened["facts"]["weight_file"],
+            weight_file=measured.opened["info"]["weight_file"],
             peak_rss=measured.peak_rss,
             **measured.opened["memory"],
             **measured.memory,
@@ -114,7 +114,7 @@ def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Co
 
 
 def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, compute: Compute) -> StepFigures:
-    entry, batch, blocks = measured.entry, plan.options.batch, measured.steps[position]
+    candidate, batch, blocks = measured.candidate, plan.options.batch, measured.steps[position]
     seconds = np.concatenate([block["seconds"] for block in blocks])
     engine = np.concatenate([block["engine"] for block in blocks])
     p10, p50, p90, p99 = (np.percentile(seconds, (10, 50, 90, 99)) * 1e3).tolist()
@@ -131,25 +131,30 @@ def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, c
         tokens_per_s=float(batch / seconds.mean()),
         runtime_overhead=float(np.median(1 - engine / seconds)) if engine.size else None,
     )
-    return _with_floor(figures, plan, entry, measured.opened["facts"]["weights"], bandwidth, compute)
+    return _with_floor(figures, plan, candidate, measured.opened["info"]["weights"], bandwidth, compute)
 
 
 def _with_floor(
-    figures: StepFigures, plan: Plan, entry: Entry, weights: int | None, bandwidth: Bandwidth, compute: Compute
+    figures: StepFigures,
+    plan: Plan,
+    candidate: CandidatePlan,
+    weights: int | None,
+    bandwidth: Bandwidth,
+    compute: Compute,
 ) -> StepFigures:
     """Add what memory and arithmetic allow at best; a GPU's own rates are not known here."""
     if weights is None:
         return figures
     middle = figures.position + plan.steps // 2  # of the block's positions
-    target = entry.target
+    target = candidate.target
     moved = step_bytes(
-        entry.config,
+        candidate.config,
         weights=weights,
         position=middle,
         batch=figures.batch,
         cache_item_bytes=_FLOAT_BYTES["float32" if target is None else target.cache_dtype],
     )
-    flops = step_flops(entry.config, position=middle, batch=figures.batch)
+    flops = step_flops(candidate.config, position=middle, batch=figures.batch)
     values: dict[str, Any] = {"bytes": moved, "flops": flops}
     if target is None or target.profile.device == "cpu":
         floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
@@ -163,16 +168,16 @@ def _with_floor(
     return StepFigures(**{**vars(figures), **values})
 
 
-def _prefill(entry: Entry, tokens: int, way: Passes, seconds: Sequence[float]) -> PrefillFigures:
-    method, passes = ("passes", way) if isinstance(way, int) else (way or "default", None)
+def _prefill(candidate: CandidatePlan, tokens: int, method: Passes, seconds: Sequence[float]) -> PrefillFigures:
+    name, passes = ("passes", method) if isinstance(method, int) else (method or "default", None)
     chunk = None
-    if way is None and entry.prefill is not None:
-        passes, chunk = entry.prefill["passes"], entry.prefill["chunk"]
-    if way is None and entry.target is None and entry.config.recurrent:
-        passes = entry.config.unroll_steps
+    if method is None and candidate.prefill is not None:
+        passes, chunk = candidate.prefill["passes"], candidate.prefill["chunk"]
+    if method is None and candidate.target is None and candidate.config.recurrent:
+        passes = candidate.config.unroll_steps
     return PrefillFigures(
         tokens=tokens,
-        method=method,
+        method=name,
         passes=passes,
         chunk=chunk,
         samples=len(seconds),
@@ -188,9 +193,9 @@ def _ratios(everybody: Sequence[Measured]) -> Iterator[Ratio]:
         for position, blocks in other.steps.items():
             own = [block["seconds"] for block in first.steps[position]]
             yield _ratio(first, other, _STEP, position, own, [block["seconds"] for block in blocks])
-        for (tokens, way), seconds in other.prefill.items():
-            if way is None and (tokens, way) in first.prefill:
-                own = [[taken] for taken in first.prefill[tokens, way]]
+        for (tokens, method), seconds in other.prefill.items():
+            if method is None and (tokens, method) in first.prefill:
+                own = [[taken] for taken in first.prefill[tokens, method]]
                 yield _ratio(first, other, _PREFILL, tokens, own, [[taken] for taken in seconds])
 
 
@@ -199,8 +204,8 @@ def _ratio(
 ) -> Ratio:
     found = paired_ratio(own, its)
     return Ratio(
-        of=of.entry.name,
-        against=against.entry.name,
+        of=of.candidate.name,
+        against=against.candidate.name,
         what=what,
         at=at,
         ratio=found.median,
@@ -213,12 +218,12 @@ def _ratio(
 def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
     yield f"prompts are {'' if not plan.text.ids else 'the beginning of '}{plan.text.source}"
     for measured in everybody:
-        name = measured.entry.name
+        name = measured.candidate.name
         if measured.reason:
             continue
-        yield from measured.opened["facts"]["notes"]
-        for way, reason in measured.refused.items():
-            yield f"{name} takes no prompt {'of its own' if way is None else f'with passes={way}'}: {reason}"
+        yield from measured.opened["info"]["notes"]
+        for method, reason in measured.refused.items():
+            yield f"{name} takes no prompt {'of its own' if method is None else f'with passes={method}'}: {reason}"
         share = measured.opened["load"]["cached_share"]
         if share is not None:
             yield f"{name} was opened with {share:.0%} of its weight file in the page cache"
@@ -247,7 +252,7 @@ def _bundle(files: BundleFiles) -> dict[str, Any]:
         "name": files.path.name,
         "sha256": files.identity,
         "validated": manifest["validated"],
-        "targets": {name: {"prefill": entry.get("prefill")} for name, entry in manifest["targets"].items()},
+        "targets": {name: {"prefill": target.get("prefill")} for name, target in manifest["targets"].items()},
     }
 
 

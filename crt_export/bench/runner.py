@@ -1,4 +1,4 @@
-"""What a worker process can be asked to run: one candidate that is open."""
+"""The protocol of a candidate: what a worker process can be asked once it is open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Passes = int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CandidateInfo:
     """What the report needs to know of an opened candidate.
 
     Attributes:
@@ -54,7 +54,7 @@ class Runner(Protocol):
         """Feed one token to every row of what open() made, and wait for the logits."""
         ...
 
-    def facts(self) -> Facts:
+    def info(self) -> CandidateInfo:
         """What the report needs to know; after open()."""
         ...
 

@@ -1,4 +1,4 @@
-"""What one step cannot do without: the bytes it has to move and the operations it has to carry out.
+"""The least that one step costs: the bytes it has to move and the operations it has to carry out.
 
 Which weights an ONNX graph reads is found without importing onnx: a benchmark needs numpy and a runtime only. Of
 onnx.proto the few messages on the way to initializers and nodes of the main graph are read; weights lie in another

@@ -169,7 +169,7 @@ class Worker:
                 "pss_step": held.pss,
                 "anonymous_step": held.anonymous,
             },
-            "facts": asdict(runner.facts()),
+            "info": asdict(runner.info()),
         }
 
     def memory(self, request: Request) -> dict[str, Any]:

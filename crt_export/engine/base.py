@@ -1,4 +1,4 @@
-"""What a runtime must offer so that a session can run on it.
+"""The protocol of an engine: what a runtime must offer so that a session can run on it.
 
 A session allocates its tensors once (:class:`Buffer`), names the rows of them that a call works on
 (:class:`BufferSlice`), binds those to a graph (:class:`Program`) and runs the result (:class:`Launch`) as often as

@@ -1,4 +1,4 @@
-"""From an ONNX file, or a held graph of a bundle, to a session of ONNX Runtime.
+"""Sessions of ONNX Runtime, made of an ONNX file or of a held graph of a bundle.
 
 The bytes of a bundle that were hashed are the bytes that are loaded. A held graph is given as bytes. Its weights ONNX
 Runtime maps from their file, below the folder that is held open, packs most of them into memory of its own, and what

@@ -147,7 +147,7 @@ def _prompts(candidates: Sequence[Mapping[str, Any]]) -> Table:
         (
             who["name"],
             f"{prompt['tokens']:,}",
-            prefill_way(prompt),
+            prefill_method(prompt),
             number_text(prompt["p50_s"] * 1e3),
             number_text(prompt["p90_s"] * 1e3),
             number_text(prompt["tokens"] / prompt["p50_s"]) if prompt["p50_s"] else MISSING,
@@ -194,7 +194,7 @@ def ratio_place(ratio: Mapping[str, Any]) -> str:
     return f"prompt of {ratio['tokens']:,}"
 
 
-def prefill_way(prompt: Mapping[str, Any]) -> str:
+def prefill_method(prompt: Mapping[str, Any]) -> str:
     """How a prompt was fed: ``default``, ``passes, K = 5``, ``exact``."""
     passes = "" if prompt["passes"] is None else f", K = {prompt['passes']}"
     return f"{prompt['method']}{passes}"

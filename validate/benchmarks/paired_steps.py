@@ -79,7 +79,7 @@ def measure_pair(
         probe = stack.enter_context(WorkerProcess("the probe of bandwidth", single_threaded_blas=True))
         probe.ask("open", kind="probe", threads=threads, bytes=PROBED_BYTES)
         workers = [stack.enter_context(WorkerProcess(side.name)) for side in sides]
-        facts = [worker.ask("open", **side.request)["facts"] for worker, side in zip(workers, sides, strict=True)]
+        facts = [worker.ask("open", **side.request)["info"] for worker, side in zip(workers, sides, strict=True)]
         found = []
         for position in positions:
             times: tuple[list[list[float]], list[list[float]]] = ([], [])

@@ -76,7 +76,7 @@ def build(folder: Path) -> None:
     )
 
 
-def climb(folder: Path, level: str) -> list[dict[str, Any]]:
+def run_level(folder: Path, level: str) -> list[dict[str, Any]]:
     """One level of both targets."""
     from crt_export.parity import ParityOptions, validate_bundle
 
@@ -117,7 +117,7 @@ def replay(folder: Path) -> list[dict[str, Any]]:
 def run_stage(stage: str, folder: Path) -> None:
     """One stage in this process; leaves ``STAGE.json`` in the folder."""
     stages: dict[str, Callable[[Path], Any]] = {"checkpoint": write_checkpoint, "build": build, SELFTEST: replay}
-    results = stages[stage](folder) if stage in stages else climb(folder, stage)
+    results = stages[stage](folder) if stage in stages else run_level(folder, stage)
     status = Path("/proc/self/status").read_text(encoding="ascii")
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert match is not None, "Linux tells the peak memory of a process in /proc/self/status"

@@ -1,4 +1,4 @@
-"""Compile an ONNX graph with TensorRT (10.16 or newer, 11.x) or TensorRT-RTX, and check what came out.
+"""Compilation of an ONNX graph with TensorRT (10.16 or newer, 11.x) or TensorRT-RTX, and the checks of what came out.
 
 TensorRT-RTX compiles without a GPU; TensorRT times kernels on the GPU it builds for.
 """

@@ -1,4 +1,4 @@
-"""Which address and shape TensorRT gets for every tensor of a launch, and what is copied before and after.
+"""The layout of a launch: which address and shape TensorRT gets for every tensor, what is copied before and after.
 
 TensorRT wants addresses that are multiples of 256 bytes (``IExecutionContext::setTensorAddress``). A tensor begins
 at one, but the rows in the middle of a batch may not: those go through a staging buffer of their own.

@@ -1,4 +1,4 @@
-"""From an engine file to an engine that launches: sidecar checked, plan loaded, what came out checked against it."""
+"""Loaded engines: the sidecar checked, the plan deserialised, what came out checked against the sidecar."""
 
 from __future__ import annotations
 

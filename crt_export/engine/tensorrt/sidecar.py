@@ -1,4 +1,4 @@
-"""What an engine file says about itself, checked before TensorRT sees the engine.
+"""The sidecar of an engine: what the file says about itself, checked before TensorRT sees the engine.
 
 TensorRT answers an engine of another version, GPU or shape with a line in its log at best. The sidecar, which the
 build wrote beside the engine, answers with what is wrong and how to fix it.

@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself, so that the engine compiled from it can be checked against it."""
+"""The ONNX file that an engine is compiled from: what the engine is checked against."""
 
 from __future__ import annotations
 

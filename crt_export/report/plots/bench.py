@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from crt_export.report.bench_page import prefill_way, ratio_place
+from crt_export.report.bench_page import prefill_method, ratio_place
 from crt_export.report.numbers import number_text
 from crt_export.report.plots import DrawnPlot
 from crt_export.report.plots.drawing import Plot, add_line, add_threshold
@@ -89,11 +89,11 @@ def plot_ratios(document: Mapping[str, Any]) -> Plot | None:
 
 
 def plot_prompts(document: Mapping[str, Any]) -> Plot | None:
-    """Time to first token over the length of the prompt, a line for each candidate and way of feeding it."""
+    """Time to first token over the length of the prompt, a line for each candidate and method."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for who in document["candidates"]:
         for prompt in who["prefill"]:
-            label = f"{_shortened(who['name'])}, {prefill_way(prompt)}"
+            label = f"{_shortened(who['name'])}, {prefill_method(prompt)}"
             lines.setdefault(label, []).append((prompt["tokens"], prompt["p50_s"]))
     if not lines:
         return None

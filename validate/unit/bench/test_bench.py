@@ -54,8 +54,8 @@ def test_everybody_is_measured_at_every_position_and_prompt(report: BenchReport)
         assert [(step.position, step.samples) for step in candidate.step] == [(5, 8), (0, 8)]
         for step in candidate.step:
             assert 0 < step.p10_ms <= step.p50_ms <= step.p90_ms <= step.p99_ms <= step.max_ms
-        ways = {(row.tokens, row.method) for row in candidate.prefill}
-        assert ways == {(tokens, method) for tokens in (3, 6) for method in ("default", "passes", "exact")}
+        methods = {(row.tokens, row.method) for row in candidate.prefill}
+        assert methods == {(tokens, method) for tokens in (3, 6) for method in ("default", "passes", "exact")}
         assert candidate.load is not None
         assert 0 < candidate.load.open_s < candidate.load.first_token_s
 
@@ -125,7 +125,7 @@ def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path, monkeypatch
     ids = tmp_path / "ids.npy"
     np.save(ids, np.array([3, 1, 2]))
     given = plan_from_options(GOLDEN, _changed(QUICK, tokens=ids, batch=2))
-    assert [entry.request["text"] for entry in given.entries] == [(3, 1, 2)]
+    assert [candidate.request["text"] for candidate in given.candidates] == [(3, 1, 2)]
     assert given.text.source == str(ids)
     monkeypatch.setattr(prompts, "load_tokenizer", None)  # calling it would fail
     assert plan_from_options(GOLDEN, _changed(QUICK, tokens=ids)).text.ids == (3, 1, 2)
@@ -160,7 +160,7 @@ def test_a_text_is_not_written_over(tmp_path: Path) -> None:
 
 def test_what_is_named_twice_is_measured_once() -> None:
     plan = plan_from_options(GOLDEN, _changed(QUICK, positions=(5, 5), prompt_tokens=(3, 6, 3), passes=(2, 2)))
-    assert (plan.positions, plan.prompt_tokens, plan.ways) == ((5,), (3, 6), (None, 2))
+    assert (plan.positions, plan.prompt_tokens, plan.methods) == ((5,), (3, 6), (None, 2))
 
 
 def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> N
     for other in others:
         shutil.copytree(GOLDEN, other)
     plan = plan_from_options(GOLDEN, _changed(QUICK, against=others))
-    assert [entry.name for entry in plan.entries] == ["ort-cpu-int8", *others]
+    assert [candidate.name for candidate in plan.candidates] == ["ort-cpu-int8", *others]
     with pytest.raises(InputError, match="named twice"):
         plan_from_options(GOLDEN, _changed(QUICK, against=(others[0], others[0])))
 

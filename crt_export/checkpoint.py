@@ -31,6 +31,38 @@ from crt_export.user_files import is_input, open_input, read_input
 TOKENIZER_FILE = "tokenizer.json"
 _DTYPES = {"F32", "F16", "BF16"}
 _CONCATENATED = ": the correction is of the sum h + x; one of their concatenation cannot be expressed by this version"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+#: A line for every tensor of a model with a million of them.
+_MOST_INDEX_BYTES = 2**27
+_SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
+#: A file of the folder itself, under a name that every system can have.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+_SAVE = "save the weights with safetensors.torch.save_file(state_dict, ...)"
+#: What other programs call their weights, and what to do about it; the first that fits is the one that is said.
+_OTHER_WEIGHTS = (
+    (
+        re.compile(r"adapter_model\..*"),
+        "is an adapter, not a model",
+        "merge it into its base model (peft: merge_and_unload), then save that one as model.safetensors",
+    ),
+    (
+        re.compile(r".*\.gguf"),
+        "is a GGUF file, which may be quantised",
+        "take the checkpoint that it was made from",
+    ),
+    (
+        re.compile(r"(.*\.(bin|pt|pth|ckpt|pkl))|(pytorch_model\.bin\.index\.json)"),
+        "may run code when loaded",
+        f"load it where you trust it and {_SAVE}",
+    ),
+    (
+        re.compile(r".*\.safetensors"),
+        "is not called model.safetensors",
+        "rename it if it holds the whole model",
+    ),
+    (re.compile(r".*\.(h5|msgpack|npz|onnx)"), "is of another framework", f"load it in PyTorch and {_SAVE}"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,40 +258,6 @@ def _value_problems(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             yield f"tensor {name} has {bad} of {tensor.numel()} values that are NaN or infinite"
-
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-#: A line for every tensor of a model with a million of them.
-_MOST_INDEX_BYTES = 2**27
-_SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
-#: A file of the folder itself, under a name that every system can have.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
-_SAVE = "save the weights with safetensors.torch.save_file(state_dict, ...)"
-#: What other programs call their weights, and what to do about it; the first that fits is the one that is said.
-_OTHER_WEIGHTS = (
-    (
-        re.compile(r"adapter_model\..*"),
-        "is an adapter, not a model",
-        "merge it into its base model (peft: merge_and_unload), then save that one as model.safetensors",
-    ),
-    (
-        re.compile(r".*\.gguf"),
-        "is a GGUF file, which may be quantised",
-        "take the checkpoint that it was made from",
-    ),
-    (
-        re.compile(r"(.*\.(bin|pt|pth|ckpt|pkl))|(pytorch_model\.bin\.index\.json)"),
-        "may run code when loaded",
-        f"load it where you trust it and {_SAVE}",
-    ),
-    (
-        re.compile(r".*\.safetensors"),
-        "is not called model.safetensors",
-        "rename it if it holds the whole model",
-    ),
-    (re.compile(r".*\.(h5|msgpack|npz|onnx)"), "is of another framework", f"load it in PyTorch and {_SAVE}"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ ORT_CONFLICT = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
     "pip uninstall onnxruntime onnxruntime-gpu, then install crt-export[cpu] or crt-export[cuda], not both"
 )
+#: The version of a module that can be imported and does not say which it is.
+UNKNOWN = "unknown"
+_VERSION = re.compile(r"""^__version__\s*(?::\s*str\s*)?=\s*["']([^"']+)["']""", re.M)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,11 +330,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: ``2.13.0+cpu`` gives (2, 13, 0)."""
     leading = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in leading.group().split(".")) if leading else ()
-
-
-#: The version of a module that can be imported and does not say which it is.
-UNKNOWN = "unknown"
-_VERSION = re.compile(r"""^__version__\s*(?::\s*str\s*)?=\s*["']([^"']+)["']""", re.M)
 
 
 def distribution_version(distribution: str) -> str | None:

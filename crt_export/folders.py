@@ -36,6 +36,8 @@ _LOCK_SECONDS = 60.0
 _CLOCK_SLACK_SECONDS = 5.0
 _STILL_ACTIVE = 259
 _QUERY_LIMITED_INFORMATION = 0x1000
+#: Of folders in the system's folder for temporary files.
+PREFIX = "crt-export"
 
 
 def lock_folder(folder: Path) -> int:
@@ -155,10 +157,6 @@ def start_time(pid: int) -> float | None:
         return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, StopIteration):
         return None
-
-
-#: Of folders in the system's folder for temporary files.
-PREFIX = "crt-export"
 
 
 @contextmanager

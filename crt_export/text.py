@@ -34,6 +34,8 @@ VALIDATION_TOKENS = 4096
 MOST_TEXT_BYTES, MOST_TOKENS = 2**28, 2**28
 #: numpy itself refuses headers of more than 10,000 characters.
 _MOST_HEADER_BYTES = 2**14
+#: A target that no model predicts: the begin of the next sequence, where the ids hold several.
+UNSCORED = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,10 +197,6 @@ def _checked_ids(ids: np.ndarray, config: ModelConfig, source: str) -> np.ndarra
             f"the first is {int(ids[first])} at index {first}"
         )
     return ids.astype(np.int64)
-
-
-#: A target that no model predicts: the begin of the next sequence, where the ids hold several.
-UNSCORED = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

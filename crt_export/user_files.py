@@ -31,6 +31,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+#: Characters of the name that the file beside it shows; all of it might make a name that is too long.
+_SHOWN_CHARACTERS = 16
 
 
 def open_input(path: str | os.PathLike[str], *, most: int | None = None, follow: bool = True) -> BufferedReader:
@@ -136,10 +138,6 @@ def _refuse_other_kinds(path: str | os.PathLike[str], status: os.stat_result) ->
 def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
     words = f"it has {size:,} bytes or more, expected at most {readable_limit(most)}"
     return OSError(errno.EFBIG, words, os.fspath(path))
-
-
-#: Characters of the name that the file beside it shows; all of it might make a name that is too long.
-_SHOWN_CHARACTERS = 16
 
 
 def write_file(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o666, streams: bool = False) -> None:

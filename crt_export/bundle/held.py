@@ -25,6 +25,7 @@ from crt_export.user_files import open_regular
 #: Whether files can be opened below a folder that is held open.
 HOLDS_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
 _FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+_PIECE = 1 << 20
 
 
 class HeldFile:
@@ -183,9 +184,6 @@ def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
 def _close(descriptor: int | None) -> None:
     if descriptor is not None:
         os.close(descriptor)
-
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from crt_export.user_files import sync_folder
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM}
+_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|previous)-(?P<pid>[0-9]{1,10})", re.DOTALL)
 
 
 def exchange_folders(first: Path, second: Path) -> bool:
@@ -117,9 +118,6 @@ def remove_folder(folder: Path) -> None:
                 if not path.is_symlink():
                     path.chmod(0o700)
         shutil.rmtree(folder)
-
-
-_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|previous)-(?P<pid>[0-9]{1,10})", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from crt_export.termination import not_interrupted, orderly_termination
 from crt_export.user_files import kind_of, sync_folder
 
 _SHOWN_NAMES = 5
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
@@ -133,9 +134,6 @@ def _check_replaceable(target: Path) -> None:
         raise BundleError(
             problem_list(f"replacing the bundle {target} would delete files that are not its own", problems)
         )
-
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Staging:

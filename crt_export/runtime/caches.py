@@ -35,6 +35,9 @@ import numpy as np
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Buffer, BufferSlice, Engine
 
+#: Tokens that a cache in host memory grows by.
+BLOCK = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSizes:
@@ -146,10 +149,6 @@ def window_from_config(config: ModelConfig) -> Window | None:
         rope_theta=config.rope_theta,
         rope_layout=config.rope_layout,
     )
-
-
-#: Tokens that a cache in host memory grows by.
-BLOCK = 128
 
 
 @dataclass(slots=True)

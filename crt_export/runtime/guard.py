@@ -17,6 +17,9 @@ from crt_export.exclusive import Busy, Exclusive
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.rows import NO_TOKEN, History, step_tokens, token_rows
 
+_Result = TypeVar("_Result")
+_INTERRUPTED = "it was interrupted"
+
 
 class Call:
     """A call that has the session to itself.
@@ -124,10 +127,6 @@ class Call:
         for row, token in enumerate(ids):
             if token != NO_TOKEN:
                 self.history.feed(row, [token])
-
-
-_Result = TypeVar("_Result")
-_INTERRUPTED = "it was interrupted"
 
 
 class Guard:

@@ -26,6 +26,9 @@ ADAPTIVE = "adaptive"
 EXACT = "exact"
 WORDS = (ADAPTIVE, EXACT)
 _LARGEST_BOUND = float(np.finfo(np.float32).max)
+#: Gives the session's rows that a graph's tensor of this name is bound to.
+SharedRows = Callable[[str], BufferSlice]
+_PASS = "prefill_pass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +153,6 @@ def passes_word(passes: object) -> str | None:
     if passes not in WORDS:
         raise InputError(f"passes must be a number, 'adaptive' or 'exact', found {shown(passes)}")
     return passes
-
-
-#: Gives the session's rows that a graph's tensor of this name is bound to.
-SharedRows = Callable[[str], BufferSlice]
-_PASS = "prefill_pass"
 
 
 @dataclass(frozen=True, kw_only=True)

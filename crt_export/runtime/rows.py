@@ -22,6 +22,9 @@ NO_TOKEN = -1
 #: Tokens of a row that are kept as the context of its text. A character needs a few, a run of byte-fallback tokens,
 #: which the tokenizers library decodes as a whole, all of its own.
 RECENT_TOKENS = 1024
+_NONE = np.zeros(0, np.int64)
+_INTEGERS = (int, np.integer)
+_BOOLS = frozenset({bool, np.bool_})
 
 
 class History:
@@ -247,11 +250,6 @@ def padded(rows: Sequence[np.ndarray], seq: int) -> np.ndarray:
     for row, tokens in enumerate(rows):
         ids[row, : tokens.size] = tokens
     return ids
-
-
-_NONE = np.zeros(0, np.int64)
-_INTEGERS = (int, np.integer)
-_BOOLS = frozenset({bool, np.bool_})
 
 
 def _token_row(row: object, vocab: int) -> tuple[np.ndarray, str]:

@@ -34,6 +34,9 @@ _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
 _WIDTHS |= {"I64": 8, "U64": 8}
 _MOST_DIMS = 32
 _PIECE = 1 << 20
+_DTYPES = {"I64": "int64", "F32": "float32", "F16": "float16", "U8": "uint8"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +154,6 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
     if len(content) != count:
         raise ValueError("it ends early, or became shorter while it was read")
     return content
-
-
-_DTYPES = {"I64": "int64", "F32": "float32", "F16": "float16", "U8": "uint8"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from crt_export.selftest.report import ReplayResult, SelftestReport, TargetResul
 from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, load_vectors, prefill_run
 
 _CACHES = "past_key_values."
+#: Steps after a prompt whose result earlier replays have shown to be the vectors': enough to see the state go on.
+_FEW_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,10 +209,6 @@ class Comparison:
 def place(vectors: Vectors, index: int) -> str:
     """Where in a run an index is."""
     return f"after the prompt of {vectors.prompt} tokens" if index == 0 else f"after step {index}"
-
-
-#: Steps after a prompt whose result earlier replays have shown to be the vectors': enough to see the state go on.
-_FEW_STEPS = 2
 
 
 def run_selftest(

@@ -93,7 +93,6 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
             options,
             text=text.identity,
             calibration=calibration,
-            graphs=graphs.values(),
             targets=targets,
             prefills=prefills,
         )

@@ -45,6 +45,11 @@ _CAPABILITIES_OF = {
 }
 
 
+def cache_dtype(precision: str) -> str:
+    """The dtype of the KV cache: float32 for the CPU precisions, float16 for the others."""
+    return "float16" if precision in {"fp16", "w8a8"} else "float32"
+
+
 class DimRange(NamedTuple):
     """The sizes one dynamic dimension may take: smallest, the one to tune for, largest."""
 
@@ -226,8 +231,26 @@ class EngineProfile(Checked):
 
     @property
     def cache_dtype(self) -> str:
-        """The dtype of the KV cache: float32 for the CPU precisions, float16 for the others."""
-        return "float16" if self.precision in {"fp16", "w8a8"} else "float32"
+        """The dtype of the KV cache."""
+        return cache_dtype(self.precision)
+
+    def one_graph(self, recurrent: bool) -> str | None:
+        """The graph that a session on a CPU loads for steps and prefill alike; None where each has its own."""
+        return ("prefill_pass" if recurrent else "prefill") if self.device == "cpu" else None
+
+    def graph_roles(self, graph: str, recurrent: bool) -> tuple[str, ...]:
+        """Who opens one of this target's ONNX files, of :data:`crt_export.bundle.schema.GRAPH_ROLES`.
+
+        Args:
+            graph: Its name.
+            recurrent: Whether the model is.
+        """
+        if graph == "head":
+            return ("validation",)
+        interchange = ("interchange",) if graph in ("step", "prefill") else ()
+        if self.compiled:
+            return ("compiler", *interchange) if interchange else ("validation",)
+        return ("session", *interchange) if self.one_graph(recurrent) in (None, graph) else interchange
 
     def with_capacity(self, capacity: int) -> EngineProfile:
         """Return this profile for another cache capacity; ``seq`` shrinks where it would not fit."""

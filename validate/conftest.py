@@ -343,7 +343,7 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
         target = {
             "graphs": files,
             "engines": {},
-            "capacity": None,
+            "capacity": config.max_position_embeddings,
             "unroll": config.unroll_steps,
             "cache_dtype": "float32",
             "prefill": PrefillPlan(passes=config.unroll_steps).to_dict(),
@@ -368,6 +368,7 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
                         "unroll": config.unroll_steps,
                         "weights": "graphs/fp32.weights",
                         "quantized_matmuls": 0,
+                        "roles": list(_whole().graph_roles(name, config.recurrent)),
                     }
                     for name in graphs
                 ],

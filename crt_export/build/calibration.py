@@ -82,7 +82,7 @@ def _check_windows(
     text: TokenText, profiles: Sequence[EngineProfile], config: ModelConfig, options: BuildOptions
 ) -> None:
     """Cut the parity windows once before any work, because a text too short for them would fail the last stage."""
-    capacities = [profile.capacity for profile in profiles if profile.compiled]
+    capacities = [profile.capacity for profile in profiles]
     windows_from_text(
         text,
         options.parity,

@@ -1,26 +1,30 @@
-"""Stage: export, quantise and write the graphs that the targets need, each precision once.
+"""Stage: export, quantise, rewrite and write the graphs that the targets have, each weight once per precision.
 
-Two exports per graph (fp32, fp16); w8 and w8a8 are passes over them. Nothing here depends on a target but what its
-profile says about precision, unroll and residual stream.
+Two exports per graph (fp32, fp16); w8 and w8a8 are passes over them. What ONNX Runtime runs is shared by all targets of
+a precision; step, prefill and prefill_pass of a target that TensorRT compiles are rewritten for that target. A graph
+that no target has is held in memory only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from crt_export.build.keys import stage_key
 from crt_export.build.store import NO_STORE, StageStore
+from crt_export.build.variants import GraphFile, GraphVariant, variants_of_profile
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter, parts_of_graphs, write_graph, write_weights
+from crt_export.graph import GraphExporter, check_contract, parts_of_graphs, save_graph, write_graph, write_weights
+from crt_export.graph.passes.decompose_attention import decompose_attention
+from crt_export.graph.passes.fix_capacity import fix_capacity
+from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.graph.traces import TraceJob, Traces, start_traces
 from crt_export.memo import Memo
 from crt_export.model import model_from_checkpoint
@@ -35,63 +39,12 @@ from crt_export.quantize import (
     quantize_w8,
     quantize_w8a8,
 )
-from crt_export.spec import graph_names
+from crt_export.spec import graph_spec
 
 GRAPHS_FOLDER = "graphs"
 _STAGE = "graphs"
 #: Exported precision -> the precision that a pass makes of it, and the dtype it is exported in.
 _DERIVED = {"fp32": ("w8", torch.float32), "fp16": ("w8a8", torch.float16)}
-
-
-@dataclass(frozen=True, order=True)
-class GraphForm:
-    """Which graph: the same model function in one precision, with its passes and residual stream chosen."""
-
-    graph: str
-    precision: str
-    unroll: int
-    residual_dtype: str
-
-    def filename(self, config: ModelConfig) -> str:
-        """``prefill.fp32.onnx``; what differs from the checkpoint's and precision's default is spelled out."""
-        passes = "" if self.graph != "prefill" or self.unroll == _default_unroll(config) else f"-k{self.unroll}"
-        half = self.precision in ("fp16", "w8a8")
-        residual = "-residual32" if half and self.residual_dtype == "float32" else ""
-        return f"{self.graph}{passes}{residual}.{self.precision}.onnx"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphFile:
-    """A written graph.
-
-    Attributes:
-        form: What it is.
-        file: Its path in the bundle, as is ``weights``.
-        quantized_matmuls: MatMuls whose weight is INT8.
-    """
-
-    form: GraphForm
-    file: str
-    weights: str
-    quantized_matmuls: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; :meth:`from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GraphFile:
-        """Read what to_dict wrote."""
-        return cls(**{**values, "form": GraphForm(**values["form"])})
-
-
-def forms_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str, GraphForm]:
-    """The graphs one target is made of, by name."""
-    unroll = profile.unroll or 1
-    return {
-        name: GraphForm(name, profile.precision, unroll if name == "prefill" else 1, profile.residual_dtype)
-        for name in graph_names(config)
-    }
 
 
 def write_graphs(
@@ -101,8 +54,10 @@ def write_graphs(
     folder: Path,
     progress: Progress,
     store: StageStore = NO_STORE,
-) -> dict[GraphForm, GraphFile]:
-    """Export every graph the targets need into ``folder/graphs``, and keep the plan of w8a8 beside them.
+) -> dict[GraphVariant, GraphFile]:
+    """Write every graph that a target has into ``folder/graphs``, and keep the plan of w8a8 beside them.
+
+    Rotary tables have as many rows as the largest capacity: nobody can ask for a position beyond it.
 
     Args:
         checkpoint: The model.
@@ -113,48 +68,55 @@ def write_graphs(
         store: Where graphs of the same model may lie.
 
     Raises:
-        UnsupportedError: A weight does not fit into the precision.
+        UnsupportedError: A weight does not fit into the precision, or a profile insists on fused attention where
+            there is no kernel.
         BuildError: The exporter failed, or a quantisation pass missed a MatMul.
     """
     (folder / GRAPHS_FOLDER).mkdir()
     if plan is not None:
         (folder / PLAN_FILE).write_bytes(plan.to_bytes())
-    wanted = {form for profile in profiles for form in forms_of_profile(profile, checkpoint.config).values()}
-    writer = _Writer(checkpoint, plan, folder, store, progress)
-    written: dict[GraphForm, GraphFile] = {}
-    missing: list[GraphForm] = []
+    config = checkpoint.config
+    wanted = {variant for profile in profiles for variant in variants_of_profile(profile, config).values()}
+    positions = max(profile.capacity for profile in profiles)
+    cut = replace(config, max_position_embeddings=positions, training_sequence_length=None)
+    writer = _Writer(replace(checkpoint, config=cut), plan, folder, store, progress)
+    written: dict[GraphVariant, GraphFile] = {}
+    missing: list[GraphVariant] = []
     for precision in (name for exported, (derived, _) in _DERIVED.items() for name in (exported, derived)):
-        forms = sorted(form for form in wanted if form.precision == precision)
-        found = writer.stored(forms) if forms else {}
+        variants = sorted(variant for variant in wanted if variant.precision == precision)
+        found = writer.stored(variants) if variants else {}
         written |= found
-        missing += [] if found else forms
-    with start_traces(checkpoint.config, _trace_jobs(missing, checkpoint.config)) as traces:
+        missing += [] if found else variants
+    with start_traces(cut, _trace_jobs(missing, cut)) as traces:
         for exported in _DERIVED:
             written |= _made(writer, exported, missing, traces)
     return written
 
 
-def _made(writer: _Writer, exported: str, missing: Sequence[GraphForm], traces: Traces) -> dict[GraphForm, GraphFile]:
-    """Export one precision, write it where it is missing, and likewise what a pass makes of it."""
+def _made(
+    writer: _Writer, exported: str, missing: Sequence[GraphVariant], traces: Traces
+) -> dict[GraphVariant, GraphFile]:
+    """Export one precision, write what is missing of it, and likewise of what a pass makes of it."""
     derived, dtype = _DERIVED[exported]
-    forms = {precision: [form for form in missing if form.precision == precision] for precision in (exported, derived)}
-    wanted = sorted({_as(form, exported) for same in forms.values() for form in same})
+    variants = {name: [variant for variant in missing if variant.precision == name] for name in (exported, derived)}
+    wanted = sorted({variant.shared(exported) for same in variants.values() for variant in same})
     graphs = _export(writer.checkpoint, wanted, dtype, writer.progress, traces)
-    written: dict[GraphForm, GraphFile] = {}
-    for same in forms.values():
+    written: dict[GraphVariant, GraphFile] = {}
+    for precision, same in variants.items():
         if same:
-            written |= writer.write({form: graphs[_as(form, exported)] for form in same})
+            of_precision = {variant.shared(precision): graphs[variant.shared(exported)] for variant in same}
+            written |= writer.write(same, of_precision)
     return written
 
 
-def _trace_jobs(missing: Iterable[GraphForm], config: ModelConfig) -> list[TraceJob]:
+def _trace_jobs(missing: Iterable[GraphVariant], config: ModelConfig) -> list[TraceJob]:
     """What is traced in another process: every model function but the first, which this one traces meanwhile."""
     graphs: dict[tuple[str, str], set[tuple[str, int]]] = {}
     for exported, (derived, dtype) in _DERIVED.items():
-        for form in sorted(missing):
-            if form.precision in (exported, derived):
-                key = (str(dtype).removeprefix("torch."), form.residual_dtype)
-                graphs.setdefault(key, set()).add((form.graph, form.unroll))
+        for variant in sorted(missing):
+            if variant.precision in (exported, derived):
+                key = (str(dtype).removeprefix("torch."), variant.residual_dtype)
+                graphs.setdefault(key, set()).add((variant.graph, variant.unroll))
     return [
         TraceJob(parts=parts_of_graphs(config, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
         for (dtype, residual_dtype), found in [*graphs.items()][1:]
@@ -170,106 +132,119 @@ class _Writer:
         self.checkpoint, self._plan, self._folder = checkpoint, plan, folder
         self._store, self.progress = store, progress
 
-    def stored(self, forms: Sequence[GraphForm]) -> dict[GraphForm, GraphFile]:
+    def stored(self, variants: Sequence[GraphVariant]) -> dict[GraphVariant, GraphFile]:
         """The graphs of one precision, if the same ones were made before; else nothing."""
         files = self._store.restore_as(
-            _STAGE, self._key(forms), self._folder, lambda answer: [*map(GraphFile.from_dict, answer["graphs"])]
+            _STAGE, self._key(variants), self._folder, lambda answer: [*map(GraphFile.from_dict, answer["graphs"])]
         )
         if files is None:
             return {}
-        self.progress(f"graphs {forms[0].precision}: as stored by an earlier build", 0, 0)
-        return {file.form: file for file in files}
+        self.progress(f"graphs {variants[0].precision}: as stored by an earlier build", 0, 0)
+        return {file.variant: file for file in files}
 
-    def write(self, graphs: dict[GraphForm, ir.Model]) -> dict[GraphForm, GraphFile]:
-        """Quantise where the precision is made by a pass, in place, write all, and store them."""
-        forms, config = sorted(graphs), self.checkpoint.config
-        precision = _only(form.precision for form in forms)
-        counts, memo = dict[GraphForm, int](), Memo()
-        quantized = None
+    def write(
+        self, variants: Sequence[GraphVariant], shared: Mapping[GraphVariant, ir.Model]
+    ) -> dict[GraphVariant, GraphFile]:
+        """Quantise the shared graphs in place, where a pass makes their precision; rewrite, write and store."""
+        config, precision = self.checkpoint.config, variants[0].precision
+        counts, memo, quantized = dict.fromkeys(shared, 0), Memo(), None
         if precision == "w8a8" and self._plan is not None:
             quantized = quantize_linears(model_from_checkpoint(self.checkpoint), self._plan)
-        for done, form in enumerate(forms if precision not in _DERIVED else []):
-            self.progress(f"quantise {precision}", done, len(forms))
-            counts[form] = _quantize(form, graphs[form], quantized, config, memo)
+        for done, variant in enumerate(shared if precision not in _DERIVED else []):
+            self.progress(f"quantise {precision}", done, len(shared))
+            counts[variant] = _quantize(variant, shared[variant], quantized, config, memo)
         self.progress(f"write {precision}", 0, 0)
+        graphs = {variant: _rewritten(shared[variant.shared(precision)], variant, config) for variant in variants}
         written = _write(graphs, counts, config, self._folder)
-        names = sorted({name for file in written.values() for name in (file.file, file.weights)})
-        answer = {"graphs": [written[form].to_dict() for form in forms]}
-        self._store.keep(_STAGE, self._key(forms), self._folder, names, answer)
-        return written
+        names = sorted({name for file in written for name in (file.file, file.weights)})
+        answer = {"graphs": [file.to_dict() for file in written]}
+        self._store.keep(_STAGE, self._key(variants), self._folder, names, answer)
+        return {file.variant: file for file in written}
 
-    def _key(self, forms: Sequence[GraphForm]) -> str:
+    def _key(self, variants: Sequence[GraphVariant]) -> str:
         if self._store.folder is None:
             return ""
-        plan = self._plan if any(form.precision == "w8a8" for form in forms) else None
+        plan = self._plan if variants[0].precision == "w8a8" else None
         return stage_key(
             _STAGE,
             {
                 "checkpoint": self.checkpoint.sha256,
+                "positions": self.checkpoint.config.max_position_embeddings,
                 "plan": None if plan is None else plan.sha256,
-                "forms": [dataclasses.asdict(form) for form in forms],
+                "variants": [dataclasses.asdict(variant) for variant in variants],
             },
         )
 
 
-def _as(form: GraphForm, precision: str) -> GraphForm:
-    return GraphForm(form.graph, precision, form.unroll, form.residual_dtype)
-
-
-def _default_unroll(config: ModelConfig) -> int:
-    return config.unroll_steps if config.recurrent else 1
-
-
 def _export(
-    checkpoint: Checkpoint, forms: Sequence[GraphForm], dtype: torch.dtype, progress: Progress, traces: Traces
-) -> dict[GraphForm, ir.Model]:
-    graphs: dict[GraphForm, ir.Model] = {}
-    for residual_dtype in sorted({form.residual_dtype for form in forms}):
-        progress(f"export {forms[0].precision}", len(graphs), len(forms))
+    checkpoint: Checkpoint, variants: Sequence[GraphVariant], dtype: torch.dtype, progress: Progress, traces: Traces
+) -> dict[GraphVariant, ir.Model]:
+    graphs: dict[GraphVariant, ir.Model] = {}
+    for residual_dtype in sorted({variant.residual_dtype for variant in variants}):
+        progress(f"export {variants[0].precision}", len(graphs), len(variants))
         model = model_from_checkpoint(checkpoint, dtype, getattr(torch, residual_dtype))
         exporter = GraphExporter(model, traces.of(model))
-        for form in (form for form in forms if form.residual_dtype == residual_dtype):
-            progress(f"export {form.precision}", len(graphs), len(forms))
-            graphs[form] = exporter.graph(form.graph, unroll=form.unroll)
-            progress(f"export {form.precision}", len(graphs), len(forms))
+        for variant in (variant for variant in variants if variant.residual_dtype == residual_dtype):
+            progress(f"export {variant.precision}", len(graphs), len(variants))
+            graphs[variant] = exporter.graph(variant.graph, unroll=variant.unroll)
+            progress(f"export {variant.precision}", len(graphs), len(variants))
     return graphs
 
 
 def _quantize(
-    form: GraphForm, graph: ir.Model, quantized: QuantizedLinears | None, config: ModelConfig, memo: Memo
+    variant: GraphVariant, graph: ir.Model, quantized: QuantizedLinears | None, config: ModelConfig, memo: Memo
 ) -> int:
-    if form.precision == "w8":
+    if variant.precision == "w8":
         count = quantize_w8(graph, memo)
     elif quantized is not None:
         count = quantize_w8a8(graph, quantized)
     else:
-        raise BuildError(f"graph {form.graph}: precision {form.precision} needs a quantisation plan")
-    expected = expected_matmuls(config, form.graph, form.unroll)
+        raise BuildError(f"graph {variant.graph}: precision {variant.precision} needs a quantisation plan")
+    expected = expected_matmuls(config, variant.graph, variant.unroll)
     if count != expected:
-        raise BuildError(f"graph {form.graph} {form.precision}: {count} MatMuls quantised, the model has {expected}")
+        raise BuildError(
+            f"graph {variant.graph} {variant.precision}: {count} MatMuls quantised, the model has {expected}"
+        )
     return count
 
 
+def _rewritten(graph: ir.Model, variant: GraphVariant, config: ModelConfig) -> ir.Model:
+    """The graph as a target compiles it; a shared one as it is."""
+    if not variant.target:
+        return graph
+    own = graph.clone()
+    fix_capacity(own, variant.capacity)
+    separate_rotation(own)
+    if variant.attention == "decomposed":
+        decompose_attention(own)
+    check_contract(own, graph_spec(variant.graph, config, variant.cache_dtype, variant.capacity))
+    return own
+
+
+def decomposed_file(file: GraphFile, config: ModelConfig, folder: Path) -> GraphFile:
+    """Rewrite a written graph of a target for the want of a fused kernel, in its place."""
+    graph = ir.load(folder / file.file)
+    decompose_attention(graph)
+    variant = replace(file.variant, attention="decomposed")
+    check_contract(graph, graph_spec(variant.graph, config, variant.cache_dtype, variant.capacity))
+    return replace(file, variant=variant, sha256=save_graph(graph, folder / file.file))
+
+
 def _write(
-    graphs: dict[GraphForm, ir.Model], counts: dict[GraphForm, int], config: ModelConfig, folder: Path
-) -> dict[GraphForm, GraphFile]:
-    precision = _only(form.precision for form in graphs)
-    target = folder / GRAPHS_FOLDER
-    names = {form: form.filename(config) for form in graphs}
-    weights = write_weights({names[form]: graph for form, graph in graphs.items()}, target / f"{precision}.weights")
-    for form, graph in graphs.items():
-        write_graph(graph, target / names[form], weights)
-    return {
-        form: GraphFile(
-            form=form,
-            file=f"{GRAPHS_FOLDER}/{names[form]}",
+    graphs: Mapping[GraphVariant, ir.Model], counts: Mapping[GraphVariant, int], config: ModelConfig, folder: Path
+) -> list[GraphFile]:
+    precision = next(iter(graphs)).precision
+    names = {variant: variant.filename(config) for variant in graphs}
+    by_name = {names[variant]: graph for variant, graph in graphs.items()}
+    weights = write_weights(by_name, folder / GRAPHS_FOLDER / f"{precision}.weights")
+    return [
+        GraphFile(
+            variant=variant,
+            file=f"{GRAPHS_FOLDER}/{names[variant]}",
+            sha256=write_graph(graph, folder / GRAPHS_FOLDER / names[variant], weights),
             weights=f"{GRAPHS_FOLDER}/{weights.path.name}",
-            quantized_matmuls=counts.get(form, 0),
+            weights_sha256=weights.sha256,
+            quantized_matmuls=counts[variant.shared(precision)],
         )
-        for form in graphs
-    }
-
-
-def _only(values: Iterable[str]) -> str:
-    (value,) = set(values)
-    return value
+        for variant, graph in graphs.items()
+    ]

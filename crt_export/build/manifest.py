@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crt_export import __version__
-from crt_export.build.graphs import GraphFile
 from crt_export.build.options import BuildOptions
 from crt_export.build.targets import BuiltTarget
 from crt_export.bundle import TOOL_NAME
+from crt_export.bundle.schema import GRAPH_ROLES
 from crt_export.checkpoint import Checkpoint
+from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
 from crt_export.quantize import PLAN_FILE
@@ -29,7 +30,6 @@ def manifest_from_build(
     *,
     text: dict[str, str] | None,
     calibration: dict[str, Any] | None,
-    graphs: Iterable[GraphFile],
     targets: Sequence[BuiltTarget],
     prefills: Mapping[str, PrefillPlan],
     report: ParityReport | None,
@@ -39,7 +39,6 @@ def manifest_from_build(
     ``contract`` is the contract with float32 caches and symbolic capacity; each target states its cache dtype.
     """
     config = checkpoint.config
-    every = [*graphs, *(file for target in targets for file in target.files)]
     return {
         "tool": {"name": TOOL_NAME, "version": __version__},
         "libraries": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
@@ -48,7 +47,7 @@ def manifest_from_build(
         "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
         "options": _resolved_options(options, text, calibration, targets),
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
-        "graphs": [_graph_entry(file) for file in every],
+        "graphs": _graph_entries(targets, config),
         "quantization": {"w8a8": PLAN_FILE} if any(target.profile.precision == "w8a8" for target in targets) else {},
         "targets": {
             target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
@@ -75,12 +74,22 @@ def _resolved_options(
     }
 
 
-def _graph_entry(file: GraphFile) -> dict[str, Any]:
-    return {
-        "file": file.file,
-        "graph": file.form.graph,
-        "precision": file.form.precision,
-        "unroll": file.form.unroll,
-        "weights": file.weights,
-        "quantized_matmuls": file.quantized_matmuls,
-    }
+def _graph_entries(targets: Sequence[BuiltTarget], config: ModelConfig) -> list[dict[str, Any]]:
+    """Every graph file once, with what all its targets open it for."""
+    files = {file.file: file for target in targets for file in target.graphs.values()}
+    roles: dict[str, set[str]] = {name: set() for name in files}
+    for target in targets:
+        for graph, file in target.graphs.items():
+            roles[file.file].update(target.profile.graph_roles(graph, config.recurrent))
+    return [
+        {
+            "file": name,
+            "graph": file.variant.graph,
+            "precision": file.variant.precision,
+            "unroll": file.variant.unroll,
+            "weights": file.weights,
+            "quantized_matmuls": file.quantized_matmuls,
+            "roles": [role for role in GRAPH_ROLES if role in roles[name]],
+        }
+        for name, file in sorted(files.items())
+    ]

@@ -1,31 +1,25 @@
-"""Stage: what one target deploys: the graphs as they are, or forms of its own that TensorRT compiles."""
+"""Stage: what one target deploys: its graphs, and the engines that TensorRT compiles of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from crt_export.build.graphs import GRAPHS_FOLDER, GraphFile, GraphForm, forms_of_profile
+from crt_export.build.graphs import decomposed_file
 from crt_export.build.keys import stage_key
 from crt_export.build.side_by_side import Task, compilers_at_once, run_side_by_side
 from crt_export.build.store import NO_STORE, StageStore
+from crt_export.build.variants import GraphFile, GraphVariant, variants_of_profile
 from crt_export.child_process import UNGROUPED, ChildGroup
 from crt_export.config import ModelConfig
 from crt_export.errors import NoEngineError
-from crt_export.graph import check_contract
-from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
-from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
-from crt_export.spec import graph_spec
 
 ENGINES_FOLDER = "engines"
 _STAGE = "engines"
@@ -39,27 +33,28 @@ class BuiltTarget:
 
     Attributes:
         profile: Resolved for this model.
-        graphs: ONNX file per graph name, relative to the bundle; what is validated.
+        graphs: Per graph name; what is validated.
         engines: Engine file per compiled graph.
-        attention: ``fused`` or ``decomposed``.
-        refused: What the compiler said to the fused form, where that is why attention is decomposed; else empty.
-        files: Entries for the manifest of graph files made for this target only.
+        refused: What the compiler said to fused attention, where that is why it is decomposed; else empty.
         layers: Fused layers per compiled graph, counted by signature.
     """
 
     profile: EngineProfile
-    graphs: Mapping[str, str]
+    graphs: Mapping[str, GraphFile]
     engines: Mapping[str, str]
-    attention: str
     refused: str
-    files: tuple[GraphFile, ...]
     layers: Mapping[str, Mapping[str, int]]
+
+    @property
+    def attention(self) -> str:
+        """``fused`` or ``decomposed``."""
+        return self.graphs["step"].variant.attention
 
     def to_dict(self, config: ModelConfig) -> dict[str, Any]:
         """The target's entry in the manifest."""
         return {
             "profile": self.profile.to_dict(),
-            "graphs": dict(self.graphs),
+            "graphs": {name: file.file for name, file in self.graphs.items()},
             "engines": dict(self.engines),
             "capacity": self.profile.capacity,
             "unroll": self.profile.unroll,
@@ -68,32 +63,18 @@ class BuiltTarget:
             "cache_dtype": self.profile.cache_dtype,
         }
 
-    def own_files(self, folder: Path) -> list[str]:
-        """Files in the bundle that were made for this target only."""
-        own = folder / ENGINES_FOLDER / self.profile.name
-        engines = [path.relative_to(folder).as_posix() for path in sorted(own.iterdir())]
-        return [*(file.file for file in self.files), *engines]
-
     def to_stored(self) -> dict[str, Any]:
-        """JSON-ready values, all but the profile; :meth:`from_stored` reads them back."""
+        """JSON-ready values of what was compiled; :meth:`_TargetStage.ready` reads them back."""
         return {
-            "graphs": dict(self.graphs),
             "engines": dict(self.engines),
-            "attention": self.attention,
             "refused": self.refused,
-            "files": [file.to_dict() for file in self.files],
             "layers": {name: dict(counts) for name, counts in self.layers.items()},
         }
-
-    @classmethod
-    def from_stored(cls, profile: EngineProfile, values: Mapping[str, Any]) -> BuiltTarget:
-        """Read what to_stored wrote."""
-        return cls(**{**values, "profile": profile, "files": tuple(map(GraphFile.from_dict, values["files"]))})
 
 
 def build_targets(
     profiles: Sequence[EngineProfile],
-    written: Mapping[GraphForm, GraphFile],
+    written: Mapping[GraphVariant, GraphFile],
     config: ModelConfig,
     folder: Path,
     progress: Progress,
@@ -132,7 +113,7 @@ def build_targets(
         built[name] = target
 
     if beside:
-        workers = compilers_at_once([folder / file.weights for name in beside for file in stage.shared(known[name])])
+        workers = compilers_at_once({folder / stage.graphs(known[name])["step"].weights for name in beside})
         run_side_by_side(beside, workers, progress, finished)
     return tuple(built[profile.name] for profile in profiles)
 
@@ -141,119 +122,80 @@ class _TargetStage:
     """What all targets of a build have in common."""
 
     def __init__(
-        self, written: Mapping[GraphForm, GraphFile], config: ModelConfig, folder: Path, store: StageStore
+        self, written: Mapping[GraphVariant, GraphFile], config: ModelConfig, folder: Path, store: StageStore
     ) -> None:
         self._written, self._config, self._folder, self._store = written, config, folder, store
 
-    def shared(self, profile: EngineProfile) -> list[GraphFile]:
-        """The graphs of its precision."""
-        return [self._written[form] for form in forms_of_profile(profile, self._config).values()]
+    def graphs(self, profile: EngineProfile) -> dict[str, GraphFile]:
+        """Its graphs by name."""
+        variants = variants_of_profile(profile, self._config)
+        return {name: self._written[variant] for name, variant in variants.items()}
 
     def ready(self, profile: EngineProfile, progress: Progress) -> BuiltTarget | None:
         """A target that needs no compiler, or was compiled before; else None."""
         if not profile.compiled:
-            graphs = {file.form.graph: file.file for file in self.shared(profile)}
-            form = attention_form(profile, self._config)
-            return BuiltTarget(
-                profile=profile, graphs=graphs, engines={}, attention=form, refused="", files=(), layers={}
-            )
+            return BuiltTarget(profile=profile, graphs=self.graphs(profile), engines={}, refused="", layers={})
         key = self._key(profile)
-        if not key:
-            return None
-        stored = self._store.restore_as(
-            _STAGE, key, self._folder, lambda answer: BuiltTarget.from_stored(profile, answer)
-        )
+        stored = self._store.restore_as(_STAGE, key, self._folder, partial(self._restored, profile)) if key else None
         if stored is not None:
             progress(f"compile {profile.name}: as stored by an earlier build", 0, 0)
         return stored
 
     def compile(self, profile: EngineProfile, progress: Progress, children: ChildGroup) -> BuiltTarget:
         """Compile it, with attention in the form that its runtime has."""
-        form = attention_form(profile, self._config)
-        shared = {file.form.graph: file for file in self.shared(profile)}
-        return _compile_target(profile, shared, form, self._config, self._folder, progress, children)
+        graphs, refused = self.graphs(profile), ""
+        try:
+            engines, layers = self._engines(profile, graphs, progress, children)
+        except NoEngineError as error:
+            # Which shapes have a fused kernel is known to the compiler alone: "auto" means to try, then to do without.
+            # Any other BuildError (a warning, a layer of the wrong precision) is final.
+            if graphs["step"].variant.attention == "decomposed" or profile.attention != "auto":
+                raise
+            graphs, refused = self._decomposed(graphs), str(error)
+            engines, layers = self._engines(profile, graphs, progress, children)
+        return BuiltTarget(profile=profile, graphs=graphs, engines=engines, refused=refused, layers=layers)
 
     def keep(self, profile: EngineProfile, built: BuiltTarget) -> None:
         """Store what was compiled, for later builds."""
         key = self._key(profile)
         if key:
-            self._store.keep(_STAGE, key, self._folder, built.own_files(self._folder), built.to_stored())
+            own = self._folder / ENGINES_FOLDER / profile.name
+            files = [path.relative_to(self._folder).as_posix() for path in sorted(own.iterdir())]
+            self._store.keep(_STAGE, key, self._folder, files, built.to_stored())
 
     def _key(self, profile: EngineProfile) -> str:
         """Empty for what is not stored."""
         if self._store.folder is None or profile.runtime != "tensorrt-rtx":
             return ""
-        files = sorted({name for file in self.shared(profile) for name in (file.file, file.weights)})
-        sources = {name: self._store.digest(self._folder / name) for name in files}
+        graphs = self.graphs(profile)
+        sources = {name: [file.sha256, file.weights_sha256] for name, file in graphs.items()}
         inputs = {"profile": profile.to_dict(), "config": self._config.to_dict(), "sources": sources}
         return stage_key(_STAGE, inputs)
 
+    def _restored(self, profile: EngineProfile, answer: Mapping[str, Any]) -> BuiltTarget:
+        graphs = self.graphs(profile)
+        if answer["refused"]:
+            graphs = self._decomposed(graphs)
+        return BuiltTarget(**answer, profile=profile, graphs=graphs)
 
-def _compile_target(
-    profile: EngineProfile,
-    shared: Mapping[str, GraphFile],
-    form: str,
-    config: ModelConfig,
-    folder: Path,
-    progress: Progress,
-    children: ChildGroup,
-) -> BuiltTarget:
-    try:
-        return _build_compiled(profile, shared, form, config, folder, progress, children)
-    except NoEngineError as error:
-        # Which shapes have a fused kernel is known to the compiler alone: "auto" means to try, then to do without.
-        # Any other BuildError (a warning, a layer of the wrong precision) is final.
-        if form == "decomposed" or profile.attention != "auto":
-            raise
-        refused = str(error)
-    built = _build_compiled(profile, shared, "decomposed", config, folder, progress, children)
-    return replace(built, refused=refused)
+    def _decomposed(self, graphs: Mapping[str, GraphFile]) -> dict[str, GraphFile]:
+        return {
+            name: decomposed_file(file, self._config, self._folder) if file.variant.target else file
+            for name, file in graphs.items()
+        }
 
-
-def _build_compiled(
-    profile: EngineProfile,
-    shared: Mapping[str, GraphFile],
-    attention: str,
-    config: ModelConfig,
-    folder: Path,
-    progress: Progress,
-    children: ChildGroup,
-) -> BuiltTarget:
-    own = [
-        _write_target_form(profile, file, attention, config, folder) for name, file in shared.items() if name != "head"
-    ]
-    engines: dict[str, str] = {}
-    layers: dict[str, Mapping[str, int]] = {}
-    for done, file in enumerate(file for file in own if file.form.graph in COMPILED_GRAPHS):
-        progress(f"compile {profile.name}, {attention} attention", done, len(COMPILED_GRAPHS))
-        name = file.form.graph
-        engines[name], layers[name] = _compile(profile, file, config, folder, children)
-    progress(f"compile {profile.name}, {attention} attention", len(COMPILED_GRAPHS), len(COMPILED_GRAPHS))
-    graphs = {name: file.file for name, file in shared.items()} | {file.form.graph: file.file for file in own}
-    return BuiltTarget(
-        profile=profile,
-        graphs=graphs,
-        engines=engines,
-        attention=attention,
-        refused="",
-        files=tuple(own),
-        layers=layers,
-    )
-
-
-def _write_target_form(
-    profile: EngineProfile, file: GraphFile, attention: str, config: ModelConfig, folder: Path
-) -> GraphFile:
-    """Write the graph as this target compiles it; it shares the weight file of its precision."""
-    graph = ir.load(folder / file.file)
-    fix_capacity(graph, profile.capacity)
-    separate_rotation(graph)
-    if attention == "decomposed":
-        decompose_attention(graph)
-    check_contract(graph, graph_spec(file.form.graph, config, profile.cache_dtype, profile.capacity))
-    name = f"{GRAPHS_FOLDER}/{file.form.graph}.{profile.name}.onnx"
-    ir.save(graph, folder / name)
-    return GraphFile(form=file.form, file=name, weights=file.weights, quantized_matmuls=file.quantized_matmuls)
+    def _engines(
+        self, profile: EngineProfile, graphs: Mapping[str, GraphFile], progress: Progress, children: ChildGroup
+    ) -> tuple[dict[str, str], dict[str, Mapping[str, int]]]:
+        """Compile what is compiled; the engine files and their layers by graph."""
+        stage = f"compile {profile.name}, {graphs['step'].variant.attention} attention"
+        engines: dict[str, str] = {}
+        layers: dict[str, Mapping[str, int]] = {}
+        for done, name in enumerate(COMPILED_GRAPHS):
+            progress(stage, done, len(COMPILED_GRAPHS))
+            engines[name], layers[name] = _compile(profile, graphs[name], self._config, self._folder, children)
+        progress(stage, len(COMPILED_GRAPHS), len(COMPILED_GRAPHS))
+        return engines, layers
 
 
 def _compile(
@@ -261,7 +203,7 @@ def _compile(
 ) -> tuple[str, Mapping[str, int]]:
     from crt_export.engine.tensorrt.build import build_engine
 
-    name, unroll = file.form.graph, file.form.unroll
+    name, unroll = file.variant.graph, file.variant.unroll
     linears = expected_matmuls(config, name, unroll)
     compiled = build_engine(
         folder / file.file, profile, graph_name=name, unroll=unroll, linears=linears, children=children

@@ -38,12 +38,16 @@ _GRAPH: dict[str, _Types] = {
     "unroll": (int, NoneType),
     "weights": (str, NoneType),
     "quantized_matmuls": int,
+    "roles": list,
 }
+#: Who opens a graph: a session of this package, the compiler of an engine, people who load it into a runtime of their
+#: own, or validation alone.
+GRAPH_ROLES = ("session", "compiler", "interchange", "validation")
 _TARGET: dict[str, _Types] = {
     "profile": dict,
     "graphs": dict,
     "engines": dict,
-    "capacity": (int, NoneType),
+    "capacity": int,
     "unroll": (int, NoneType),
     "cache_dtype": str,
     "prefill": dict,
@@ -166,6 +170,9 @@ def _graph_problems(graphs: Sequence[Any], files: Mapping[str, Any]) -> list[str
         if not broken:
             named = {key: graph[key] for key in ("file", "weights") if graph[key] is not None}
             problems += _reference_problems(where, named, files)
+            if not graph["roles"] or any(role not in GRAPH_ROLES for role in graph["roles"]):
+                known = ", ".join(GRAPH_ROLES)
+                problems.append(f"{where}: 'roles' must be some of {known}, found {graph['roles']!r:.80}")
     return problems
 
 

@@ -75,7 +75,7 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
             (
                 name,
                 str(target["profile"].get("precision", "?")),
-                "-" if target["capacity"] is None else str(target["capacity"]),
+                str(target["capacity"]),
                 "-" if target["unroll"] is None else str(target["unroll"]),
                 ", ".join(target["engines"] or target["graphs"]),
                 str(target["profile"].get("title", "")),

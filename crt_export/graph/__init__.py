@@ -2,7 +2,7 @@
 
 from crt_export.graph.contract import check_contract
 from crt_export.graph.export import GraphExporter, export_graph, parts_of_graphs
-from crt_export.graph.weights import WeightFile, write_graph, write_weights
+from crt_export.graph.weights import WeightFile, save_graph, write_graph, write_weights
 
 __all__ = [
     "GraphExporter",
@@ -10,6 +10,7 @@ __all__ = [
     "check_contract",
     "export_graph",
     "parts_of_graphs",
+    "save_graph",
     "write_graph",
     "write_weights",
 ]

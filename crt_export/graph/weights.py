@@ -1,15 +1,15 @@
-"""Write graphs that share their weights: one ``.onnx`` per graph, one weight file per precision.
+"""Graphs that share their weights on disk: one ``.onnx`` per graph, one weight file per precision.
 
 Every weight goes into ``{precision}.weights`` as ONNX external data, at the same offset for every graph of a precision.
 Scalars (activation scales) and the exporter's anonymous constants stay inside the .onnx file, where optimisers fold
-them.
+them. A file is hashed while it is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,33 +24,20 @@ _SCALAR_BYTES = 8
 _ALIGNMENT = 4096
 
 
-class Digests:
-    """SHA-256 of tensors; memory that several of them share is hashed once, and kept."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[ir.TensorProtocol, str]] = {}
-
-    def of(self, tensor: ir.TensorProtocol) -> str:
-        """The digest in lower-case hex of a tensor that nobody writes to any more."""
-        raw = tensor.raw
-        key = memory_of(raw) if isinstance(raw, np.ndarray) else id(tensor)
-        if key not in self._known:
-            self._known[key] = (tensor, hashlib.sha256(_content(tensor)).hexdigest())
-        return self._known[key][1]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A weight file being read by several graphs.
+    """A weight file that several graphs read.
 
     Attributes:
         path: The file; graphs lie in the same folder and refer to its bare name.
-        entries: Per initializer name: offset and length in bytes, and SHA-256 of the bytes.
+        entries: Per initializer name: offset and length in bytes.
+        sha256: Of the file, lower-case hex.
     """
 
     path: Path
-    entries: Mapping[str, tuple[int, int, str]]
-    _digests: Digests = field(repr=False, compare=False)
+    entries: Mapping[str, tuple[int, int]]
+    sha256: str
+    _tensors: Mapping[str, ir.TensorProtocol] = field(repr=False, compare=False)
 
 
 def write_weights(graphs: Mapping[str, ir.Model], path: Path) -> WeightFile:
@@ -64,53 +51,68 @@ def write_weights(graphs: Mapping[str, ir.Model], path: Path) -> WeightFile:
         BuildError: Two graphs hold different values under one name.
     """
     tensors: dict[str, ir.TensorProtocol] = {}
-    hashes: dict[str, str] = {}
-    digests = Digests()
     for graph_name, graph in graphs.items():
         for name, tensor in _external_tensors(graph).items():
-            digest = digests.of(tensor)
-            if hashes.setdefault(name, digest) != digest:
+            if not _same_bytes(tensors.setdefault(name, tensor), tensor):
                 raise BuildError(
                     f"{path.name}: weight {name} of graph {graph_name} differs from other graphs' of that name"
                 )
-            tensors.setdefault(name, tensor)
-    entries: dict[str, tuple[int, int, str]] = {}
+    entries: dict[str, tuple[int, int]] = {}
+    digest, end = hashlib.sha256(), 0
     with path.open("wb") as stream:
         for name in sorted(tensors):
-            offset = -(-stream.tell() // _ALIGNMENT) * _ALIGNMENT
-            stream.write(bytes(offset - stream.tell()))
+            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
             data = _content(tensors[name])
-            stream.write(data)
-            entries[name] = (offset, len(data), hashes[name])
-    return WeightFile(path=path, entries=entries, _digests=digests)
+            entries[name] = (offset, len(data))
+            for part in (bytes(offset - end), data):
+                digest.update(part)
+                stream.write(part)
+            end = offset + len(data)
+    return WeightFile(path=path, entries=entries, sha256=digest.hexdigest(), _tensors=tensors)
 
 
-def write_graph(graph: ir.Model, path: Path, weights: WeightFile) -> None:
+def write_graph(graph: ir.Model, path: Path, weights: WeightFile) -> str:
     """Write one ``.onnx`` beside its weight file; the graph in memory keeps its own tensors.
+
+    Returns:
+        SHA-256 of the file, lower-case hex.
 
     Raises:
         BuildError: A weight is not in the weight file, or has other bytes there.
     """
     originals: dict[str, ir.TensorProtocol] = {}
-    for name, tensor in _external_tensors(graph).items():
-        offset, length, digest = weights.entries.get(name, (0, -1, ""))
-        if weights._digests.of(tensor) != digest:
-            raise BuildError(f"{path.name}: weight {name} is not what {weights.path.name} holds under that name")
-        originals[name] = tensor
-        graph.graph.initializers[name].const_value = ir.ExternalTensor(
-            weights.path.name,
-            offset,
-            length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            base_dir=path.parent,
-        )
     try:
-        ir.save(graph, path)
+        for name, tensor in _external_tensors(graph).items():
+            if name not in weights.entries or not _same_bytes(weights._tensors[name], tensor):
+                raise BuildError(f"{path.name}: weight {name} is not what {weights.path.name} holds under that name")
+            offset, length = weights.entries[name]
+            originals[name] = tensor
+            graph.graph.initializers[name].const_value = ir.ExternalTensor(
+                weights.path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=path.parent,
+            )
+        return save_graph(graph, path)
     finally:
         for name, tensor in originals.items():
             graph.graph.initializers[name].const_value = tensor
+
+
+def save_graph(graph: ir.Model, path: Path) -> str:
+    """Write a graph whose weights, if any are external, lie where they are; SHA-256 of the file, lower-case hex."""
+    content = ir.to_proto(graph).SerializeToString()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _same_bytes(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
+    """Whether two tensors hold the same bytes; what shares its memory is not read."""
+    left, right = (np.frombuffer(_content(tensor), np.uint8) for tensor in (one, other))
+    return memory_of(left) == memory_of(right) or np.array_equal(left, right)
 
 
 def _external_tensors(graph: ir.Model) -> dict[str, ir.TensorProtocol]:

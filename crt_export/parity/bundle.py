@@ -122,6 +122,7 @@ def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
         cache_dtype=profile.cache_dtype,
         # The graphs of a compiled target are fixed to its capacity; those that ONNX Runtime deploys leave it open.
         capacity=entry["capacity"] if profile.compiled else None,
+        built_for=entry["capacity"],
         residual_dtype=profile.residual_dtype,
         compiled=tuple(entry["engines"]),
         disabled_optimizers=disabled_optimizers(profile),

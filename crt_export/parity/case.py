@@ -55,6 +55,7 @@ class ParityCase:
         unroll: Passes K of prefill.
         cache_dtype: ``float32`` or ``float16``.
         capacity: Cache length that the files are fixed to; None where it is dynamic.
+        built_for: Most tokens of a row, for which the files have rotary angles; None: as many as the model has.
         residual_dtype: Of the residual stream: ``float16`` or ``float32``.
         compiled: Names of the graphs for which an engine was compiled; listed, never passed.
         disabled_optimizers: ONNX Runtime rewrites to leave out.
@@ -69,6 +70,7 @@ class ParityCase:
     unroll: int
     cache_dtype: str
     capacity: int | None = None
+    built_for: int | None = None
     residual_dtype: str = "float32"
     compiled: tuple[str, ...] = ()
     disabled_optimizers: tuple[str, ...] = ()
@@ -101,6 +103,11 @@ class ParityCase:
             shape = (config.num_attention_heads, 1, config.head_dim)
             return (np.ones(shape, np.float32),) * config.num_hidden_layers
         return tuple(divisor[:, None] for divisor in self.plan.value_divisors(config))
+
+    def room(self, config: ModelConfig) -> int:
+        """Most tokens that a row can hold."""
+        positions = config.max_position_embeddings
+        return positions if self.built_for is None else min(self.built_for, positions)
 
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""

@@ -129,8 +129,8 @@ def _prepare_reference(cases: Sequence[ParityCase], setup: ParitySetup) -> None:
 
 def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:
     """The longest window that every target can take, and what says so."""
-    limits = {f"capacity of {case.target}": case.capacity for case in cases if case.capacity is not None}
-    limits["max_position_embeddings of the model"] = config.max_position_embeddings
+    limits = {"max_position_embeddings of the model": config.max_position_embeddings}
+    limits |= {f"capacity of {case.target}": case.room(config) for case in cases}
     reason = min(limits, key=lambda name: limits[name])
     return {"longest": limits[reason], "longest_reason": f"{reason} is {limits[reason]}"}
 

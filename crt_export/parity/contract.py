@@ -63,7 +63,13 @@ def check_contract_level(case: ParityCase, setup: ParitySetup) -> LevelResult:
         file that is missing or cannot be read is one failed check.
     """
     rounding = setup.tolerances.weight_rounding
-    audit = WeightAudit(checkpoint=setup.checkpoint, precision=case.precision, rounding=rounding, plan=case.plan)
+    audit = WeightAudit(
+        checkpoint=setup.checkpoint,
+        precision=case.precision,
+        rounding=rounding,
+        positions=case.room(setup.config),
+        plan=case.plan,
+    )
     checks: list[Check] = []
     data: dict[str, Any] = {}
     names = graph_names(setup.config)

@@ -102,8 +102,7 @@ def _prompts(case: ParityCase, setup: ParitySetup) -> _Prompts:
             f"{options.new_tokens}: the model has more than {_LARGE_PARAMETERS:,} parameters"
         )
     length = max(1, min(_PROMPT_TOKENS, setup.windows.length // 2))
-    positions = setup.config.max_position_embeddings
-    room = min(positions, positions if case.capacity is None else case.capacity) - length + 1
+    room = case.room(setup.config) - length + 1
     if room < wanted:
         notes.append(
             f"free-running: {room} new tokens instead of {wanted}: {case.target} holds {room + length - 1} tokens"

@@ -87,6 +87,7 @@ class WeightAudit:
         checkpoint: What the weights must be.
         precision: ``fp32``, ``fp16``, ``w8`` or ``w8a8``.
         rounding: How far an INT8 weight may be from the checkpoint's, quantisation steps.
+        positions: Rows that rotary tables must have at least; they are cut at the largest capacity of their targets.
         plan: What ``w8a8`` was made by; None in other precisions.
         deviation: Largest distance of an INT8 weight from the checkpoint's in quantisation steps; 0 without INT8.
         different: Values that differ from the checkpoint's where they must be equal.
@@ -95,6 +96,7 @@ class WeightAudit:
     checkpoint: Checkpoint
     precision: str
     rounding: float
+    positions: int
     plan: W8A8Plan | None = None
     deviation: float = 0.0
     different: int = 0
@@ -275,7 +277,7 @@ class WeightAudit:
     def _table_problems(self, name: str, found: Array, dtype: np.dtype) -> Iterator[str]:
         config = self.checkpoint.config
         tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        expected = tables[_TABLES.index(name)].numpy()
+        expected = tables[_TABLES.index(name)][: max(len(found), self.positions)].numpy()
         if found.dtype != dtype or found.shape != expected.shape:
             yield f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"
             return

@@ -180,7 +180,7 @@ class Bundle:
         count = chosen.profile.threads
         if threads is not None:
             count = whole_number("threads", threads, least=0, most=MOST_THREADS)
-        size = chosen.capacity if capacity is None else self._checked_capacity(capacity)
+        size = chosen.capacity if capacity is None else _checked_capacity(chosen, capacity)
         window = _checked_window(on_full, self._config, size, chosen.cache_dtype)
         engine = self._engine(chosen, count)
         _check_limits(chosen, engine, rows, size)
@@ -204,10 +204,6 @@ class Bundle:
         if key not in self._engines:
             self._engines[key] = self._open_engine(self._files, target, self._config, threads)
         return self._engines[key]
-
-    def _checked_capacity(self, capacity: int) -> int:
-        most = self._config.max_position_embeddings
-        return whole_number("capacity", capacity, most=most, limit=" (the model's max_position_embeddings)")
 
 
 def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, identity: str | None = None) -> Bundle:
@@ -249,6 +245,11 @@ def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window 
             f"batch {sizes.batch} x capacity {sizes.capacity} needs more memory than there is ({error}); "
             "open the session with a smaller batch or capacity"
         ) from error
+
+
+def _checked_capacity(target: Target, capacity: int) -> int:
+    built = f" (what {target.name} was built for; a build with a larger --capacity has more room)"
+    return whole_number("capacity", capacity, most=target.capacity, limit=built)
 
 
 def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> None:

@@ -37,7 +37,7 @@ class Target:
         name: Its name.
         profile: The engine profile it was built for.
         graphs: Graph name to file of the bundle.
-        capacity: Default cache capacity, at most the model's max_position_embeddings.
+        capacity: Most tokens of a row: what it was built for, at most the model's max_position_embeddings.
         unroll: Passes of the unrolled prefill; None where the graph has one pass only.
         cache_dtype: ``float32`` or ``float16``.
         prefill: How prompts are taken unless a call says otherwise.
@@ -68,8 +68,8 @@ class Target:
 
     def one_graph(self, config: ModelConfig) -> str | None:
         """The graph that a session on a CPU loads for steps and prefill alike; None where each has its own."""
-        graph = "prefill_pass" if config.recurrent else "prefill"
-        return graph if self.profile.device == "cpu" and graph in self.graphs else None
+        graph = self.profile.one_graph(config.recurrent)
+        return graph if graph in self.graphs else None
 
     def sizes(self, config: ModelConfig, batch: int, capacity: int) -> TensorSizes:
         """Sizes of the tensors of a session."""
@@ -130,12 +130,11 @@ def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> 
         profile = EngineProfile.from_dict(entry["profile"], source=f"{name} of {files.path}")
     except InputError as error:
         raise BundleError(str(error)) from error
-    default = entry["capacity"] if entry["capacity"] is not None else profile.capacity
     return Target(
         name=name,
         profile=profile,
         graphs=dict(entry["graphs"]),
-        capacity=min(default, config.max_position_embeddings),
+        capacity=min(entry["capacity"], config.max_position_embeddings),
         unroll=entry["unroll"],
         cache_dtype=entry["cache_dtype"],
         prefill=plan_from_entry(entry, recurrent=config.recurrent),

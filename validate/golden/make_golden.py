@@ -12,6 +12,7 @@ anew, because it stands for the bundles that users have.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def manifest(folder: Path) -> None:
     graphs = {name: f"graphs/{name}.fp32.onnx" for name in graph_names(config)}
     files = [*graphs.values(), "graphs/fp32.weights"]
     entry = {"precision": "fp32", "unroll": 2, "weights": "graphs/fp32.weights", "quantized_matmuls": 0}
+    profile = load_profile("ort-cpu-fp32").with_capacity(64).with_unroll(2)
     content = {
         "tool": {"name": "crt-export", "version": "0.1.0"},
         "libraries": {"python": "3.11.0", "torch": "2.13.0"},
@@ -84,11 +86,14 @@ def manifest(folder: Path) -> None:
         "checkpoint": {"sha256": "c" * 64, "dtypes": ["F32"]},
         "options": {"targets": ["ort-cpu-fp32"], "text": None, "validated": False, "reference": False},
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
-        "graphs": [{"file": file, "graph": name, **entry} for name, file in graphs.items()],
+        "graphs": [
+            {"file": file, "graph": name, **entry, "roles": list(profile.graph_roles(name, config.recurrent))}
+            for name, file in graphs.items()
+        ],
         "quantization": {},
         "targets": {
             "ort-cpu-fp32": {
-                "profile": load_profile("ort-cpu-fp32").with_capacity(64).with_unroll(2).to_dict(),
+                "profile": profile.to_dict(),
                 "graphs": graphs,
                 "engines": {},
                 "capacity": 64,
@@ -214,7 +219,11 @@ def weights(folder: Path) -> None:
 
     graphs = {"step": graph("embed.weight", "rope_cos"), "head": graph("lm_head.weight", "embed.weight", "scalar")}
     written = write_weights(graphs, folder / "fp32.weights")
-    layout = {name: {"offset": at, "length": size, "sha256": sha} for name, (at, size, sha) in written.entries.items()}
+    content = written.path.read_bytes()
+    layout = {
+        name: {"offset": at, "length": size, "sha256": hashlib.sha256(content[at : at + size]).hexdigest()}
+        for name, (at, size) in written.entries.items()
+    }
     (folder / "fp32.weights.json").write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from crt_export.build.graphs import forms_of_profile, write_graphs
-from crt_export.build.targets import _write_target_form
+from crt_export.build.graphs import write_graphs
+from crt_export.build.variants import variants_of_profile
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
@@ -88,6 +88,7 @@ def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[Parity
     capacity = config.max_position_embeddings
     profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
     # Decomposed attention and an FP32 residual stream: the other form of each choice.
+    profiles = [dataclasses.replace(p, attention="decomposed") if p.compiled else p for p in profiles]
     profiles.append(dataclasses.replace(profiles[-1], name="other-forms", residual_dtype="float32"))
     plan = _plan(checkpoint, text, unroll)
     written = write_graphs(checkpoint, profiles, plan, folder, no_progress)
@@ -103,15 +104,8 @@ def _plan(checkpoint: Checkpoint, text: TokenText, unroll: int) -> W8A8Plan:
 def _case(
     profile: EngineProfile, written: Any, checkpoint: Checkpoint, folder: Path, plan: W8A8Plan | None
 ) -> ParityCase:
-    config = checkpoint.config
-    files = {name: written[form] for name, form in forms_of_profile(profile, config).items()}
+    files = {name: written[variant] for name, variant in variants_of_profile(profile, checkpoint.config).items()}
     graphs = {name: folder / file.file for name, file in files.items()}
-    if profile.compiled:
-        own = {name: file for name, file in files.items() if name != "head"}
-        graphs |= {
-            name: folder / _write_target_form(profile, file, "decomposed", config, folder).file
-            for name, file in own.items()
-        }
     return ParityCase(
         target=profile.name,
         runtime=profile.runtime,

@@ -62,13 +62,13 @@ def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[
     """The runs of one target, and notes on what was shortened.
 
     Args:
-        case: The target; its capacity is a limit where the files are fixed to one.
+        case: The target; its capacity is a limit.
         config: The model.
         tokens: Tokens asked for.
     """
     room, reason = config.max_position_embeddings, "max_position_embeddings of the model"
-    if case.capacity is not None and case.capacity < room:
-        room, reason = case.capacity, f"capacity of {case.target}"
+    if case.room(config) < room:
+        room, reason = case.room(config), f"capacity of {case.target}"
     trained = config.training_sequence_length
     window = min(trained or _DEFAULT_WINDOW, room, tokens)
     slides = room < tokens and config.sliding_window is not None and config.sliding_window <= room

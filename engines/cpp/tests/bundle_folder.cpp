@@ -68,7 +68,7 @@ Json target(const std::string& name, const std::string& runtime) {
   Json engines = Json::object();
   if (compiled) engines["step"] = "engines/" + name + "/step.engine";
   return {{"profile", profile},   {"graphs", {{"step", "graphs/step.fp32.onnx"}}},
-          {"engines", engines},   {"capacity", nullptr},
+          {"engines", engines},   {"capacity", 32},
           {"unroll", 4},          {"cache_dtype", compiled ? "float16" : "float32"},
           {"prefill",
            {{"method", "passes"},
@@ -181,7 +181,8 @@ BundleFolder::BundleFolder(const std::string& location) : parent_(new_folder()) 
                                 {"precision", "fp32"},
                                 {"unroll", nullptr},
                                 {"weights", "graphs/fp32.weights"},
-                                {"quantized_matmuls", 0}});
+                                {"quantized_matmuls", 0},
+                                {"roles", {"session"}}});
   write("graphs/fp32.weights", std::string(64, 'w'));
   write("graphs/step.fp32.onnx", model_with(external_tensor("w", location)));
   write("engines/rtx/step.engine", "plan");

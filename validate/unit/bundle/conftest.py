@@ -30,7 +30,7 @@ def manifest() -> Manifest:
         "profile": {"name": "ort-cpu-fp32"},
         "graphs": {"step": "graphs/step.fp32.onnx"},
         "engines": {"step": "engines/step.plan"},
-        "capacity": None,
+        "capacity": 1024,
         "unroll": 4,
         "cache_dtype": "float32",
         "prefill": PrefillPlan(passes=4).to_dict(),
@@ -51,6 +51,7 @@ def manifest() -> Manifest:
                 "unroll": None,
                 "weights": "graphs/fp32.weights",
                 "quantized_matmuls": 0,
+                "roles": ["session"],
             }
         ],
         "quantization": {},

@@ -132,6 +132,8 @@ INNER = [
     (_set("graphs", 0, "quantized_matmuls", True), "'quantized_matmuls' must be an integer, found True"),
     (_set("quantization", "w8a8", "graphs/absent"), r"quantization\['w8a8'\] is 'graphs/absent', which is not listed"),
     (_set("quantization", "w8a8", {}), r"quantization\['w8a8'\] must be a file name"),
+    (_set("graphs", 0, "roles", []), "'roles' must be some of session, compiler, interchange, validation, found"),
+    (_set("graphs", 0, "roles", ["session", "spare"]), "'roles' must be some of session, compiler, interchange"),
     (_set("targets", "t", {}), r"targets\['t'\] lacks 'profile'"),
     (
         _set("targets", "ort-cpu-fp32", "engines", "step", "x"),

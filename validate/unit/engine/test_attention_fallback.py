@@ -6,38 +6,38 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-from crt_export.build import targets
-from crt_export.build.graphs import GraphFile, GraphForm, write_graphs
+from crt_export.build import targets, variants
+from crt_export.build.graphs import write_graphs
+from crt_export.build.variants import GraphFile, GraphVariant
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
 
-Prepared = tuple[Checkpoint, EngineProfile, dict[GraphForm, GraphFile], Path]
+Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 
 
-@pytest.fixture(scope="module")
-def prepared(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+@pytest.fixture(autouse=True)
+def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
+    monkeypatch.setattr(variants, "attention_form", lambda profile, config: "fused")
+
+
+@pytest.fixture
+def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path) -> Prepared:
     """A model with head_dim 8, for which there is a fused kernel in a step and none in a prefill."""
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1, unroll_steps=2))
     profile = load_profile("rtx-sm80-fp16").with_capacity(32).with_unroll(2)
     profile = dataclasses.replace(profile, seq=DimRange(1, 8, 16))
-    folder = tmp_path_factory.mktemp("bundle")
-    return checkpoint, profile, write_graphs(checkpoint, [profile], None, folder, no_progress), folder
+    return checkpoint, profile, write_graphs(checkpoint, [profile], None, tmp_path, no_progress), tmp_path
 
 
-@pytest.fixture
-def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
-    monkeypatch.setattr(targets, "attention_form", lambda profile, config: "fused")
-
-
-@pytest.mark.usefixtures("fused_first")
 def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepared) -> None:
     checkpoint, profile, written, folder = prepared
     (built,) = targets.build_targets([profile], written, checkpoint.config, folder, no_progress)
@@ -46,9 +46,11 @@ def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepare
     assert set(built.engines) == {"step", "prefill"}
     entry = built.to_dict(checkpoint.config)
     assert (entry["attention"], entry["attention_refused"]) == ("decomposed", built.refused)
+    for name, file in built.graphs.items():
+        operators = {node.op_type for node in ir.load(folder / file.file).graph}
+        assert "Attention" not in operators, f"{name} is validated as it is compiled"
 
 
-@pytest.mark.usefixtures("fused_first")
 def test_an_explicit_fused_is_not_replaced(prepared: Prepared) -> None:
     checkpoint, profile, written, folder = prepared
     fused = dataclasses.replace(profile, attention="fused")
@@ -56,7 +58,6 @@ def test_an_explicit_fused_is_not_replaced(prepared: Prepared) -> None:
         targets.build_targets([fused], written, checkpoint.config, folder, no_progress)
 
 
-@pytest.mark.usefixtures("fused_first")
 def test_an_engine_that_fails_its_check_is_final(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is really built; the first finding about its layers must end the build, not start another."""
     checkpoint, profile, written, folder = prepared

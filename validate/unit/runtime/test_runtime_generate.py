@@ -168,8 +168,8 @@ def test_a_reset_in_the_middle_is_named(crt: Any, sampling: SamplingOptions) -> 
 def test_text_that_cannot_be_generated_is_refused_at_once(crt: Any) -> None:
     with pytest.raises(InputError, match="empty prompt"):
         generate_text(crt.bundle, "")
-    with pytest.raises(InputError, match=r"the prompt has 30 tokens; with 3 new ones .* capacity of 32"):
-        generate_text(crt.bundle, "x" * 30, GenerationOptions(max_new_tokens=3))
+    with pytest.raises(InputError, match=r"the prompt has 62 tokens; with 3 new ones .* capacity of 64"):
+        generate_text(crt.bundle, "x" * 62, GenerationOptions(max_new_tokens=3))
     with pytest.raises(InputError, match="unknown target"):
         generate_text(crt.bundle, "x", target="other")
 

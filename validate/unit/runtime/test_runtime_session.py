@@ -175,7 +175,7 @@ REFUSED: list[tuple[str, Call, str]] = [
     ("options are a dict", lambda s: s.generate([[1], [1]], A_DICT), "options must be GenerationOptions"),
     ("callback is text", lambda s: s.generate(None, GenerationOptions(max_new_tokens=2), on_token=TEXT), "on_token"),
     ("both rows wrong", lambda s: s.prefill([[-1], [999]]), "2 problems"),
-    ("too long", lambda s: s.prefill([[40] * 30, [41]]), "row 0: 3 tokens in the cache and 30 more"),
+    ("too long", lambda s: s.prefill([[40] * 62, [41]]), "row 0: 3 tokens in the cache and 62 more"),
     ("step: one of two", lambda s: s.step([40]), "batch is 2, found 1"),
     ("step: number", lambda s: s.step(40), "expected one token id per row"),  # type: ignore[arg-type]
     ("step: id too large", lambda s: s.step([40, 256]), "row 1: token id 256"),

@@ -30,12 +30,13 @@ void check_number(const char* name, std::int64_t value, std::int64_t least,
   }
 }
 
-std::int64_t chosen_capacity(const SessionOptions& options, const Target& target, const ModelConfig& config) {
+std::int64_t chosen_capacity(const SessionOptions& options, const Target& target) {
   const std::int64_t capacity = options.capacity.value_or(target.capacity);
-  const std::int64_t most = config.max_position_embeddings;
-  if (capacity < 1 || capacity > most) {
-    throw Error(ErrorKind::input, "capacity must be at least 1 and at most " + std::to_string(most) +
-                                      " (the model's max_position_embeddings), found " + std::to_string(capacity));
+  if (capacity < 1 || capacity > target.capacity) {
+    throw Error(ErrorKind::input, "capacity must be at least 1 and at most " + std::to_string(target.capacity) +
+                                      " (what " + target.name +
+                                      " was built for; a build with a larger --capacity has more room), found " +
+                                      std::to_string(capacity));
   }
   return capacity;
 }
@@ -111,7 +112,7 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   check_number("batch", options.batch, 1);
   const int threads = options.threads.value_or(target.threads);
   check_number("threads", threads, 0, kMostThreads);
-  const std::int64_t capacity = chosen_capacity(options, target, config);
+  const std::int64_t capacity = chosen_capacity(options, target);
   const bool slides = chosen_slide(options, config, capacity, target.cache_dtype);
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);

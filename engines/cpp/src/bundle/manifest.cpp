@@ -38,12 +38,13 @@ const MemberRules kGraphRules{
     {"unroll", kInteger | kNull},
     {"weights", kText | kNull},
     {"quantized_matmuls", kInteger},
+    {"roles", kList},
 };
 const MemberRules kTargetRules{
     {"profile", kObject},
     {"graphs", kObject},
     {"engines", kObject},
-    {"capacity", kInteger | kNull, 1},
+    {"capacity", kInteger, 1},
     {"unroll", kInteger | kNull, 1},
     {"cache_dtype", kText, 0, 0, "float32 float16"},
     {"prefill", kObject},
@@ -105,6 +106,10 @@ void check_reference(Problems& problems, const std::string& where, const std::st
   problems.push_back(where + "[" + in_quotes(key) + "] is " + shown(name) + ", which is not listed in 'files'");
 }
 
+bool is_role(const JsonValue& value) {
+  return value.is_string() && is_word("session compiler interchange validation", value.string());
+}
+
 void check_graphs(Problems& problems, const JsonValue& graphs, const JsonValue& files) {
   for (std::size_t i = 0; i < graphs.array().size(); ++i) {
     const JsonValue& graph = graphs.array()[i];
@@ -112,6 +117,10 @@ void check_graphs(Problems& problems, const JsonValue& graphs, const JsonValue& 
     if (!check_rules(problems, where, graph, kGraphRules)) continue;
     check_reference(problems, where, "file", graph.at("file"), files);
     if (given(graph, "weights") != nullptr) check_reference(problems, where, "weights", graph.at("weights"), files);
+    const auto& roles = graph.at("roles").array();
+    if (roles.empty() || !std::all_of(roles.begin(), roles.end(), is_role)) {
+      problems.push_back(where + ": 'roles' must be some of session, compiler, interchange, validation");
+    }
   }
 }
 

@@ -198,8 +198,7 @@ Target target_from_json(const std::string& name, const JsonValue& entry, const M
   target.precision = profile.at("precision").string();
   target.graphs = files_of(entry.at("graphs"));
   target.engines = files_of(entry.at("engines"));
-  const std::int64_t capacity = optional_integer(entry, "capacity").value_or(profile.at("capacity").integer());
-  target.capacity = std::min(capacity, config.max_position_embeddings);
+  target.capacity = std::min(entry.at("capacity").integer(), config.max_position_embeddings);
   target.unroll = optional_integer(entry, "unroll");
   target.cache_dtype = entry.at("cache_dtype").string() == "float16" ? DType::float16 : DType::float32;
   target.max_tokens = profile.at("seq").array()[2].integer();

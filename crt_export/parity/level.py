@@ -9,6 +9,7 @@ level                   module          question
 ``own-model``           own_model       Does the reference compute what the user's own PyTorch model does? (--expect)
 L0 ``contract``         contract        Are the files what was agreed: names, dtypes, operators, weights, nothing else?
 L1 ``one-step``         one_step        One call from the reference's own state: is every output tensor right?
+                        interchange     Are graphs that no session opens, to the bit, what a session computes?
 L2 ``chain``            chain           Fed its own state for many steps: which tensor leaves the reference first?
 L3 ``corpus``           corpus          On a text: likelihood, divergence and agreement, with confidence intervals.
 L4 ``free-running``     free_running    Fed its own tokens: how long does it say the same?

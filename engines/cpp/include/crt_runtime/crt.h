@@ -55,8 +55,9 @@ typedef enum crt_status {
 
 /* What happens when a row's tokens no longer fit. */
 typedef enum crt_on_full {
-  CRT_ON_FULL_ERROR = 0, /* CRT_ERROR_INPUT, nothing changes */
-  CRT_ON_FULL_SLIDE = 1  /* models with an attention window: drop what the window no longer sees */
+  CRT_ON_FULL_ERROR = 0,                /* CRT_ERROR_INPUT, nothing changes */
+  CRT_ON_FULL_EVICT = 1,                /* models with an attention window: drop what the window no longer sees */
+  CRT_ON_FULL_SLIDE = CRT_ON_FULL_EVICT /* another name */
 } crt_on_full;
 
 /* Why a row of a generation stopped. */

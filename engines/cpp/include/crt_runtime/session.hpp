@@ -23,8 +23,9 @@ inline constexpr std::int64_t kNoToken = -1;
 
 /// What happens when a row's tokens no longer fit.
 enum class OnFull {
-  error,  ///< Error(input), nothing changes
-  slide,  ///< models with an attention window: drop what the window no longer sees
+  error,          ///< Error(input), nothing changes
+  evict,          ///< models with an attention window: drop what the window no longer sees
+  slide = evict,  ///< another name
 };
 
 /// How a session is opened.

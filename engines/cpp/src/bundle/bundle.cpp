@@ -46,14 +46,14 @@ bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std:
   if (options.on_full == OnFull::error) return false;
   if (!config.sliding_window) {
     throw Error(ErrorKind::input,
-                "on_full slide needs a model with an attention window; this one's tokens see all earlier ones (its "
+                "on_full evict needs a model with an attention window; this one's tokens see all earlier ones (its "
                 "config has no sliding_window): use on_full error");
   }
   const std::int64_t window = *config.sliding_window;
   const std::int64_t least = Window::least_capacity(window, cache_dtype);
   if (capacity < least) {
     throw Error(ErrorKind::input,
-                "on_full slide needs a capacity of at least " + std::to_string(least) + ", the attention window of " +
+                "on_full evict needs a capacity of at least " + std::to_string(least) + ", the attention window of " +
                     std::to_string(window) +
                     (least > window ? " and an eighth more, since keys are rounded to float16 at every slide" : "") +
                     "; found " + std::to_string(capacity));

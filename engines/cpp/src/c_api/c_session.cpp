@@ -17,15 +17,15 @@ crt_prefill_options default_prefill_options() noexcept { return {sizeof(crt_pref
 
 crt::SessionOptions session_options(const crt_session_options* options) {
   const auto taken = crt::c_api::taken_options(options, "crt_session_options", default_session_options());
-  if (taken.on_full != CRT_ON_FULL_ERROR && taken.on_full != CRT_ON_FULL_SLIDE) {
-    throw crt::Error(crt::ErrorKind::input, "on_full must be CRT_ON_FULL_ERROR (0) or CRT_ON_FULL_SLIDE (1), found " +
+  if (taken.on_full != CRT_ON_FULL_ERROR && taken.on_full != CRT_ON_FULL_EVICT) {
+    throw crt::Error(crt::ErrorKind::input, "on_full must be CRT_ON_FULL_ERROR (0) or CRT_ON_FULL_EVICT (1), found " +
                                                 std::to_string(taken.on_full));
   }
   crt::SessionOptions result;
   result.batch = taken.batch;
   if (taken.capacity != 0) result.capacity = taken.capacity;
   if (taken.threads != -1) result.threads = taken.threads;
-  result.on_full = taken.on_full == CRT_ON_FULL_SLIDE ? crt::OnFull::slide : crt::OnFull::error;
+  result.on_full = taken.on_full == CRT_ON_FULL_EVICT ? crt::OnFull::evict : crt::OnFull::error;
   return result;
 }
 
@@ -52,7 +52,7 @@ crt_status crt_session_open(crt_bundle* bundle, const char* target, const crt_se
     require({{bundle, "bundle"}, {session, "session"}});
     const crt::SessionOptions taken = session_options(options);
     const std::string name = target != nullptr ? target : bundle->bundle.default_target();
-    give_session(bundle->bundle.session(name, taken), taken.on_full == crt::OnFull::slide, session);
+    give_session(bundle->bundle.session(name, taken), taken.on_full == crt::OnFull::evict, session);
   });
 }
 

@@ -2,7 +2,7 @@
 
 Each graph is called with inputs that PyTorch FP32 made: at the start of a text and in its middle, rows at different
 positions in one call, chunks padded on the right, a row with nothing but padding, a first iterate of zeros and one that
-is wrong. It is called as a session does: on a CPU ``step`` is a pass over one token, and ``prefill`` K passes, of its one
+is wrong. It is called as a session does: on a CPU ``step`` is a pass over one token, and ``prefill`` K passes, of one
 graph. Every output is compared: caches slot by slot, with the past as it was and nothing beyond what was written.
 
 The error of a tensor is its largest |difference| over the largest |value| that the reference has in it; of

@@ -61,19 +61,17 @@ def default_text() -> Traversable:
     return checkout if checkout.is_file() else definition_path("validate", "heldout.txt")
 
 
-def definitions(kind: Kind, suffix: str = ".toml") -> list[Traversable]:
-    """Return all definitions of a kind that end in ``suffix``, sorted by name.
+def definitions(kind: Kind) -> list[Traversable]:
+    """Return all TOML definitions of a kind, sorted by name.
 
     Raises:
         MissingDependencyError: The installation has none, so it is incomplete.
     """
     folder = catalog_root().joinpath(kind)
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = sorted((entry for entry in entries if entry.name.endswith(suffix)), key=lambda entry: entry.name)
+    found = sorted((entry for entry in entries if entry.name.endswith(".toml")), key=lambda entry: entry.name)
     if not found:
-        raise MissingDependencyError(
-            f"this installation has no {kind}/*{suffix} ({catalog_root()}): reinstall crt-export"
-        )
+        raise MissingDependencyError(f"this installation has no {kind}/*.toml ({catalog_root()}): reinstall crt-export")
     return found
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from crt_export.errors import MissingDependencyError
 from crt_export.machine import Gpu, list_gpus
-from crt_export.profile import EngineProfile, TensorRTOptions
+from crt_export.profile import EngineProfile
 
 _ORT = "onnxruntime"
 ORT_CONFLICT = (
@@ -180,9 +180,9 @@ def compile_need(profile: EngineProfile) -> str:
     install = f"pip install 'crt-export[{dependency.extra}]'"
     if profile.runtime == "tensorrt-rtx":
         return f"{package} on Linux x86_64 ({install}; no GPU needed to compile)"
-    newer = " or newer" if is_ampere_plus(profile) else ""
+    newer = " or newer" if profile.ampere_plus else ""
     return (
-        f"{package} ({install}) and an NVIDIA GPU of compute capability {_dotted(profile.compute_capability)}{newer}, "
+        f"{package} ({install}) and an NVIDIA GPU of compute capability {dotted(profile.compute_capability)}{newer}, "
         "because TensorRT times kernels on it while it builds (rtx-* targets compile without a GPU)"
     )
 
@@ -226,24 +226,19 @@ def run_obstacles(profile: EngineProfile, devices: Sequence[Gpu]) -> list[str]:
             found.append(f"{dependency.distribution} {least} or newer, {version}: {install}")
     obstacle = _gpu_obstacle(profile, devices)
     if obstacle:
-        newer = " or newer" if is_ampere_plus(profile) else ""
-        capability = _dotted(profile.compute_capability)
+        newer = " or newer" if profile.ampere_plus else ""
+        capability = dotted(profile.compute_capability)
         found.append(f"an NVIDIA GPU of compute capability {capability}{newer}; {obstacle[0]}")
     return found
-
-
-def is_ampere_plus(profile: EngineProfile) -> bool:
-    """Whether the engine must also run on GPUs newer than SM 8.0, and may be built on one."""
-    return isinstance(profile.options, TensorRTOptions) and profile.options.ampere_plus
 
 
 def _gpu_obstacle(profile: EngineProfile, devices: Sequence[Gpu]) -> list[str]:
     if not devices:
         return ["this machine has no usable NVIDIA GPU"]
     found, wanted = devices[0].compute_capability, profile.compute_capability
-    newer_will_do = is_ampere_plus(profile) and wanted is not None and found > wanted
+    newer_will_do = profile.ampere_plus and wanted is not None and found > wanted
     return (
-        [] if found == wanted or newer_will_do else [f"this machine's first GPU is {devices[0].name}, {_dotted(found)}"]
+        [] if found == wanted or newer_will_do else [f"this machine's first GPU is {devices[0].name}, {dotted(found)}"]
     )
 
 
@@ -322,7 +317,8 @@ def _suffices(version: str, minimum: tuple[int, ...]) -> bool:
     return version == UNKNOWN or _numbers(version) >= minimum
 
 
-def _dotted(capability: int | None) -> str:
+def dotted(capability: int | None) -> str:
+    """A compute capability as NVIDIA writes it: 8.0 for 80."""
     return "unknown" if capability is None else f"{capability // 10}.{capability % 10}"
 
 

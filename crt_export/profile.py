@@ -230,6 +230,16 @@ class EngineProfile(Checked):
         return self.runtime != "onnxruntime"
 
     @property
+    def ampere_plus(self) -> bool:
+        """Whether the engine must also run on GPUs newer than SM 8.0, and may be built on one."""
+        return isinstance(self.options, TensorRTOptions) and self.options.ampere_plus
+
+    @property
+    def version_compatible(self) -> bool:
+        """Whether later versions of TensorRT may load the engine."""
+        return isinstance(self.options, TensorRTOptions) and self.options.version_compatible
+
+    @property
     def cache_dtype(self) -> str:
         """The dtype of the KV cache."""
         return cache_dtype(self.precision)

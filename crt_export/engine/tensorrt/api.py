@@ -12,7 +12,6 @@ from collections import deque
 from typing import Any
 
 from crt_export.environment import compile_need, compile_obstacle, find_dependency
-from crt_export.environment import is_ampere_plus as is_ampere_plus
 from crt_export.errors import MissingDependencyError, UnsupportedError
 from crt_export.machine import list_gpus
 from crt_export.profile import EngineProfile

@@ -36,7 +36,6 @@ from crt_export.engine.tensorrt.api import (
     OnnxParser,
     ParserError,
     Runtime,
-    is_ampere_plus,
     load_api,
     logger_from_log,
     need_of_profile,
@@ -237,7 +236,7 @@ def _layer_text_tensorrt(api: Api, job: BuildJob, plan: memoryview, logger: ILog
         raise BuildError(problem_list(f"loading {job.label}", [*log.errors] or ["no reason given"]))
     problems = []
     wanted = api.HardwareCompatibilityLevel.AMPERE_PLUS
-    if is_ampere_plus(job.profile) and engine.hardware_compatibility_level != wanted:
+    if job.profile.ampere_plus and engine.hardware_compatibility_level != wanted:
         problems.append(f"{wanted} was asked for and silently not applied")
     for present, past in job.contract.aliases:
         alias = engine.get_aliased_input_tensor(present)

@@ -55,8 +55,9 @@ class LoadedEngine:
         plan = file.read_plan()
         # TensorRT wants its objects destroyed in the reverse order: contexts, engine, runtime, logger.
         self._logger = logger_from_log(machine.api, self.log)
-        version_compatible = bool(getattr(profile.options, "version_compatible", False))
-        self._runtime: Runtime = calls.create_runtime(machine.api, self._logger, version_compatible=version_compatible)
+        self._runtime: Runtime = calls.create_runtime(
+            machine.api, self._logger, version_compatible=profile.version_compatible
+        )
         self._engine: ICudaEngine = self._deserialized(plan, file)
         self.tensors = calls.tensors_of_engine(machine.api, self._engine)
         problems = [*engine_problems(self.tensors, self.facts)]

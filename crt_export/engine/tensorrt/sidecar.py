@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crt_export.environment import find_dependency, is_ampere_plus
+from crt_export.environment import dotted, find_dependency
 from crt_export.errors import BundleError, ContractError, MissingDependencyError, problem_list
 from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile
@@ -144,17 +144,13 @@ def _target_problems(values: Mapping[str, Any], file: EngineFile, profile: Engin
 def _version_problems(values: Mapping[str, Any], profile: EngineProfile, version: str) -> Iterator[str]:
     """An engine runs with the version that built it; a version-compatible one with later ones of the same major."""
     built = values["runtime_version"]
-    if version == built or (_version_compatible(profile) and _is_later(version, built)):
+    if version == built or (profile.version_compatible and _is_later(version, built)):
         return
     package = find_dependency(profile.runtime).distribution
     yield (
         f"it was built with {package} {built}, {version} is installed: pip install '{package}=={built}', or build "
         "the bundle again with the installed version"
     )
-
-
-def _version_compatible(profile: EngineProfile) -> bool:
-    return bool(getattr(profile.options, "version_compatible", False))
 
 
 def _is_later(version: str, built: str) -> bool:
@@ -167,12 +163,12 @@ def _is_later(version: str, built: str) -> bool:
 
 def _gpu_problems(values: Mapping[str, Any], profile: EngineProfile, gpu: Gpu) -> Iterator[str]:
     built = values["compute_capability"]
-    if gpu.compute_capability == built or (is_ampere_plus(profile) and gpu.compute_capability > built):
+    if gpu.compute_capability == built or (profile.ampere_plus and gpu.compute_capability > built):
         return
-    newer = " or newer" if is_ampere_plus(profile) else ""
+    newer = " or newer" if profile.ampere_plus else ""
     yield (
-        f"it was compiled for compute capability {_dotted(built)}{newer}, the GPU is {gpu.name}, "
-        f"{_dotted(gpu.compute_capability)}: build for a profile with compute_capability = {gpu.compute_capability} "
+        f"it was compiled for compute capability {dotted(built)}{newer}, the GPU is {gpu.name}, "
+        f"{dotted(gpu.compute_capability)}: build for a profile with compute_capability = {gpu.compute_capability} "
         "(engines/README.md), or use an ort-cuda target"
     )
 
@@ -191,10 +187,6 @@ def _shapes(inputs: Sequence[Mapping[str, Any]], side: str) -> dict[str, tuple[i
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _dotted(capability: int) -> str:
-    return f"{capability // 10}.{capability % 10}"
 
 
 def _again() -> str:

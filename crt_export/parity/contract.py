@@ -34,8 +34,9 @@ from crt_export.graph.export import OPSET
 from crt_export.ladder import CONTRACT
 from crt_export.parity.case import ParityCase
 from crt_export.parity.graph_audit import attribute_problems, cache_problems, flow_problems
-from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.linear_audit import linear_problems
+from crt_export.parity.metrics import Check, failed_check, measured
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.quantize.w8 import DOMAIN
 from crt_export.spec import graph_names, interface_problems
@@ -129,20 +130,9 @@ def _check_weights(name: str, model: ir.Model, audit: WeightAudit, file_problems
     except (OSError, ValueError, TypeError) as error:  # a weight file that is too short, or another type than declared
         return failed_check(label, f"the weights cannot be read ({error})"), 0
     if audit.precision in ("w8", "w8a8"):
-        figure, value = "distance from the checkpoint, quantisation steps", audit.deviation
-        limit, tolerance = audit.rounding, "shared.weight_rounding"
+        check = measured("weight_distance", label, audit.deviation, limit=audit.rounding, failures=problems)
     else:
-        figure, value = "values that differ from the checkpoint", float(audit.different)
-        limit, tolerance = 0.0, ""
-    check = Check(
-        name=label,
-        figure=figure,
-        value=value,
-        limit=limit,
-        tolerance=tolerance,
-        passed=not problems,
-        failures=tuple(problems),
-    )
+        check = measured("weights_changed", label, float(audit.different), limit=0.0, failures=problems)
     return check, checked
 
 

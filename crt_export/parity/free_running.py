@@ -30,7 +30,8 @@ from crt_export.errors import ContractError
 from crt_export.ladder import FREE_RUNNING
 from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase, load_checked_graph
-from crt_export.parity.level import AT_LEAST, Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.metrics import Check, claim, measured
 from crt_export.parity.trace import Continuation, continue_greedily
 from crt_export.text import begin_rows
 
@@ -40,7 +41,6 @@ _PROMPT_TOKENS = 32
 _LARGE_PARAMETERS, _LARGE_PROMPTS, _LARGE_NEW_TOKENS = 20_000_000, 8, 32
 _TINY = float(np.finfo(np.float32).tiny)
 _BATCH_BYTES = 512 * 2**20
-_FIGURE = "largest margin of the reference at a first divergence / standard deviation of its logits"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,14 +81,9 @@ def check_free_running(case: ParityCase, setup: ParitySetup) -> LevelResult:
     data = _figures(prompts, expected, run.tokens, setup)
     checks = (
         _margin_check(case, setup, data),
-        _claim("logits", run.not_finite),
-        _claim("next_token", run.not_argmax),
-        Check(
-            name="agreement",
-            figure="tokens before the first divergent one / new tokens",
-            value=data["first_divergence_normalised"],
-            relation=AT_LEAST,
-        ),
+        claim("logits", run.not_finite),
+        claim("next_token", run.not_argmax),
+        measured("agreement", "agreement", data["first_divergence_normalised"]),
     )
     return LevelResult(level=FREE_RUNNING, target=case.target, checks=checks, data=data, notes=prompts.notes)
 
@@ -230,19 +225,9 @@ def _margin_check(case: ParityCase, setup: ParitySetup, data: dict[str, Any]) ->
             f"logit is {first['margin']:.3g} larger, {first['relative_margin']:.3g} standard deviations, expected at "
             f"most {limit:g} ({case.precision}.divergence_margin)"
         )
-    return Check(
-        name="first divergence",
-        figure=_FIGURE,
-        value=worst,
-        limit=limit,
-        tolerance=f"{case.precision}.divergence_margin",
-        passed=not failures,
-        failures=tuple(failures),
+    return measured(
+        "divergence_margin", "first divergence", worst, limit=limit, precision=case.precision, failures=failures
     )
-
-
-def _claim(name: str, problems: list[str]) -> Check:
-    return failed_check(name, *problems) if problems else Check(name=name, passed=True)
 
 
 def _bytes_per_row(case: ParityCase, setup: ParitySetup, prompts: _Prompts) -> int:

@@ -47,7 +47,6 @@ __all__ = [
     "LevelResult",
     "ParitySetup",
     "failed_check",
-    "gate_at_most",
     "json_value",
 ]
 
@@ -115,22 +114,3 @@ class ParitySetup:
     def limits(self, precision: str) -> Tolerance:
         """The limits of one precision."""
         return self.tolerances.precisions[precision]
-
-
-def gate_at_most(name: str, figure: str, value: float, limit: float, tolerance: str, *, where: str = "") -> Check:
-    """A figure that may be at most ``limit``; NaN fails.
-
-    Args:
-        name: What was checked.
-        figure: What the value is, with its unit.
-        value: What was measured.
-        limit: The most it may be.
-        tolerance: Key of the limit in ``validate/tolerances.toml``.
-        where: Where the value was found, for the failure: ``at step 12 of window 3``.
-    """
-    passed = value <= limit
-    place = f" {where}" if where else ""
-    failures = () if passed else (f"{figure} is {value:.3g}{place}, expected at most {limit:g} ({tolerance})",)
-    return Check(
-        name=name, figure=figure, value=value, limit=limit, tolerance=tolerance, passed=passed, failures=failures
-    )

@@ -155,14 +155,22 @@ class Check:
 
     name: str
     metric: str = ""
-    figure: str = ""
     value: float | None = None
     interval: tuple[float, float] | None = None
     limit: float | None = None
-    relation: str = AT_MOST
     tolerance: str = ""
     passed: bool | None = None
     failures: tuple[str, ...] = ()
+
+    @property
+    def figure(self) -> str:
+        """What the value is, with its unit; empty where nothing is measured."""
+        return METRICS[self.metric].figure if self.metric else ""
+
+    @property
+    def relation(self) -> str:
+        """How value or interval relate to the limit: ``at most``, ``at least`` or ``within``."""
+        return METRICS[self.metric].relation if self.metric else AT_MOST
 
     @property
     def limit_usage(self) -> float:
@@ -191,6 +199,8 @@ class Check:
         fixed: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        if fixed.get("metric", "") not in ("", *METRICS):
+            raise KeyError(f"metric {fixed['metric']!r:.60}")
         return cls(**fixed)
 
 
@@ -235,11 +245,9 @@ def measured(
     return Check(
         name=name,
         metric=metric,
-        figure=row.figure,
         value=value,
         interval=interval,
         limit=limit,
-        relation=row.relation,
         tolerance=tolerance,
         passed=None if limit is None and not failures else not failures,
         failures=tuple(failures or ()),

@@ -32,14 +32,14 @@ from crt_export.ladder import ONE_STEP
 from crt_export.parity.case import ParityCase
 from crt_export.parity.difference import difference
 from crt_export.parity.interchange import interchange_checks, session_outputs
-from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.metrics import METRICS, Check, claim, failed_check, measured
 from crt_export.parity.one_step_calls import Call, OneStepCalls
 from crt_export.parity.polygraphy_results import save_outputs
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]
 
-FIGURE = "largest error / largest |value|"
 REFERENCE_RUN = "pytorch-fp32"
 _CACHE = "present_key_values."
 
@@ -101,7 +101,7 @@ class _Comparison:
         self.name, self._config = name, setup.config
         self._spec: GraphSpec = case.spec(name, setup.config)
         self._limit = setup.limits(case.precision).tensor_error
-        self._tolerance = f"{case.precision}.tensor_error"
+        self._precision = case.precision
         self._near_tie = setup.tolerances.near_tie_margin
         self._found: dict[str, _Tensor] = {}
         self.outputs: list[dict[str, Array]] = []
@@ -137,16 +137,18 @@ class _Comparison:
             if found is None:
                 continue
             gated = spec.dtype != "int64"
+            name = f"{self.name}: {spec.name}"
             checks.append(
-                Check(
-                    name=f"{self.name}: {spec.name}",
-                    figure=FIGURE if gated else "",
-                    value=found.relative if gated else None,
-                    limit=self._limit if gated else None,
-                    tolerance=self._tolerance if gated else "",
-                    passed=not found.failures,
-                    failures=tuple(found.failures),
+                measured(
+                    "tensor_error",
+                    name,
+                    found.relative,
+                    limit=self._limit,
+                    precision=self._precision,
+                    failures=found.failures,
                 )
+                if gated
+                else claim(name, found.failures)
             )
         return checks
 
@@ -201,7 +203,8 @@ class _Comparison:
         error = np.abs(found.astype(np.float64) - expected)
         place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), error.shape))
         return (
-            f"{FIGURE} is {relative:.3g}, expected at most {self._limit:g} ({self._tolerance}); at {list(place)} "
+            f"{METRICS['tensor_error'].figure} is {relative:.3g}, expected at most {self._limit:g} "
+            f"({self._precision}.tensor_error); at {list(place)} "
             f"expected {expected[place]:.6g}, found {found[place]:.6g} ({call.rows[place[0]]}; {call.name})"
         )
 

@@ -42,7 +42,8 @@ from crt_export.parity.expected_outputs import (
     read_expected_outputs,
     run_model,
 )
-from crt_export.parity.level import Check, LevelResult
+from crt_export.parity.level import LevelResult
+from crt_export.parity.metrics import Check, measured
 from crt_export.parity.own_model_causes import Cause, Search, facts, head_fact
 from crt_export.parity.report import ParityReport, reference_facts
 from crt_export.parity.tolerances import Tolerances, load_tolerances
@@ -229,15 +230,7 @@ def _explanation(search: Search, model: Model, run: _Run) -> tuple[Cause | None,
 
 
 def _logits_check(run: _Run, limit: float, sentences: list[str]) -> Check:
-    return Check(
-        name="logits",
-        figure="largest |logit difference| over the logits' standard deviation",
-        value=run.worst,
-        limit=limit,
-        tolerance=TOLERANCE,
-        passed=not sentences,
-        failures=tuple(sentences),
-    )
+    return measured("own_model_logits", "logits", run.worst, limit=limit, failures=sentences)
 
 
 def _hidden_check(model: Model, run: _Run, expected: ExpectedOutputs, limit: float) -> Check:
@@ -251,15 +244,7 @@ def _hidden_check(model: Model, run: _Run, expected: ExpectedOutputs, limit: flo
             normed = float(hidden_differences(model.final_norm(run.h), expected).amax())
         if normed <= limit:
             sentences[0] += f"; yours is that after the final norm (difference {normed:.1g})"
-    return Check(
-        name="hidden",
-        figure="largest |difference of h| over its standard deviation",
-        value=worst,
-        limit=limit,
-        tolerance=TOLERANCE,
-        passed=not sentences,
-        failures=tuple(sentences),
-    )
+    return measured("own_model_hidden", "hidden", worst, limit=limit, failures=sentences)
 
 
 def _data(run: _Run, expected: ExpectedOutputs, first: int | None, cause: Cause | None) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_a_text_too_short_for_the_last_level_is_found_before_the_first(
 def test_growth_that_cannot_be_given_is_a_check_without_a_verdict() -> None:
     run = Schedule(kind=CHAINED, tokens=7, capacity=7, unit=1, window=7, trained=None)
     growth = growth_from_units(np.ones(7), run.unit)
-    (check,) = growth_checks(run, growth, None, "fp32.growth")
+    (check,) = growth_checks(run, growth, None, "fp32")
     assert (check.name, check.value, check.passed) == ("chained: growth", None, None)
     assert why_not_gated(run, growth, recurrent=True) == "it cannot be given, 7 tokens are too few for 8 observations"
 
@@ -346,7 +346,7 @@ def test_an_error_that_doubles_over_the_run_is_growth_at_every_precision(precisi
     limits = tolerances.precisions[precision]
     for error in (limits.relative_logit_error / 100, limits.relative_logit_error / 4):
         verdicts = [
-            growth_checks(run, _made_growth(times, error), limits.growth, f"{precision}.growth")[0].passed
+            growth_checks(run, _made_growth(times, error), limits.growth, precision)[0].passed
             for times in (0.7, 1, 1.3, 2, 3, 20)
         ]
         assert verdicts == [True, True, True, False, False, False]

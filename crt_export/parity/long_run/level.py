@@ -8,14 +8,15 @@ from typing import Any
 from crt_export.errors import ContractError
 from crt_export.ladder import LONG_RUN
 from crt_export.parity.case import ParityCase
-from crt_export.parity.level import Check, LevelResult, ParitySetup, failed_check
+from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.long_run.blocks import Block, blocks_of_run, unit_errors
-from crt_export.parity.long_run.gates import GROWTH_RATE, growth_checks, headroom_checks, run_checks, why_not_gated
+from crt_export.parity.long_run.gates import growth_checks, headroom_checks, run_checks, why_not_gated
 from crt_export.parity.long_run.growth import Growth, growth_from_units
 from crt_export.parity.long_run.headroom import LongHeadroom, observe_long_run
 from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.run import TargetRun, run_target
 from crt_export.parity.long_run.schedule import SINGLE, Schedule, check_length, schedules
+from crt_export.parity.metrics import METRICS, Check, failed_check
 
 _REPORTED_TENSORS = 16
 
@@ -60,7 +61,7 @@ def _check_run(
     checks = [*run_checks(run, schedule, blocks, case.precision, tolerances)]
     reason = why_not_gated(schedule, growth, setup.config.recurrent)
     limit = None if reason else limits.growth
-    checks += growth_checks(schedule, growth, limit, f"{case.precision}.growth")
+    checks += growth_checks(schedule, growth, limit, case.precision)
     headroom = observe_long_run(case, setup, schedule, reference) if case.half else None
     if headroom is not None:
         checks += headroom_checks(schedule, headroom, tolerances.fp16_headroom)
@@ -93,7 +94,7 @@ def _growth_data(growth: Growth | None, tokens: int, limit: float | None) -> dic
         return None
     low, value, high = growth.over(tokens)
     return {
-        "figure": GROWTH_RATE,
+        "figure": METRICS["growth_rate"].figure,
         "per_1000_tokens": growth.slope,
         "ci": (growth.low, growth.high),
         "limit": None if limit is None else limit * growth.mean * 1000 / tokens,

@@ -242,34 +242,29 @@ def _data(level: str, scale: float) -> dict[str, Any]:
 
 
 def _checks(level: str, precision: str, scale: float) -> tuple[Check, ...]:
-    def gate(name: str, figure: str, value: float, limit: float, key: str, **more: Any) -> Check:
-        return Check(
-            name=name, figure=figure, value=value, limit=limit, tolerance=f"{precision}.{key}", passed=True, **more
-        )
+    def gate(name: str, metric: str, value: float, limit: float, ends: tuple[float, float] | None = None) -> Check:
+        return measured(metric, name, value, interval=ends, limit=limit, precision=precision)
 
-    relative = "largest error / largest |value|"
     checks: dict[str, tuple[Check, ...]] = {
         "contract": tuple(Check(name=f"{name}: names and dtypes", passed=True) for name in ("step", "prefill", "head")),
         "one-step": tuple(
-            gate(f"step: {name}", relative, scale * 0.01 / index, 0.05, "tensor_error")
+            gate(f"step: {name}", "tensor_error", scale * 0.01 / index, 0.05)
             for index, name in enumerate(
                 ("logits", "next_state", *(f"present_key_values.{i}.{k}" for i in range(6) for k in ("key", "value"))),
                 start=1,
             )
         ),
-        "chain": (gate("logits", relative, scale * 0.05, 0.15, "chain_error"),),
+        "chain": (gate("logits", "chain_error", scale * 0.05, 0.15),),
         "free-running": (
-            gate("first divergence", "margin / standard deviation", scale * 0.05, 0.2, "divergence_margin"),
-            Check(name="agreement", figure="tokens, mean", value=51.9),
+            gate("first divergence", "divergence_margin", scale * 0.05, 0.2),
+            measured("agreement", "agreement", 0.81),
         ),
         "certificate": (
-            gate("K = 20, 0-128: excess", "nats per token", scale * 1e-4, 3e-3, "gap_delta_nll",
-                 interval=(scale * -1e-4, scale * 3e-4), relation="within"),
-            Check(name="smallest K, 0-128", figure="passes", value=6.0),
+            gate("K = 20, 0-128: excess", "gap_excess", scale * 1e-4, 3e-3, (scale * -1e-4, scale * 3e-4)),
+            measured("smallest_passes", "smallest K, 0-128", 6.0),
         ),
         "long-run": (
-            gate("growth, chained", "per 1,000 tokens", scale * 2e-5, 5e-3, "growth",
-                 interval=(scale * -1e-5, scale * 5e-5)),
+            gate("growth, chained", "growth", scale * 2e-5, 5e-3, (scale * -1e-5, scale * 5e-5)),
         ),
     }  # fmt: skip
     return checks[level]

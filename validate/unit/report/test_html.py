@@ -157,7 +157,7 @@ def test_nothing_in_a_report_becomes_markup(make_report: Callable[..., Report]) 
 
     def poisoned(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            keep = {"level", "relation", "metric", "status", "passed", "config", "kind", "regime"}
+            keep = {"level", "metric", "status", "passed", "config", "kind", "regime"}
             return {k: v if k in keep else poisoned(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [poisoned(item, key) for item in value]

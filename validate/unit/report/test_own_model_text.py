@@ -16,8 +16,8 @@ from crt_export.report.verdict import own_model_text, verdict_of, was_compared
 
 Report = dict[str, Any]
 CHECK = {
-    "name": "logits", "metric": "own_model_logits", "figure": "", "value": 2e-6, "interval": None, "limit": 1e-3,
-    "relation": "at most", "tolerance": "shared.own_model_error", "passed": True, "failures": [],
+    "name": "logits", "metric": "own_model_logits", "value": 2e-6, "interval": None, "limit": 1e-3,
+    "tolerance": "shared.own_model_error", "passed": True, "failures": [],
 }  # fmt: skip
 DATA = {"positions": 1024, "passes": "exact"}
 

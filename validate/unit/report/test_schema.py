@@ -17,7 +17,7 @@ from crt_export import environment
 from crt_export.bundle import MANIFEST_NAME
 from crt_export.errors import BundleError, InputError, MissingDependencyError
 from crt_export.ladder import LEVELS
-from crt_export.parity.metrics import Check
+from crt_export.parity.metrics import METRICS, Check
 from crt_export.parity.report import FORMAT, FORMAT_VERSION, Comparison, LevelResult, ParityReport
 from crt_export.report.reading import checked_bench, checked_report, read_report, report_schema, schema_problems
 
@@ -46,6 +46,7 @@ def test_the_schema_names_every_key_that_the_package_writes() -> None:
     assert keys(Comparison) - {"target", "label", "checks", "statistics"} <= regime
     assert not regime & (keys(Check) | {"delta_nll", "mean_kl"})  # figures stand in the checks
     assert set(parts["check"]["properties"]) == keys(Check)
+    assert parts["check"]["properties"]["metric"]["enum"] == ["", *METRICS]
     assert set(parts["level"]["properties"]) == keys(LevelResult) | {"passed"}
     assert tuple(parts["level"]["properties"]["level"]["enum"]) == LEVELS
     for level, branch in zip(LEVELS, parts["level"]["allOf"], strict=True):

@@ -27,7 +27,8 @@ from crt_export.parity import ParityCase, ParityOptions, one_step_calls
 from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.difference import difference
 from crt_export.parity.level import LevelResult, ParitySetup
-from crt_export.parity.one_step import FIGURE, check_one_step
+from crt_export.parity.metrics import METRICS
+from crt_export.parity.one_step import check_one_step
 from crt_export.parity.one_step_calls import OneStepCalls
 from crt_export.parity.reference import Reference
 from crt_export.parity.tolerances import load_tolerances
@@ -92,7 +93,11 @@ def test_sound_graphs_pass_with_every_output_compared(parity_bundle: Path, setup
         "step: 64 tokens are 64 calls of prefill_pass, bit by bit",
     ]
     assert "head: logits" in names
-    figures = [check.value for check in result.checks if check.figure == FIGURE and check.name not in TIED]
+    figures = [
+        check.value
+        for check in result.checks
+        if check.figure == METRICS["tensor_error"].figure and check.name not in TIED
+    ]
     assert all(value is not None and 0 < value < 2e-6 for value in figures), figures
     assert result.data["positions"] == [0, 1, 8, 16]
     assert set(result.data["tensors"]["head"]["logits"]) == {"max_abs", "mean_abs", "relative", "limit"}
@@ -116,7 +121,7 @@ def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: 
 def test_weight_only_graphs_are_within_their_limit(three_targets: Path, setup: ParitySetup) -> None:
     result = _check(three_targets, setup, "ort-cpu-int8")
     assert result.passed, result.failures
-    limits = {check.limit for check in result.checks if check.figure == FIGURE}
+    limits = {check.limit for check in result.checks if check.figure == METRICS["tensor_error"].figure}
     assert limits == {setup.tolerances.precisions["w8"].tensor_error}
     assert max(check.value or 0 for check in result.checks) > 1e-4, "it is quantised"
 
@@ -131,8 +136,18 @@ def test_windows_of_two_tokens_suffice(parity_bundle: Path, setup: ParitySetup, 
 @pytest.mark.parametrize(
     ("graph", "edit", "check", "sentence"),
     [
-        ("prefill_pass", _scaled("logits", 1.001), "step: logits", f"{FIGURE} is 0.001, expected at most 1e-05"),
-        ("prefill_pass", _scaled("next_state", 0.0), "step: next_state", f"{FIGURE} is 1, expected"),
+        (
+            "prefill_pass",
+            _scaled("logits", 1.001),
+            "step: logits",
+            f"{METRICS['tensor_error'].figure} is 0.001, expected at most 1e-05",
+        ),
+        (
+            "prefill_pass",
+            _scaled("next_state", 0.0),
+            "step: next_state",
+            f"{METRICS['tensor_error'].figure} is 1, expected",
+        ),
         (
             "prefill_pass",
             _scaled("next_state", float("nan")),
@@ -140,8 +155,13 @@ def test_windows_of_two_tokens_suffice(parity_bundle: Path, setup: ParitySetup, 
             "next_state is NaN or infinite at position 0",
         ),
         ("head", _scaled("logits", 1.001), "head: logits", "hidden states of the recurrence"),
-        ("prefill_pass", _scaled("residual", 1.01), "prefill: residual", f"{FIGURE} is"),
-        ("prefill_pass", _scaled("next_hidden", 1.001), "prefill_pass: next_hidden", f"{FIGURE} is 0.001"),
+        ("prefill_pass", _scaled("residual", 1.01), "prefill: residual", f"{METRICS['tensor_error'].figure} is"),
+        (
+            "prefill_pass",
+            _scaled("next_hidden", 1.001),
+            "prefill_pass: next_hidden",
+            f"{METRICS['tensor_error'].figure} is 0.001",
+        ),
         ("prefill_pass", replace_value("length", result="position"), "prefill: next_position", "expected 16"),
         (
             "prefill_pass",

@@ -29,8 +29,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from safetensors import SafetensorError
 
-from crt_export.bundle.held import hash_file
-from crt_export.bundle.paths import FileState, file_problem, file_state, name_problem
+from crt_export.bundle.paths import file_problem, name_problem
 from crt_export.errors import CrtExportError
 from crt_export.user_files import open_input
 
@@ -77,7 +76,6 @@ class StageStore:
     note: Note
     limit: int = DEFAULT_LIMIT
     found: list[str] = field(default_factory=list)
-    _digests: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
 
     def restore(self, stage: str, key: str, target: Path) -> dict[str, Any] | None:
         """:meth:`restore_as` with the answer as it was given."""
@@ -139,14 +137,6 @@ class StageStore:
         finally:
             if unfinished is not None:
                 shutil.rmtree(unfinished, ignore_errors=True)
-
-    def digest(self, path: Path) -> str:
-        """SHA-256 of a file of the bundle, for keys; a file that has not changed is hashed once."""
-        known = self._digests.get(path)
-        if known is None or known[0] != file_state(path.stat()):
-            digest, state = hash_file(path)
-            self._digests[path] = known = (state, digest)
-        return known[1]
 
     def _trim(self, newest: Path) -> None:
         """Remove what killed builds left, and the entries used longest ago beyond the limit, but never the newest."""

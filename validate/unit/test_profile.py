@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.profile import DimRange, EngineProfile, list_profiles, load_profile
-from crt_export.profile_options import OrtOptions, TensorRTOptions
+from crt_export.profile import DimRange, EngineProfile, OrtOptions, TensorRTOptions, list_profiles, load_profile
 
 TRACKED = (
     "ort-cpu-fp32",

@@ -90,6 +90,23 @@ def test_engines_are_compiled_listed_and_never_passed(bundle: Path) -> None:
             assert set(gemms) == {kind}
 
 
+def test_every_graph_belongs_to_a_target_and_says_who_opens_it(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    of_targets = {file for target in manifest["targets"].values() for file in target["graphs"].values()}
+    roles = {entry["file"]: entry["roles"] for entry in manifest["graphs"]}
+    assert set(roles) == of_targets == {f"graphs/{path.name}" for path in (bundle / "graphs").glob("*.onnx")}
+    expected = {
+        "step": ["interchange"],
+        "prefill": ["interchange"],
+        "prefill_pass": ["session"],
+        "head": ["validation"],
+    }
+    assert {name: roles[f"graphs/{name}.fp32.onnx"] for name in expected} == expected
+    if "rtx-sm80-fp16" in manifest["targets"]:
+        assert roles["graphs/step.rtx-sm80-fp16.onnx"] == ["compiler", "interchange"]
+        assert roles["graphs/prefill_pass.rtx-sm80-fp16.onnx"] == ["validation"]
+
+
 @pytest.mark.evidence  # each verb has a test of its own here, and test_readme.py parses every command
 def test_every_other_readme_command_works(bundle: Path, readme_commands: list[list[str]], python_in: Run) -> None:
     """``doctor`` judges the machine; the long validation is the short one with another number."""

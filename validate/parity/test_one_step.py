@@ -36,6 +36,8 @@ from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
+FIGURE = METRICS["tensor_error"].figure
+
 LENGTH = 32
 GRAPHS = ("step", "prefill", "prefill_pass", "head")
 CACHES = [f"present_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
@@ -93,11 +95,7 @@ def test_sound_graphs_pass_with_every_output_compared(parity_bundle: Path, setup
         "step: 64 tokens are 64 calls of prefill_pass, bit by bit",
     ]
     assert "head: logits" in names
-    figures = [
-        check.value
-        for check in result.checks
-        if check.figure == METRICS["tensor_error"].figure and check.name not in TIED
-    ]
+    figures = [check.value for check in result.checks if check.figure == FIGURE and check.name not in TIED]
     assert all(value is not None and 0 < value < 2e-6 for value in figures), figures
     assert result.data["positions"] == [0, 1, 8, 16]
     assert set(result.data["tensors"]["head"]["logits"]) == {"max_abs", "mean_abs", "relative", "limit"}
@@ -121,7 +119,7 @@ def test_the_calls_cover_what_the_contract_promises(parity_bundle: Path, setup: 
 def test_weight_only_graphs_are_within_their_limit(three_targets: Path, setup: ParitySetup) -> None:
     result = _check(three_targets, setup, "ort-cpu-int8")
     assert result.passed, result.failures
-    limits = {check.limit for check in result.checks if check.figure == METRICS["tensor_error"].figure}
+    limits = {check.limit for check in result.checks if check.figure == FIGURE}
     assert limits == {setup.tolerances.precisions["w8"].tensor_error}
     assert max(check.value or 0 for check in result.checks) > 1e-4, "it is quantised"
 

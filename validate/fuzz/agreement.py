@@ -15,7 +15,7 @@ ALLOWED: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "snapshot", "load", "refused", "accepted",
         "Python looks for names and shapes that no session has where it loads a file, C++ where a session restores it: "
-        "_form_problems() of snapshot_file.py and shape_problems() of snapshot_layout.cpp",
+        "_form_problems() of snapshot_file.py and shape_problems() of snapshot.cpp",
     ),
 )  # fmt: skip
 

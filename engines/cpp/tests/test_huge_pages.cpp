@@ -4,7 +4,7 @@
 #include <sstream>
 #include <vector>
 
-#include "engine/process_memory.hpp"
+#include "engine/memory_map.hpp"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <sstream>
 
-#include "engine/process_memory.hpp"
+#include "engine/memory_map.hpp"
 
 #ifdef __linux__
 #include <fcntl.h>

@@ -18,7 +18,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 void check_number(const char* name, std::int64_t value, std::int64_t least,

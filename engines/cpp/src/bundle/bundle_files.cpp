@@ -9,9 +9,9 @@
 
 #include "bundle/external_data.hpp"
 #include "bundle/integrity.hpp"
-#include "bundle/recovery.hpp"
 #include "bundle/manifest.hpp"
 #include "bundle/model_config.hpp"
+#include "bundle/recovery.hpp"
 #include "crt_runtime/error.hpp"
 #include "text/messages.hpp"
 

@@ -11,8 +11,7 @@
 #include <vector>
 
 #include "bundle/contract.hpp"
-#include "bundle/held_folder.hpp"
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 #include "bundle/target.hpp"
 #include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
@@ -34,7 +33,8 @@ struct FileEntry {
 /// thread at a time.
 class BundleFiles {
  public:
-  /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle; identity: the one it must have, "" for any.
+  /// Throws Error(bundle), with the refusals of crt_export.bundle.open_bundle; identity: the one it must have, "" for
+  /// any.
   static BundleFiles open(const std::string& path, bool allow_unvalidated, const std::string& identity = "");
 
   const std::string& path() const noexcept { return folder_->path(); }

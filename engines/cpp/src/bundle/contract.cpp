@@ -165,10 +165,11 @@ GraphContracts contracts_from_json(const JsonValue& contract, const JsonValue& t
   }
   for (const auto& [name, target] : targets.object().members()) {
     for (const auto& [graph, file] : target.at("graphs").object().members()) {
-      if (contract.find(graph) == nullptr) problems.push_back(in_quotes(graph) + " of " + in_quotes(name) + " is missing");
+      if (contract.find(graph) != nullptr) continue;
+      problems.push_back(in_quotes(graph) + " of " + in_quotes(name) + " is missing");
     }
   }
-  if (!problems.empty()) throw Error(ErrorKind::bundle, problem_list("the manifest's contract is unusable", problems));
+  refuse_problems(ErrorKind::bundle, "the manifest's contract is unusable", problems);
   return contracts;
 }
 
@@ -188,9 +189,7 @@ std::vector<std::string> contract_problems(const GraphContract& contract, const 
 }
 
 void refuse_broken_contract(const Target& target, const std::vector<std::string>& problems) {
-  if (!problems.empty()) {
-    throw Error(ErrorKind::contract, problem_list("the graphs of " + target.name + " break the contract", problems));
-  }
+  refuse_problems(ErrorKind::contract, "the graphs of " + target.name + " break the contract", problems);
 }
 
 }  // namespace crt

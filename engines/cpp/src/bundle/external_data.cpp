@@ -9,7 +9,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 #include "crt_runtime/error.hpp"
 #include "text/messages.hpp"
 #include "text/utf8.hpp"

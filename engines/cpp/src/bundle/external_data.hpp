@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 
 namespace crt {
 
@@ -15,8 +15,8 @@ struct ExternalTensor {
 };
 
 /// The tensors of an ONNX file whose data lies in other files, in file order. Initializers, attributes, subgraphs,
-/// functions and training graphs are all searched; path is what messages call it. Throws Error(bundle): the file cannot be read, is no ONNX protobuf,
-/// or has an external tensor without location.
+/// functions and training graphs are all searched; path is what messages call it. Throws Error(bundle): the file cannot
+/// be read, is no ONNX protobuf, or has an external tensor without location.
 std::vector<ExternalTensor> external_tensors(const RegularFile& file, const std::string& path);
 
 }  // namespace crt

@@ -6,9 +6,9 @@
 #include <optional>
 #include <vector>
 
+#include "bundle/held_files.hpp"
 #include "bundle/integrity.hpp"
 #include "bundle/json_rules.hpp"
-#include "bundle/paths.hpp"
 #include "bundle/sha256.hpp"
 #include "crt_runtime/error.hpp"
 #include "text/messages.hpp"

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "bundle/held_folder.hpp"
+#include "bundle/held_files.hpp"
 #include "bundle/json.hpp"
 
 namespace crt {

@@ -120,7 +120,7 @@ ModelConfig model_config_from_json(const JsonValue& config) {
     }
     model.eos_token_ids = token_ids(config, "eos_token_id", model.vocab, problems);
   }
-  if (!problems.empty()) throw Error(ErrorKind::bundle, problem_list("the manifest's config is unusable", problems));
+  refuse_problems(ErrorKind::bundle, "the manifest's config is unusable", problems);
   return model;
 }
 

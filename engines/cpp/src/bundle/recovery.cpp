@@ -56,7 +56,7 @@ std::vector<AbandonedFolder> find_abandoned(const std::string& output) {
     if (abandoned && abandoned->name == path.filename().string() && folder) found.push_back(*std::move(abandoned));
     entries.increment(problem);
   }
-  std::sort(found.begin(), found.end(), [](const AbandonedFolder& a, const AbandonedFolder& b) { return a.file_name < b.file_name; });
+  std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.file_name < b.file_name; });
   return found;
 }
 

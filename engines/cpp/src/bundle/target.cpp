@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "bundle/held_files.hpp"
 #include "bundle/json_rules.hpp"
-#include "bundle/paths.hpp"
 #include "crt_runtime/error.hpp"
 #include "text/messages.hpp"
 
@@ -190,7 +190,7 @@ Target target_from_json(const std::string& name, const JsonValue& entry, const M
                         const std::string& source) {
   const JsonValue& profile = entry.at("profile");
   const Problems problems = profile_problems(profile);
-  if (!problems.empty()) throw Error(ErrorKind::bundle, problem_list("engine profile " + source, problems));
+  refuse_problems(ErrorKind::bundle, "engine profile " + source, problems);
   Target target;
   target.name = name;
   target.runtime = profile.at("runtime").string();

@@ -3,9 +3,9 @@
 #include <utility>
 
 #include "c_api/c_call.hpp"
-#include "c_api/c_handles.hpp"
 
 using crt::c_api::call;
+using crt::c_api::read;
 using crt::c_api::require;
 
 namespace {
@@ -66,7 +66,8 @@ crt_status crt_bundle_open(const char* path, const crt_bundle_options* options, 
       throw crt::Error(crt::ErrorKind::bundle,
                        "expected an identity, 64 hex digits as 'crt-export inspect' prints them, or NULL; found \"\"");
     }
-    crt::Bundle opened = crt::Bundle::load(path, taken.allow_unvalidated != 0, taken.identity == nullptr ? "" : taken.identity);
+    const char* identity = taken.identity == nullptr ? "" : taken.identity;
+    crt::Bundle opened = crt::Bundle::load(path, taken.allow_unvalidated != 0, identity);
     crt::c_api::give(std::make_unique<crt_bundle>(std::move(opened)), bundle);
   });
 }
@@ -74,17 +75,11 @@ crt_status crt_bundle_open(const char* path, const crt_bundle_options* options, 
 void crt_bundle_close(crt_bundle* bundle) { crt::c_api::take(bundle); }
 
 crt_status crt_bundle_identity(const crt_bundle* bundle, const char** identity) {
-  return call([&] {
-    require({{bundle, "bundle"}, {identity, "identity"}});
-    *identity = bundle->bundle.identity().c_str();
-  });
+  return read(bundle, "bundle", identity, "identity", [](auto& opened) { return opened.bundle.identity().c_str(); });
 }
 
 crt_status crt_bundle_target_count(const crt_bundle* bundle, size_t* count) {
-  return call([&] {
-    require({{bundle, "bundle"}, {count, "count"}});
-    *count = bundle->bundle.targets().size();
-  });
+  return read(bundle, "bundle", count, "count", [](auto& opened) { return opened.bundle.targets().size(); });
 }
 
 crt_status crt_bundle_target(const crt_bundle* bundle, size_t index, const char** name) {

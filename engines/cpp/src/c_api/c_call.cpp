@@ -62,7 +62,7 @@ void check_lengths(const std::int64_t* lengths, std::size_t rows, const RowLimit
     const std::string problem = length_problem(lengths[row]);
     if (!problem.empty()) problems.push_back("row " + std::to_string(row) + ": " + problem);
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("lengths", problems));
+  refuse_problems(ErrorKind::input, "lengths", problems);
 }
 
 }  // namespace
@@ -86,7 +86,7 @@ void require(std::initializer_list<Required> arguments) {
   for (const Required& argument : arguments) {
     if (argument.pointer == nullptr) problems.push_back(std::string(argument.name) + " must not be NULL");
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("arguments", problems));
+  refuse_problems(ErrorKind::input, "arguments", problems);
 }
 
 void check_struct_size(const char* type, std::size_t found, std::size_t oldest, std::size_t newest) {

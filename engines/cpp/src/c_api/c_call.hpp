@@ -1,5 +1,5 @@
 // What every function of the C API does around its work: refuse NULL, turn exceptions into a status and a message,
-// read option structs of other versions.
+// read option structs of other versions; and what its opaque handles are.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,45 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "crt_runtime/bundle.hpp"
 #include "crt_runtime/crt.h"
 #include "crt_runtime/error.hpp"
+#include "crt_runtime/generation.hpp"
+#include "crt_runtime/session.hpp"
+#include "crt_runtime/snapshot.hpp"
+#include "crt_runtime/tokenizer.hpp"
+
+struct crt_bundle {
+  explicit crt_bundle(crt::Bundle opened) : bundle(std::move(opened)) {}
+
+  crt::Bundle bundle;
+};
+
+struct crt_session {
+  std::shared_ptr<crt::Session> session;
+  bool slides;
+};
+
+struct crt_snapshot {
+  crt::Snapshot snapshot;
+};
+
+struct crt_generation {
+  std::shared_ptr<crt::Session> session;  // before the generation, which refers to it
+  crt::Generation generation;
+  std::string rest;  // of the last call that asked for it
+};
+
+struct crt_text_stream {
+  crt::TextStream stream;
+  std::string text;  // of the last call
+};
 
 namespace crt::c_api {
 
@@ -37,6 +70,16 @@ struct Required {
 };
 /// Throws Error(input) naming every NULL.
 void require(std::initializer_list<Required> arguments);
+
+/// What a handle says about itself, into the caller's variable.
+template <class Handle, class Value, class Get>
+crt_status read(Handle* handle, const char* handle_name, Value* value, const char* value_name,
+                const Get& get) noexcept {
+  return call([&] {
+    require({{handle, handle_name}, {value, value_name}});
+    *value = get(*handle);
+  });
+}
 
 /// Defaults into the caller's struct, as much as its size takes. What a newer header knows and this library does not is
 /// zeroed; taken_options() refuses such a struct.
@@ -74,5 +117,24 @@ struct RowLimits {
 /// it reads an id if a length is negative or beyond the limits; lists every such length.
 std::vector<std::vector<std::int64_t>> token_rows(const std::int64_t* ids, const std::int64_t* lengths,
                                                   std::size_t rows, const RowLimits& limits);
+
+/// Give a handle to the caller.
+template <class Handle>
+void give(std::unique_ptr<Handle> made, Handle** handle) noexcept {
+  *handle = made.release();
+}
+
+/// Take a handle back; it is freed with the returned pointer.
+template <class Handle>
+std::unique_ptr<Handle> take(Handle* handle) noexcept {
+  return std::unique_ptr<Handle>(handle);
+}
+
+/// What the rows of a call on this session may be.
+inline RowLimits row_limits(const crt_session& session) {
+  const crt::Session& opened = *session.session;
+  const auto capacity = session.slides ? std::nullopt : std::make_optional(opened.capacity());
+  return {opened.batch(), opened.position(), capacity};
+}
 
 }  // namespace crt::c_api

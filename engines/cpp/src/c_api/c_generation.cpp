@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "c_api/c_call.hpp"
-#include "c_api/c_handles.hpp"
 #include "crt_runtime/sampling.hpp"
 
 using crt::c_api::call;

@@ -2,9 +2,9 @@
 #include <utility>
 
 #include "c_api/c_call.hpp"
-#include "c_api/c_handles.hpp"
 
 using crt::c_api::call;
+using crt::c_api::read;
 using crt::c_api::require;
 
 namespace {
@@ -59,38 +59,23 @@ crt_status crt_session_open(crt_bundle* bundle, const char* target, const crt_se
 void crt_session_close(crt_session* session) { crt::c_api::take(session); }
 
 crt_status crt_session_target(const crt_session* session, const char** target) {
-  return call([&] {
-    require({{session, "session"}, {target, "target"}});
-    *target = session->session->target().c_str();
-  });
+  return read(session, "session", target, "target", [](auto& opened) { return opened.session->target().c_str(); });
 }
 
 crt_status crt_session_batch(const crt_session* session, int64_t* batch) {
-  return call([&] {
-    require({{session, "session"}, {batch, "batch"}});
-    *batch = session->session->batch();
-  });
+  return read(session, "session", batch, "batch", [](auto& opened) { return opened.session->batch(); });
 }
 
 crt_status crt_session_capacity(const crt_session* session, int64_t* capacity) {
-  return call([&] {
-    require({{session, "session"}, {capacity, "capacity"}});
-    *capacity = session->session->capacity();
-  });
+  return read(session, "session", capacity, "capacity", [](auto& opened) { return opened.session->capacity(); });
 }
 
 crt_status crt_session_vocab_size(const crt_session* session, int64_t* vocab) {
-  return call([&] {
-    require({{session, "session"}, {vocab, "vocab"}});
-    *vocab = session->session->vocab_size();
-  });
+  return read(session, "session", vocab, "vocab", [](auto& opened) { return opened.session->vocab_size(); });
 }
 
 crt_status crt_session_position(const crt_session* session, const int64_t** position) {
-  return call([&] {
-    require({{session, "session"}, {position, "position"}});
-    *position = session->session->position();
-  });
+  return read(session, "session", position, "position", [](auto& opened) { return opened.session->position(); });
 }
 
 crt_status crt_session_prefill(crt_session* session, const int64_t* ids, const int64_t* lengths, size_t rows,
@@ -123,17 +108,11 @@ crt_status crt_session_advance(crt_session* session, const int64_t* tokens, size
 }
 
 crt_status crt_session_logits(crt_session* session, const float** logits) {
-  return call([&] {
-    require({{session, "session"}, {logits, "logits"}});
-    *logits = session->session->logits();
-  });
+  return read(session, "session", logits, "logits", [](auto& opened) { return opened.session->logits(); });
 }
 
 crt_status crt_session_next_tokens(crt_session* session, const int64_t** tokens) {
-  return call([&] {
-    require({{session, "session"}, {tokens, "tokens"}});
-    *tokens = session->session->next_tokens();
-  });
+  return read(session, "session", tokens, "tokens", [](auto& opened) { return opened.session->next_tokens(); });
 }
 
 crt_status crt_session_reset(crt_session* session) {

@@ -6,7 +6,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 enum class BackEnd { none, onnxruntime, tensorrt, tensorrt_rtx };
@@ -50,16 +49,13 @@ std::shared_ptr<Engine> open_engine(BundleFiles& files, const Target& target, in
   static_cast<void>(threads);
   switch (back_end_of(target)) {
 #ifdef CRT_RUNTIME_ONNXRUNTIME
-    case BackEnd::onnxruntime:
-      return open_onnxruntime(files, target, threads);
+    case BackEnd::onnxruntime: return open_onnxruntime(files, target, threads);
 #endif
 #ifdef CRT_RUNTIME_TENSORRT
-    case BackEnd::tensorrt:
-      return open_tensorrt(files, target);
+    case BackEnd::tensorrt: return open_tensorrt(files, target);
 #endif
 #ifdef CRT_RUNTIME_TENSORRT_RTX
-    case BackEnd::tensorrt_rtx:
-      return open_tensorrt_rtx(files, target);
+    case BackEnd::tensorrt_rtx: return open_tensorrt_rtx(files, target);
 #endif
     default:
       break;

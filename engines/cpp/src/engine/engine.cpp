@@ -7,7 +7,6 @@
 #include "crt_runtime/error.hpp"
 
 namespace crt {
-
 namespace {
 
 std::size_t element_count(const Shape& shape) {
@@ -26,24 +25,18 @@ std::size_t element_count(const Shape& shape) {
 
 std::size_t size_of(DType dtype) noexcept {
   switch (dtype) {
-    case DType::int64:
-      return 8;
-    case DType::float32:
-      return 4;
-    case DType::float16:
-      return 2;
+    case DType::int64: return 8;
+    case DType::float32: return 4;
+    case DType::float16: return 2;
   }
   return 0;
 }
 
 const char* name_of(DType dtype) noexcept {
   switch (dtype) {
-    case DType::int64:
-      return "int64";
-    case DType::float32:
-      return "float32";
-    case DType::float16:
-      return "float16";
+    case DType::int64: return "int64";
+    case DType::float32: return "float32";
+    case DType::float16: return "float16";
   }
   return "unknown";
 }

@@ -102,8 +102,8 @@ class Engine {
   /// Whether it computes in host memory, so that reading a buffer costs nothing.
   virtual bool host_memory() const noexcept = 0;
   /// Whether one graph of a single pass serves everything: "step" then is that graph too, bound to chunks of one token,
-  /// and a recurrent model has "prefill_pass" and no unrolled "prefill"; a plain transformer has "prefill", which is one
-  /// pass anyway.
+  /// and a recurrent model has "prefill_pass" and no unrolled "prefill"; a plain transformer has "prefill", which is
+  /// one pass anyway.
   virtual bool one_graph() const noexcept { return false; }
   /// The loaded graph "step", "prefill" or "prefill_pass" (loaded on first use, unless one_graph()); throws
   /// Error(unsupported) if the target has none.

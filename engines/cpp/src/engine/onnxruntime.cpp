@@ -1,4 +1,5 @@
-// ONNX Runtime on a CPU: loads graphs, binds tensors by address, runs them. The C++ twin of crt_export/engine/onnxruntime.py.
+// ONNX Runtime on a CPU: loads graphs, binds tensors by address, runs them. The C++ twin of
+// crt_export/engine/onnxruntime.py.
 #include <onnxruntime_cxx_api.h>
 
 #include <unistd.h>
@@ -16,19 +17,18 @@
 #include "engine/back_ends.hpp"
 #include "engine/engine.hpp"
 #include "engine/onnxruntime_loading.hpp"
-#include "engine/process_memory.hpp"
+#include "engine/memory_map.hpp"
 #include "engine/tensor_names.hpp"
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr char kBlockBase[] = "4";
 
-/// Switches off the telemetry of ONNX Runtime's wheels, which is on by default from 1.29 on: it writes a device id below
-/// the home folder and sends events. The environment reads this while it is made; its own API comes too late.
-/// A value that the user gave stands. An application that made an Ort::Env before has decided for itself.
+/// Switches off the telemetry of ONNX Runtime's wheels, which is on by default from 1.29 on: it writes a device id
+/// below the home folder and sends events. The environment reads this while it is made; its own API comes too late. A
+/// value that the user gave stands. An application that made an Ort::Env before has decided for itself.
 void disable_telemetry() {
   constexpr char kSwitch[] = "ORT_DISABLE_TELEMETRY";
   const char* given = std::getenv(kSwitch);
@@ -83,12 +83,9 @@ Ort::SessionOptions session_options(const OrtProfile& profile, int threads, bool
 
 ONNXTensorElementDataType element_type_of(DType dtype) {
   switch (dtype) {
-    case DType::int64:
-      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-    case DType::float32:
-      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    case DType::float16:
-      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case DType::int64: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    case DType::float32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case DType::float16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   }
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }

@@ -13,7 +13,7 @@
 
 #include "bundle/sha256.hpp"
 #include "crt_runtime/error.hpp"
-#include "engine/process_memory.hpp"
+#include "engine/memory_map.hpp"
 
 namespace crt {
 namespace {

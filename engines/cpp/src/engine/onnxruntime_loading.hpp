@@ -6,15 +6,16 @@
 
 #include <functional>
 
-#include "bundle/held_folder.hpp"
+#include "bundle/held_files.hpp"
 
 namespace crt {
 
 /// Makes a session of a graph's bytes with the options given, after its own.
-using LoadGraph = std::function<Ort::Session(const std::string& model, const std::function<void(Ort::SessionOptions&)>&)>;
+using LoadGraph =
+    std::function<Ort::Session(const std::string& model, const std::function<void(Ort::SessionOptions&)>&)>;
 
-/// keep_mapped: whether weights may stay mapped from their file. Throws what load throws, and Error(bundle) where a weight
-/// file is no longer what the manifest says.
+/// keep_mapped: whether weights may stay mapped from their file. Throws what load throws, and Error(bundle) where a
+/// weight file is no longer what the manifest says.
 Ort::Session load_held_graph(const HeldGraph& graph, const LoadGraph& load, bool keep_mapped);
 
 }  // namespace crt

@@ -18,7 +18,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 using TokenRows = std::vector<std::vector<std::int64_t>>;
@@ -140,10 +139,8 @@ void Generation::State::check_prompts() {
                      " more exceed the capacity of " + std::to_string(session_.capacity()));
     }
   }
-  if (!empty.empty()) {
-    throw Error(ErrorKind::input, problem_list("generate needs something to continue in every row", empty));
-  }
-  if (!full.empty()) throw Error(ErrorKind::input, problem_list("prompt and new tokens exceed the capacity", full));
+  refuse_problems(ErrorKind::input, "generate needs something to continue in every row", empty);
+  refuse_problems(ErrorKind::input, "prompt and new tokens exceed the capacity", full);
 }
 
 /// One that the model cannot choose would stop nothing, and nobody would hear of it.
@@ -154,7 +151,7 @@ void Generation::State::check_stop_tokens() const {
     problems.push_back("token id " + std::to_string(token) + " is outside the vocabulary (0 to " +
                        std::to_string(session_.vocab_size() - 1) + ")");
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("stop tokens", problems));
+  refuse_problems(ErrorKind::input, "stop tokens", problems);
 }
 
 const GenerationRow& Generation::State::row(std::size_t index) const {
@@ -344,7 +341,7 @@ void GenerationOptions::check() const {
                        std::to_string(passes));
   }
   sampling.check();
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("generation options", problems));
+  refuse_problems(ErrorKind::input, "generation options", problems);
 }
 
 }  // namespace crt

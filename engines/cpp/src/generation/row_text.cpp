@@ -6,7 +6,6 @@
 #include "session/history.hpp"
 
 namespace crt {
-
 namespace {
 
 // A token completes at most two characters' worth of text; held text grows by such pieces.

@@ -91,7 +91,7 @@ void SamplingOptions::check() const {
   if (!(std::isfinite(repetition_penalty) && repetition_penalty > 0.0)) {
     problems.push_back("repetition_penalty must be a finite number above 0, found " + text_of(repetition_penalty));
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("sampling options", problems));
+  refuse_problems(ErrorKind::input, "sampling options", problems);
 }
 
 std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter,

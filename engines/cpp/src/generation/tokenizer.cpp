@@ -6,7 +6,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr std::int64_t kBytes = 256;

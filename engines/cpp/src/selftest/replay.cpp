@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <locale>
 #include <sstream>
@@ -10,22 +9,17 @@
 
 #include "engine/engine.hpp"
 #include "session/floats.hpp"
+#include "session/snapshot.hpp"
 
 namespace crt {
-
 namespace {
 
 std::vector<float> floats_of(const SnapshotTensor& tensor) {
+  if (tensor.dtype != "F16") return values_of<float>(tensor);
   std::vector<float> values;
-  if (tensor.dtype == "F16") {
-    std::vector<std::uint16_t> bits(tensor.data.size() / sizeof(std::uint16_t));
-    if (!bits.empty()) std::memcpy(bits.data(), tensor.data.data(), bits.size() * sizeof(std::uint16_t));
-    values.reserve(bits.size());
-    for (const std::uint16_t half : bits) values.push_back(static_cast<float>(double_from_float16(half)));
-    return values;
+  for (const std::uint16_t half : values_of<std::uint16_t>(tensor)) {
+    values.push_back(static_cast<float>(double_from_float16(half)));
   }
-  values.resize(tensor.data.size() / sizeof(float));
-  if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(float));
   return values;
 }
 
@@ -54,10 +48,8 @@ Observed observed(Session& session, std::int64_t index) {
 
 const char* feed_name(Feed feed) noexcept {
   switch (feed) {
-    case Feed::step:
-      return "step";
-    case Feed::prefill:
-      return "prefill";
+    case Feed::step: return "step";
+    case Feed::prefill: return "prefill";
     case Feed::prefill_pass:
       break;
   }

@@ -15,7 +15,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 /// Steps after a prompt whose result earlier replays have shown to be the vectors': enough to see the state go on.
@@ -26,8 +25,7 @@ constexpr int kExitNotRun = 3;
 SelftestVectors vectors_of(BundleFiles& files) {
   if (!files.contains(kVectorsFile)) {
     throw Error(ErrorKind::bundle, files.path() + " has no " + kVectorsFile +
-                                       ": it was built by a version without self-test; build it again with "
-                                       "'crt-export build' to get one");
+                                       ", which every build writes; build it again with 'crt-export build'");
   }
   return SelftestVectors::load(files.held(kVectorsFile), files.config(), files.checkpoint());
 }

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <optional>
 
+#include "bundle/held_files.hpp"
 #include "bundle/json.hpp"
-#include "bundle/paths.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
 #include "session/floats.hpp"
@@ -15,7 +15,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr char kNextTokens[] = ".next_tokens";
@@ -59,13 +58,6 @@ std::optional<std::map<std::string, double>> limits_of(const std::string& text) 
     return std::nullopt;
   }
   return limits;
-}
-
-template <typename Value>
-std::vector<Value> values_of(const SnapshotTensor& tensor) {
-  std::vector<Value> values(tensor.data.size() / sizeof(Value));
-  if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(Value));
-  return values;
 }
 
 [[noreturn]] void refuse(const std::string& path, const std::vector<std::string>& problems) {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "bundle/held_folder.hpp"
+#include "bundle/held_files.hpp"
 #include "crt_runtime/config.hpp"
 #include "crt_runtime/snapshot.hpp"
 

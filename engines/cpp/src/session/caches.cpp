@@ -7,7 +7,6 @@
 #include "engine/tensor_names.hpp"
 
 namespace crt {
-
 namespace {
 
 std::size_t size_from(std::int64_t value) { return static_cast<std::size_t>(value); }
@@ -57,7 +56,8 @@ std::optional<BufferSlice> SessionCaches::rows(const std::string& name, std::int
   const auto found = index_by_name_.find(name);
   if (found == index_by_name_.end()) return std::nullopt;
   const std::int64_t group = start / group_rows_;  // one for all of them, as for the rows of every call
-  return BufferSlice{groups_[size_from(group)][found->second].get(), start - group * group_rows_, stop - group * group_rows_};
+  const std::int64_t first = group * group_rows_;
+  return BufferSlice{groups_[size_from(group)][found->second].get(), start - first, stop - first};
 }
 
 std::vector<unsigned char> SessionCaches::entries(std::size_t index, std::int64_t length) const {

@@ -192,9 +192,7 @@ void Decoder::refuse_non_finite(const char* name, const float* values, std::int6
       }
     }
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::contract, problem_list(target_ + ": " + name + " is not finite", problems));
-  }
+  if (!problems.empty()) refuse_problems(ErrorKind::contract, target_ + ": " + name + " is not finite", problems);
 }
 
 void Decoder::refuse_unknown_tokens() const {
@@ -207,9 +205,7 @@ void Decoder::refuse_unknown_tokens() const {
       }
     }
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::contract, problem_list(target_ + ": next_token is outside the vocabulary", problems));
-  }
+  if (!problems.empty()) refuse_problems(ErrorKind::contract, target_ + ": next_token is outside the vocabulary", problems);
 }
 
 }  // namespace crt

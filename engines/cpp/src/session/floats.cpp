@@ -3,7 +3,6 @@
 #include <cmath>
 
 namespace crt {
-
 namespace {
 
 constexpr unsigned kFractionBits = 10;

@@ -10,7 +10,6 @@
 #include "engine/tensor_names.hpp"
 
 namespace crt {
-
 namespace {
 
 [[noreturn]] void out_of_range(const char* name, const std::string& limits, std::int64_t found) {
@@ -27,8 +26,7 @@ void check_passes(const PrefillPlan& plan, std::int64_t passes, bool recurrent, 
   if (passes == kAdaptive && !plan.residual_bound) {
     throw Error(ErrorKind::unsupported,
                 target + " has no bound for the residual, so there is no telling when passes may stop: its bundle was "
-                         "built without a text that the model predicts, or by an earlier version; give a number of "
-                         "passes or 'exact'");
+                         "built without a text that the model predicts; give a number of passes or 'exact'");
   }
 }
 

@@ -24,10 +24,9 @@ struct PrefillRule {
   std::int64_t chunk = 0;      ///< most tokens of a chunk
 };
 
-/// What a call of this target comes to; most: tokens that a call of the engine takes; unroll: passes that the target was
-/// built with, which every target can make, 0 for a plain transformer. Throws Error(input) for a number
-/// of passes or a chunk out of range, Error(unsupported) for passes of a plain transformer, or kAdaptive where no bound
-/// is known.
+/// What a call of this target comes to; most: tokens that a call of the engine takes; unroll: passes that the target
+/// was built with, which every target can make, 0 for a plain transformer. Throws Error(input) for a number of passes
+/// or a chunk out of range, Error(unsupported) for passes of a plain transformer, or kAdaptive where no bound is known.
 PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool recurrent,
                          std::int64_t unroll, const std::string& target);
 

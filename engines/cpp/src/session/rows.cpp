@@ -23,7 +23,7 @@ void check_token_rows(const std::vector<std::vector<std::int64_t>>& rows, std::i
                          std::to_string(vocab - 1) + ")");
     }
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("token ids", problems));
+  if (!problems.empty()) refuse_problems(ErrorKind::input, "token ids", problems);
 }
 
 void check_capacity(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
@@ -36,7 +36,7 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
                          " more exceed the capacity of " + std::to_string(capacity));
     }
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("the cache is too small", problems));
+  if (!problems.empty()) refuse_problems(ErrorKind::input, "the cache is too small", problems);
 }
 
 void batches_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
@@ -46,7 +46,8 @@ void batches_from_lengths(const std::vector<std::int64_t>& positions, const std:
   for (std::size_t index = 0; index < lengths.size(); ++index) {
     if (lengths[index] == 0) continue;
     const auto row = static_cast<std::int64_t>(index);
-    if (rows_are_independent && !batches.empty() && batches.back().stop == row && (pads || batches.back().seq == lengths[index])) {
+    if (rows_are_independent && !batches.empty() && batches.back().stop == row &&
+        (pads || batches.back().seq == lengths[index])) {
       // Padding is written to the cache as well, so no row of the batch may pass the capacity.
       const std::int64_t seq = std::max(batches.back().seq, lengths[index]);
       const std::int64_t position = std::max(furthest, positions[index]);

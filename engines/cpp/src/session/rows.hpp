@@ -29,9 +29,9 @@ void check_capacity(const std::vector<std::int64_t>& positions, const std::vecto
                     std::int64_t capacity);
 
 /// Join neighbouring rows with tokens, as long as the padding fits behind every one of them; rows without tokens take
-/// no part. Without rows_are_independent each row runs alone. Without pads only rows of equally many tokens join: padding changes
-/// the shape of every product and the order of sums, so a row would have other bits than alone. Fills batches, and
-/// allocates nothing if its capacity is the batch.
+/// no part. Without rows_are_independent each row runs alone. Without pads only rows of equally many tokens join:
+/// padding changes the shape of every product and the order of sums, so a row would have other bits than alone. Fills
+/// batches, and allocates nothing if its capacity is the batch.
 void batches_from_lengths(const std::vector<std::int64_t>& positions, const std::vector<std::int64_t>& lengths,
                          std::int64_t capacity, bool rows_are_independent, bool pads, std::vector<Batch>& batches);
 

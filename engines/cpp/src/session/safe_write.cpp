@@ -9,10 +9,9 @@
 #include <random>
 #include <string>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr std::size_t kShownBytes = 16;  // of the name: all of it might make a name that is too long

@@ -11,7 +11,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr char kMetadata[] = "__metadata__";

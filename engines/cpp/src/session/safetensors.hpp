@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "bundle/held_files.hpp"
 #include "bundle/json.hpp"
-#include "bundle/paths.hpp"
 #include "crt_runtime/snapshot.hpp"
 
 namespace crt {
@@ -27,10 +27,11 @@ class SafetensorsFile {
 
   /// A string of the metadata; nullptr if it has none of this name.
   const std::string* metadata(const std::string& key) const noexcept;
-  /// SHA-256 over the bytes of all tensors in order of their sorted names, in little memory: a file that claims much and
-  /// holds nothing costs nothing. Refuses what tensors() does.
+  /// SHA-256 over the bytes of all tensors in order of their sorted names, in little memory: a file that claims much
+  /// and holds nothing costs nothing. Refuses what tensors() does.
   std::string digest() const;
-  /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have one of the four dtypes of this package.
+  /// Every tensor, sorted by name. They must fill the file without gap or overlap, and have one of the four dtypes of
+  /// this package.
   std::vector<SnapshotTensor> tensors() const;
 
  private:

@@ -95,7 +95,7 @@ void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
     lengths_[row] = given ? 1 : 0;
     any = any || given;
   }
-  if (!problems.empty()) throw Error(ErrorKind::input, problem_list("token ids", problems));
+  if (!problems.empty()) refuse_problems(ErrorKind::input, "token ids", problems);
   if (!any) throw Error(ErrorKind::input, "step needs a token in at least one row");
 }
 
@@ -212,14 +212,6 @@ SnapshotTensor row_numbers(const char* name, const std::vector<std::int64_t>& va
   return tensor_from(name, "I64", {static_cast<std::int64_t>(values.size())}, values.data(), values.size());
 }
 
-template <typename Value>
-std::vector<Value> values_of(const Snapshot& snapshot, const char* name) {
-  const std::vector<unsigned char>& data = find_tensor(snapshot, name)->data;
-  std::vector<Value> values(data.size() / sizeof(Value));
-  if (!values.empty()) std::memcpy(values.data(), data.data(), data.size());
-  return values;
-}
-
 }  // namespace
 
 Snapshot Session::Impl::snapshot() {
@@ -256,15 +248,15 @@ void Session::Impl::restore(const Snapshot& snapshot) {
   check_snapshot(snapshot, setup);
   const TensorSizes& sizes = setup.sizes;
   // Copies, taken before anything changes: the snapshot's bytes may lie at any address.
-  const auto position = values_of<std::int64_t>(snapshot, names::kPosition);
-  const auto next_tokens = values_of<std::int64_t>(snapshot, "next_tokens");
-  const auto logits = values_of<float>(snapshot, names::kLogits);
-  const auto state = sizes.recurrent ? values_of<float>(snapshot, names::kState) : std::vector<float>();
-  auto drawn = values_of<std::int64_t>(snapshot, "drawn");
-  auto pending = values_of<std::int64_t>(snapshot, "pending");
-  auto seen = values_of<std::uint8_t>(snapshot, "seen");
-  auto recent = values_of<std::int64_t>(snapshot, "recent");
-  auto held = values_of<std::int64_t>(snapshot, "held");
+  const auto position = values_of<std::int64_t>(*find_tensor(snapshot, names::kPosition));
+  const auto next_tokens = values_of<std::int64_t>(*find_tensor(snapshot, "next_tokens"));
+  const auto logits = values_of<float>(*find_tensor(snapshot, names::kLogits));
+  const auto state = sizes.recurrent ? values_of<float>(*find_tensor(snapshot, names::kState)) : std::vector<float>();
+  auto drawn = values_of<std::int64_t>(*find_tensor(snapshot, "drawn"));
+  auto pending = values_of<std::int64_t>(*find_tensor(snapshot, "pending"));
+  auto seen = values_of<std::uint8_t>(*find_tensor(snapshot, "seen"));
+  auto recent = values_of<std::int64_t>(*find_tensor(snapshot, "recent"));
+  auto held = values_of<std::int64_t>(*find_tensor(snapshot, "held"));
   std::vector<const unsigned char*> caches;
   for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
     caches.push_back(find_tensor(snapshot, names::past_key_values_key(layer))->data.data());

@@ -6,7 +6,6 @@
 #include "session/floats.hpp"
 
 namespace crt {
-
 namespace {
 
 double value_from(float element) noexcept { return static_cast<double>(element); }

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/snapshot.hpp"
 #include "engine/tensor_names.hpp"
@@ -18,7 +18,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 const TensorFileKind& snapshot_kind() {
@@ -87,12 +86,6 @@ bool whole(const SnapshotTensor& tensor) {
   return count == tensor.data.size();
 }
 
-std::vector<std::int64_t> integers(const SnapshotTensor& tensor) {
-  std::vector<std::int64_t> values(tensor.data.size() / sizeof(std::int64_t));
-  if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(std::int64_t));
-  return values;
-}
-
 std::vector<ExpectedTensor> expected_tensors(const TensorSizes& sizes, std::int64_t length) {
   std::vector<ExpectedTensor> expected;
   for (const char* name : {names::kPosition, "next_tokens", "drawn", "pending", "held"}) {
@@ -134,7 +127,7 @@ Problems position_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
             std::to_string(sizes.batch)};
   }
   Problems problems;
-  const std::vector<std::int64_t> values = integers(*position);
+  const std::vector<std::int64_t> values = values_of<std::int64_t>(*position);
   for (std::size_t row = 0; row < values.size(); ++row) {
     if (values[row] < 0 || values[row] > sizes.capacity) {
       problems.push_back("row " + std::to_string(row) + " holds " + std::to_string(values[row]) +
@@ -147,7 +140,7 @@ Problems position_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
 Problems shape_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
   Problems problems = position_problems(snapshot, sizes);
   if (!problems.empty()) return problems;
-  const std::vector<std::int64_t> position = integers(*find_tensor(snapshot, names::kPosition));
+  const std::vector<std::int64_t> position = values_of<std::int64_t>(*find_tensor(snapshot, names::kPosition));
   std::set<std::string> known;
   std::set<std::string> found_once;
   for (const ExpectedTensor& wanted : expected_tensors(sizes, *std::max_element(position.begin(), position.end()))) {
@@ -218,7 +211,7 @@ void add_text_problems(std::size_t row, const std::int64_t* recent, std::int64_t
 }
 
 Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
-  const auto of = [&](const char* name) { return integers(*find_tensor(snapshot, name)); };
+  const auto of = [&](const char* name) { return values_of<std::int64_t>(*find_tensor(snapshot, name)); };
   const std::vector<std::int64_t> position = of(names::kPosition), pending = of("pending");
   const std::vector<std::int64_t> following = of("next_tokens"), drawn = of("drawn");
   const std::vector<std::int64_t> recent = of("recent"), held = of("held");
@@ -260,12 +253,9 @@ std::string form_text(const std::string& dtype, const std::vector<std::int64_t>&
 
 const char* snapshot_dtype(DType dtype) noexcept {
   switch (dtype) {
-    case DType::int64:
-      return "I64";
-    case DType::float32:
-      return "F32";
-    case DType::float16:
-      return "F16";
+    case DType::int64: return "I64";
+    case DType::float32: return "F32";
+    case DType::float16: return "F16";
   }
   return "";
 }
@@ -280,9 +270,7 @@ void check_snapshot(const Snapshot& snapshot, const SessionSetup& setup) {
   Problems problems = origin_problems(snapshot, setup);
   if (problems.empty()) problems = shape_problems(snapshot, setup.sizes);
   if (problems.empty()) problems = value_problems(snapshot, setup.sizes);
-  if (!problems.empty()) {
-    throw Error(ErrorKind::bundle, problem_list("this session cannot restore the snapshot", problems));
-  }
+  refuse_problems(ErrorKind::bundle, "this session cannot restore the snapshot", problems);
 }
 
 }  // namespace crt

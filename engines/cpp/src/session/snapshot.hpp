@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,14 @@ const char* snapshot_dtype(DType dtype) noexcept;
 
 /// Dtype and shape as Python's messages show them: "float32 [1, 256]".
 std::string form_text(const std::string& dtype, const std::vector<std::int64_t>& shape);
+
+/// The elements of a tensor; its bytes may lie at any address.
+template <typename Value>
+std::vector<Value> values_of(const SnapshotTensor& tensor) {
+  std::vector<Value> values(tensor.data.size() / sizeof(Value));
+  if (!values.empty()) std::memcpy(values.data(), tensor.data.data(), values.size() * sizeof(Value));
+  return values;
+}
 
 /// The tensor of this name; nullptr if there is none.
 const SnapshotTensor* find_tensor(const Snapshot& snapshot, const std::string& name) noexcept;

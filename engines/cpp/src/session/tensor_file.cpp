@@ -13,7 +13,6 @@
 #include "text/utf8.hpp"
 
 namespace crt {
-
 namespace {
 
 /// SHA-256 over the bytes of all tensors in order of their sorted names.

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 #include "crt_runtime/snapshot.hpp"
 
 namespace crt {
@@ -27,8 +27,9 @@ struct TensorFile {
   std::vector<SnapshotTensor> tensors;
 };
 
-/// Read a file, a link is followed, and compare its checksum before its tensors take memory; what the tensors are worth, the caller finds out. Throws SystemError where it
-/// cannot be read, Error(bundle) where it is damaged, something else, or of a newer format version.
+/// Read a file, a link is followed, and compare its checksum before its tensors take memory; what the tensors are
+/// worth, the caller finds out. Throws SystemError where it cannot be read, Error(bundle) where it is damaged,
+/// something else, or of a newer format version.
 TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path);
 /// The same of a file that is open; path is what messages call it.
 TensorFile read_tensor_file(const TensorFileKind& kind, const std::string& path,

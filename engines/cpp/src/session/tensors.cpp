@@ -10,7 +10,6 @@
 #include "session/prefill.hpp"
 
 namespace crt {
-
 namespace {
 
 // A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping.

@@ -33,9 +33,9 @@ class SessionTensors {
   /// the tokens in the cache before this one. Allocates nothing once its launches exist, until the caches grow.
   void step(const std::int64_t* ids, const std::int64_t* positions, const std::vector<Batch>& batches);
 
-  /// Run several tokens per row of the batches. passes: 0 for as many as the bundle was built with, else that many calls
-  /// of prefill_pass. bound: residual at which passes end, for batches of one row; unset: after all of them. residual:
-  /// float32 [batch], filled for the rows of the batches unless the model is a plain transformer.
+  /// Run several tokens per row of the batches. passes: 0 for as many as the bundle was built with, else that many
+  /// calls of prefill_pass. bound: residual at which passes end, for batches of one row; unset: after all of them.
+  /// residual: float32 [batch], filled for the rows of the batches unless the model is a plain transformer.
   void prefill(const std::vector<RowTokens>& rows, const std::int64_t* positions, const std::vector<Batch>& batches,
                std::int64_t passes, std::optional<float> bound, std::vector<float>& residual);
 
@@ -71,8 +71,8 @@ class SessionTensors {
     std::vector<std::int64_t> held_ids;
     std::vector<std::int64_t> held_positions;
   };
-  /// What a graph of any number of tokens takes and gives besides, when it makes a step; empty where the step is a graph
-  /// of its own.
+  /// What a graph of any number of tokens takes and gives besides, when it makes a step; empty where the step is a
+  /// graph of its own.
   struct OneToken {
     std::unique_ptr<Buffer> length;       // ones
     std::unique_ptr<Buffer> hidden;       // zeros: the first token of a chunk depends on no iterate

@@ -1,8 +1,11 @@
 // The few things the TensorRT back ends need of CUDA, behind an interface: a test drives the whole logic with a device
-// in host memory, and only cuda_runtime.cpp stays untested without a GPU. The twin of crt_export/engine/tensorrt/device.py.
+// in host memory, and only cuda_gpu.cpp stays untested without a GPU. The twin of
+// crt_export/engine/tensorrt/device.py.
 #pragma once
 
 #include <cstddef>
+#include <memory>
+#include <string>
 
 namespace crt {
 
@@ -48,5 +51,16 @@ class Device {
   virtual void launch_graph(GraphExec graph, Stream stream) = 0;
   virtual void free_graph(GraphExec graph) noexcept = 0;
 };
+
+/// The GPU that an engine runs on.
+struct Gpu {
+  std::shared_ptr<Device> device;
+  std::string name;
+  int compute_capability = 0;  // 80 is SM 8.0
+};
+
+/// The calling thread's current GPU: GPU 0, unless the application chose another with cudaSetDevice. Throws
+/// Error(missing_dependency) if there is none or its driver is absent or too old.
+Gpu open_gpu();
 
 }  // namespace crt

@@ -1,4 +1,4 @@
-#include "tensorrt/cuda_gpu.hpp"
+#include "tensorrt/cuda_device.hpp"
 
 #include <cuda_runtime_api.h>
 
@@ -7,7 +7,6 @@
 #include "crt_runtime/error.hpp"
 
 namespace crt {
-
 namespace {
 
 bool is_absence(cudaError_t code) noexcept {
@@ -19,8 +18,7 @@ bool is_absence(cudaError_t code) noexcept {
     case cudaErrorSystemDriverMismatch:
     case cudaErrorSystemNotReady:
     case cudaErrorCompatNotSupportedOnDevice:
-    case cudaErrorDevicesUnavailable:
-      return true;
+    case cudaErrorDevicesUnavailable: return true;
     default:
       return false;
   }

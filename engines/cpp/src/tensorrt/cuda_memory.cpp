@@ -1,38 +1,11 @@
 #include "tensorrt/cuda_memory.hpp"
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "crt_runtime/error.hpp"
 
 namespace crt {
-
-DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::size_t bytes)
-    : device_(std::move(device)), memory_(device_->allocate(std::max<std::size_t>(bytes, 1))) {}
-
-DeviceMemory::~DeviceMemory() { device_->free(memory_); }
-
-PinnedMemory::PinnedMemory(std::shared_ptr<Device> device, std::size_t bytes)
-    : device_(std::move(device)), memory_(device_->allocate_host(std::max<std::size_t>(bytes, 1))) {}
-
-PinnedMemory::~PinnedMemory() { device_->free_host(memory_); }
-
-OwnedStream::OwnedStream(std::shared_ptr<Device> device)
-    : device_(std::move(device)), stream_(device_->create_stream()) {}
-
-OwnedStream::~OwnedStream() { device_->free_stream(stream_); }
-
-OwnedGraph::OwnedGraph(std::shared_ptr<Device> device) : device_(std::move(device)) {}
-
-OwnedGraph::~OwnedGraph() { reset(); }
-
-void OwnedGraph::reset(GraphExec graph) noexcept {
-  if (graph_ != nullptr) device_->free_graph(graph_);
-  graph_ = graph;
-}
-
-StreamPool::StreamPool(std::shared_ptr<Device> device) : device_(std::move(device)) {}
 
 std::unique_ptr<OwnedStream> StreamPool::take() {
   {
@@ -51,10 +24,6 @@ void StreamPool::give_back(std::unique_ptr<OwnedStream> stream) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   free_.push_back(std::move(stream));
 }
-
-StreamPool::Lease::Lease(StreamPool& pool) : pool_(pool), stream_(pool.take()) {}
-
-StreamPool::Lease::~Lease() { pool_.give_back(std::move(stream_)); }
 
 DeviceBuffer::DeviceBuffer(std::shared_ptr<StreamPool> streams, Shape shape, DType dtype)
     : Buffer(std::move(shape), dtype), streams_(std::move(streams)), memory_(streams_->device(), bytes()) {

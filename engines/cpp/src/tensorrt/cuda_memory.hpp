@@ -1,10 +1,12 @@
 // Owners of what a Device hands out, and the buffers of a session on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.hpp"
@@ -12,57 +14,49 @@
 
 namespace crt {
 
-/// Owns memory of the GPU.
-class DeviceMemory {
+/// Owns something that a Device hands out and takes back.
+template <typename Handle, void (Device::*release)(Handle) noexcept>
+class Owned {
  public:
-  DeviceMemory(std::shared_ptr<Device> device, std::size_t bytes);
-  ~DeviceMemory();
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  void* get() const noexcept { return memory_; }
+  Owned(std::shared_ptr<Device> device, Handle handle) : device_(std::move(device)), handle_(handle) {}
+  ~Owned() { ((*device_).*release)(handle_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  Handle get() const noexcept { return handle_; }
 
  private:
   std::shared_ptr<Device> device_;
-  void* memory_;
+  Handle handle_;
 };
 
-/// Owns pinned host memory.
-class PinnedMemory {
- public:
-  PinnedMemory(std::shared_ptr<Device> device, std::size_t bytes);
-  ~PinnedMemory();
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(const PinnedMemory&) = delete;
-  void* get() const noexcept { return memory_; }
-
- private:
-  std::shared_ptr<Device> device_;
-  void* memory_;
+/// Memory of the GPU.
+struct DeviceMemory : Owned<void*, &Device::free> {
+  DeviceMemory(const std::shared_ptr<Device>& device, std::size_t bytes)
+      : Owned(device, device->allocate(std::max<std::size_t>(bytes, 1))) {}
 };
 
-/// Owns a stream.
-class OwnedStream {
- public:
-  explicit OwnedStream(std::shared_ptr<Device> device);
-  ~OwnedStream();
-  OwnedStream(const OwnedStream&) = delete;
-  OwnedStream& operator=(const OwnedStream&) = delete;
-  Stream get() const noexcept { return stream_; }
+/// Pinned host memory.
+struct PinnedMemory : Owned<void*, &Device::free_host> {
+  PinnedMemory(const std::shared_ptr<Device>& device, std::size_t bytes)
+      : Owned(device, device->allocate_host(std::max<std::size_t>(bytes, 1))) {}
+};
 
- private:
-  std::shared_ptr<Device> device_;
-  Stream stream_;
+struct OwnedStream : Owned<Stream, &Device::free_stream> {
+  explicit OwnedStream(const std::shared_ptr<Device>& device) : Owned(device, device->create_stream()) {}
 };
 
 /// Owns an instantiated CUDA graph; empty at first.
 class OwnedGraph {
  public:
-  explicit OwnedGraph(std::shared_ptr<Device> device);
-  ~OwnedGraph();
+  explicit OwnedGraph(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  ~OwnedGraph() { reset(); }
   OwnedGraph(const OwnedGraph&) = delete;
   OwnedGraph& operator=(const OwnedGraph&) = delete;
   GraphExec get() const noexcept { return graph_; }
-  void reset(GraphExec graph = nullptr) noexcept;
+  void reset(GraphExec graph = nullptr) noexcept {
+    if (graph_ != nullptr) device_->free_graph(graph_);
+    graph_ = graph;
+  }
 
  private:
   std::shared_ptr<Device> device_;
@@ -72,13 +66,13 @@ class OwnedGraph {
 /// Streams for short copies, handed from thread to thread, so that neither a buffer nor a session needs its own.
 class StreamPool {
  public:
-  explicit StreamPool(std::shared_ptr<Device> device);
+  explicit StreamPool(std::shared_ptr<Device> device) : device_(std::move(device)) {}
 
   /// A stream of the pool, given back at the end of the scope.
   class Lease {
    public:
-    explicit Lease(StreamPool& pool);
-    ~Lease();
+    explicit Lease(StreamPool& pool) : pool_(pool), stream_(pool.take()) {}
+    ~Lease() { pool_.give_back(std::move(stream_)); }
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     Stream get() const noexcept { return stream_->get(); }

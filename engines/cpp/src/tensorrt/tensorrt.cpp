@@ -13,7 +13,6 @@
 #include "crt_runtime/error.hpp"
 #include "engine/back_ends.hpp"
 #include "engine/tensor_names.hpp"
-#include "tensorrt/cuda_gpu.hpp"
 #include "tensorrt/cuda_memory.hpp"
 #include "tensorrt/tensorrt_api.hpp"
 #include "tensorrt/tensorrt_launch.hpp"
@@ -21,7 +20,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr std::size_t kMostPlanBytes = std::size_t{1} << 36;

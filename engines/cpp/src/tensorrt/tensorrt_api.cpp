@@ -1,26 +1,184 @@
+// The only file that calls TensorRT: what keeps its objects alive and in order. It compiles against the headers of
+// TensorRT 10.16 or newer, 11.x, and TensorRT-RTX.
 #include "tensorrt/tensorrt_api.hpp"
 
+#include <NvInfer.h>
+
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "bundle/sha256.hpp"
+#include "crt_runtime/error.hpp"
 #include "tensorrt/tensorrt_cache.hpp"
-#include "tensorrt/tensorrt_context.hpp"
-#include "tensorrt/tensorrt_handles.hpp"
+#include "tensorrt/tensorrt_log.hpp"
+#include "text/messages.hpp"
+
+#if defined(CRT_RUNTIME_TENSORRT_RTX) != defined(TRT_MAJOR_RTX)
+#error "these are the headers of the other product: check TENSORRT_ROOT and TENSORRT_RTX_ROOT"
+#endif
+#if !defined(TRT_MAJOR_RTX) && NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR < 1016
+#error "TensorRT 10.16 or newer is needed: older ones do not update caches in place"
+#endif
+#if defined(TRT_MAJOR_RTX) && TRT_MAJOR_RTX * 100 + TRT_MINOR_RTX < 105
+#error "TensorRT-RTX 1.5 or newer is needed: older ones cannot be asked whether a run can be captured"
+#endif
 
 namespace crt {
 
+/// A runtime; its logger lives as long as the process.
+class TensorRtApi {
+ public:
+  TensorRtApi();
+  nvinfer1::IRuntime& runtime() noexcept { return *runtime_; }
+  /// A runtime deserialises one engine at a time.
+  std::mutex& mutex() noexcept { return mutex_; }
+
+ private:
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
+  std::mutex mutex_;
+};
+
 namespace {
+
+#ifdef TRT_MAJOR_RTX
+inline constexpr const char* kProduct = "TensorRT-RTX";
+#else
+inline constexpr const char* kProduct = "TensorRT";
+#endif
+
+class Logger final : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity <= Severity::kERROR) errors_.keep(message);
+  }
+  RuntimeLog& errors() noexcept { return errors_; }
+
+ private:
+  RuntimeLog errors_;
+};
+
+// Never destroyed, because TensorRT logs until its last object is gone, and the application may hold an engine in a
+// static object of its own.
+Logger& logger() noexcept {
+  alignas(Logger) static unsigned char storage[sizeof(Logger)];
+  static auto* const made = ::new (static_cast<void*>(storage)) Logger;
+  return *made;
+}
+
+/// What TensorRT logged as an error since it was last asked.
+RuntimeLog& runtime_log() noexcept { return logger().errors(); }
+
+/// Throws an Error of `what` and TensorRT's reason.
+[[noreturn]] void refuse(const std::string& what, ErrorKind kind = ErrorKind::contract) {
+  const std::string said = runtime_log().take();
+  throw Error(kind, what + " (" + (said.empty() ? "no reason given" : said) + ")");
+}
+
+/// An engine and what must outlive it. Members die in reverse order, so the engine goes before its runtime; contexts
+/// hold this, so they go first.
+struct EngineHandle {
+  std::shared_ptr<TensorRtApi> api;
+  std::unique_ptr<nvinfer1::ICudaEngine> engine;
+#ifdef TRT_MAJOR_RTX
+  std::unique_ptr<nvinfer1::IRuntimeCache> cache;
+#endif
+  std::string label;
+  std::mutex mutex;  // an engine makes one context at a time
+};
+
+#ifdef TRT_MAJOR_RTX
+std::unique_ptr<nvinfer1::IRuntimeConfig> context_config(EngineHandle& handle, bool captured) {
+  using Specialization = nvinfer1::DynamicShapesKernelSpecializationStrategy;
+  std::unique_ptr<nvinfer1::IRuntimeConfig> config(handle.engine->createRuntimeConfig());
+  if (config == nullptr) refuse(handle.label + ": " + kProduct + " makes no runtime configuration");
+  if (handle.cache != nullptr) {
+    static_cast<void>(config->setRuntimeCache(*handle.cache));  // without it kernels are compiled again, no more
+  }
+  // Left to itself TensorRT-RTX runs general kernels while it compiles those of a shape, and a captured graph would
+  // hold on to the general ones. Chunks of a prefill have many lengths: waiting for each costs more than it saves.
+  config->setDynamicShapesKernelSpecializationStrategy(captured ? Specialization::kEAGER : Specialization::kLAZY);
+  // Graphs are captured by the launches, never by TensorRT-RTX.
+  static_cast<void>(config->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kDISABLED));
+  return config;
+}
+#endif
+
+/// An execution context of the real TensorRT.
+class TensorRtContext final : public ExecutionContext {
+ public:
+  /// captured: see LoadedEngine::create_context(). Throws Error(contract) if TensorRT makes none.
+  TensorRtContext(std::shared_ptr<EngineHandle> engine, bool captured);
+
+  void set_input_shape(const std::string& name, const Shape& shape) override;
+  void set_address(const std::string& name, void* address) override;
+  void enqueue(Stream stream) override;
+  bool capturable(Stream stream) override;
+
+ private:
+  std::shared_ptr<EngineHandle> engine_;
+#ifdef TRT_MAJOR_RTX
+  std::unique_ptr<nvinfer1::IRuntimeConfig> config_;
+#endif
+  std::unique_ptr<nvinfer1::IExecutionContext> context_;  // the first to go
+};
+
+TensorRtContext::TensorRtContext(std::shared_ptr<EngineHandle> engine, bool captured) : engine_(std::move(engine)) {
+#ifdef TRT_MAJOR_RTX
+  config_ = context_config(*engine_, captured);
+  context_.reset(engine_->engine->createExecutionContext(config_.get()));
+#else
+  static_cast<void>(captured);
+  context_.reset(engine_->engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kSTATIC));
+#endif
+  if (context_ == nullptr) {
+    refuse(engine_->label + ": no execution context, most often for lack of GPU memory: close other sessions, or "
+                            "build with a smaller --capacity");
+  }
+}
+
+void TensorRtContext::set_input_shape(const std::string& name, const Shape& shape) {
+  nvinfer1::Dims dims{};
+  const std::size_t axes = std::min(shape.size(), static_cast<std::size_t>(nvinfer1::Dims::MAX_DIMS));
+  dims.nbDims = static_cast<std::int32_t>(axes);
+  std::copy_n(shape.begin(), axes, dims.d);
+  if (!context_->setInputShape(name.c_str(), dims)) {
+    refuse(engine_->label + ": TensorRT refused shape " + list_text(shape) + " of " + name);
+  }
+}
+
+void TensorRtContext::set_address(const std::string& name, void* address) {
+  if (!context_->setTensorAddress(name.c_str(), address)) {
+    refuse(engine_->label + ": TensorRT refused the address of " + name);
+  }
+}
+
+void TensorRtContext::enqueue(Stream stream) {
+  if (!context_->enqueueV3(static_cast<cudaStream_t>(stream))) {
+    refuse(engine_->label + ": TensorRT did not run the engine");
+  }
+}
+
+bool TensorRtContext::capturable(Stream stream) {
+#ifdef TRT_MAJOR_RTX
+  return context_->isStreamCapturable(static_cast<cudaStream_t>(stream));
+#else
+  static_cast<void>(stream);
+  return context_ != nullptr;
+#endif
+}
 
 DType dtype_of(nvinfer1::DataType type, const std::string& where) {
   switch (type) {
-    case nvinfer1::DataType::kINT64:
-      return DType::int64;
-    case nvinfer1::DataType::kFLOAT:
-      return DType::float32;
-    case nvinfer1::DataType::kHALF:
-      return DType::float16;
+    case nvinfer1::DataType::kINT64: return DType::int64;
+    case nvinfer1::DataType::kFLOAT: return DType::float32;
+    case nvinfer1::DataType::kHALF: return DType::float16;
     default:
       throw Error(ErrorKind::contract, where + " has TensorRT's data type " + std::to_string(static_cast<int>(type)) +
                                            "; the contract knows int64, float32 and float16");
@@ -142,6 +300,12 @@ void check_hardware(const nvinfer1::ICudaEngine& engine, const PlanSource& sourc
 #endif
 
 }  // namespace
+
+TensorRtApi::TensorRtApi() : runtime_(nvinfer1::createInferRuntime(logger())) {
+  if (runtime_ == nullptr) {
+    refuse(std::string(kProduct) + " " + tensorrt_version() + " does not start", ErrorKind::missing_dependency);
+  }
+}
 
 std::string tensorrt_version() {
   return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +

@@ -4,12 +4,11 @@
 #include <exception>
 #include <filesystem>
 
-#include "bundle/paths.hpp"
+#include "bundle/held_files.hpp"
 #include "bundle/sha256.hpp"
 #include "session/safe_write.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr const char* kMagic = "crt-export tensorrt-rtx cache 1\n";

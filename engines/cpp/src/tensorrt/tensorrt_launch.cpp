@@ -5,7 +5,6 @@
 #include "crt_runtime/error.hpp"
 
 namespace crt {
-
 namespace {
 
 void enqueue(Device& device, const BindingPlan& plan, const StreamContext& borrowed) {

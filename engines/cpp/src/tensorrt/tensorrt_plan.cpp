@@ -9,7 +9,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 bool within(const Shape& shape, const Shape& least, const Shape& most) {
@@ -81,9 +80,7 @@ BindingPlan::BindingPlan(const LoadedEngine& engine, const Binding& inputs, cons
     pair_in_place(engine, problems);
     check_overlaps(problems);
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::contract, problem_list(engine.label() + ": the bound tensors", problems));
-  }
+  refuse_problems(ErrorKind::contract, engine.label() + ": the bound tensors", problems);
 }
 
 void BindingPlan::add(const EngineTensor& tensor, const Binding& binding, std::vector<std::string>& problems) {

@@ -11,7 +11,6 @@
 #include "text/messages.hpp"
 
 namespace crt {
-
 namespace {
 
 constexpr const char* kAgain =
@@ -162,9 +161,7 @@ EngineSidecar sidecar_from_json(const std::string& content, const std::string& s
   } catch (const JsonError& error) {
     throw Error(ErrorKind::bundle, source + " " + error.what() + "; " + again);
   }
-  if (!problems.empty()) {
-    throw Error(ErrorKind::bundle, problem_list(source + " is no sidecar of an engine (" + again + ")", problems));
-  }
+  refuse_problems(ErrorKind::bundle, source + " is no sidecar of an engine (" + again + ")", problems);
   return sidecar;
 }
 
@@ -188,9 +185,7 @@ void check_sidecar(const std::string& engine_file, const EngineSidecar& sidecar,
   }
   add_version_problem(sidecar, target, host, problems);
   add_gpu_problem(sidecar, host, problems);
-  if (!problems.empty()) {
-    throw Error(ErrorKind::missing_dependency, problem_list(engine_file + " cannot run on this machine", problems));
-  }
+  refuse_problems(ErrorKind::missing_dependency, engine_file + " cannot run on this machine", problems);
 }
 
 std::vector<std::string> engine_problems(const std::vector<EngineTensor>& tensors, const EngineSidecar& sidecar,
@@ -199,7 +194,8 @@ std::vector<std::string> engine_problems(const std::vector<EngineTensor>& tensor
   for (const auto& [name, shapes] : sidecar.input_shapes) {
     const EngineTensor* tensor = find(tensors, name);
     if (tensor != nullptr && (tensor->least != shapes[0] || tensor->most != shapes[2])) {
-      problems.push_back(name + " must take shapes " + list_text(shapes[0]) + " to " + list_text(shapes[2]) + ", found " +
+      problems.push_back(name + " must take shapes " + list_text(shapes[0]) + " to " + list_text(shapes[2]) +
+                         ", found " +
                          list_text(tensor->least) + " to " + list_text(tensor->most));
     }
   }

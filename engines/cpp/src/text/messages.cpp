@@ -71,6 +71,10 @@ std::string problem_list(const std::string& heading, const std::vector<std::stri
   return heading + ": " + std::to_string(problems.size()) + " problems\n  - " + joined(problems, "\n  - ");
 }
 
+void refuse_problems(ErrorKind kind, const std::string& heading, const std::vector<std::string>& problems) {
+  if (!problems.empty()) throw Error(kind, problem_list(heading, problems));
+}
+
 std::string in_quotes(std::string_view text, std::size_t count) {
   std::string result = "'";
   for (const char character : visible(first_characters(text, count))) {

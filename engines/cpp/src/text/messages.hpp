@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "crt_runtime/error.hpp"
+
 namespace crt {
 
 class JsonValue;
@@ -18,6 +20,9 @@ std::string list_text(const std::vector<std::int64_t>& numbers);
 
 /// The heading with its only problem, or a heading with one bullet per problem; problems must not be empty.
 std::string problem_list(const std::string& heading, const std::vector<std::string>& problems);
+
+/// Throws an Error of that kind with all problems, unless there is none; the heading may allocate even then.
+void refuse_problems(ErrorKind kind, const std::string& heading, const std::vector<std::string>& problems);
 
 /// The first count characters of a text in quotes, on one line and with nothing that steers a terminal.
 std::string in_quotes(std::string_view text, std::size_t count = 200);

@@ -1,12 +1,9 @@
-#include "engine/process_memory.hpp"
+#include "engine/memory_map.hpp"
 
 #include <fstream>
 #include <sstream>
 #include <string>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,7 +14,6 @@
 #endif
 
 namespace crt {
-
 namespace {
 
 #ifdef __linux__

@@ -38,12 +38,12 @@ struct FileMapping {
 /// Where the file is mapped in this process, in order of addresses; unset where that cannot be found out.
 std::optional<std::vector<FileMapping>> mappings_of(int descriptor);
 
-/// Of a /proc/PID/maps: the mappings of the file that `own` is an address of, without the one `own` lies in; unset where
-/// `own` is in no file.
+/// Of a /proc/PID/maps: the mappings of the file that `own` is an address of, without the one `own` lies in; unset
+/// where `own` is in no file.
 std::optional<std::vector<FileMapping>> mappings_beside(std::istream& maps, std::uintptr_t own);
 
-/// Replace every mapping of the file by a copy, but for those of `before`; nobody may unmap them meanwhile. False if the
-/// file became shorter, or memory is short; some of it may still be mapped then.
+/// Replace every mapping of the file by a copy, but for those of `before`; nobody may unmap them meanwhile. False if
+/// the file became shorter, or memory is short; some of it may still be mapped then.
 bool make_private(int descriptor, const std::vector<FileMapping>& before);
 
 }  // namespace crt

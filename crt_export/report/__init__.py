@@ -1,5 +1,5 @@
 """What a parity report is turned into: one HTML file, JUnit XML, a comparison with an older report.
 
-Everything here works on the JSON document (``report.json``, ``validate/report.schema.json``) and imports neither torch
-nor a runtime; plots need the extra ``report``.
+Everything here works on :class:`crt_export.parity.report.ParityReport`, which ``report.json`` holds, and imports
+neither torch nor a runtime; the page and its plots need the extra ``report``.
 """

@@ -18,7 +18,7 @@ from crt_export.errors import (
     problem_list,
 )
 from crt_export.exclusive import Exclusive
-from crt_export.profile import OrtOptions
+from crt_export.profile_options import OrtOptions
 from crt_export.spec import TensorSpec
 
 _DTYPES = {

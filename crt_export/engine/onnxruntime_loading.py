@@ -28,7 +28,7 @@ from crt_export.errors import (
     MissingDependencyError,
 )
 from crt_export.exclusive import Exclusive
-from crt_export.profile import OrtOptions
+from crt_export.profile_options import OrtOptions
 
 _LEVELS = {
     "disable": "ORT_DISABLE_ALL",

@@ -28,7 +28,8 @@ from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
 from crt_export.errors import BundleError, ContractError
 from crt_export.parity.tap import Tap, TappedEngine
-from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import OrtOptions
 from crt_export.runtime.caches import Window
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import (

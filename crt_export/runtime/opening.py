@@ -15,7 +15,8 @@ from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Program
 from crt_export.environment import gpus, run_obstacles
 from crt_export.errors import BundleError, ContractError, CrtExportError, InputError, problem_list
-from crt_export.profile import EngineProfile, OrtOptions
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import OrtOptions
 from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
 from crt_export.spec import GraphSpec, TensorSpec, compatible_sizes, graph_names, graph_spec, interface_problems

@@ -14,7 +14,7 @@ from crt_export.engine.memory_map import allocated_in_huge_pages, huge_page_size
 from crt_export.engine.onnxruntime import load_with_settings
 from crt_export.engine.onnxruntime_loading import OrtSettings
 from crt_export.engine.onnxruntime_process import import_onnxruntime
-from crt_export.profile import OrtOptions
+from crt_export.profile_options import OrtOptions
 
 _MAPS = """\
 555500000000-555500021000 rw-p 00000000 00:00 0                          [heap]

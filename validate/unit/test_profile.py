@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.profile import DimRange, EngineProfile, OrtOptions, TensorRTOptions, list_profiles, load_profile
+from crt_export.profile import DimRange, EngineProfile, list_profiles, load_profile
+from crt_export.profile_options import OrtOptions, TensorRTOptions
 
 TRACKED = (
     "ort-cpu-fp32",

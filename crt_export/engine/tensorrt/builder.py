@@ -41,7 +41,8 @@ from crt_export.engine.tensorrt.api import (
     need_of_profile,
 )
 from crt_export.errors import BuildError, CrtExportError, MissingDependencyError, NoEngineError, problem_list
-from crt_export.profile import EngineProfile, TensorRTOptions
+from crt_export.profile import EngineProfile
+from crt_export.profile_options import TensorRTOptions
 from crt_export.spec import GraphSpec, TensorSpec, interface_problems, same_sizes
 
 

@@ -42,7 +42,7 @@ class BundleRunner:
         self._target = target_from_manifest(files, target, config_from_manifest(files))
         self._weights = weight_path(files, self._target)
         if not self._target.profile.compiled:
-            from crt_export.engine.onnxruntime_process import import_onnxruntime
+            from crt_export.engine.ort import import_onnxruntime
 
             import_onnxruntime(self._target.profile.device)
         self._clock = EngineClock()

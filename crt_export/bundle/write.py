@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from crt_export.bundle.exchange import replace_folder
 from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held import hash_file
 from crt_export.bundle.manifest import manifest_text, read_manifest
@@ -22,7 +23,6 @@ from crt_export.bundle.recovery import (
     build_folder_path,
     parse_build_folder,
     remove_or_warn,
-    replace_folder,
     restore_previous,
     sweep_abandoned_builds,
 )

@@ -11,7 +11,7 @@ import numpy as np
 from crt_export.bundle import HeldGraph
 from crt_export.engine.base import Buffer, BufferSlice
 from crt_export.engine.onnxruntime_loading import OrtSettings, open_session
-from crt_export.engine.onnxruntime_process import import_onnxruntime, survive_fork
+from crt_export.engine.ort import import_onnxruntime, survive_fork
 from crt_export.errors import (
     ContractError,
     UnsupportedError,

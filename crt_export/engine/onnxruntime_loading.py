@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from crt_export.bundle import HeldGraph
 from crt_export.checked import Checked, Rules, choice, whole
 from crt_export.engine.memory_map import REPLACES_MAPPINGS, allocated_in_huge_pages, make_private, mappings_of
-from crt_export.engine.onnxruntime_process import PROVIDERS
+from crt_export.engine.ort import PROVIDERS
 from crt_export.errors import (
     ContractError,
     CrtExportError,

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.config import ModelConfig
 from crt_export.engine.onnxruntime import OrtGraph
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import ContractError
 from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase

@@ -30,7 +30,6 @@ from crt_export.errors import BundleError, ContractError
 from crt_export.parity.tap import Tap, TappedEngine
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
-from crt_export.runtime.caches import Window
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import (
     DEMANDED_GRAPHS,
@@ -43,6 +42,7 @@ from crt_export.runtime.opening import (
 )
 from crt_export.runtime.prefill import PrefillRule
 from crt_export.runtime.rows import Batch
+from crt_export.runtime.slide import Window
 
 #: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
 _STATIC_DISABLED = ("MatMulAddFusion",)

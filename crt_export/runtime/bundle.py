@@ -15,10 +15,11 @@ from crt_export.engine.base import Engine
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.exclusive import Exclusive
 from crt_export.profile import MOST_THREADS
-from crt_export.runtime.caches import TensorSizes, Window, window_from_config
+from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
 from crt_export.runtime.session import ModelInfo, Session
+from crt_export.runtime.slide import Window, window_from_config
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 #: Loads the graphs of a target: files, target, configuration, threads.

@@ -8,9 +8,11 @@ import numpy as np
 
 from crt_export.engine.base import Engine
 from crt_export.errors import ContractError, InputError, problem_list
-from crt_export.runtime.caches import TensorSizes, Window
+from crt_export.runtime.caches import TensorSizes
+from crt_export.runtime.history import NO_TOKEN
 from crt_export.runtime.prefill import PrefillPlan, PrefillRule, prefill_rule
-from crt_export.runtime.rows import NO_TOKEN, Batch, batches_from_lengths, capacity_problems
+from crt_export.runtime.rows import Batch, batches_from_lengths, capacity_problems
+from crt_export.runtime.slide import Window
 from crt_export.runtime.tensors import SessionTensors
 
 

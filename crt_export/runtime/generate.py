@@ -33,8 +33,8 @@ from crt_export.checked import shown
 from crt_export.errors import InputError, MissingDependencyError, problem_list
 from crt_export.runtime.generation_options import GenerationOptions
 from crt_export.runtime.guard import Call
+from crt_export.runtime.history import NO_TOKEN
 from crt_export.runtime.row_text import RowText
-from crt_export.runtime.rows import NO_TOKEN
 from crt_export.runtime.sampling import sample_token
 from crt_export.tokenizer import Tokenizer
 

@@ -15,7 +15,8 @@ import numpy as np
 from crt_export.errors import ContractError, InputError
 from crt_export.exclusive import Busy, Exclusive
 from crt_export.runtime.decoder import Decoder
-from crt_export.runtime.rows import NO_TOKEN, History, step_tokens, token_rows
+from crt_export.runtime.history import NO_TOKEN, History
+from crt_export.runtime.rows import step_tokens, token_rows
 
 _Result = TypeVar("_Result")
 _INTERRUPTED = "it was interrupted"

@@ -13,7 +13,8 @@ from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.generate import Generation, TokenCallback
 from crt_export.runtime.generation_options import GenerationOptions, checked_options
 from crt_export.runtime.guard import Call, Guard
-from crt_export.runtime.rows import NO_TOKEN, History, continuing_rows
+from crt_export.runtime.history import NO_TOKEN, History
+from crt_export.runtime.rows import continuing_rows
 from crt_export.runtime.snapshot import Snapshot, check_snapshot
 from crt_export.tokenizer import Tokenizer
 

@@ -35,7 +35,7 @@ import numpy as np
 from crt_export.checked import shown
 from crt_export.errors import BundleError, CrtExportError, InputError, problem_list
 from crt_export.runtime.caches import TensorSizes
-from crt_export.runtime.rows import RECENT_TOKENS
+from crt_export.runtime.history import RECENT_TOKENS
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 from crt_export.text_stream import TEXT_END
 from crt_export.user_files import is_input, kind_of, write_file

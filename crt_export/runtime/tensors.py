@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch
-from crt_export.runtime.caches import Caches, TensorSizes, Window
+from crt_export.runtime.caches import Caches, TensorSizes
 from crt_export.runtime.prefill import PrefillCall, bind_by_name
 from crt_export.runtime.rows import Batch
+from crt_export.runtime.slide import Window
 
 # A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping: at least each row, for both sets.
 _MOST_KEPT_LAUNCHES = 64

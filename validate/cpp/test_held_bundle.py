@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.bundle.recovery import exchange_folders
+from crt_export.bundle.exchange import exchange_folders
 
 TARGET = "ort-cpu-fp32"
 WEIGHTS = "graphs/fp32.weights"

@@ -10,7 +10,7 @@ import torch
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import model_from_checkpoint
 from crt_export.presets import random_tensors

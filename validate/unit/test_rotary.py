@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.rotary import rope_at, rope_tables, rotary_embedding, rotate
 
 POSITIONS = torch.tensor([[0, 1, 2], [7, 8, 9]])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 
 WITHOUT_NETWORK = Path(__file__).with_name("without_network.py")
 UNSET = ("CI", "ORT_DISABLE_TELEMETRY", "MPLCONFIGDIR", "TF_BUILD", "GITHUB_ACTIONS")
@@ -130,9 +130,7 @@ def test_native_programs_send_and_leave_nothing(
 
 
 def test_the_applications_own_import_decides(private: Private) -> None:
-    code = (
-        "import onnxruntime, os; from crt_export.engine.onnxruntime_process import import_onnxruntime as ours; ours(); "
-    )
+    code = "import onnxruntime, os; from crt_export.engine.ort import import_onnxruntime as ours; ours(); "
     result = private(sys.executable, "-c", code + "print(os.environ.get('ORT_DISABLE_TELEMETRY'))")
     assert result.stdout == "None\n", result.stderr
 
@@ -203,7 +201,7 @@ def test_an_interrupt_while_onnxruntime_is_loaded_is_no_missing_package(private:
     """C code that meets an exception says "initialization failed"."""
     (tmp_path / "onnxruntime.py").write_text('raise ImportError("initialization failed") from KeyboardInterrupt()\n')
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    code += "from crt_export.engine.onnxruntime_process import import_onnxruntime\n"
+    code += "from crt_export.engine.ort import import_onnxruntime\n"
     code += "try: import_onnxruntime()\nexcept KeyboardInterrupt: print('interrupted')"
     result = private(sys.executable, "-c", code)
     assert result.stdout == "interrupted\n", result.stderr

@@ -18,7 +18,7 @@ from crt_export.parity.long_run.schedule import Schedule
 from crt_export.parity.reference import STEP
 from crt_export.parity.scores import Scorer, Scores
 from crt_export.progress import Progress
-from crt_export.runtime.caches import window_from_config
+from crt_export.runtime.slide import window_from_config
 from crt_export.spec import GraphSpec
 
 #: Logits compared at a time: little enough for any vocabulary.

@@ -11,8 +11,8 @@ import pytest
 
 from crt_export.bundle import open_bundle
 from crt_export.bundle import read as reading
+from crt_export.bundle.exchange import exchange_folders
 from crt_export.bundle.held import HOLDS_FOLDERS, HeldFolder
-from crt_export.bundle.recovery import exchange_folders
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]

@@ -15,7 +15,7 @@ import pytest
 
 from crt_export.bundle import open_bundle
 from crt_export.bundle.held import HeldFile
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BundleError
 
 Manifest = dict[str, Any]

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from crt_export.engine.base import Buffer, BufferSlice
 from crt_export.engine.onnxruntime import DeviceBuffer, OrtEngine, OrtGraph, load_graph
 from crt_export.engine.onnxruntime_loading import OrtSettings
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import ContractError, InputError, MissingDependencyError, UnsupportedError
 
 HEADS, WIDTH = 2, 4
@@ -225,7 +225,7 @@ def test_a_runtime_that_cannot_be_loaded_is_not_called_absent(tmp_path: Path) ->
     package = tmp_path / "onnxruntime"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')\n")
-    program = "from crt_export.engine.onnxruntime_process import import_onnxruntime; import_onnxruntime()"
+    program = "from crt_export.engine.ort import import_onnxruntime; import_onnxruntime()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, check=False)
     words = rb"onnxruntime.*, which is installed, cannot be loaded \(libgomp.so.1: cannot open shared object file\)"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, ContractError, InputError, UnsupportedError
 from crt_export.graph import GraphExporter, check_contract, export_graph, write_graph, write_weights
 from crt_export.graph import weights as weights_module

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, UnsupportedError
 from crt_export.graph import check_contract, export_graph
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.graph import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs

@@ -24,7 +24,7 @@ from crt_export.bundle import MANIFEST_NAME, BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Buffer, Engine, Program
 from crt_export.engine.onnxruntime import DeviceBuffer
-from crt_export.engine.onnxruntime_process import import_onnxruntime
+from crt_export.engine.ort import import_onnxruntime
 from crt_export.model import Model
 from crt_export.runtime import Bundle, Session
 from crt_export.runtime.bundle import OpenEngine

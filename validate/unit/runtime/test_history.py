@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crt_export.runtime.rows import NO_TOKEN, RECENT_TOKENS, History
+from crt_export.runtime.history import NO_TOKEN, RECENT_TOKENS, History
 from crt_export.text_stream import TEXT_END
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crt_export.rotary import rope_tables, rotate
-from crt_export.runtime.caches import Window
+from crt_export.runtime.slide import Window
 
 THETA = 10000.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from crt_export.parity.check import check_parity
 from crt_export.parity.own_model import check_own_model, not_compared, own_model_report
 from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
-from crt_export.parity.runner import disabled_optimizers
+from crt_export.parity.runner import disabled_optimizers, open_runner
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile
@@ -123,10 +124,11 @@ def case_from_manifest(files: BundleFiles, name: str) -> ParityCase:
         # The graphs of a compiled target are fixed to its capacity; those that ONNX Runtime deploys leave it open.
         capacity=entry["capacity"] if profile.compiled else None,
         built_for=entry["capacity"],
+        chunk=profile.seq.max,
         residual_dtype=profile.residual_dtype,
         compiled=tuple(entry["engines"]),
         disabled_optimizers=disabled_optimizers(profile),
-        files=files,
+        opener=partial(open_runner, files, name),
         plan=_plan(files, name) if profile.precision == "w8a8" else None,
     )
 

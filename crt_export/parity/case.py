@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from crt_export.config import ModelConfig
 from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
 from crt_export.graph.contract import check_contract
+from crt_export.parity.runner import Runner
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.spec import GraphSpec, graph_names, graph_spec
 
@@ -56,10 +57,11 @@ class ParityCase:
         cache_dtype: ``float32`` or ``float16``.
         capacity: Cache length that the files are fixed to; None where it is dynamic.
         built_for: Most tokens of a row, for which the files have rotary angles; None: as many as the model has.
+        chunk: Most tokens of one prefill call; None where nothing says.
         residual_dtype: Of the residual stream: ``float16`` or ``float32``.
         compiled: Names of the graphs for which an engine was compiled; listed, never passed.
         disabled_optimizers: ONNX Runtime rewrites to leave out.
-        files: The bundle it is a target of.
+        opener: Loads its deployed engine with so many threads, 0 for every core.
         plan: What the graphs of ``w8a8`` were made by; None in other precisions.
     """
 
@@ -71,10 +73,11 @@ class ParityCase:
     cache_dtype: str
     capacity: int | None = None
     built_for: int | None = None
+    chunk: int | None = None
     residual_dtype: str = "float32"
     compiled: tuple[str, ...] = ()
     disabled_optimizers: tuple[str, ...] = ()
-    files: BundleFiles | None = field(default=None, repr=False)
+    opener: Callable[[int], Runner] | None = field(default=None, repr=False)
     plan: W8A8Plan | None = None
 
     def __post_init__(self) -> None:

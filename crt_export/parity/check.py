@@ -131,6 +131,7 @@ def _longest_window(cases: Sequence[ParityCase], config: ModelConfig) -> dict:
     """The longest window that every target can take, and what says so."""
     limits = {"max_position_embeddings of the model": config.max_position_embeddings}
     limits |= {f"capacity of {case.target}": case.room(config) for case in cases}
+    limits |= {f"longest prefill call of {case.target}": case.chunk for case in cases if case.chunk is not None}
     reason = min(limits, key=lambda name: limits[name])
     return {"longest": limits[reason], "longest_reason": f"{reason} is {limits[reason]}"}
 

@@ -160,6 +160,7 @@ def regime_gap(row: Comparison, sequential: np.ndarray, parallel: np.ndarray, po
 
 def target_gaps(
     case: ParityCase,
+    graph: str,
     measurements: Mapping[str, Scores],
     references: Sequence[RegimeGap],
     tolerances: Tolerances,
@@ -169,6 +170,7 @@ def target_gaps(
 
     Args:
         case: The target.
+        graph: Graphs that made its K passes and its steps.
         measurements: What was measured, per regime that ran to its end; without steps or K passes there is no gap, and
             their regime failed already.
         references: The model's own gaps.
@@ -181,7 +183,7 @@ def target_gaps(
     row = Comparison(
         target=case.target,
         runtime="onnxruntime",
-        graph="prefill+head,step",
+        graph=graph,
         precision=case.precision,
         regime=GAP,
         steps=case.unroll,

@@ -16,7 +16,7 @@ from crt_export.parity.case import ParityCase
 from crt_export.parity.comparison import reference_gaps, target_gaps
 from crt_export.parity.half import compare_half
 from crt_export.parity.level import ParitySetup
-from crt_export.parity.reference import HANDOVER, first_position
+from crt_export.parity.reference import HANDOVER, PREFILL, STEP, first_position
 from crt_export.parity.report import COMPILED, Comparison, LevelResult, corpus_result
 from crt_export.parity.target import check_target
 from crt_export.parity.text_gate import check_text
@@ -35,9 +35,17 @@ def check_corpus(cases: Sequence[ParityCase], setup: ParitySetup) -> list[LevelR
     gaps = {passes: reference_gaps(setup.reference, passes) for passes in sorted({case.unroll for case in cases})}
     results = [corpus_result("pytorch-half", halves, notes=notes)] if halves else []
     for case in cases:
-        found = check_target(case, setup.reference, setup.options, setup.tolerances, setup.progress)
-        trained = setup.config.training_sequence_length
-        own = [*found.comparisons, *target_gaps(case, found.scores, gaps[case.unroll], setup.tolerances, trained)]
+        found = check_target(case, setup)
+        graphs = {row.regime: row.graph for row in found.comparisons}
+        own = list(found.comparisons)
+        own += target_gaps(
+            case,
+            f"{graphs[PREFILL]},{graphs[STEP]}",
+            found.scores,
+            gaps[case.unroll],
+            setup.tolerances,
+            setup.config.training_sequence_length,
+        )
         data: dict[str, Any] = {"largest_fp16": found.largest_fp16} if found.largest_fp16 else {}
         results.append(corpus_result(case.target, [*own, *_compiled(case)], **data))
     nll = _reference_nll([gap.comparison for gap in next(iter(gaps.values()))])

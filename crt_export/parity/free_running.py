@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
 from crt_export.ladder import FREE_RUNNING
-from crt_export.parity.binding import BoundGraph, new_caches
-from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.case import ParityCase
 from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.metrics import Check, claim, measured
+from crt_export.parity.runner import Runner
 from crt_export.parity.trace import Continuation, continue_greedily
 from crt_export.text import begin_rows
 
@@ -40,7 +39,6 @@ _PROMPT_TOKENS = 32
 #: A model above the first number continues at most as many prompts, by as many tokens, as the others say.
 _LARGE_PARAMETERS, _LARGE_PROMPTS, _LARGE_NEW_TOKENS = 20_000_000, 8, 32
 _TINY = float(np.finfo(np.float32).tiny)
-_BATCH_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,22 +60,22 @@ class _Run:
 
 
 def check_free_running(case: ParityCase, setup: ParitySetup) -> LevelResult:
-    """Continue prompts from the text by greedy decoding through the step graph.
+    """Continue prompts from the text by greedy decoding, as the deployed engine and decoder do.
 
     Args:
         case: The target.
         setup: Reference, text, ``prompts`` and ``new_tokens``.
 
     Raises:
-        ContractError: The step graph differs from its contract, cannot be loaded, or fails.
+        ContractError: A graph differs from its contract, cannot be loaded, or fails.
     """
     prompts = _prompts(case, setup)
     expected = continue_greedily(setup.reference, prompts.ids, _reference_tokens(prompts, setup))
-    graph = load_checked_graph(case, "step", setup.config, setup.threads)
+    runner = setup.runner(case)
     run = _Run(tokens=np.zeros((len(prompts.ids), prompts.new_tokens), np.int64))
-    rows = max(1, _BATCH_BYTES // _bytes_per_row(case, setup, prompts))
+    rows = runner.most_rows(prompts.ids.shape[1] + prompts.new_tokens)
     for first in range(0, len(prompts.ids), rows):
-        _continue(case, setup, graph, prompts.ids[first : first + rows], first, run)
+        _continue(runner, prompts.ids[first : first + rows], first, run)
     data = _figures(prompts, expected, run.tokens, setup)
     checks = (
         _margin_check(case, setup, data),
@@ -123,27 +121,21 @@ def _reference_tokens(prompts: _Prompts, setup: ParitySetup) -> int:
     return min(room, _wanted(setup)[1])
 
 
-def _continue(
-    case: ParityCase, setup: ParitySetup, graph: OrtGraph, prompts: np.ndarray, first: int, run: _Run
-) -> None:
-    """Run some prompts through the step graph and then feed every ``next_token`` back; fills in ``run``."""
+def _continue(runner: Runner, prompts: np.ndarray, first: int, run: _Run) -> None:
+    """Step some prompts and then feed every ``next_token`` back; fills in ``run``."""
     length, total = prompts.shape[1], prompts.shape[1] + run.tokens.shape[1] - 1
-    spec = case.spec("step", setup.config)
-    sizes = {"batch": len(prompts), "capacity": total if case.capacity is None else case.capacity}
-    bound = BoundGraph(graph, spec, sizes, new_caches(spec, sizes))
+    decoding = runner.decoding(len(prompts), total)
     for position in range(total):
         new = position - length
         fed = prompts[:, position] if new < 0 else run.tokens[first : first + len(prompts), new]
         # An id that no model knows was noted when it came out; what is fed in its place no longer matters.
-        fed = np.where((fed >= 0) & (fed < setup.config.vocab_size), fed, 0)
+        fed = np.where((fed >= 0) & (fed < runner.config.vocab_size), fed, 0)
         try:
-            bound.run(input_ids=fed[:, None], position=np.full(len(prompts), position))
+            decoding.step(fed)
         except ContractError as error:
             raise ContractError(f"step {position} of {total}: {error}") from error
-        if bound.has("next_state"):
-            bound.set(state=bound.read("next_state"))
-        logits, tokens = bound.read("logits"), bound.read("next_token")[:, 0]
-        _note_problems(logits, tokens, position, first, run)
+        tokens = decoding.next_tokens()
+        _note_problems(decoding.logits(), tokens, position, first, run)
         if new + 1 >= 0:
             run.tokens[first : first + len(prompts), new + 1] = tokens
 
@@ -228,10 +220,3 @@ def _margin_check(case: ParityCase, setup: ParitySetup, data: dict[str, Any]) ->
     return measured(
         "divergence_margin", "first divergence", worst, limit=limit, precision=case.precision, failures=failures
     )
-
-
-def _bytes_per_row(case: ParityCase, setup: ParitySetup, prompts: _Prompts) -> int:
-    config = setup.config
-    slots = case.capacity or prompts.ids.shape[1] + prompts.new_tokens
-    heads = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return heads * slots * np.dtype(case.cache_dtype).itemsize

@@ -16,14 +16,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime import OrtGraph
+from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
+from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import ContractError
-from crt_export.parity.binding import BoundGraph, new_caches
 from crt_export.parity.case import ParityCase
 from crt_export.parity.reference import PREFILL, STEP
+from crt_export.parity.runner import Runner
 from crt_export.parity.windows import Windows
-from crt_export.spec import GraphSpec, TensorSpec
 
 #: Graphs whose tensors are observed; prefill_pass has those of prefill and head is part of both.
 OBSERVED = (STEP, PREFILL)
@@ -66,14 +66,14 @@ class Observed:
 
 
 def largest_fp16_values(
-    case: ParityCase, name: str, config: ModelConfig, windows: Windows, *, batch: int, threads: int
+    runner: Runner, case: ParityCase, name: str, windows: Windows, *, batch: int, threads: int
 ) -> dict[str, float]:
     """Run one graph over all windows and observe it.
 
     Args:
-        case: An FP16 target.
+        runner: An FP16 target.
+        case: The same.
         name: ``step`` (teacher-forced from the first token) or ``prefill`` (the whole window at once).
-        config: The model.
         windows: Real text.
         batch: Most windows per call; fewer where memory is short, as no observed value can be dropped early.
         threads: CPU threads, 0 for every core.
@@ -85,24 +85,18 @@ def largest_fp16_values(
     Raises:
         ContractError: The graph cannot be read or run, or the type of a tensor cannot be told.
     """
-    graph, observed = load_observed(case.graphs[name], case, threads)
-    spec = case.spec(name, config)
-    spec = GraphSpec(
-        name=spec.name,
-        inputs=spec.inputs,
-        outputs=(*spec.outputs, TensorSpec(name=OUTPUT, dtype="float32", dims=(observed.count,))),
-        aliases=spec.aliases,
-    )
-    largest = np.zeros(observed.count, np.float32)
-    batch = min(batch, _affordable_windows(case, name, config, windows.length))
+    engine = observing_engine(runner, case, name, threads)
+    observed = runner.over(engine)
+    batch = min(batch, _affordable_windows(case, name, runner.config, windows.length))
     for start in range(0, windows.count, batch):
         ids = windows.inputs[start : start + batch]
-        sizes = {"batch": len(ids), "seq": ids.shape[1], "capacity": case.capacity or windows.length}
-        bound = BoundGraph(graph, spec, sizes, new_caches(spec, sizes))
-        for _ in _step_calls(bound, ids) if name == STEP else _prefill_calls(bound, ids):
-            largest = np.maximum(largest, bound.read(OUTPUT))  # maximum, unlike fmax, keeps NaN
-    found = observed.largest(np.nan_to_num(largest, nan=np.inf))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        decoding = observed.decoding(len(ids), windows.length)
+        if name == PREFILL:
+            decoding.prefill(ids, case.unroll)
+        else:
+            for position in range(ids.shape[1]):
+                decoding.step(ids[:, position])
+    return dict(sorted(engine.largest().items(), key=lambda item: -item[1]))
 
 
 def _affordable_windows(case: ParityCase, name: str, config: ModelConfig, length: int) -> int:
@@ -114,17 +108,78 @@ def _affordable_windows(case: ParityCase, name: str, config: ModelConfig, length
     return max(1, _OBSERVED_BYTES // (4 * values * config.num_hidden_layers * passes * seq))
 
 
-def _step_calls(bound: BoundGraph, ids: np.ndarray) -> Iterator[None]:
-    for position in range(ids.shape[1]):
-        bound.run(input_ids=ids[:, position : position + 1], position=np.full(len(ids), position))
-        yield
-        if bound.has("next_state"):
-            bound.set(state=bound.read("next_state"))
+class ObservingEngine:
+    """A runner's engine with one graph that observes itself; see :class:`crt_export.engine.base.Engine`."""
+
+    def __init__(self, engine: Engine, name: str, graph: OrtGraph, observed: Observed) -> None:
+        """Take the place of an engine.
+
+        Args:
+            engine: What answers for everything but the graph.
+            name: Name of the graph.
+            graph: The graph with one more output.
+            observed: What the entries of that output are.
+        """
+        self._engine, self._name, self._observed = engine, name, observed
+        self._graph = _ObservingGraph(graph, observed.count)
+        self.max_tokens = engine.max_tokens
+        self.max_batch = engine.max_batch
+        self.fixed_capacity = engine.fixed_capacity
+        self.host_memory = engine.host_memory
+        self.one_graph = engine.one_graph
+
+    def program(self, graph: str) -> Program:
+        """The loaded graph of this name."""
+        return self._graph if graph == self._name else self._engine.program(graph)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New zeroed memory where this engine computes."""
+        return self._engine.allocate(shape, dtype)
+
+    def close(self) -> None:
+        """The engine is the runner's."""
+
+    def largest(self) -> dict[str, float]:
+        """Largest |value| by tensor of all launches so far, infinite where a value is NaN."""
+        return self._observed.largest(np.nan_to_num(self._graph.largest, nan=np.inf))
 
 
-def _prefill_calls(bound: BoundGraph, ids: np.ndarray) -> Iterator[None]:
-    bound.run(input_ids=ids, length=np.full(len(ids), ids.shape[1]))
-    yield
+class _ObservingGraph:
+    """A graph that keeps the largest values of all launches; its output of observers is bound to memory of its own."""
+
+    def __init__(self, graph: OrtGraph, entries: int) -> None:
+        self._graph = graph
+        self._found = HostBuffer((entries,), "float32")
+        self.inputs = graph.inputs
+        self.outputs = tuple(spec for spec in graph.outputs if spec.name != OUTPUT)
+        self.largest = np.zeros(entries, np.float32)
+
+    def bind(
+        self, inputs: Mapping[str, BufferSlice], outputs: Mapping[str, BufferSlice], *, repeated: bool = False
+    ) -> Launch:
+        found = BufferSlice(self._found, 0, len(self.largest))
+        launch = self._graph.bind(inputs, {**outputs, OUTPUT: found}, repeated=repeated)
+
+        def run() -> None:
+            launch()
+            self.largest = np.maximum(self.largest, self._found.read())  # maximum, unlike fmax, keeps NaN
+
+        return run
+
+
+def observing_engine(runner: Runner, case: ParityCase, name: str, threads: int) -> ObservingEngine:
+    """The runner's engine, one of whose graphs observes the FP16 values in it.
+
+    Args:
+        runner: The target.
+        case: The target.
+        name: Name of the graph, ``step`` or ``prefill``.
+        threads: CPU threads, 0 for every core.
+
+    Raises:
+        ContractError: The file cannot be read or loaded, or the type of a tensor cannot be told.
+    """
+    return ObservingEngine(runner.engine, name, *load_observed(case.graphs[name], case, threads))
 
 
 def load_observed(path: Path, case: ParityCase, threads: int) -> tuple[OrtGraph, Observed]:

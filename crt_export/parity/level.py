@@ -108,8 +108,7 @@ class ParitySetup:
             BundleError: A file is missing or differs from what was built.
             ContractError: A graph cannot be loaded or breaks the contract.
         """
-        assert case.files is not None, "a target is compared as the bundle holds it"
-        return self.runners.of(case.files, case.target)
+        return self.runners.of(case)
 
     def limits(self, precision: str) -> Tolerance:
         """The limits of one precision."""

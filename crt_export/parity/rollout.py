@@ -1,17 +1,15 @@
-"""Run the graphs of a target through the regimes and hand every logit to a scorer."""
+"""Regimes of a target, run by its deployed engine and decoder; a scorer gets every logit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
-from crt_export.parity.binding import BoundGraph, Caches, new_caches
-from crt_export.parity.case import ParityCase, load_checked_graph
+from crt_export.parity.case import ParityCase
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
+from crt_export.parity.runner import Decoding, Runner
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import Windows
 
@@ -19,52 +17,23 @@ from crt_export.parity.windows import Windows
 _BLOCK_ELEMENTS = 2_000_000
 _BATCH_BYTES = 512 * 2**20
 
-#: Graph files a regime runs, in the order they run.
-GRAPHS_OF_REGIME = {
-    STEP: ("step",),
-    PREFILL: ("prefill", "head"),
-    PREFILL_PASS: ("prefill_pass", "head"),
-    HANDOVER: ("prefill", "step"),
-}
-
 
 class Rollout:
-    """The graphs of one target, loaded when first needed, on one set of windows."""
+    """One target on one set of windows."""
 
-    def __init__(
-        self, case: ParityCase, config: ModelConfig, windows: Windows, *, window_batch: int, threads: int
-    ) -> None:
-        """Prepare; nothing is loaded yet.
+    def __init__(self, runner: Runner, case: ParityCase, windows: Windows, *, window_batch: int) -> None:
+        """Prepare; nothing runs yet.
 
         Args:
-            case: The target.
-            config: The model.
+            runner: The target.
+            case: The same.
             windows: What to run.
             window_batch: Most windows per call; fewer where memory is short.
-            threads: CPU threads, 0 for every core.
         """
-        self.case, self.config, self.windows = case, config, windows
-        self.capacity = windows.length if case.capacity is None else case.capacity
+        self.runner, self.case, self.windows = runner, case, windows
         self.batch = max(1, min(window_batch, _BATCH_BYTES // self._bytes_per_window()))
         self.inconsistency: dict[str, float] = {}
-        self._threads = threads
-        self._graphs: dict[str, OrtGraph] = {}
         self._hidden: dict[int, np.ndarray] = {}
-
-    def graph(self, name: str) -> OrtGraph:
-        """One graph, checked against its contract when it is loaded.
-
-        Raises:
-            ContractError: The file differs from its contract or cannot be loaded.
-        """
-        if name not in self._graphs:
-            self._graphs[name] = load_checked_graph(self.case, name, self.config, self._threads)
-        return self._graphs[name]
-
-    def release(self) -> None:
-        """Drop the loaded graphs and what they left; the next use loads them again."""
-        self._graphs.clear()
-        self._hidden.clear()
 
     def run(self, regime: str, scorer: Scorer, on_progress: Callable[[int], None]) -> None:
         """Run one regime over all windows.
@@ -79,102 +48,52 @@ class Rollout:
         """
         for rows in self._window_slices():
             ids = self.windows.inputs[rows]
-            caches = new_caches(self.case.spec("step", self.config), self._sizes(rows))
+            decoding = self.runner.decoding(len(ids), self.windows.length)
             if regime == STEP:
-                self._step_chain(ids, rows, caches, scorer, 0, None)
+                self._step_chain(decoding, ids, rows, scorer)
             elif regime == HANDOVER:
                 half = self.windows.length // 2
-                prefill = self._prefill("prefill", ids[:, :half], rows, caches, self._passes("prefill"))
-                scorer.add(rows, half - 1, prefill.read("logits")[:, None])
-                self._step_chain(ids, rows, caches, scorer, half, self._state(prefill))
+                self._prefill(decoding, ids[:, :half], PREFILL)
+                scorer.add(rows, half - 1, decoding.logits()[:, None])
+                self._step_chain(decoding, ids, rows, scorer)
             else:
-                bound = self._prefill(regime, ids, rows, caches, self._passes(regime))
-                self._score_prefill(regime, bound, rows, scorer)
+                self._prefill(decoding, ids, regime)
+                self._score_prefill(regime, decoding, rows, scorer)
             on_progress(rows.stop)
 
-    def _passes(self, graph: str) -> int:
-        """Calls of a prefill graph that make K passes."""
-        return self.case.unroll if graph == PREFILL_PASS else 1
-
-    def _step_chain(
-        self, ids: np.ndarray, rows: slice, caches: Caches, scorer: Scorer, start: int, state: np.ndarray | None
-    ) -> None:
-        spec = self.case.spec("step", self.config)
-        bound = BoundGraph(self.graph("step"), spec, self._sizes(rows), caches)
-        if state is not None:
-            bound.set(state=state)
-        block, first, position = self._new_block(rows), start, start
+    def _step_chain(self, decoding: Decoding, ids: np.ndarray, rows: slice, scorer: Scorer) -> None:
+        first = position = decoding.position[0]
+        block = self._new_block(rows)
         try:
-            for position in range(start, ids.shape[1]):
+            for position in range(first, ids.shape[1]):
                 if position - first == block.shape[1]:
                     scorer.add(rows, first, block)
                     first = position
-                self._step(bound, ids[:, position : position + 1], position, block[:, position - first])
+                decoding.step(ids[:, position])
+                block[:, position - first] = decoding.logits()
+                _refuse(decoding.broken)
             position = ids.shape[1]
         finally:
             # Also when a step fails: how far the chain came is part of the report.
             if position > first:
                 scorer.add(rows, first, block[:, : position - first])
 
-    def _step(self, bound: BoundGraph, ids: np.ndarray, position: int, logits: np.ndarray) -> None:
-        """One token per window; fills ``logits`` [windows, vocab] and carries the state over."""
-        bound.run(input_ids=ids, position=np.full(len(ids), position))
-        logits[:] = bound.read("logits")
-        self._check_token_outputs(bound, logits, position + 1, "step")
-        if bound.has("next_state"):
-            bound.set(state=bound.read("next_state"))
+    def _prefill(self, decoding: Decoding, ids: np.ndarray, regime: str) -> None:
+        """K passes over some tokens; the scorer sees the head's logits of every position, not all that came of them."""
+        decoding.prefill(ids, self.case.unroll, pass_by_pass=regime == PREFILL_PASS)
+        _refuse([*decoding.broken, *decoding.refused])
 
-    def _prefill(self, name: str, ids: np.ndarray, rows: slice, caches: Caches, calls: int) -> BoundGraph:
-        spec, sizes = self.case.spec(name, self.config), {**self._sizes(rows), "seq": ids.shape[1]}
-        bound = BoundGraph(self.graph(name), spec, sizes, caches)
-        bound.set(input_ids=ids, length=np.full(len(ids), ids.shape[1]))
-        for _ in range(calls):
-            bound.run()
-            self._check_token_outputs(bound, bound.read("logits"), ids.shape[1], name)
-            if bound.has("residual"):
-                _check_finite(bound.read("residual"), f"{name}: residual is NaN or infinite, so a hidden state is")
-                bound.set(hidden=bound.read("next_hidden"))
-            # The scorer sees the head's logits of every position, not these of the last one.
-            _check_finite(bound.read("logits"), f"{name}: logits are NaN or infinite")
-        self._check_last_state(bound, name)
-        return bound
-
-    def _score_prefill(self, name: str, bound: BoundGraph, rows: slice, scorer: Scorer) -> None:
-        hidden, head = bound.read("next_hidden"), self.graph("head")
-        step = self._new_block(rows).shape[1]
+    def _score_prefill(self, regime: str, decoding: Decoding, rows: slice, scorer: Scorer) -> None:
+        hidden, step = decoding.hidden, self._new_block(rows).shape[1]
         logits = np.empty(0)
         for first in range(0, hidden.shape[1], step):
-            logits = head.run({"hidden": np.ascontiguousarray(hidden[:, first : first + step])})["logits"]
-            expected = (hidden.shape[0], min(step, hidden.shape[1] - first), self.config.vocab_size)
-            if logits.shape != expected or logits.dtype != np.float32:
-                raise ContractError(
-                    f"head: logits are {logits.dtype} {list(logits.shape)}, expected float32 {list(expected)}"
-                )
+            logits = self.runner.head(hidden[:, first : first + step])
             scorer.add(rows, first, logits)
-        self._note(name, logits[:, -1], bound.read("logits"))
-        if name == PREFILL:
+        self._note(regime, logits[:, -1], decoding.logits())
+        if regime == PREFILL:
             self._hidden[rows.start] = hidden.copy()
         elif rows.start in self._hidden:
-            self._note(name, hidden, self._hidden[rows.start])
-
-    def _check_token_outputs(self, bound: BoundGraph, logits: np.ndarray, position: int, name: str) -> None:
-        """next_token and next_position say what logits and input say."""
-        wrong = bound.read("next_position") != position
-        if wrong.any():
-            found = bound.read("next_position")[wrong][0]
-            raise ContractError(f"{name}: next_position is {found} after token {position - 1}, expected {position}")
-        best = logits.argmax(axis=-1)
-        if np.isfinite(logits).all() and (bound.read("next_token")[:, 0] != best).any():
-            raise ContractError(f"{name}: next_token after token {position - 1} is not the argmax of logits")
-
-    def _check_last_state(self, bound: BoundGraph, name: str) -> None:
-        """next_state is h of the last token; in these calls nothing is padded."""
-        if bound.has("next_state") and not np.array_equal(bound.read("next_state"), bound.read("next_hidden")[:, -1:]):
-            raise ContractError(f"{name}: next_state is not next_hidden of the last token")
-
-    @staticmethod
-    def _state(bound: BoundGraph) -> np.ndarray | None:
-        return bound.read("next_state").copy() if bound.has("next_state") else None
+            self._note(regime, hidden, self._hidden[rows.start])
 
     def _note(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
         """Remember the largest relative difference between two forms of the same computation, NaN above all."""
@@ -186,7 +105,7 @@ class Rollout:
 
     def _new_block(self, rows: slice) -> np.ndarray:
         """Room for the logits of some positions, float32 [windows, positions, vocab]."""
-        batch, vocab = rows.stop - rows.start, self.config.vocab_size
+        batch, vocab = rows.stop - rows.start, self.runner.config.vocab_size
         positions = min(self.windows.length, max(1, _BLOCK_ELEMENTS // (batch * vocab)))
         return np.empty((batch, positions, vocab), np.float32)
 
@@ -194,18 +113,16 @@ class Rollout:
         for start in range(0, self.windows.count, self.batch):
             yield slice(start, min(start + self.batch, self.windows.count))
 
-    def _sizes(self, rows: slice) -> dict[str, int]:
-        return {"batch": rows.stop - rows.start, "capacity": self.capacity}
-
     def _bytes_per_window(self) -> int:
-        config, length = self.config, self.windows.length
+        config, length = self.runner.config, self.windows.length
+        capacity = self.runner.capacity or length
         item = np.dtype(self.case.cache_dtype).itemsize
-        cache = 2 * config.num_hidden_layers * config.num_attention_heads * self.capacity * config.head_dim * item
+        cache = 2 * config.num_hidden_layers * config.num_attention_heads * capacity * config.head_dim * item
         # Scores of one layer's attention in prefill, and about as much again for its mask and softmax.
-        scores = 2 * 4 * config.num_attention_heads * length * (self.capacity + length)
+        scores = 2 * 4 * config.num_attention_heads * length * (capacity + length)
         return max(1, cache + scores)
 
 
-def _check_finite(values: np.ndarray, problem: str) -> None:
-    if not np.isfinite(values).all():
-        raise ContractError(problem)
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ContractError(problems[0])

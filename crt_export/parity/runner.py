@@ -16,17 +16,19 @@ NaN, or -1, and never what the call before left there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crt_export.bundle import BundleFiles
+from crt_export.bundle import BundleFiles, HeldGraph
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
-from crt_export.errors import BundleError, ContractError
+from crt_export.errors import BundleError, ContractError, UnsupportedError
 from crt_export.parity.tap import Tap, TappedEngine
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
@@ -43,6 +45,9 @@ from crt_export.runtime.opening import (
 from crt_export.runtime.prefill import PrefillRule
 from crt_export.runtime.rows import Batch
 from crt_export.runtime.slide import Window
+
+if TYPE_CHECKING:
+    from crt_export.parity.case import ParityCase
 
 #: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
 _STATIC_DISABLED = ("MatMulAddFusion",)
@@ -63,27 +68,17 @@ class Runner:
         engine: Where its decoders run.
     """
 
-    def __init__(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> None:
-        """Open the target; :func:`open_runner` does it by name.
+    def __init__(self, target: Target, config: ModelConfig, engine: Engine, load: Callable[[str], OrtGraph]) -> None:
+        """Take an engine; :func:`open_runner` opens that of a bundle's target.
 
         Args:
-            files: The opened bundle.
-            target: One of its targets.
+            target: The target.
             config: The model.
-            threads: CPU threads, 0 for every core.
-
-        Raises:
-            BundleError: A file is missing or differs from what was built.
-            ContractError: A graph cannot be loaded or breaks the contract.
-            MissingDependencyError: ONNX Runtime is not installed.
+            engine: Its graphs, loaded.
+            load: Loads a graph that no session loads.
         """
-        self.target, self.config = target, config
-        self.engine = (
-            engine_from_target(files, target, config, threads)
-            if target.profile.device == "cpu"
-            else _emulated_engine(files, target, config, threads)
-        )
-        self._files, self._threads = files, threads
+        self.target, self.config, self.engine = target, config, engine
+        self._load = load
 
     @property
     def one_graph(self) -> bool:
@@ -97,7 +92,13 @@ class Runner:
 
     def graph_name(self, graph: str) -> str:
         """The graph that makes this step or prefill: ``prefill_pass`` where one graph makes all."""
-        return self.target.one_graph(self.config) or graph
+        return (_PASS if self.config.recurrent else "prefill") if self.one_graph else graph
+
+    def over(self, engine: Engine) -> Runner:
+        """The same target on another engine that offers the same graphs."""
+        other = copy.copy(self)
+        other.engine = engine
+        return other
 
     def decoding(self, rows: int, capacity: int, window: Window | None = None) -> Decoding:
         """A decoder for some rows, empty.
@@ -150,13 +151,7 @@ class Runner:
             ContractError: The target has no such graph, or it cannot be loaded or breaks the contract.
             BundleError: Its file is missing or differs from what was built.
         """
-        if graph not in self.target.graphs:
-            raise ContractError(f"target {self.target.name} has no {graph} graph, which validation needs")
-        graphs = {graph: self._files.held_graph(self.target.graphs[graph])}
-        engine = OrtEngine(graphs, _settings(self.target, self._threads), max_tokens=self.engine.max_tokens)
-        program = engine.program(graph)
-        check_contract({graph: program}, self.target, self.config)
-        return program
+        return self._load(graph)
 
     @cached_property
     def _head(self) -> OrtGraph:
@@ -178,7 +173,63 @@ def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
         MissingDependencyError: ONNX Runtime is not installed.
     """
     config = config_from_manifest(files)
-    return Runner(files, target_from_manifest(files, name, config), config, threads)
+    target = target_from_manifest(files, name, config)
+    missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
+    if missing:
+        raise BundleError(f"{files.path}: target {name} has no {' and no '.join(missing)} graph; build it again")
+
+    def graph_file(graph: str) -> HeldGraph:
+        return files.held_graph(target.graphs[graph])
+
+    engine = engine_from_target(files, target, config, threads) if target.profile.device == "cpu" else None
+    return runner_of_files(target, config, graph_file, threads, engine)
+
+
+def runner_of_files(
+    target: Target,
+    config: ModelConfig,
+    graph_file: Callable[[str], Path | HeldGraph],
+    threads: int,
+    engine: Engine | None = None,
+) -> Runner:
+    """A runner of ONNX files, loaded in the place of a GPU's engine where there is no other.
+
+    Args:
+        target: The target.
+        config: The model.
+        graph_file: Gives the file of a graph, one of the target's.
+        threads: CPU threads, 0 for every core.
+        engine: The target's own engine; None loads ``step``, and the prefills when they are first asked for, since K
+            passes take gigabytes.
+
+    Raises:
+        ContractError: A graph cannot be loaded or breaks the contract.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    settings = _settings(target, threads)
+
+    def check(graph: str, program: OrtGraph) -> None:
+        check_contract({graph: program}, target, config)
+
+    def load(graph: str) -> OrtGraph:
+        if graph not in target.graphs:
+            raise ContractError(f"target {target.name} has no {graph} graph, which validation needs")
+        program = OrtEngine({graph: graph_file(graph)}, settings, max_tokens=1).program(graph)
+        check(graph, program)
+        return program
+
+    if engine is None:
+        later = [graph for graph in ("prefill", *DEMANDED_GRAPHS) if graph in target.graphs]
+        engine = _EmulatedEngine(
+            {"step": graph_file("step")},
+            settings,
+            max_tokens=target.profile.seq.max,
+            on_demand={graph: partial(graph_file, graph) for graph in later},
+            check=check,
+        )
+        check("step", engine.program("step"))
+        engine.fixed_capacity = target.capacity if target.profile.compiled else None
+    return Runner(target, config, engine, load)
 
 
 class Runners:
@@ -193,20 +244,23 @@ class Runners:
         """
         self._keeps_all = config.parameter_count <= _SMALL_PARAMETERS
         self._threads = threads
-        self._open: dict[tuple[int, str], Runner] = {}
+        self._open: dict[str, tuple[ParityCase, Runner]] = {}
 
-    def of(self, files: BundleFiles, name: str) -> Runner:
+    def of(self, case: ParityCase) -> Runner:
         """The runner of a target, opened when it is first asked for; raises as :func:`open_runner`."""
-        key = (id(files), name)  # who asks holds the files
-        if key not in self._open:
-            if not self._keeps_all:
-                self.close()
-            self._open[key] = open_runner(files, name, self._threads)
-        return self._open[key]
+        case_and_runner = self._open.get(case.target)
+        if case_and_runner is not None and case_and_runner[0].opener is case.opener:
+            return case_and_runner[1]
+        assert case.opener is not None, "a target is compared as the bundle holds it"
+        if not self._keeps_all:
+            self.close()
+        runner = case.opener(self._threads)
+        self._open[case.target] = (case, runner)
+        return runner
 
     def close(self) -> None:
         """Release all of them."""
-        for runner in self._open.values():
+        for _, runner in self._open.values():
             runner.close()
         self._open.clear()
 
@@ -396,23 +450,12 @@ class _EmulatedEngine(OrtEngine):
 
     host_memory = False  # type: ignore[assignment]  # pads rows and leaves no token out of a pass, as on a device
 
-
-def _emulated_engine(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
-    """Load the ONNX files of a GPU's target, the prefills when they are first asked for: K passes take gigabytes."""
-    missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
-    if missing:
-        raise BundleError(f"{files.path}: target {target.name} has no {' and no '.join(missing)} graph; build it again")
-    later = ("prefill", *DEMANDED_GRAPHS)
-    engine = _EmulatedEngine(
-        {"step": files.held_graph(target.graphs["step"])},
-        _settings(target, threads),
-        max_tokens=target.profile.seq.max,
-        on_demand={graph: partial(files.held_graph, target.graphs[graph]) for graph in later if graph in target.graphs},
-        check=lambda graph, program: check_contract({graph: program}, target, config),
-    )
-    check_contract({"step": engine.program("step")}, target, config)
-    engine.fixed_capacity = target.capacity if target.profile.compiled else None
-    return engine
+    def program(self, graph: str) -> OrtGraph:
+        """The loaded graph of this name; a target without it breaks its contract."""
+        try:
+            return super().program(graph)
+        except UnsupportedError as error:
+            raise ContractError(str(error)) from error
 
 
 def _settings(target: Target, threads: int) -> OrtSettings:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from crt_export.errors import ContractError
 from crt_export.parity.case import ParityCase
 from crt_export.parity.comparison import compare
 from crt_export.parity.headroom import OBSERVED, largest_fp16_values
+from crt_export.parity.level import ParitySetup
 from crt_export.parity.metrics import Check, failed_check, measured
-from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP, Reference
+from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
 from crt_export.parity.report import Comparison
-from crt_export.parity.rollout import GRAPHS_OF_REGIME, Rollout
+from crt_export.parity.rollout import Rollout
+from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer, Scores
 from crt_export.parity.tolerances import Tolerances
-from crt_export.parity.windows import ParityOptions
 from crt_export.progress import Progress
-from crt_export.spec import graph_names
 
 _REPORTED_TENSORS = 16
 
@@ -39,54 +37,59 @@ class TargetResult:
     largest_fp16: Mapping[str, Mapping[str, float]]
 
 
-def check_target(
-    case: ParityCase,
-    reference: Reference,
-    options: ParityOptions,
-    tolerances: Tolerances,
-    progress: Progress,
-) -> TargetResult:
-    """Run every regime the model has; a regime that cannot run is a failed row.
+def check_target(case: ParityCase, setup: ParitySetup) -> TargetResult:
+    """Run every regime the target has; a regime that cannot run is a failed row.
+
+    Where one graph makes steps and passes alike, ``prefill`` is K calls of it, and there is no ``prefill_pass`` beside.
 
     Args:
         case: The target.
-        reference: PyTorch FP32 on the same windows.
-        options: Batch and threads.
-        tolerances: The limits.
-        progress: Told what runs and how many windows are done.
+        setup: Reference and windows, batch and limits.
     """
-    config, windows = reference.model.config, reference.windows
-    # PyTorch's count honours OMP_NUM_THREADS, so that checks that run side by side do not fight for the cores.
-    threads = options.threads or torch.get_num_threads()
-    rollout = Rollout(case, config, windows, window_batch=options.window_batch, threads=threads)
+    tolerances, windows = setup.tolerances, setup.windows
     found: dict[str, Comparison] = {}
     scores: dict[str, Scores] = {}
-    for regime in (STEP, PREFILL, PREFILL_PASS, HANDOVER):
-        if regime != HANDOVER and regime not in graph_names(config):
-            continue
-        scorer = Scorer(reference, regime, case.unroll, near_tie_margin=tolerances.near_tie_margin)
-        label = f"{case.target}: {regime}"
-        progress(label, 0, windows.count)
-        problems = _run_regime(rollout, regime, scorer, lambda done, label=label: progress(label, done, windows.count))
-        comparison = compare(_new_row(case, regime, windows.length), scorer.scores(), tolerances, problems)
+    try:
+        runner = setup.runner(case)
+    except ContractError as error:
+        for regime in (STEP, PREFILL, HANDOVER):
+            row = _new_row(case, regime, windows.length, regime)
+            nothing = Scorer(setup.reference, regime, case.unroll).scores()
+            found[regime] = compare(row, nothing, tolerances, [str(error)])
+        return TargetResult(comparisons=tuple(found.values()), scores=scores, largest_fp16={})
+    rollout = Rollout(runner, case, windows, window_batch=setup.options.window_batch)
+    separate = setup.config.recurrent and not runner.one_graph
+    for regime in (STEP, PREFILL, *((PREFILL_PASS,) if separate else ()), HANDOVER):
+        scorer = Scorer(setup.reference, regime, case.unroll, near_tie_margin=tolerances.near_tie_margin)
+        problems = _run_regime(rollout, regime, scorer, setup.progress)
+        row = _new_row(case, regime, windows.length, _graphs(runner, regime))
+        comparison = compare(row, scorer.scores(), tolerances, problems)
         if comparison.statistics and not problems:
             scores[regime] = scorer.scores()
         found[regime] = comparison.judged(*_consistency(comparison, rollout.inconsistency.get(regime), tolerances))
     largest: dict[str, dict[str, float]] = {}
-    rollout.release()
     if case.half:
         for name in OBSERVED:
-            progress(f"{case.target}: FP16 values of {name}", 0, windows.count)
-            found[name], largest[name] = _with_headroom(found[name], case, name, rollout, tolerances, threads)
+            setup.progress(f"{case.target}: FP16 values of {name}", 0, windows.count)
+            found[name], largest[name] = _with_headroom(found[name], case, name, rollout, tolerances, setup.threads)
     return TargetResult(comparisons=tuple(found.values()), scores=scores, largest_fp16=largest)
 
 
-def _run_regime(rollout: Rollout, regime: str, scorer: Scorer, on_progress: Callable[[int], None]) -> list[str]:
+def _run_regime(rollout: Rollout, regime: str, scorer: Scorer, progress: Progress) -> list[str]:
+    label, count = f"{rollout.case.target}: {regime}", rollout.windows.count
+    progress(label, 0, count)
     try:
-        rollout.run(regime, scorer, on_progress)
+        rollout.run(regime, scorer, lambda done: progress(label, done, count))
     except ContractError as error:
         return [*scorer.problems, str(error)]
     return [*scorer.problems]
+
+
+def _graphs(runner: Runner, regime: str) -> str:
+    """Graphs that a regime runs, in the order they run, joined with ``+``."""
+    if regime == HANDOVER:
+        return "+".join(dict.fromkeys((runner.graph_name(PREFILL), runner.graph_name(STEP))))
+    return runner.graph_name(regime) + ("" if regime == STEP else "+head")
 
 
 def _consistency(row: Comparison, largest: float | None, tolerances: Tolerances) -> tuple[Check, ...]:
@@ -97,12 +100,12 @@ def _consistency(row: Comparison, largest: float | None, tolerances: Tolerances)
     return (measured("regime_consistency", name, largest, limit=limit, precision=row.precision),)
 
 
-def _new_row(case: ParityCase, regime: str, length: int) -> Comparison:
+def _new_row(case: ParityCase, regime: str, length: int, graph: str) -> Comparison:
     steps = {STEP: length, HANDOVER: length - length // 2}
     return Comparison(
         target=case.target,
         runtime="onnxruntime",
-        graph="+".join(GRAPHS_OF_REGIME[regime]),
+        graph=graph,
         precision=case.precision,
         regime=regime,
         steps=steps.get(regime, case.unroll),
@@ -117,7 +120,7 @@ def _with_headroom(
     if name not in case.graphs:
         return found, {}  # its row failed already, with that sentence
     try:
-        values = largest_fp16_values(case, name, rollout.config, rollout.windows, batch=rollout.batch, threads=threads)
+        values = largest_fp16_values(rollout.runner, case, name, rollout.windows, batch=rollout.batch, threads=threads)
     except ContractError as error:
         return found.judged(failed_check(f"{name}: fp16_headroom", f"FP16 values could not be observed: {error}")), {}
     tensor, largest = next(iter(values.items()))

@@ -24,8 +24,8 @@ from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.ladder import LEVELS
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityOptions, validate_bundle
-from crt_export.parity.binding import BoundGraph
 from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.runner import Decoding
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.windows import windows_from_text
 from crt_export.pipeline import BuildOptions, build
@@ -126,19 +126,23 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert (starts[:, 0] == BOS).all(), f"{what} fed {starts[:, :4].tolist()} from position 0"
             assert not (starts[:, 1:2] == BOS).any(), f"{what} fed the token twice"
 
-    run_pass, run = Model.run_pass, BoundGraph.run
+    run_pass, step, prefill = Model.run_pass, Decoding.step, Decoding.prefill
 
     def recorded_pass(self: Model, ids: Any, previous: Any, position: Any, cache: Any) -> Any:
         look("pytorch", ids, position)
         return run_pass(self, ids, previous, position, cache)
 
-    def recorded_run(self: BoundGraph, **inputs: Any) -> None:
-        if "position" in inputs:
-            look("graph", inputs["input_ids"], inputs["position"])
-        run(self, **inputs)
+    def recorded_step(self: Decoding, ids: np.ndarray) -> None:
+        look("target", ids[:, None], np.array(self.position))
+        step(self, ids)
+
+    def recorded_prefill(self: Decoding, ids: np.ndarray, passes: int, **options: Any) -> None:
+        look("target", ids, np.array(self.position))
+        prefill(self, ids, passes, **options)
 
     monkeypatch.setattr(Model, "run_pass", recorded_pass)
-    monkeypatch.setattr(BoundGraph, "run", recorded_run)
+    monkeypatch.setattr(Decoding, "step", recorded_step)
+    monkeypatch.setattr(Decoding, "prefill", recorded_prefill)
     return seen
 
 

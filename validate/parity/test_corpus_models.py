@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from loose_runner import loose_runner
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.graph.export import export_graph
@@ -100,13 +101,15 @@ def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Compariso
     windows = windows_from_text(text, ParityOptions(), longest=length, longest_reason="test")
     graph, plan = _step_graph(checkpoint, precision, ids[:CALIBRATION], length)
     ir.save(graph, folder / "step.onnx")
+    graphs = {STEP: folder / "step.onnx"}
     case = ParityCase(
-        target="random", runtime="onnxruntime", precision=precision, graphs={STEP: folder / "step.onnx"}, unroll=2,
+        target="random", runtime="onnxruntime", precision=precision, graphs=graphs, unroll=2,
         cache_dtype=str(DTYPES[precision]).removeprefix("torch."), plan=plan,
     )  # fmt: skip
+    runner = loose_runner(graphs, config, precision, unroll=2)
     reference = Reference(model, windows, batch=windows.count)
     scorer = Scorer(reference, STEP, 2, near_tie_margin=limits.near_tie_margin)
-    Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
+    Rollout(runner, case, windows, window_batch=windows.count).run(STEP, scorer, lambda done: None)
     row = Comparison(target="random", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
     return compare(row, scorer.scores(), limits, scorer.problems)
 

@@ -6,7 +6,6 @@ Which level catches which fault: ``test_fault_injection.py``.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,43 +13,29 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from fault_edits import Edit, constant, replace_output
-from onnx import helper, numpy_helper
+from fault_bundle import SpoiledBundle
+from fault_edits import Edit, constant, node, replace_output
+from faults_of_graphs import ROPE
+from onnx import helper
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.parity import Comparison, ParityCase, ParityOptions, ParityReport, check_parity
+from crt_export.errors import BundleError
+from crt_export.parity import Comparison, ParityOptions, ParityReport, check_parity, validate_bundle
+from crt_export.parity.runner import Decoding
 from crt_export.text import TokenText
 
 LENGTH = 32
 OPTIONS = ParityOptions(
     validation_tokens=8 * LENGTH, window=LENGTH, short_reason="fault injection", threads=1, levels=("corpus",)
 )
-GRAPHS = ("step", "prefill", "prefill_pass", "head")
-
-
-@pytest.fixture
-def built(parity_bundle: Path) -> Path:
-    """The four FP32 graphs of a bundle and their weight file."""
-    return parity_bundle / "graphs"
-
-
-@pytest.fixture
-def copy(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "graphs"))
+GRAPH = "prefill_pass"  # which a session on a CPU loads for steps and prefill alike
 
 
 @pytest.fixture
 def check(parity_checkpoint: Checkpoint, real_text: TokenText) -> Callable[..., ParityReport]:
-    def run(folder: Path, **changes: Any) -> ParityReport:
-        case = ParityCase(
-            target="ort-cpu-fp32",
-            runtime="onnxruntime",
-            precision="fp32",
-            graphs={name: folder / f"{name}.fp32.onnx" for name in GRAPHS},
-            unroll=2,
-            cache_dtype="float32",
-        )
-        return check_parity(parity_checkpoint, [dataclasses.replace(case, **changes)], real_text, options=OPTIONS)
+    def run(bundle: SpoiledBundle, options: ParityOptions = OPTIONS, **changes: Any) -> ParityReport:
+        case = dataclasses.replace(bundle.case(), **changes)
+        return check_parity(parity_checkpoint, [case], real_text, options=options)
 
     return run
 
@@ -59,62 +44,39 @@ def _row(report: ParityReport, regime: str) -> Comparison:
     return next(row for row in report.rows if row.target == "ort-cpu-fp32" and row.regime == regime)
 
 
-def _edit(folder: Path, name: str, edit: Edit) -> None:
-    path = folder / f"{name}.fp32.onnx"
-    model = onnx.load(path, load_external_data=False)
-    edit(model)
-    onnx.save(model, path)
-
-
-def _set_weight(name: str, change: Callable[[np.ndarray], np.ndarray], weights: Path) -> Edit:
-    """Replace a weight of the shared file by a changed copy inside this graph."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        start, count = int(place["offset"]), int(place["length"])
-        values = np.frombuffer(weights.read_bytes()[start : start + count], np.float32).reshape(tensor.dims)
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(values)), name))
-
-    return edit
-
-
-def test_sound_files_pass_in_every_regime(built: Path, check: Callable[..., ParityReport]) -> None:
-    report = check(built, compiled=("step", "prefill"), runtime="tensorrt-rtx")
+def test_sound_files_pass_in_every_regime(spoiled: SpoiledBundle, check: Callable[..., ParityReport]) -> None:
+    report = check(spoiled, compiled=("step", "prefill"), runtime="tensorrt-rtx")
     assert report.passed, report.failures
     rows = [row for row in report.rows if row.target == "ort-cpu-fp32"]
     assert [row.regime for row in rows if row.status == "run"] == [
-        "step", "prefill", "prefill_pass", "handover", "regime-gap",
+        "step", "prefill", "handover", "regime-gap",
     ]  # fmt: skip
     assert [(row.runtime, row.passed, row.nll) for row in rows if row.status == "compiled"] == [
         ("tensorrt-rtx", None, None)
     ] * 2
     step, handover = _row(report, "step"), _row(report, "handover")
     assert (step.tokens, step.steps, handover.tokens, handover.steps) == (256, 32, 8 * 17, 16)
-    assert step.value("max_abs_logit_error") is not None
-    assert 0 < (step.value("max_abs_logit_error") or 0) < 1e-5
-    assert _row(report, "prefill_pass").value("regime_consistency") is not None
+    error = step.value("max_abs_logit_error")
+    assert error is not None
+    assert 0 < error < 1e-5
+    assert _row(report, "prefill").value("regime_consistency") is not None
     assert any("second half of each window" in note and "136 of 256 tokens" in note for note in report.notes)
 
 
-def test_a_model_worse_than_chance_is_noted(built: Path, check: Callable[..., ParityReport]) -> None:
-    report = check(built)
+def test_a_model_worse_than_chance_is_noted(spoiled: SpoiledBundle, check: Callable[..., ParityReport]) -> None:
+    report = check(spoiled)
     ungated = [row for row in report.rows if row.better_than_chance is False]
     assert ungated, "a random model does not fit the text"
     assert any(f"not gated in {len(ungated)} rows" in note for note in report.notes)
 
 
 def test_windows_in_small_batches_give_the_same_figures(
-    built: Path, parity_checkpoint: Checkpoint, real_text: TokenText, check: Callable[..., ParityReport]
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport]
 ) -> None:
-    whole = _row(check(built), "handover")
-    case = ParityCase(
-        target="ort-cpu-fp32", runtime="onnxruntime", precision="fp32", unroll=2, cache_dtype="float32",
-        graphs={name: built / f"{name}.fp32.onnx" for name in GRAPHS},
-    )  # fmt: skip
-    parts = check_parity(parity_checkpoint, [case], real_text, options=dataclasses.replace(OPTIONS, window_batch=3))
-    assert _row(parts, "handover").nll == pytest.approx(whole.nll, abs=1e-6)
-    assert _row(parts, "handover").tokens == whole.tokens
+    whole = _row(check(spoiled), "handover")
+    parts = _row(check(spoiled, dataclasses.replace(OPTIONS, window_batch=3)), "handover")
+    assert parts.nll == pytest.approx(whole.nll, abs=1e-6)
+    assert parts.tokens == whole.tokens
 
 
 def _rename(model: onnx.ModelProto) -> None:
@@ -152,81 +114,103 @@ def _wrong_token(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("graph", "edit", "regime", "sentence"),
     [
-        ("step", _rename, "step", "output logits: float32 [batch, 256] expected, nothing"),
+        (GRAPH, _rename, "step", "log_probabilities"),
         ("head", _cut(0), "prefill", "nothing was compared"),
         ("head", _cut(0), "prefill", "head: logits are float32 [8, 0, 256], expected float32 [8, 32, 256]"),
-        ("step", _cut(-1), "step", "ONNX Runtime failed in step.fp32.onnx"),
-        ("prefill", _nan_logits, "prefill", "prefill: logits are NaN or infinite"),
-        ("prefill", _nan_logits, "handover", "prefill: logits are NaN or infinite"),
-        ("prefill_pass", _nan_logits, "prefill_pass", "prefill_pass: logits are NaN or infinite"),
-        ("step", _stop_position, "step", "next_position is 0 after token 0, expected 1"),
-        ("step", _wrong_token, "step", "next_token after token 0 is not the argmax"),
+        (GRAPH, _cut(-1), "step", "logits: float32 [batch, 255]"),
+        (GRAPH, _nan_logits, "prefill", "logits is not finite"),
+        (GRAPH, _nan_logits, "handover", "logits is not finite"),
+        (GRAPH, _stop_position, "step", "step: next_position is 0 after token 0 of row 0, expected 1"),
+        (GRAPH, _wrong_token, "step", "step: next_token after token 0 of row 0 is not the argmax"),
     ],
 )
 def test_a_fault_in_a_file_fails_its_row(
-    copy: Path, check: Callable[..., ParityReport], graph: str, edit: Edit, regime: str, sentence: str
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport], graph: str, edit: Edit, regime: str, sentence: str
 ) -> None:
-    _edit(copy, graph, edit)
-    report = check(copy)
+    spoiled.edit([graph], edit)
+    report = check(spoiled)
     row = _row(report, regime)
     assert not report.passed
     assert row.passed is False
     assert any(sentence in failure for failure in row.failures), row.failures
 
 
-def test_nan_weight_fails_every_regime_that_runs_it(copy: Path, check: Callable[..., ParityReport]) -> None:
-    weights = copy / "fp32.weights"
-    _edit(copy, "step", _set_weight("final_norm.bias", lambda values: values * np.nan, weights))
-    report = check(copy)
+def test_nan_weight_fails_every_regime_that_runs_it(spoiled: SpoiledBundle, check: Callable[..., ParityReport]) -> None:
+    spoiled.set_weight_of(GRAPH, "final_norm.bias", spoiled.weight("final_norm.bias") * np.nan)
+    report = check(spoiled)
     assert "NaN or infinite, first in window 0 at position 0" in _row(report, "step").failures[0]
     assert _row(report, "step").nll is None
     assert _row(report, "handover").passed is False
-    assert _row(report, "prefill").passed is True
+    assert _row(report, "prefill").passed is False
 
 
-def test_nan_in_a_hidden_state_fails_prefill(copy: Path, check: Callable[..., ParityReport]) -> None:
-    weights = copy / "fp32.weights"
-    _edit(copy, "prefill", _set_weight("layers.0.mlp.down.bias", lambda values: values * np.nan, weights))
-    assert "prefill: residual is NaN" in _row(check(copy), "prefill").failures[0]
+def test_nan_in_a_hidden_state_fails_prefill(spoiled: SpoiledBundle, check: Callable[..., ParityReport]) -> None:
+    bias = "layers.0.mlp.down.bias"
+    spoiled.set_weight_of(GRAPH, bias, spoiled.weight(bias) * np.nan)
+    assert "residual is not finite" in _row(check(spoiled), "prefill").failures[0]
 
 
-def test_a_chain_that_stops_early_reports_how_far_it_came(copy: Path, check: Callable[..., ParityReport]) -> None:
-    for table in ("rope_cos", "rope_sin"):
-        _edit(copy, "step", _set_weight(table, lambda values: values[:20], copy / "fp32.weights"))
-    report = check(copy)
+def test_a_chain_that_stops_early_reports_how_far_it_came(
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport]
+) -> None:
+    for table in ROPE:
+        spoiled.set_weight_of(GRAPH, table, spoiled.weight(table)[:20])
+    report = check(spoiled)
     row = _row(report, "step")
     assert (row.passed, row.steps, row.tokens, row.nll) == (False, 20, 160, None)
     assert any("160 of 256 tokens were compared" in failure for failure in row.failures)
     assert _row(report, "handover").passed is False
 
 
-def test_one_pass_too_few_is_caught(copy: Path, check: Callable[..., ParityReport]) -> None:
-    shutil.copyfile(copy / "prefill_pass.fp32.onnx", copy / "prefill.fp32.onnx")
-    report = check(copy)
-    assert any("largest |logit error|" in failure for failure in _row(report, "prefill").failures)
-    assert any("two forms of the same computation" in failure for failure in _row(report, "prefill_pass").failures)
-
-
-@pytest.mark.parametrize("fault", ["missing", "truncated", "weights missing"])
-def test_a_file_that_cannot_be_loaded_is_a_failed_row(
-    copy: Path, check: Callable[..., ParityReport], fault: str
+def test_one_pass_too_few_is_caught(
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = copy / "step.fp32.onnx"
-    if fault == "missing":
-        step.unlink()
-    elif fault == "truncated":
-        step.write_bytes(step.read_bytes()[:1000])
-    else:
-        (copy / "fp32.weights").unlink()
-    report = check(copy)
-    assert (_row(report, "step").passed, _row(report, "step").tokens) == (False, 0)
+    prefill = Decoding.prefill
+    monkeypatch.setattr(
+        Decoding, "prefill", lambda self, ids, passes, **options: prefill(self, ids, passes - 1, **options)
+    )
+    assert any("largest |logit error|" in failure for failure in _row(check(spoiled), "prefill").failures)
+
+
+def test_logits_that_are_not_those_of_the_head_are_inconsistent(
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport]
+) -> None:
+    gain = constant("gain", 1.01, np.float32)
+    spoiled.edit(["head"], replace_output("logits", gain, node("Mul", ["before", "gain"], "logits")))
+    row = _row(check(spoiled), "prefill")
+    assert any("two forms of the same computation" in failure for failure in row.failures)
+
+
+def test_a_file_that_cannot_be_loaded_is_a_failed_row(
+    spoiled: SpoiledBundle, check: Callable[..., ParityReport]
+) -> None:
+    graph = spoiled.graphs[GRAPH]
+    model = onnx.load(graph, load_external_data=False)
+    model.graph.node[0].op_type = "Unknown"
+    onnx.save(model, graph)
+    report = check(spoiled)
+    for regime in ("step", "prefill", "handover"):
+        row = _row(report, regime)
+        assert (row.passed, row.tokens) == (False, 0)
+        assert any("ONNX Runtime cannot load it" in failure for failure in row.failures)
     assert not report.passed
 
 
-def test_a_graph_that_the_target_lacks_is_a_failure(built: Path, check: Callable[..., ParityReport]) -> None:
-    report = check(built, graphs={"step": built / "step.fp32.onnx"})
+@pytest.mark.parametrize("name", ["graphs/prefill_pass.fp32.onnx", "graphs/fp32.weights"])
+def test_a_file_that_is_missing_is_no_bundle(spoiled: SpoiledBundle, name: str) -> None:
+    spoiled.sign()
+    (spoiled.path / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        validate_bundle(spoiled.path, options=OPTIONS)
+
+
+def test_a_graph_that_the_target_lacks_is_a_failure(spoiled: SpoiledBundle, check: Callable[..., ParityReport]) -> None:
+    manifest = spoiled.manifest
+    del manifest["targets"]["ort-cpu-fp32"]["graphs"]["head"]
+    spoiled.change_manifest(targets=manifest["targets"])
+    report = check(spoiled)
     assert _row(report, "step").passed is True
-    assert "has no prefill graph" in _row(report, "prefill").failures[0]
+    assert "has no head graph" in _row(report, "prefill").failures[0]
     assert not report.passed
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, node, replace_output, replace_value
+from faults_of_graphs import ROPE
+from loose_runner import loose_runner
 
+from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
 from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
+from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.long_run import check_long_run
 from crt_export.parity.long_run.gates import growth_checks, why_not_gated
@@ -52,9 +56,12 @@ def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model:
 
 
 def _case(checkpoint: Checkpoint, step: Path, **changes: Any) -> ParityCase:
+    """A target of one loose file."""
+    graphs = {"step": step}
     values: dict[str, Any] = {
         "target": "ort-cpu-fp32", "runtime": "onnxruntime", "precision": "fp32", "unroll": 2,
-        "cache_dtype": "float32", "graphs": {"step": step},
+        "cache_dtype": "float32", "graphs": graphs,
+        "opener": lambda threads: loose_runner(graphs, checkpoint.config, "fp32", unroll=2),
     }  # fmt: skip
     return ParityCase(**{**values, **changes})
 
@@ -66,20 +73,17 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
 
 @pytest.fixture(scope="module")
 def sound(setup: ParitySetup, parity_bundle: Path) -> LevelResult:
-    return check_long_run(_case(setup.checkpoint, parity_bundle / "graphs" / "step.fp32.onnx"), setup)
+    return check_long_run(case_from_manifest(open_bundle(parity_bundle), "ort-cpu-fp32"), setup)
 
 
 @pytest.fixture
 def spoiled(setup: ParitySetup, parity_bundle: Path, tmp_path: Path) -> Callable[[Edit], LevelResult]:
-    """``spoiled(edit)``: the level on a copy of the step graph that was edited."""
+    """``spoiled(edit)``: the level on a copy of the bundle, the one graph of whose target was edited."""
 
     def run(edit: Edit) -> LevelResult:
-        graphs = Path(shutil.copytree(parity_bundle / "graphs", tmp_path / "graphs"))
-        step = graphs / "step.fp32.onnx"
-        model = onnx.load(step, load_external_data=False)
-        edit(model)
-        onnx.save(model, step)
-        return check_long_run(_case(setup.checkpoint, step), setup)
+        copy = SpoiledBundle(parity_bundle, tmp_path / "bundle", "ort-cpu-fp32")
+        copy.edit(["prefill_pass"], edit)
+        return check_long_run(copy.case(), setup)
 
     return run
 
@@ -253,12 +257,16 @@ def _nan_once(tensor: str, position: int, token: int, axes: Sequence[int]) -> Ed
     )
 
 
-def test_a_graph_that_stops_is_a_failed_run_with_its_step(setup: ParitySetup, parity_bundle: Path) -> None:
-    case = _case(setup.checkpoint, parity_bundle / "graphs" / "missing.onnx")
-    result = check_long_run(case, setup)
+def test_a_graph_that_stops_is_a_failed_run_with_its_step(
+    setup: ParitySetup, parity_bundle: Path, tmp_path: Path
+) -> None:
+    copy = SpoiledBundle(parity_bundle, tmp_path / "bundle", "ort-cpu-fp32")
+    for table in ROPE:
+        copy.set_weight_of("prefill_pass", table, copy.weight(table)[:20])
+    result = check_long_run(copy.case(), setup)
     assert [check.name for check in result.checks] == ["single: runs", "chained: runs"]
     assert result.passed is False
-    assert "missing.onnx" in result.failures[0]
+    assert "step 20 at position 20: ONNX Runtime failed in prefill_pass.fp32.onnx" in result.failures[0]
 
 
 # --- other models

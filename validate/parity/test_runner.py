@@ -13,7 +13,7 @@ from fault_edits import Edit, constant, nan_at, node, replace_output, times_zero
 
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint
-from crt_export.parity.runner import Decoding, Runner, open_runner
+from crt_export.parity.runner import Decoding, Runner, open_runner, runner_of_files
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
 from crt_export.runtime import Bundle, Session
@@ -119,7 +119,8 @@ def test_a_compiled_target_has_the_capacity_of_its_engines(
 ) -> None:
     files, runner = opened("ort-cuda-fp16")
     profile = load_profile("rtx-sm80-fp16").with_unroll(2)
-    compiled = Runner(files, dataclasses.replace(runner.target, name=profile.name, profile=profile), runner.config, 1)
+    target = dataclasses.replace(runner.target, name=profile.name, profile=profile)
+    compiled = runner_of_files(target, runner.config, lambda graph: files.held_graph(target.graphs[graph]), 1)
     decoding = compiled.decoding(ROWS, 8)
     decoding.prefill(ids[:, :12], 2)
     assert (compiled.capacity, decoding.capacity, compiled.engine.max_tokens) == (CAPACITY, CAPACITY, 256)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from crt_export.parity.case import ParityCase
-from crt_export.parity.headroom import OUTPUT, load_observed
+from crt_export.parity.headroom import observing_engine
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.reference import LongReference
 from crt_export.parity.long_run.run import Steps
 from crt_export.parity.long_run.schedule import Schedule
-from crt_export.spec import TensorSpec
 
 _WEIGHT = re.compile(r"(embed|correction|layers\.\d+|final_norm|lm_head)\.")
 _SUFFIX = " (bound of its scores)"
@@ -58,21 +56,18 @@ def observe_long_run(
     Raises:
         ContractError: The graph cannot be read or run, or the type of a tensor cannot be told.
     """
-    graph, observed = load_observed(case.graphs["step"], case, setup.threads)
-    spec = case.spec("step", setup.config)
-    entries = TensorSpec(name=OUTPUT, dtype="float32", dims=(observed.count,))
-    steps = Steps(graph, replace(spec, outputs=(*spec.outputs, entries)), schedule, reference.windows.inputs)
+    engine = observing_engine(setup.runner(case), case, "step", setup.threads)
+    steps = Steps(setup.runner(case).over(engine), schedule, reference.windows.inputs)
     gated = schedule.gated_tokens
-    trained = whole = np.zeros(observed.count, np.float32)
-    for step, _ in steps.run(setup.config, setup.progress, f"{case.target}: FP16 values, {schedule.kind}"):
-        whole = np.maximum(whole, steps.bound.read(OUTPUT))  # maximum, unlike fmax, keeps NaN
+    trained: dict[str, float] = {}
+    for step, _ in steps.run(setup.progress, f"{case.target}: FP16 values, {schedule.kind}"):
         if step == gated - 1:
-            trained = whole
-    values = [observed.largest(np.nan_to_num(largest, nan=np.inf)) for largest in (whole, trained)]
+            trained = engine.largest()
+    whole = engine.largest()
     return LongHeadroom(
-        whole=dict(sorted(values[0].items(), key=lambda item: -item[1])),
-        trained=values[1] if gated else {},
-        layers=layers_of_tensors(case.graphs["step"], list(values[0])),
+        whole=dict(sorted(whole.items(), key=lambda item: -item[1])),
+        trained=trained,
+        layers=layers_of_tensors(case.graphs["step"], list(whole)),
     )
 
 

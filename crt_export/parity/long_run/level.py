@@ -25,7 +25,7 @@ def check_long_run(case: ParityCase, setup: ParitySetup) -> LevelResult:
     """Decode a long text in one run and in chained windows, see :mod:`crt_export.parity.long_run`.
 
     Args:
-        case: The target; its step graph runs.
+        case: The target.
         setup: Text, reference, limits, and how many tokens (``options.long_run_tokens``).
 
     Raises:
@@ -55,7 +55,7 @@ def _check_run(
     """One run: its checks, its entry in the data, and what its growth does not say."""
     tolerances, limits = setup.tolerances, setup.limits(case.precision)
     reference = long_reference(setup, schedule)
-    run = run_target(case, setup, schedule, reference)
+    run = run_target(setup.runner(case), setup, schedule, reference)
     blocks = blocks_of_run(run, schedule, tolerances.near_tie_margin)
     growth = growth_from_units(unit_errors(run, schedule.unit), schedule.unit)
     checks = [*run_checks(run, schedule, blocks, case.precision, tolerances)]

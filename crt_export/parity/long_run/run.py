@@ -7,19 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError
-from crt_export.parity.binding import BoundGraph, Caches, new_caches
-from crt_export.parity.case import ParityCase, load_checked_graph
 from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.reference import LongReference
 from crt_export.parity.long_run.schedule import Schedule
 from crt_export.parity.reference import STEP
+from crt_export.parity.runner import Decoding, Runner
 from crt_export.parity.scores import Scorer, Scores
 from crt_export.progress import Progress
 from crt_export.runtime.slide import window_from_config
-from crt_export.spec import GraphSpec
 
 #: Logits compared at a time: little enough for any vocabulary.
 _BLOCK_ELEMENTS = 2_000_000
@@ -50,84 +46,61 @@ class TargetRun:
 
 
 class Steps:
-    """One graph fed the tokens of a schedule, its state carried from step to step."""
+    """One row fed the tokens of a schedule."""
 
-    def __init__(self, graph: OrtGraph, spec: GraphSpec, schedule: Schedule, ids: np.ndarray) -> None:
-        """Bind.
+    def __init__(self, runner: Runner, schedule: Schedule, ids: np.ndarray) -> None:
+        """Allocate.
 
         Args:
-            graph: The step graph.
-            spec: Its contract.
+            runner: The target.
             schedule: The run.
             ids: Tokens, int64 [1, tokens].
         """
-        sizes = {"batch": 1, "capacity": schedule.capacity}
-        self.caches: Caches = new_caches(spec, sizes)
-        self.bound = BoundGraph(graph, spec, sizes, self.caches)
-        self.present = {past: present for present, past in spec.aliases}
+        window = window_from_config(runner.config) if schedule.slides else None
+        self.decoding = runner.decoding(1, schedule.capacity, window)
         self._schedule, self._ids = schedule, ids
 
-    def run(self, config: ModelConfig, progress: Progress, label: str) -> Iterator[tuple[int, int]]:
+    def run(self, progress: Progress, label: str) -> Iterator[tuple[int, int]]:
         """Run every step; yields its number and its position in the cache when it is done.
 
         Raises:
             ContractError: ONNX Runtime failed; the message names the step.
         """
-        position = 0
+        (position,) = self.decoding.position
         for step in range(self._schedule.tokens):
             if step % _PROGRESS_STEPS == 0:
                 progress(label, step, self._schedule.tokens)
             if position == self._schedule.window:
-                position = self._empty()
-            elif self._schedule.slides and position == self._schedule.capacity:
-                position = self._slide(config, position)
+                self.decoding.empty_caches()
             try:
-                self.bound.run(input_ids=self._ids[:, step : step + 1], position=np.array([position]))
+                self.decoding.step(self._ids[:, step])
             except ContractError as error:
                 raise ContractError(f"{label}: step {step} at position {position}: {error}") from error
-            yield step, position
-            if self.bound.has("next_state"):
-                self.bound.set(state=self.bound.read("next_state"))
-            position += 1
+            (position,) = self.decoding.position
+            yield step, position - 1
         progress(label, self._schedule.tokens, self._schedule.tokens)
 
-    def _empty(self) -> int:
-        """Zero the caches and start at position 0; the state stays."""
-        for cache in self.caches.values():
-            cache.read().fill(0)
-        return 0
 
-    def _slide(self, config: ModelConfig, position: int) -> int:
-        """Forget what the attention window does not see, as a session does; the new position."""
-        window = window_from_config(config)
-        assert window is not None
-        for name, cache in self.caches.items():
-            row = cache.read()[0]
-            row[...] = window.evict(row, position, keys=name.endswith(".key"))
-        return window.kept(position)
-
-
-def run_target(case: ParityCase, setup: ParitySetup, schedule: Schedule, reference: LongReference) -> TargetRun:
-    """Decode the tokens with the step graph of a target and compare every step.
+def run_target(runner: Runner, setup: ParitySetup, schedule: Schedule, reference: LongReference) -> TargetRun:
+    """Decode the tokens and compare every step.
 
     Raises:
-        ContractError: The graph breaks its contract or cannot run.
+        ContractError: The graph cannot run.
     """
     config, tokens = setup.config, schedule.tokens
-    graph = load_checked_graph(case, "step", config, setup.threads)
-    steps = Steps(graph, case.spec("step", config), schedule, reference.windows.inputs)
-    scorer, watch = Scorer(reference, STEP, 1), _Watch(steps)
+    steps = Steps(runner, schedule, reference.windows.inputs)
+    scorer, watch = Scorer(reference, STEP, 1), _Watch(steps.decoding)
     logits = np.empty((1, min(tokens, max(1, _BLOCK_ELEMENTS // config.vocab_size)), config.vocab_size), np.float32)
-    states = np.empty((tokens, config.hidden_size), np.float32) if steps.bound.has("next_state") else None
+    states = np.empty((tokens, config.hidden_size), np.float32) if config.recurrent else None
     first, everything = 0, slice(0, 1)
-    for step, position in steps.run(config, setup.progress, f"{case.target}: long run, {schedule.kind}"):
+    for step, position in steps.run(setup.progress, f"{runner.target.name}: long run, {schedule.kind}"):
         watch.look(step, position)
         if step - first == logits.shape[1]:
             scorer.add(everything, first, logits)
             first = step
-        logits[0, step - first] = steps.bound.read("logits")[0]
+        logits[0, step - first] = steps.decoding.logits()[0]
         if states is not None:
-            states[step] = steps.bound.read("next_state")[0, 0]
+            states[step] = steps.decoding.output("next_state")[0, 0]  # type: ignore[index]  # a recurrent model
     scorer.add(everything, first, logits[:, : tokens - first])
     return TargetRun(
         scores=scorer.scores(),
@@ -141,20 +114,28 @@ def run_target(case: ParityCase, setup: ParitySetup, schedule: Schedule, referen
 class _Watch:
     """Looks at what every step wrote: cache entries, state, logits, next position."""
 
-    def __init__(self, steps: Steps) -> None:
-        self._bound = steps.bound
-        self._entries = [(steps.present[name], cache.read()) for name, cache in steps.caches.items()]
-        self._outputs = [(name, steps.bound.read(name)) for name in ("next_state", "logits") if steps.bound.has(name)]
+    def __init__(self, decoding: Decoding) -> None:
+        layers = range(decoding.runner.config.num_hidden_layers)
+        self._decoding = decoding
+        self._caches = [f"present_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
         self.count, self.first, self.wrong_position = 0, "", ""
 
     def look(self, step: int, position: int) -> None:
         """Look at one step; tensors in the order the graph computes them, so the first bad one is named."""
-        bad = next((name for name, cache in self._entries if not np.isfinite(cache[0, :, position]).all()), None)
-        bad = bad or next((name for name, values in self._outputs if not np.isfinite(values).all()), None)
+        entries = {name: self._decoding.output(name) for name in (*self._caches, "next_state", "logits")}
+        bad = next(
+            (
+                name
+                for name, values in entries.items()
+                if values is not None
+                and not np.isfinite(values[0, :, position] if name in self._caches else values).all()
+            ),
+            None,
+        )
         if bad is not None:
             self.count += 1
             self.first = self.first or f"step {step} (position {position}), tensor {bad}"
-        found = int(self._bound.read("next_position")[0])
+        found = int(self._decoding.output("next_position")[0])  # type: ignore[index]  # every step has it
         if found != position + 1 and not self.wrong_position:
             self.wrong_position = f"next_position is {found} after step {step}, expected {position + 1}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,17 +65,19 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
         quantize(graph)
         ir.save(graph, tmp_path / "step.onnx")
         config, windows = reference.model.config, reference.windows
+        graphs = {STEP: tmp_path / "step.onnx"}
+        runner = importlib.import_module("loose_runner").loose_runner(graphs, config, precision, unroll=UNROLL)
         case = ParityCase(
             target="demo",
             runtime="onnxruntime",
             precision=precision,
-            graphs={STEP: tmp_path / "step.onnx"},
+            graphs=graphs,
             unroll=UNROLL,
             cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
             plan=plan,
         )
         scorer = Scorer(reference, STEP, UNROLL)
-        Rollout(case, config, windows, window_batch=windows.count, threads=1).run(STEP, scorer, lambda done: None)
+        Rollout(runner, case, windows, window_batch=windows.count).run(STEP, scorer, lambda done: None)
         row = Comparison(target="demo", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
         return compare(row, scorer.scores(), load_tolerances(), scorer.problems)
 

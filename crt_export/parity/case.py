@@ -109,8 +109,8 @@ class ParityCase:
 
     def room(self, config: ModelConfig) -> int:
         """Most tokens that a row can hold."""
-        positions = config.max_position_embeddings
-        return positions if self.built_for is None else min(self.built_for, positions)
+        limits = (config.max_position_embeddings, self.built_for, self.capacity)
+        return min(limit for limit in limits if limit is not None)
 
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""

@@ -259,7 +259,7 @@ def refusal_in_python(bundle: Path) -> str | None:
     return None
 
 
-def refusal_in_cpp(bundle: Path, library: Any, error: type[Any]) -> str | None:
+def refusal_in_cpp(bundle: Path, library: Any, error: type[BaseException]) -> str | None:
     """The kind of the refusal; None where the bundle opens."""
     try:
         library.bundle(bundle)

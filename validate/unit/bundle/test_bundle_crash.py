@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from crt_export.bundle import open_bundle, recovery, stage_bundle
+from crt_export.bundle import exchange, open_bundle, stage_bundle
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]
@@ -24,7 +24,7 @@ DEAD_PID = 4194305  # one more than Linux ever gives
 @pytest.fixture
 def two_renames(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that cannot exchange two folders."""
-    monkeypatch.setattr(recovery, "exchange_folders", lambda first, second: False)
+    monkeypatch.setattr(exchange, "exchange_folders", lambda first, second: False)
 
 
 def names(folder: Path) -> list[str]:
@@ -112,7 +112,7 @@ KILL_EVERYWHERE = """
 import shutil
 MODE = "{mode}"
 if MODE == "two renames":
-    recovery.exchange_folders = lambda first, second: False
+    exchange.exchange_folders = lambda first, second: False
 
 # Every operation of a build that changes the disk, each of which the build may not survive.
 remaining = [0]
@@ -126,7 +126,7 @@ def counted(owner, name):
     setattr(owner, name, wrapper)
 for name in ("fsync", "unlink", "rmdir", "mkdir", "rename"):
     counted(os, name)
-counted(recovery, "exchange_folders")
+counted(exchange, "exchange_folders")
 
 def content():
     opened = open_bundle(output)
@@ -186,12 +186,12 @@ def test_exchange_is_atomic_where_the_system_has_it(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_bytes(b"")
-    if not recovery.exchange_folders(tmp_path / "a", tmp_path / "b"):
+    if not exchange.exchange_folders(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange two folders")
     assert names(tmp_path / "a") == ["b"]
     assert names(tmp_path / "b") == ["a"]
     with pytest.raises(FileNotFoundError):
-        recovery.exchange_folders(tmp_path / "a", tmp_path / "absent")
+        exchange.exchange_folders(tmp_path / "a", tmp_path / "absent")
 
 
 def test_two_renames(tmp_path: Path, build: Build, two_renames: None) -> None:
@@ -225,7 +225,7 @@ def test_failure_of_the_second_rename_is_undone_at_once(
 
 
 BETWEEN = """
-recovery.exchange_folders = lambda first, second: False
+exchange.exchange_folders = lambda first, second: False
 original = Path.rename
 def rename(self, target):
     if ".partial-" in self.name:

@@ -153,7 +153,7 @@ def test_links_inside_a_stale_partial_are_not_followed(tmp_path: Path, build: Bu
 
 def test_many_builds_of_one_output_at_once(tmp_path: Path, start: Start) -> None:
     script = 'for number in range(10):\n    build(f"{os.getpid()}-{number}")\n'
-    two = "recovery.exchange_folders = lambda first, second: False\n"
+    two = "exchange.exchange_folders = lambda first, second: False\n"
     processes = [start(script), start(two + script), start(two + script)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -166,7 +166,7 @@ def test_many_builds_of_one_output_at_once(tmp_path: Path, start: Start) -> None
 def test_a_reader_always_finds_a_bundle_while_builds_replace_it(tmp_path: Path, build: Build, start: Start) -> None:
     output = build(tmp_path / "demo")
     process = start(
-        "recovery.exchange_folders = lambda first, second: False\nfor number in range(40):\n    build(str(number))\n"
+        "exchange.exchange_folders = lambda first, second: False\nfor number in range(40):\n    build(str(number))\n"
     )
     opened = 0
     while process.poll() is None:

@@ -19,14 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from crt_export.build.calibration import quantization_plan, read_build_text
-from crt_export.build.graphs import write_graphs
-from crt_export.build.manifest import REPORT_FILE, manifest_from_build
-from crt_export.build.options import BuildOptions, profiles_from_options
-from crt_export.build.prefill import prefill_plans
-from crt_export.build.store import StageStore
-from crt_export.build.targets import BuiltTarget, build_targets
-from crt_export.build.vectors import write_vectors
 from crt_export.bundle import BundleFiles, stage_bundle
 from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, load_checkpoint
 from crt_export.errors import ParityError, problem_list
@@ -36,6 +28,14 @@ from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
 from crt_export.progress import Progress, Stages, no_progress
+from crt_export.stages.calibration import quantization_plan, read_build_text
+from crt_export.stages.graphs import write_graphs
+from crt_export.stages.manifest import REPORT_FILE, manifest_from_build
+from crt_export.stages.options import BuildOptions, profiles_from_options
+from crt_export.stages.prefill import prefill_plans
+from crt_export.stages.store import StageStore
+from crt_export.stages.targets import BuiltTarget, build_targets
+from crt_export.stages.vectors import write_vectors
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 

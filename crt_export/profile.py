@@ -91,7 +91,7 @@ class EngineProfile(Checked):
         residual_dtype: Of the residual stream: ``float16`` or ``float32``; always float32 for fp32 and w8.
         unroll: Passes of the unrolled prefill; None takes the checkpoint's ``unroll_steps``.
         prefill: How prompts are taken: ``steps`` (token by token), ``passes``, ``adaptive`` (passes until their
-            residual is small), or ``auto``, which the build resolves (:mod:`crt_export.build.prefill`).
+            residual is small), or ``auto``, which the build resolves (:mod:`crt_export.stages.prefill`).
         attention: ``auto``, ``fused`` (one Attention node) or ``decomposed`` (MatMul, Softmax, MatMul).
         threads: CPU threads of a session, 0 for all; always 0 on a GPU.
         options: Settings that only this runtime has.

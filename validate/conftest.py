@@ -327,9 +327,9 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
-    from crt_export.build.vectors import write_vectors
     from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
     from crt_export.runtime.prefill import PrefillPlan
+    from crt_export.stages.vectors import write_vectors
 
     config = model.config
     names = [name for name in graph_names(config) if name != "head"]

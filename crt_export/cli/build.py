@@ -75,12 +75,12 @@ def build(
     The text calibrates INT8 targets and is what the built graphs are compared with PyTorch on.
     """
     require_one_text(text, tokens)
-    from crt_export.build.store import default_folder
     from crt_export.bundle import open_bundle
     from crt_export.errors import ParityError
     from crt_export.parity import ParityReport
     from crt_export.pipeline import BuildOptions
     from crt_export.pipeline import build as build_bundle
+    from crt_export.stages.store import default_folder
 
     if cache is not None and no_cache:
         raise click.UsageError("give --cache DIR or --no-cache, not both")

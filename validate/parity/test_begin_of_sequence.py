@@ -17,8 +17,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from crt_export.build.prefill import pass_limits
-from crt_export.build.vectors import make_vectors
 from crt_export.bundle import MANIFEST_NAME, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.ladder import LEVELS
@@ -30,6 +28,8 @@ from crt_export.parity.scores import reference_nll
 from crt_export.parity.windows import windows_from_text
 from crt_export.pipeline import BuildOptions, build
 from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.stages.prefill import pass_limits
+from crt_export.stages.vectors import make_vectors
 from crt_export.text import TokenText, read_text
 from crt_export.tokenizer import NoTokenizer
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from crt_export.build.graphs import write_graphs
-from crt_export.build.variants import variants_of_profile
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
@@ -24,6 +22,8 @@ from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.progress import no_progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.stages.graphs import write_graphs
+from crt_export.stages.variants import variants_of_profile
 from crt_export.text import TokenText
 
 TARGETS = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cuda-fp16", "rtx-sm80-fp16", "rtx-sm80-int8")

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crt_export.build.prefill import PassLimits, _plan, pass_limits, prefill_plans
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import UnsupportedError
 from crt_export.parity.certificate.curves import Stopping
 from crt_export.parity.statistics import Interval
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime.prefill import PrefillPlan
+from crt_export.stages.prefill import PassLimits, _plan, pass_limits, prefill_plans
 from crt_export.text import TokenText
 
 UNROLL = 3

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from crt_export import catalog
-from crt_export.build.calibration import read_build_text
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
@@ -26,6 +25,7 @@ from crt_export.parity.bundle import validate_bundle
 from crt_export.pipeline import BuildOptions, BuildResult, build
 from crt_export.profile import load_profile
 from crt_export.runtime import load_bundle
+from crt_export.stages.calibration import read_build_text
 from crt_export.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow

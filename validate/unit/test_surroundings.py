@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.build.store import default_folder
 from crt_export.engine.tensorrt.runtime_cache import cache_path
+from crt_export.stages.store import default_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="home folders and signals of POSIX")
 
@@ -30,7 +30,7 @@ def test_home_caches_and_temporary_files_are_the_test_run_s_own(own_surroundings
 
 def test_a_process_of_a_test_finds_the_same(own_surroundings: Path) -> None:
     code = (
-        "import pathlib, tempfile; from crt_export.build.store import default_folder;"
+        "import pathlib, tempfile; from crt_export.stages.store import default_folder;"
         "print(pathlib.Path.home(), default_folder(), tempfile.gettempdir(), sep='\\n')"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout

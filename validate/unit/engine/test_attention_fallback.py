@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-from crt_export.build import targets, variants
-from crt_export.build.graphs import write_graphs
-from crt_export.build.variants import GraphFile, GraphVariant
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
+from crt_export.stages import targets, variants
+from crt_export.stages.graphs import write_graphs
+from crt_export.stages.variants import GraphFile, GraphVariant
 
 Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 

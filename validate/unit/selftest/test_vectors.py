@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.build.vectors import make_vectors, write_vectors
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import BuildError, BundleError
@@ -21,6 +20,7 @@ from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.runtime.opening import config_from_manifest
 from crt_export.runtime.tensor_file import read_tensor_file
 from crt_export.selftest.vectors import RECURRENCE, VECTORS, VECTORS_FILE, Vectors, load_vectors
+from crt_export.stages.vectors import make_vectors, write_vectors
 from crt_export.text import TokenText
 from crt_export.tokenizer import load_tokenizer
 

@@ -5,7 +5,7 @@
     FOLDER/<stage>-<key>/entry.json    what the stage answered, size and SHA-256 of every file; a SHA-256 of that
                          files/...     the files, at their paths in the bundle
 
-The key is a hash over everything the stage depends on (:mod:`crt_export.build.keys`). An entry appears in one rename,
+The key is a hash over everything the stage depends on (:mod:`crt_export.stages.keys`). An entry appears in one rename,
 so that a build that dies or runs beside another one leaves a whole entry or none. Every byte is hashed again while it
 is copied into the bundle: a damaged entry is removed, with a note, and the stage runs as if there were none. A folder
 that cannot be read or written is as good as an empty one. The entries used longest ago go when there are more bytes
@@ -86,7 +86,7 @@ class StageStore:
 
         Args:
             stage: What made it.
-            key: Of :func:`crt_export.build.keys.stage_key`.
+            key: Of :func:`crt_export.stages.keys.stage_key`.
             target: Folder of the bundle; after None it holds none of the entry's files.
             read: Makes of the answer what the stage gives; called with the files in their places. An answer that it
                 cannot read is as damaged as any other part of an entry.

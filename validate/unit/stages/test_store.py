@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from crt_export import catalog
-from crt_export.build import keys
-from crt_export.build import store as store_module
-from crt_export.build.keys import code_identity, stage_key
-from crt_export.build.store import StageStore, default_folder
+from crt_export.stages import keys
+from crt_export.stages import store as store_module
+from crt_export.stages.keys import code_identity, stage_key
+from crt_export.stages.store import StageStore, default_folder
 
 FILES = {"graphs/a.onnx": b"graph", "graphs/a.weights": bytes(range(256)) * 20_000}
 ANSWER = {"files": ["graphs/a.onnx"]}

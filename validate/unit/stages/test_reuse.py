@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-from crt_export.build import graphs as graphs_module
-from crt_export.build.options import SHORT_VALIDATION
-from crt_export.build.store import StageStore
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
 from crt_export.pipeline import BuildOptions, build
@@ -19,6 +16,9 @@ from crt_export.presets import write_preset
 from crt_export.profile import load_profile
 from crt_export.progress import no_progress
 from crt_export.spec import graph_names
+from crt_export.stages import graphs as graphs_module
+from crt_export.stages.options import SHORT_VALIDATION
+from crt_export.stages.store import StageStore
 
 ONE_LAYER: dict[str, Any] = {
     "model_type": "transformer",

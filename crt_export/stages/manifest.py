@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crt_export import __version__
-from crt_export.build.options import BuildOptions
-from crt_export.build.targets import BuiltTarget
 from crt_export.bundle import TOOL_NAME
 from crt_export.bundle.schema import GRAPH_ROLES
 from crt_export.checkpoint import Checkpoint
@@ -18,6 +16,8 @@ from crt_export.parity import ParityReport
 from crt_export.quantize import PLAN_FILE
 from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
+from crt_export.stages.options import BuildOptions
+from crt_export.stages.targets import BuiltTarget
 
 #: The report of the build, beside the manifest; integrity protects it like every file.
 REPORT_FILE = "report.json"

@@ -15,9 +15,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from crt_export.build.keys import stage_key
-from crt_export.build.store import NO_STORE, StageStore
-from crt_export.build.variants import GraphFile, GraphVariant, variants_of_profile
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
@@ -40,6 +37,9 @@ from crt_export.quantize import (
     quantize_w8a8,
 )
 from crt_export.spec import graph_spec
+from crt_export.stages.keys import stage_key
+from crt_export.stages.store import NO_STORE, StageStore
+from crt_export.stages.variants import GraphFile, GraphVariant, variants_of_profile
 
 GRAPHS_FOLDER = "graphs"
 _STAGE = "graphs"

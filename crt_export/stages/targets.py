@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crt_export.build.graphs import decomposed_file
-from crt_export.build.keys import stage_key
-from crt_export.build.side_by_side import Task, compilers_at_once, run_side_by_side
-from crt_export.build.store import NO_STORE, StageStore
-from crt_export.build.variants import GraphFile, GraphVariant, variants_of_profile
 from crt_export.child_process import UNGROUPED, ChildGroup
 from crt_export.config import ModelConfig
 from crt_export.errors import NoEngineError
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import expected_matmuls
+from crt_export.stages.graphs import decomposed_file
+from crt_export.stages.keys import stage_key
+from crt_export.stages.side_by_side import Task, compilers_at_once, run_side_by_side
+from crt_export.stages.store import NO_STORE, StageStore
+from crt_export.stages.variants import GraphFile, GraphVariant, variants_of_profile
 
 ENGINES_FOLDER = "engines"
 _STAGE = "engines"

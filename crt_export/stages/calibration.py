@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crt_export.build.keys import stage_key
-from crt_export.build.options import BuildOptions
-from crt_export.build.store import NO_STORE, StageStore
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.folders import temporary_folder
@@ -18,6 +15,9 @@ from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8, read_plan
 from crt_export.quantize.calibration import CalibrationOptions
+from crt_export.stages.keys import stage_key
+from crt_export.stages.options import BuildOptions
+from crt_export.stages.store import NO_STORE, StageStore
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import Tokenizer
 

@@ -41,7 +41,7 @@ class BuildOptions(Checked):
         short_reason: Why a short validation (:data:`SHORT_VALIDATION`) is enough, for the report; empty: a full one.
         expect: Outputs of the user's own model that the reference must agree with before anything is made
             (:mod:`crt_export.parity.own_model`); None: the report says that it was not compared.
-        cache: Folder of stages that earlier builds made (:mod:`crt_export.build.store`); None makes all anew.
+        cache: Folder of stages that earlier builds made (:mod:`crt_export.stages.store`); None makes all anew.
 
     Raises:
         InputError: A number is out of range.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.build import side_by_side
-from crt_export.build.side_by_side import compilers_at_once, run_side_by_side
 from crt_export.child_process import ChildGroup, ChildModule
 from crt_export.errors import BuildError
 from crt_export.progress import Progress, no_progress
+from crt_export.stages import side_by_side
+from crt_export.stages.side_by_side import compilers_at_once, run_side_by_side
 
 #: A module that runs until it is ended.
 FOREVER = "http.server"

@@ -172,7 +172,7 @@ def test_every_end_token_ends_a_row_in_both_languages(
 def test_both_refuse_and_say_what_was_found(
     in_python: Bundle, in_c: Any, c_library: Any, call: Callable[[Any], Any], found: str
 ) -> None:
-    twin, session = in_python.session(TARGET, batch=2), in_c.session(TARGET, batch=2)
+    twin, session = (bundle.session(TARGET, batch=2, capacity=32) for bundle in (in_python, in_c))
     with pytest.raises(InputError) as in_one:
         call(twin)
     with pytest.raises(c_library.CrtError) as in_other:

@@ -131,7 +131,7 @@ class ModelConfig:
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained weights (architecture.md, "Published sizes", for any F and G; tied head counted once)."""
+        """Number of trained weights of any size; a tied head counts once."""
         c, v, f, g = (
             self.hidden_size,
             self.vocab_size,

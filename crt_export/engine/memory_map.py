@@ -9,7 +9,7 @@ Some weights, such as the embedding table, stay mapped from their file. Whoever 
 what a session computes, or ends the process. On Linux the mappings are replaced by copies at the same addresses
 (mremap(2)); the copies are read from the file that was hashed.
 
-The C++ library does the same in ``engines/cpp/src/engine/process_memory.cpp``.
+The C++ library does the same in ``engines/cpp/src/engine/memory_map.cpp``.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Window:
     def turn_back(self, keys: np.ndarray, shift: int) -> np.ndarray:
         """Keys as they would be ``shift`` positions earlier.
 
-        Angles are those of the rotary tables in float64 (architecture.md, "Rotary embedding").
+        Angles are those of the rotary tables in float64.
 
         Args:
             keys: Rotated keys, [..., at least head_dim].

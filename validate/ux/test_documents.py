@@ -123,3 +123,12 @@ def test_relative_links_lead_somewhere(document: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text(encoding="utf-8"))
     broken = [link for link in links if "://" not in link and not (folder / link).exists()]
     assert broken == []
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name.startswith("docs/")])
+def test_files_of_the_package_that_a_page_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_]+/[\w/]+\.(?:py|hpp|cpp|h|toml|json))`", text)
+    known = [ROOT, ROOT / "crt_export", ROOT / "validate"]
+    examples = {"engines/cpu-two-threads.toml"}
+    assert [name for name in named if name not in examples and not any((base / name).exists() for base in known)] == []

@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
-from crt_export.engine.onnxruntime import OrtGraph, load_graph
 from crt_export.errors import ContractError
-from crt_export.graph.contract import check_contract
 from crt_export.parity.runner import Runner
 from crt_export.quantize.plan import W8A8Plan
-from crt_export.spec import GraphSpec, graph_names, graph_spec
+from crt_export.spec import GraphSpec, graph_spec
 
 HALF_PRECISIONS = ("fp16", "w8a8")
 _ARITHMETIC = {"fp32": "fp32", "w8": "int8+fp32", "fp16": "fp32-emulated", "w8a8": "fp32-emulated"}
@@ -115,22 +112,3 @@ class ParityCase:
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""
         return graph_spec(graph, config, self.cache_dtype, self.capacity)
-
-
-def load_checked_graph(case: ParityCase, name: str, config: ModelConfig, threads: int) -> OrtGraph:
-    """Check one file against its contract and load it.
-
-    Raises:
-        ContractError: The target lacks the graph, the file differs from the contract, or ONNX Runtime refuses it.
-    """
-    if name not in case.graphs:
-        raise ContractError(f"target {case.target} has no {name} graph, expected {', '.join(graph_names(config))}")
-    path = case.graphs[name]
-    if not path.is_file():
-        raise ContractError(f"{path}: the {name} graph of target {case.target} is missing")
-    try:
-        graph = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
-        raise ContractError(f"{path}: not a readable ONNX file ({error})") from error
-    check_contract(graph, case.spec(name, config))
-    return load_graph(path, threads=threads, disabled_optimizers=case.disabled_optimizers)

@@ -8,8 +8,9 @@ import numpy as np
 
 from crt_export.errors import ContractError
 from crt_export.parity.case import ParityCase
+from crt_export.parity.decoding import Decoding
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
-from crt_export.parity.runner import Decoding, Runner
+from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import Windows
 

@@ -7,20 +7,15 @@ options, and tokens go through :class:`crt_export.runtime.decoder.Decoder` with 
 A target of a GPU has no engine on the CPU that evidence runs on. Its decoder then runs over ONNX Runtime, which loads
 the ONNX files that are deployed or that its engines were compiled from, with the capacity fixed as there, rows padded
 as there, and FP16 multiplied in FP32 (``fp32-emulated``).
-
-Two things differ from a session, so that a level can say where and what comes after. What the engine delivers is
-looked at call by call (:attr:`Decoding.broken`); and values that are not finite or ids outside the vocabulary, at which
-a session ends, are noted (:attr:`Decoding.refused`) and decoding goes on. An output that a graph leaves unwritten is
-NaN, or -1, and never what the call before left there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,10 +24,9 @@ from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
 from crt_export.errors import BundleError, ContractError, UnsupportedError
-from crt_export.parity.tap import Tap, TappedEngine
+from crt_export.parity.decoding import Decoding
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
-from crt_export.runtime.decoder import Decoder
 from crt_export.runtime.opening import (
     DEMANDED_GRAPHS,
     SESSION_GRAPHS,
@@ -42,8 +36,6 @@ from crt_export.runtime.opening import (
     engine_from_target,
     target_from_manifest,
 )
-from crt_export.runtime.prefill import PrefillRule
-from crt_export.runtime.rows import Batch
 from crt_export.runtime.slide import Window
 
 if TYPE_CHECKING:
@@ -263,186 +255,6 @@ class Runners:
         for _, runner in self._open.values():
             runner.close()
         self._open.clear()
-
-
-class Decoding:
-    """Rows that decode together, and what the engine delivered in the latest call.
-
-    Attributes:
-        runner: Whose engine runs.
-        refused: What a session would have ended at in the latest call: values that are not finite, unknown ids.
-    """
-
-    def __init__(self, runner: Runner, rows: int, capacity: int, window: Window | None) -> None:
-        """Allocate; :meth:`Runner.decoding` makes one."""
-        target = runner.target
-        self.runner = runner
-        self._tap = Tap()
-        self._decoder = _NotingDecoder(
-            TappedEngine(runner.engine, self._tap),
-            target.sizes(runner.config, rows, capacity),
-            target=target.name,
-            window=window,
-            rows_are_independent=target.rows_are_independent,
-            plan=target.prefill,
-        )
-        self.refused: list[str] = self._decoder.refused
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        return self._decoder.sizes.batch
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens of a row."""
-        return self._decoder.sizes.capacity
-
-    @property
-    def position(self) -> list[int]:
-        """Tokens in the cache of each row, as the decoder counts them."""
-        return self._decoder.position
-
-    @property
-    def broken(self) -> list[str]:
-        """What outputs of the latest call contradict each other or the inputs, as sentences."""
-        return self._tap.broken
-
-    @property
-    def hidden(self) -> np.ndarray:
-        """h of every token of the latest prefill, float32 [rows, tokens, hidden]."""
-        return self._tap.hidden
-
-    def step(self, ids: np.ndarray) -> None:
-        """Feed one token per row, int64 [rows].
-
-        Raises:
-            ContractError: The engine failed.
-        """
-        self._begin(0)
-        self._decoder.step(ids.tolist(), read_logits=True)
-
-    def prefill(self, ids: np.ndarray, passes: int, *, pass_by_pass: bool = False) -> None:
-        """Feed some tokens per row in parallel passes.
-
-        Args:
-            ids: int64 [rows, tokens].
-            passes: Number K of passes.
-            pass_by_pass: Through the graph of one pass even where the target has one that makes all K.
-
-        Raises:
-            ContractError: The engine failed.
-            UnsupportedError: The target has no graph of one pass.
-        """
-        self._begin(ids.shape[1])
-        rule = self._decoder.prefill_rule(passes if self.runner.config.recurrent else None, None)
-        if pass_by_pass:
-            rule = PrefillRule(passes=passes, bound=None, shortest=1, chunk=self._decoder.max_chunk)
-        self._decoder.prefill(list(ids), rule)
-
-    def passes(self, ids: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Feed some tokens per row in one chunk, one pass at a time, and keep what every pass gave.
-
-        Args:
-            ids: int64 [rows, tokens].
-            most: Number of passes.
-
-        Returns:
-            After each pass h of every token, float32 [passes, rows, tokens, hidden], and the largest |change of h| in
-            it, float32 [passes, rows]. Passes that are not made, since nothing is left to change, are as the last.
-
-        Raises:
-            ContractError: The engine failed.
-            UnsupportedError: The target has no graph of one pass.
-        """
-        hidden = np.empty((most, *ids.shape, self.runner.config.hidden_size), np.float32)
-        residual, made = np.empty((most, self.rows), np.float32), [0] * self.rows
-
-        def keep(rows: slice, change: np.ndarray) -> None:
-            done = made[rows.start]
-            hidden[done, rows], residual[done, rows] = self._tap.hidden[rows], change
-            made[rows] = [done + 1] * (rows.stop - rows.start)
-
-        self._tap.on_pass = keep
-        try:
-            self.prefill(ids, most, pass_by_pass=True)
-        finally:
-            self._tap.on_pass = None
-        for row, done in enumerate(made):
-            hidden[done:, row], residual[done:, row] = hidden[done - 1, row], residual[done - 1, row]
-        return hidden, residual
-
-    def reset(self) -> None:
-        """Forget every token, as a session does before another text."""
-        self._decoder.reset()
-
-    def empty_caches(self) -> None:
-        """Start again at position 0 with the state as it is, which no session does: the rule of chained windows."""
-        state = self._decoder.tensors.state()
-        kept = None if state is None else state.copy()
-        self._decoder.reset()
-        self._decoder.tensors.restore(self._decoder.tensors.caches(0), kept)
-
-    def place(self, position: int, state: np.ndarray | None, caches: Mapping[str, np.ndarray]) -> None:
-        """Go on from another place, as from a snapshot.
-
-        Args:
-            position: Tokens in the cache of each row.
-            state: float32 [rows, 1, hidden]; None for a plain transformer.
-            caches: ``0.key`` and so on to the entries, [rows, heads, position, head_dim].
-        """
-        self._decoder.reset()
-        self._decoder.tensors.restore(caches, state)
-        self._decoder.position = [position] * self.rows
-        self._decoder.tensors.clear(self._decoder.position)
-
-    def output(self, name: str) -> np.ndarray | None:
-        """What the engine wrote to an output in the latest call, [rows, ...]; None where its graph has none.
-
-        Caches are whole, ``present_key_values.0.key`` [rows, heads, length, head_dim]; may be the memory itself.
-        """
-        return self._tap.output(name)
-
-    def state(self) -> np.ndarray | None:
-        """Recurrent state, float32 [rows, 1, hidden], a copy; None for a plain transformer."""
-        state = self._decoder.tensors.state()
-        return None if state is None else state.copy()
-
-    def logits(self) -> np.ndarray:
-        """Logits after each row's last token, float32 [rows, vocab]; may be the memory itself."""
-        return self._decoder.tensors.logits()
-
-    def next_tokens(self) -> np.ndarray:
-        """The engine's choice after each row's last token, int64 [rows]."""
-        return np.array(self._decoder.next_tokens)
-
-    def caches(self, length: int) -> dict[str, np.ndarray]:
-        """Copies of the first ``length`` entries of every cache, ``0.key`` [rows, heads, length, head_dim]."""
-        return self._decoder.tensors.caches(length)
-
-    def _begin(self, tokens: int) -> None:
-        self.refused.clear()
-        self._tap.begin(self._decoder.position, tokens, self.runner.config.hidden_size)
-
-
-class _NotingDecoder(Decoder):
-    """The deployed decoder, which notes what it would refuse."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.refused: list[str] = []
-
-    def _refuse_non_finite(self, name: str, values: np.ndarray | None, batch: Batch, lengths: Sequence[int]) -> None:
-        try:
-            super()._refuse_non_finite(name, values, batch, lengths)
-        except ContractError as error:
-            self.refused.append(str(error))
-
-    def _refuse_unknown_tokens(self, chosen: list[int], batch: Batch) -> None:
-        try:
-            super()._refuse_unknown_tokens(chosen, batch)
-        except ContractError as error:
-            self.refused.append(str(error))
 
 
 class _EmulatedEngine(OrtEngine):

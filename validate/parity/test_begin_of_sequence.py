@@ -22,8 +22,8 @@ from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.ladder import LEVELS
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityOptions, validate_bundle
+from crt_export.parity.decoding import Decoding
 from crt_export.parity.reference import STEP, Reference
-from crt_export.parity.runner import Decoding
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.windows import windows_from_text
 from crt_export.pipeline import BuildOptions, build

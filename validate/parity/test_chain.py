@@ -14,9 +14,9 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.chain import check_chain
 from crt_export.parity.chain_errors import ChainErrors, ChainText
+from crt_export.parity.decoding import Decoding
 from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
-from crt_export.parity.runner import Decoding
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import ParityOptions, windows_from_text
 from crt_export.progress import no_progress

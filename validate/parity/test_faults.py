@@ -21,7 +21,7 @@ from onnx import helper
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError
 from crt_export.parity import Comparison, ParityOptions, ParityReport, check_parity, validate_bundle
-from crt_export.parity.runner import Decoding
+from crt_export.parity.decoding import Decoding
 from crt_export.text import TokenText
 
 LENGTH = 32

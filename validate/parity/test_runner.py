@@ -13,7 +13,8 @@ from fault_edits import Edit, constant, nan_at, node, replace_output, times_zero
 
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint
-from crt_export.parity.runner import Decoding, Runner, open_runner, runner_of_files
+from crt_export.parity.decoding import Decoding
+from crt_export.parity.runner import Runner, open_runner, runner_of_files
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
 from crt_export.runtime import Bundle, Session

@@ -18,3 +18,5 @@ VALIDATE_LEVELS = LEVELS[1:7]
 
 #: What a verdict says where the level ``own-model`` had no outputs of the user's own model to compare with.
 NOT_COMPARED = "not compared with your own model"
+#: Begins the note of a report that repeats what an earlier one of the same checkpoint says of the user's own model.
+WHEN_BUILT = "when the bundle was built"

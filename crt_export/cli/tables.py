@@ -8,7 +8,7 @@ from typing import Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_sentence, write_table, write_text
-from crt_export.ladder import OWN_MODEL
+from crt_export.ladder import OWN_MODEL, WHEN_BUILT
 from crt_export.parity.metrics import WITHIN, Check
 from crt_export.parity.report import COMPILED, GAP, RUN, Comparison, LevelResult, ParityReport, held
 from crt_export.report.numbers import count_text
@@ -130,11 +130,16 @@ def write_summary(report: ParityReport, sizes: Mapping[str, int] | None = None, 
     columns = TARGET_COLUMNS if sizes else TARGET_COLUMNS[:-1]
     if rows:
         write_table(columns, [row[: len(columns)] for row in rows], title="step by step against PyTorch FP32")
+    elif report.levels:  # nothing was built: the reference is not the user's own model
+        write_table(LEVEL_COLUMNS, [_level_cells(result) for result in report.levels])
     if failures:
         _write_failures(report.levels)
     caveat = verdict_of(report).caveat
     if caveat:
         write_sentence(f"note: {caveat}")
+    for note in (note for result in report.levels if result.level == OWN_MODEL for note in result.notes):
+        if note.startswith(WHEN_BUILT):
+            write_sentence(f"note: {note}")
     if report.notes:
         write_text(f"{count_text(len(report.notes), 'note')} on what was shortened or left out: --full, report.json")
 

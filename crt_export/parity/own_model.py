@@ -31,7 +31,7 @@ from torch import Tensor
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import ParityError, problem_list
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
+from crt_export.ladder import NOT_COMPARED, OWN_MODEL, WHEN_BUILT
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity.expected_outputs import (
     EXACT,
@@ -84,7 +84,7 @@ def not_compared(recorded: str = "") -> LevelResult:
         level=OWN_MODEL,
         target=TARGET,
         checks=(Check(name="logits"),),
-        notes=(note, *([f"when the bundle was built: {recorded}"] if recorded else ())),
+        notes=(note, *([f"{WHEN_BUILT}: {recorded}"] if recorded else ())),
     )
 
 

@@ -20,6 +20,7 @@ from crt_export.errors import InputError
 from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityOptions, validate_bundle
 from crt_export.parity.own_model import check_own_model
+from crt_export.parity.report import ParityReport
 from crt_export.pipeline import BuildOptions
 from crt_export.report.compare import compare_reports
 
@@ -170,9 +171,10 @@ def test_a_comparison_that_is_no_longer_made_is_a_regression(bundle: Path) -> No
     new = json.loads((bundle / "report.json").read_bytes())
     level = new["levels"][0]
     level.update(passed=None, checks=[{**level["checks"][0], "passed": None, "value": None, "limit": None}])
-    (regression,) = compare_reports(old, new, names=("old", "new")).regressions
+    before, after = ParityReport.from_dict(old), ParityReport.from_dict(new)
+    (regression,) = compare_reports(before, after, names=("old", "new")).regressions
     assert (regression.level, regression.reason) == (OWN_MODEL, "was a gate, and is only reported")
-    assert compare_reports(new, old, names=("new", "old")).passed
+    assert compare_reports(after, before, names=("new", "old")).passed
 
 
 def test_the_level_needs_its_file_and_an_unvalidated_build_has_no_place_for_it(bundle: Path, expect: Path) -> None:

@@ -245,7 +245,7 @@ def test_interrupted_build_leaves_nothing_behind(
     assert process.stderr is not None
     with process.stderr as stream:
         for line in stream:
-            if line.startswith("export"):
+            if ": export" in line:
                 process.send_signal(getattr(signal, number))
                 break
         rest = stream.read()

@@ -187,7 +187,7 @@ def test_impossible_options_are_listed_all_at_once() -> None:
 def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[Path, object]]) -> None:
     bundle = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)[0]
     plan = plan_from_options(bundle, BenchOptions(target="ort-cpu-fp32"))
-    assert plan.target.capacity == 32
+    assert plan.target.capacity == 64
     assert (plan.steps, plan.positions, plan.prompt_tokens) == (10, (22,), (16, 32))
 
 

@@ -119,7 +119,7 @@ PREAMBLE = """
 import ctypes, errno, json, os, signal, sys, time
 from pathlib import Path
 from crt_export.bundle import open_bundle, stage_bundle
-from crt_export.bundle import recovery, write as writing
+from crt_export.bundle import exchange, recovery, write as writing
 from crt_export.errors import BundleError
 folder = Path(sys.argv[1]); output = folder / "demo"; manifest = json.loads(sys.argv[2])
 def write(path, content):

@@ -1,4 +1,4 @@
-"""What attention attends over: keys and values of past tokens plus those of the chunk at hand.
+"""Cache of a model in PyTorch: keys and values of past tokens plus those of the chunk at hand.
 
 A cache is made for one pass. ``extend`` takes a layer's new keys and values, [batch, heads, seq, head_dim], and returns
 all keys and values to attend over; ``mask`` says which of them each query sees (None: all); ``keys`` and ``values``

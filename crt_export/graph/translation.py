@@ -1,4 +1,4 @@
-"""What the project's own PyTorch operators become in a graph."""
+"""Translation of the project's own PyTorch operators into nodes of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the deployed form still compute the model? Every graph against PyTorch FP32 on held-out text.
+"""Parity: every target as it is deployed against PyTorch FP32, on held-out text.
 
 Reports are read where torch is not installed, so the names below are imported when they are first used.
 """

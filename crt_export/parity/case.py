@@ -1,4 +1,4 @@
-"""What is checked: the graph files of one target, and the contract they must keep."""
+"""Case of a parity check: the files of one target, and the contract they must keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far one output is from the reference's: the figures that Polygraphy's comparator gives, and no others.
+"""Difference of one output from the reference's: the figures that Polygraphy's comparator gives, and no others.
 
 Its ``SimpleCompareFunc`` takes medians, deviations and histograms of every tensor as well, which nothing here reads.
 """

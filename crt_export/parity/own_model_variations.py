@@ -1,4 +1,4 @@
-"""What a user's own model may do otherwise than this package's: variations that are cheap to try, each by itself.
+"""Variations of this package's model that a user's own one may be, cheap to try, each by itself.
 
 A variation changes ``config.json``, the weights, the tokens or the regime, or edits the modules of a new model into a
 form that no configuration can express. A shift of all positions is not among them: rotary attention sees differences of

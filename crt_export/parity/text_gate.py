@@ -1,4 +1,4 @@
-"""Is the validation text one that the model knows? Agreement on a text outside its domain proves little.
+"""Gate of the validation text: agreement on a text outside the model's domain proves little.
 
 A bundle's own report records how well PyTorch FP32 predicted the text it was built on. If the model had learnt that and
 now predicts worse than a uniform guess would, the text is not the model's: another tokenizer, random bytes. What the

@@ -1,4 +1,4 @@
-"""How far a deployed form may be from PyTorch FP32: ``validate/tolerances.toml``, where every limit has a reason."""
+"""Tolerances of what is deployed against PyTorch FP32: ``validate/tolerances.toml``, where every limit has a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch FP32 delivers along some text, step by step; computed once and shared by every target of a run."""
+"""Trace of PyTorch FP32 along some text, step by step; computed once and shared by every target of a run."""
 
 from __future__ import annotations
 

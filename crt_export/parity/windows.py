@@ -1,4 +1,4 @@
-"""What is measured and on what: the levels, and consecutive windows of held-out text, all of one length."""
+"""Options of a parity check, and the consecutive windows of held-out text, all of one length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the result of a stage depends on, as one hash.
+"""Key of a stage: what its result depends on, as one hash.
 
 Besides its own inputs every stage depends on this package's files and on the libraries that make graphs and engines:
 whatever changes there, nothing that was made before is found again.

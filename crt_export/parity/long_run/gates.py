@@ -1,4 +1,4 @@
-"""What a long run must hold: checks of one run."""
+"""Gates of a long run: the checks of one run."""
 
 from __future__ import annotations
 

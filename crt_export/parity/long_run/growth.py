@@ -1,4 +1,4 @@
-"""How fast an error grows: the slope of a straight line, with an interval that knows neighbours are alike.
+"""Growth of an error: the slope of a straight line, with an interval that knows neighbours are alike.
 
 The run is cut into units of equal length (a window each, or less where windows are long), and the unit's error is one
 observation. Ordinary least

@@ -1,4 +1,4 @@
-"""Which token is fed at which position, and when the cache is emptied."""
+"""Schedule of a long run: which token is fed at which position, and when the cache is emptied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What corpus, chain and free running show: divergence of tokens, errors of steps, agreement of continuations."""
+"""Plots of corpus, chain and free running: divergence of tokens, errors of steps, agreement of continuations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces of the functions that a model's graphs are made of, made in a process of its own while the caller does something else.
+"""Traces of the functions that graphs are made of, made in a process of its own while the caller goes on.
 
 Tracing is single-threaded Python and depends on the architecture and the dtypes, not on the weights: the process
 (``python -m`` this module) gets a configuration, traces a model of that shape whose memory is never touched, and

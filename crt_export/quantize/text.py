@@ -1,4 +1,4 @@
-"""Test of calibration text: random tokens are useless for calibration, so they are told apart from text without any model.
+"""Test of calibration text: random tokens, useless for calibration, are told apart from it without any model.
 
 Natural text, in any language and any vocabulary, uses its tokens unevenly, and a token tells something about the next
 ones. Uniform noise has neither property; tokens drawn independently from a text's own histogram lack the second. No

@@ -60,24 +60,27 @@ def quantize_w8(graph: ir.Model, memo: Memo | None = None) -> int:
     return len(linears)
 
 
-def quantize_blocks(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def quantize_blocks(
+    weight: NDArray[np.float32], block_size: int = BLOCK_SIZE
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Quantise in blocks along the input, as ONNX Runtime's own quantiser does.
 
     The scale is the block's value of largest magnitude over -128, so that this value uses the whole range.
 
     Args:
         weight: float32 [in, out].
+        block_size: Values of a block.
 
     Returns:
-        uint8 [out, blocks, BLOCK_SIZE] with zero at 128, the last block of a column padded with zeros, and scales
+        uint8 [out, blocks, block_size] with zero at 128, the last block of a column padded with zeros, and scales
         float32 [out, blocks], 0 for a block of zeros and for one whose scale would be below
         :data:`crt_export.quantize.plan.SMALLEST_STEP`.
     """
     into, out = weight.shape
-    blocks = -(-into // BLOCK_SIZE)
-    padded = np.zeros((out, blocks * BLOCK_SIZE), np.float32)
+    blocks = -(-into // block_size)
+    padded = np.zeros((out, blocks * block_size), np.float32)
     padded[:, :into] = weight.T
-    padded = padded.reshape(out, blocks, BLOCK_SIZE)
+    padded = padded.reshape(out, blocks, block_size)
     low, high = padded.min(axis=2), padded.max(axis=2)
     scale = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-_ZERO)
     scale[np.abs(scale) < SMALLEST_STEP] = 0

@@ -25,7 +25,7 @@ EDGES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
 TARGETS = (
     ("ort-cpu-int8", "w8", "int8+fp32", 1.0),
     ("rtx-sm80-fp16", "fp16", "fp32-emulated", 0.05),
-    ("ort-cpu-fp32", "fp32", "fp32", 1e-5),
+    ("ort-cpu-fp32", "fp32", "fp32", 4e-6),
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loose_runner import loose_runner
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.model import model_from_checkpoint
@@ -106,14 +107,16 @@ def _case(
 ) -> ParityCase:
     files = {name: written[variant] for name, variant in variants_of_profile(profile, checkpoint.config).items()}
     graphs = {name: folder / file.file for name, file in files.items()}
+    unroll, capacity = profile.unroll or 1, profile.capacity if profile.compiled else None
     return ParityCase(
         target=profile.name,
         runtime=profile.runtime,
         precision=profile.precision,
         graphs=graphs,
-        unroll=profile.unroll or 1,
+        opener=lambda _: loose_runner(graphs, checkpoint.config, profile.precision, unroll=unroll, capacity=capacity),
+        unroll=unroll,
         cache_dtype=profile.cache_dtype,
-        capacity=profile.capacity if profile.compiled else None,
+        capacity=capacity,
         residual_dtype=profile.residual_dtype,
         disabled_optimizers=disabled_optimizers(profile),
         plan=plan if profile.precision == "w8a8" else None,

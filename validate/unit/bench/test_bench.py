@@ -188,7 +188,7 @@ def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[P
     bundle = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)[0]
     plan = plan_from_options(bundle, BenchOptions(target="ort-cpu-fp32"))
     assert plan.target.capacity == 64
-    assert (plan.steps, plan.positions, plan.prompt_tokens) == (10, (22,), (16, 32))
+    assert (plan.steps, plan.positions, plan.prompt_tokens) == (20, (44,), (16, 64))
 
 
 def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_rows(

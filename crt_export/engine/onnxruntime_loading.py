@@ -125,6 +125,10 @@ def _session_options(library: Any, settings: OrtSettings, *, stop_spinning: bool
     # Threads take a loop in ever smaller pieces, so that one which is held up does not keep the others waiting.
     options.add_session_config_entry("session.dynamic_block_base", _BLOCK_BASE)
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.options.spinning else "0")
+    # W8A8 graphs multiply what they dequantise, in float. Fused, ONNX Runtime would multiply uint8 by int8, and without
+    # VNNI pairs of products are added in 16 bits that saturate: 4 % of the demo's logits, on some CPUs only.
+    # session.x64quantprecision, meant for that, breaks graphs that use a weight twice (as of 1.31.1).
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if stop_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

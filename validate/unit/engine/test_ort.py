@@ -158,6 +158,31 @@ def test_bound_rows_are_updated_in_place_and_no_other(tmp_path: Path, dtype: str
     assert {(int(row), int(slot)) for row, _, slot, _ in np.argwhere(cache.read())} == {(1, 5), (2, 1), (2, 2)}
 
 
+def test_int8_products_are_exact_on_every_cpu(tmp_path: Path) -> None:
+    """Without VNNI, sums of two products of uint8 and int8 saturate: hence the largest values."""
+    rows, inner, columns = 3, 64, 5
+    weight = np.full((inner, columns), 127, np.int8)
+    weight[::3] = -127
+    unit = {"unit": np.float32(1), "zero": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "unit", "zero"], ["x_int8"]),
+        helper.make_node("DequantizeLinear", ["x_int8", "unit", "zero"], ["x_back"]),
+        helper.make_node("DequantizeLinear", ["weight", "unit", "zero"], ["weight_back"]),
+        helper.make_node("MatMul", ["x_back", "weight_back"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "w8a8",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (rows, inner))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (rows, columns))],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in {**unit, "weight": weight}.items()],
+    )
+    path = tmp_path / "w8a8.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10), path)
+    x = np.where(np.arange(rows * inner).reshape(rows, inner) % 2, 127, 126).astype(np.float32)
+    assert np.array_equal(load_graph(path, threads=1).run({"x": x})["y"], x @ weight.astype(np.float32))
+
+
 def test_an_engine_names_the_graphs_it_has(tmp_path: Path) -> None:
     engine = OrtEngine({"step": write_cache_graph(tmp_path / "a.onnx")}, OrtSettings(threads=1), max_tokens=8)
     with pytest.raises(UnsupportedError, match="no prefill graph, only step"):

@@ -25,8 +25,8 @@ from crt_export.errors import ParityError, problem_list
 from crt_export.folders import sweep_abandoned
 from crt_export.parity import ParityReport, check_parity
 from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
-from crt_export.parity.level import LevelResult
 from crt_export.parity.own_model import require_own_model
+from crt_export.parity.report import LevelResult
 from crt_export.progress import Progress, Stages, no_progress
 from crt_export.stages.calibration import quantization_plan, read_build_text
 from crt_export.stages.graphs import write_graphs

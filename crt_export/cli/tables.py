@@ -8,7 +8,7 @@ from typing import Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_sentence, write_table, write_text
-from crt_export.ladder import OWN_MODEL, WHEN_BUILT
+from crt_export.parity.levels import OWN_MODEL, WHEN_BUILT
 from crt_export.parity.metrics import WITHIN, Check
 from crt_export.parity.report import COMPILED, GAP, RUN, Comparison, LevelResult, ParityReport, held
 from crt_export.report.numbers import count_text

@@ -15,13 +15,13 @@ from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, InputError
-from crt_export.ladder import OWN_MODEL
-from crt_export.parity.case import ParityCase, TargetGraphs
 from crt_export.parity.check import check_parity
+from crt_export.parity.levels import OWN_MODEL
 from crt_export.parity.own_model import check_own_model, not_compared, own_model_report
 from crt_export.parity.reference import STEP
 from crt_export.parity.report import ParityReport
 from crt_export.parity.runner import disabled_optimizers, open_runner
+from crt_export.parity.setup import ParityCase, TargetGraphs
 from crt_export.parity.tolerances import Tolerances
 from crt_export.parity.windows import ParityOptions
 from crt_export.profile import EngineProfile

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from crt_export.errors import ContractError
-from crt_export.ladder import CHAIN
-from crt_export.parity.case import ParityCase
 from crt_export.parity.chain_errors import ChainErrors, ChainText
 from crt_export.parity.chain_run import ChainReference, TargetChain, tensor_order
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import CHAIN
 from crt_export.parity.metrics import Check, claim, measured
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.trace import trace_tokens
 
 #: Steps that are repeated after the last reset.

@@ -8,18 +8,16 @@ from pathlib import Path
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import ContractError, InputError
-from crt_export.ladder import CONTRACT, CORPUS, LEVELS, LONG_RUN, OWN_MODEL
 from crt_export.model import model_from_checkpoint
-from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus import check_corpus
-from crt_export.parity.level import ParitySetup
-from crt_export.parity.levels import level_function
+from crt_export.parity.levels import CONTRACT, CORPUS, LEVELS, LONG_RUN, OWN_MODEL, level_function
 from crt_export.parity.long_run.schedule import check_length
 from crt_export.parity.metrics import failed_check
 from crt_export.parity.own_model import not_compared
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, Reference
 from crt_export.parity.report import LevelResult, ParityReport, reference_facts
 from crt_export.parity.scores import reference_nll
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.statistics import METHOD
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.tolerances import Tolerances, load_tolerances
@@ -40,7 +38,7 @@ def check_parity(
     own_model: LevelResult | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
-    """Take every target up the ladder, see :mod:`crt_export.parity.level`.
+    """Take every target up the ladder, see :mod:`crt_export.parity.levels`.
 
     Args:
         checkpoint: The reference, read by :func:`crt_export.checkpoint.load_checkpoint`.

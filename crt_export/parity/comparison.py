@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.parity.case import ParityCase
 from crt_export.parity.corpus_statistics import Figure, corpus_figures, corpus_statistics
 from crt_export.parity.metrics import METRICS, Check, measured
 from crt_export.parity.reference import PREFILL, STEP, Reference
 from crt_export.parity.report import GAP, Comparison
 from crt_export.parity.scores import TOP, Scores, reference_nll
+from crt_export.parity.setup import ParityCase
 from crt_export.parity.statistics import paired_interval
 from crt_export.parity.tolerances import Tolerances
 

@@ -31,12 +31,12 @@ from crt_export.engine.tensorrt.source_graph import source_graph_from_file
 from crt_export.errors import BuildError, BundleError
 from crt_export.graph.contract import OPERATORS, interface_of
 from crt_export.graph.export import OPSET
-from crt_export.ladder import CONTRACT
-from crt_export.parity.case import ParityCase
 from crt_export.parity.graph_audit import attribute_problems, cache_problems, flow_problems
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import CONTRACT
 from crt_export.parity.linear_audit import linear_problems
 from crt_export.parity.metrics import Check, failed_check, measured
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.quantize.w8 import DOMAIN
 from crt_export.spec import graph_names, interface_problems

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from crt_export.parity.case import ParityCase
 from crt_export.parity.comparison import reference_gaps, target_gaps
 from crt_export.parity.half import compare_half
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import HANDOVER, PREFILL, STEP, first_position
 from crt_export.parity.report import COMPILED, Comparison, LevelResult, corpus_result
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.target import check_target
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import Windows

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from crt_export.errors import ContractError
-from crt_export.ladder import FREE_RUNNING
-from crt_export.parity.case import ParityCase
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import FREE_RUNNING
 from crt_export.parity.metrics import Check, claim, measured
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.trace import Continuation, continue_greedily
 from crt_export.text import begin_rows
 

@@ -20,9 +20,9 @@ from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
 from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParityCase
 from crt_export.parity.windows import Windows
 
 #: Graphs whose tensors are observed; prefill_pass has those of prefill and head is part of both.

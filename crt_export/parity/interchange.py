@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError, UnsupportedError
 from crt_export.parity.difference import relative_error
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.metrics import Check, failed_check, measured
 from crt_export.parity.one_step_calls import OneStepCalls
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParitySetup
 from crt_export.spec import graph_spec
 
 Arrays = Mapping[str, NDArray[Any]]

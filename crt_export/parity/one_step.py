@@ -28,14 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.errors import ContractError, UnsupportedError
-from crt_export.ladder import ONE_STEP
-from crt_export.parity.case import ParityCase
 from crt_export.parity.difference import difference
 from crt_export.parity.interchange import interchange_checks, session_outputs
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import ONE_STEP
 from crt_export.parity.metrics import METRICS, Check, claim, failed_check, measured
 from crt_export.parity.one_step_calls import Call, OneStepCalls
 from crt_export.parity.polygraphy_results import save_outputs
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]

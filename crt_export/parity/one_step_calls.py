@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crt_export.model import Carry, Model
-from crt_export.parity.case import ParityCase
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.reference import PREFILL, STEP
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.trace import computed_once
 
 Arrays = dict[str, NDArray[np.generic]]

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import ParityError, problem_list
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL, WHEN_BUILT
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity.expected_outputs import (
     EXACT,
@@ -42,10 +41,10 @@ from crt_export.parity.expected_outputs import (
     read_expected_outputs,
     run_model,
 )
-from crt_export.parity.level import LevelResult
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL, WHEN_BUILT
 from crt_export.parity.metrics import Check, measured
 from crt_export.parity.own_model_causes import Cause, Search, facts, head_fact
-from crt_export.parity.report import ParityReport, reference_facts
+from crt_export.parity.report import LevelResult, ParityReport, reference_facts
 from crt_export.parity.tolerances import Tolerances, load_tolerances
 from crt_export.progress import Progress, no_progress
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from crt_export.environment import installed_versions
 from crt_export.errors import InputError, problem_list
-from crt_export.ladder import CORPUS
 from crt_export.machine import machine
+from crt_export.parity.levels import CORPUS
 from crt_export.parity.metrics import Check, json_value
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class LevelResult:
     """What one level found about one target.
 
     Attributes:
-        level: ``own-model`` to ``long-run``, see :mod:`crt_export.parity.level`.
+        level: ``own-model`` to ``long-run``, see :mod:`crt_export.parity.levels`.
         target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
         checks: Every claim; at least one.
         data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
 from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer
+from crt_export.parity.setup import ParityCase
 from crt_export.parity.windows import Windows
 
 #: Logits compared at a time: enough to amortise the calls, little enough for any vocabulary.

@@ -39,7 +39,7 @@ from crt_export.runtime.opening import (
 from crt_export.runtime.slide import Window
 
 if TYPE_CHECKING:
-    from crt_export.parity.case import ParityCase
+    from crt_export.parity.setup import ParityCase
 
 #: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
 _STATIC_DISABLED = ("MatMulAddFusion",)

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase
 from crt_export.parity.comparison import compare
 from crt_export.parity.headroom import OBSERVED, largest_fp16_values
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.metrics import Check, failed_check, measured
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
 from crt_export.parity.report import Comparison
 from crt_export.parity.rollout import Rollout
 from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer, Scores
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.metrics import measured
 from crt_export.parity.report import Comparison, LevelResult, corpus_result
+from crt_export.parity.setup import ParitySetup
 from crt_export.quantize.text import TextEvidence, text_evidence
 
 TARGET = "pytorch-fp32"

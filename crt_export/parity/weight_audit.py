@@ -21,8 +21,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
-from crt_export.parity.case import HALF_PRECISIONS
 from crt_export.parity.linear_audit import BlockWeight, ColumnWeight, StoredWeight, deviation
+from crt_export.parity.setup import HALF_PRECISIONS
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.rotary import rope_tables

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
-from crt_export.ladder import LEVELS
+from crt_export.parity.levels import LEVELS
 from crt_export.text import VALIDATION_TOKENS, TokenText, cut_sequences
 
 DEFAULT_WINDOW = 256

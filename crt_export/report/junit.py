@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.parity.metrics import Check
 from crt_export.parity.report import COMPILED, ParityReport
 from crt_export.report.output import write_output

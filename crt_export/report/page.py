@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.catalog import definition_path
-from crt_export.ladder import CERTIFICATE, CORPUS, FREE_RUNNING, LONG_RUN
+from crt_export.parity.levels import CERTIFICATE, CORPUS, FREE_RUNNING, LONG_RUN
 from crt_export.parity.metrics import AT_LEAST, AT_MOST, METRICS, WITHIN, Check, Metric
 from crt_export.parity.report import GAP, RUN, Comparison, LevelResult, ParityReport, held
 from crt_export.report.numbers import MISSING, interval_text, number_text, share_text

@@ -17,7 +17,7 @@ from crt_export.bundle import open_bundle
 from crt_export.bundle.integrity import sealed
 from crt_export.config import ModelConfig
 from crt_export.parity.bundle import case_from_manifest
-from crt_export.parity.case import ParityCase
+from crt_export.parity.setup import ParityCase
 
 
 class SpoiledBundle:

@@ -15,10 +15,10 @@ from faults_of_graphs import Fault
 
 from crt_export.environment import installed_versions
 from crt_export.errors import CrtExportError
-from crt_export.ladder import CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
 from crt_export.machine import machine
 from crt_export.parity import ParityOptions, validate_bundle
-from crt_export.parity.level import Check
+from crt_export.parity.levels import CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
+from crt_export.parity.metrics import Check
 from crt_export.selftest import run_selftest
 
 #: The levels of the gate that take less than a minute. Before them stands ``opening``: a bundle or text is refused;

@@ -19,10 +19,10 @@ from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.ladder import LEVELS
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityOptions, validate_bundle
 from crt_export.parity.decoding import Decoding
+from crt_export.parity.levels import LEVELS
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.windows import windows_from_text

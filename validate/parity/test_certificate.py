@@ -25,8 +25,10 @@ from crt_export.parity.certificate import certify, measurement, runs
 from crt_export.parity.certificate.curves import residual_curve
 from crt_export.parity.certificate.measurement import compare_states, coverage_of
 from crt_export.parity.certificate.runs import ReferenceRun
-from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.pipeline import BuildOptions, build

@@ -15,8 +15,10 @@ from crt_export.model import model_from_checkpoint
 from crt_export.parity.chain import check_chain
 from crt_export.parity.chain_errors import ChainErrors, ChainText
 from crt_export.parity.decoding import Decoding
-from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import ParityOptions, windows_from_text
 from crt_export.progress import no_progress

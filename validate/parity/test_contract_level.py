@@ -39,8 +39,9 @@ from crt_export.graph import GraphExporter, write_graph, write_weights
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
-from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress

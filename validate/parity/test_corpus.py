@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.ladder import CORPUS
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityOptions, ParityReport, load_tolerances, validate_bundle
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import CORPUS
 from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.report import LevelResult
 from crt_export.parity.scores import reference_nll
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress

@@ -14,10 +14,10 @@ from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.one_step import check_one_step
 from crt_export.parity.reference import Reference
 from crt_export.parity.runner import disabled_optimizers
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile, load_profile

@@ -15,9 +15,11 @@ from crt_export.errors import ContractError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import free_running
 from crt_export.parity.free_running import check_free_running
-from crt_export.parity.level import Check, LevelResult, ParitySetup
+from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import ParityOptions, windows_from_text
 from crt_export.progress import no_progress

@@ -24,14 +24,16 @@ from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.bundle import case_from_manifest
-from crt_export.parity.level import Check, LevelResult, ParitySetup
 from crt_export.parity.long_run import check_long_run
 from crt_export.parity.long_run.gates import growth_checks, why_not_gated
 from crt_export.parity.long_run.growth import Growth, growth_from_units
 from crt_export.parity.long_run.headroom import layers_of_tensors
 from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, schedules
+from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
 from crt_export.text import TokenText

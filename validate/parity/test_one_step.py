@@ -26,11 +26,12 @@ from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, one_step_calls
 from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.difference import difference
-from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.metrics import METRICS
 from crt_export.parity.one_step import check_one_step
 from crt_export.parity.one_step_calls import OneStepCalls
 from crt_export.parity.reference import Reference
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError, ParityError
-from crt_export.ladder import OWN_MODEL
-from crt_export.parity.level import LevelResult
+from crt_export.parity.levels import OWN_MODEL
 from crt_export.parity.own_model import check_own_model, require_own_model
+from crt_export.parity.report import LevelResult
 
 TANH = partial(F.gelu, approximate="tanh")
 #: More than the tiny model's 32 hidden values, one and the spare rows, to tell a wrong head by itself.

@@ -17,8 +17,8 @@ from own_torch_model import Habits, OwnModel
 from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
 from crt_export.errors import InputError
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityOptions, validate_bundle
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.parity.own_model import check_own_model
 from crt_export.parity.report import ParityReport
 from crt_export.pipeline import BuildOptions

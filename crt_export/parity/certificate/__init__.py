@@ -45,8 +45,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from crt_export.errors import ContractError
-from crt_export.ladder import CERTIFICATE
-from crt_export.parity.case import ParityCase
 from crt_export.parity.certificate.curves import (
     handover_curves,
     position_curves,
@@ -58,10 +56,12 @@ from crt_export.parity.certificate.curves import (
 from crt_export.parity.certificate.gates import anchor_check, exactness_checks, regime_checks, reported_checks
 from crt_export.parity.certificate.measurement import Coverage, Measurement, Observer, coverage_of, measure
 from crt_export.parity.certificate.runs import Anchors, ReferenceRun, Run, TargetRun, plain_errors
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import CERTIFICATE
 from crt_export.parity.metrics import json_value
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, Reference
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParityCase, ParitySetup
 
 __all__ = ["certify", "smallest_passes"]
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from crt_export.config import ModelConfig
-from crt_export.parity.case import ParityCase
 from crt_export.parity.certificate.runs import BLOCK_ELEMENTS, Chain, Run
 from crt_export.parity.comparison import trained_ranges
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.scores import divergence
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.windows import Windows
 from crt_export.text import fill_unscored
 

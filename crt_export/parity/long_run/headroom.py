@@ -9,12 +9,11 @@ from pathlib import Path
 
 import onnx
 
-from crt_export.parity.case import ParityCase
 from crt_export.parity.headroom import observing_engine
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.reference import LongReference
 from crt_export.parity.long_run.run import Steps
 from crt_export.parity.long_run.schedule import Schedule
+from crt_export.parity.setup import ParityCase, ParitySetup
 
 _WEIGHT = re.compile(r"(embed|correction|layers\.\d+|final_norm|lm_head)\.")
 _SUFFIX = " (bound of its scores)"

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crt_export.errors import ContractError
-from crt_export.ladder import LONG_RUN
-from crt_export.parity.case import ParityCase
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import LONG_RUN
 from crt_export.parity.long_run.blocks import Block, blocks_of_run, unit_errors
 from crt_export.parity.long_run.gates import growth_checks, headroom_checks, run_checks, why_not_gated
 from crt_export.parity.long_run.growth import Growth, growth_from_units
@@ -17,6 +15,8 @@ from crt_export.parity.long_run.reference import long_reference
 from crt_export.parity.long_run.run import TargetRun, run_target
 from crt_export.parity.long_run.schedule import SINGLE, Schedule, check_length, schedules
 from crt_export.parity.metrics import METRICS, Check, failed_check
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParityCase, ParitySetup
 
 _REPORTED_TENSORS = 16
 

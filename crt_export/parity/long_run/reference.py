@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from crt_export.model import Carry, Model
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.schedule import BLOCK, Schedule, too_short
 from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.windows import Windows
 from crt_export.progress import Progress
 from crt_export.rotary import rope_tables

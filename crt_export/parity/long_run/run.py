@@ -9,12 +9,12 @@ import numpy as np
 
 from crt_export.errors import ContractError
 from crt_export.parity.decoding import Decoding
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.long_run.reference import LongReference
 from crt_export.parity.long_run.schedule import Schedule
 from crt_export.parity.reference import STEP
 from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer, Scores
+from crt_export.parity.setup import ParitySetup
 from crt_export.progress import Progress
 from crt_export.runtime.slide import window_from_config
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.parity.case import ParityCase
+from crt_export.parity.setup import ParityCase
 from crt_export.text import TokenText
 
 SINGLE = "single"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crt_export.ladder import CERTIFICATE, CHAIN, CORPUS, FREE_RUNNING, LONG_RUN
+from crt_export.parity.levels import CERTIFICATE, CHAIN, CORPUS, FREE_RUNNING, LONG_RUN
 from crt_export.parity.report import LevelResult
 from crt_export.report.plots.drawing import Plot
 from crt_export.report.plots.passes import plot_gap, plot_handover, plot_perplexity, plot_residual

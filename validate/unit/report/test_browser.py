@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from crt_export.cli import main
-from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
+from crt_export.parity.levels import LEVELS
 from crt_export.report.html import render_html
 
 pytestmark = [pytest.mark.evidence, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ import pytest
 
 from crt_export import environment
 from crt_export.errors import MissingDependencyError
-from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
+from crt_export.parity.levels import LEVELS
 from crt_export.parity.report import LevelResult
 from crt_export.report import html
 from crt_export.report.page import target_block

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityReport
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.report.html import render_html
 from crt_export.report.junit import junit_cases
 from crt_export.report.reading import checked_report

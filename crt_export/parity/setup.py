@@ -1,19 +1,28 @@
-"""Case of a parity check: the files of one target, and the contract they must keep."""
+"""Setup of a parity check: the files of every target and their contract, and what all targets are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from crt_export.bundle import BundleFiles
+from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import ContractError
-from crt_export.parity.runner import Runner
+from crt_export.model import Model
+from crt_export.parity.reference import Reference
+from crt_export.parity.runner import Runner, Runners
+from crt_export.parity.tolerances import Tolerance, Tolerances
+from crt_export.parity.windows import ParityOptions, Windows
+from crt_export.progress import Progress
 from crt_export.quantize.plan import W8A8Plan
 from crt_export.spec import GraphSpec, graph_spec
+from crt_export.text import TokenText
 
 HALF_PRECISIONS = ("fp16", "w8a8")
 _ARITHMETIC = {"fp32": "fp32", "w8": "int8+fp32", "fp16": "fp32-emulated", "w8a8": "fp32-emulated"}
@@ -112,3 +121,67 @@ class ParityCase:
     def spec(self, graph: str, config: ModelConfig) -> GraphSpec:
         """The contract of one graph with this target's cache."""
         return graph_spec(graph, config, self.cache_dtype, self.capacity)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParitySetup:
+    """What every level is given besides the target.
+
+    Attributes:
+        checkpoint: The weights of the reference.
+        reference: PyTorch FP32 on the windows; computes each regime once and keeps it.
+        text: The held-out text that the windows are the start of.
+        options: How much to measure.
+        tolerances: The limits.
+        progress: Told what runs.
+        saved_outputs: Where the one-step level saves its tensors for Polygraphy's tools; None saves nothing.
+        recorded_nll: How well the reference predicted the text of the bundle's own report, nats per token; None where
+            there is no such report.
+    """
+
+    checkpoint: Checkpoint
+    reference: Reference
+    text: TokenText
+    options: ParityOptions
+    tolerances: Tolerances
+    progress: Progress
+    saved_outputs: Path | None = None
+    recorded_nll: float | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.checkpoint.config
+
+    @property
+    def model(self) -> Model:
+        """PyTorch FP32, in evaluation mode."""
+        return self.reference.model
+
+    @property
+    def windows(self) -> Windows:
+        """Consecutive windows of the text."""
+        return self.reference.windows
+
+    @property
+    def threads(self) -> int:
+        """CPU threads. PyTorch's count honours OMP_NUM_THREADS, so that checks side by side do not fight for cores."""
+        return self.options.threads or torch.get_num_threads()
+
+    @cached_property
+    def runners(self) -> Runners:
+        """The deployed engines of the targets, loaded when a level first asks for one."""
+        return Runners(self.config, self.threads)
+
+    def runner(self, case: ParityCase) -> Runner:
+        """The deployed engine of a target.
+
+        Raises:
+            BundleError: A file is missing or differs from what was built.
+            ContractError: A graph cannot be loaded or breaks the contract.
+        """
+        return self.runners.of(case)
+
+    def limits(self, precision: str) -> Tolerance:
+        """The limits of one precision."""
+        return self.tolerances.precisions[precision]

@@ -14,7 +14,6 @@ from torch import Tensor
 from crt_export.model import Carry, Model
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.setup import ParityCase, ParitySetup
-from crt_export.parity.trace import computed_once
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -69,12 +68,12 @@ class OneStepCalls:
         self.past = max(past, 1)
         # Windows repeat where the text has fewer: rows then differ in position and length alone.
         chosen = [row % windows.count for row in range(_ROWS)]
-        self._ids = torch.from_numpy(windows.inputs[chosen][:, : self.past + self.seq])
-        self._hidden, carry = setup.reference.decode(self._ids)
-        self._keys = [self._as_cached(keys) for keys in carry.keys]
+        trace = setup.reference.trace(windows.inputs[chosen][:, : self.past + self.seq])
+        self._ids, self._hidden = torch.from_numpy(trace.ids), trace.hidden
+        self._keys = [self._as_cached(keys) for keys in trace.keys]
         # A cache of values is smoothed in some precisions: both what goes in and what is expected to come out.
         self._smoothing = [torch.from_numpy(factor) for factor in case.value_divisors(setup.config)]
-        smoothed = [values / factor for values, factor in zip(carry.values, self._smoothing, strict=True)]
+        smoothed = [values / factor for values, factor in zip(trace.values, self._smoothing, strict=True)]
         self._values = [self._as_cached(values) for values in smoothed]
         self.capacity = case.capacity or self.past + self.seq + _SPARE
 
@@ -175,9 +174,7 @@ class OneStepCalls:
         digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in given))
         shapes = tuple(tensor.shape for tensor in given)
         key = ("one-step", digest.digest(), shapes, tuple(row.length for row in rows), passes)
-        return computed_once(
-            self._reference, key, lambda: reference_outputs(self._model, ids, carry, iterate, rows, passes)
-        )
+        return self._reference.once(key, lambda: reference_outputs(self._model, ids, carry, iterate, rows, passes))
 
     def _inputs(self, rows: list[Row], ids: Tensor, iterate: Tensor) -> Arrays:
         position = np.array([row.position for row in rows])

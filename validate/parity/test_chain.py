@@ -13,7 +13,7 @@ from fault_edits import Edit, constant, nan_at, node, replace_output, replace_va
 from crt_export.checkpoint import Checkpoint
 from crt_export.model import model_from_checkpoint
 from crt_export.parity.chain import check_chain
-from crt_export.parity.chain_errors import ChainErrors, ChainText
+from crt_export.parity.chain_errors import ChainErrors
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
@@ -161,7 +161,7 @@ def test_a_chain_that_ends_early_fails_with_the_steps_it_took(spoiled: SpoiledBu
     assert "ONNX Runtime failed in prefill_pass.fp32.onnx" in steps.failures[1]
     assert check_of(result, "first divergence").passed is False
     assert check_of(result, "reset").passed is False
-    assert check_of(result, "hand-over").passed is False
+    assert check_of(result, "handover").passed is False
 
 
 def test_what_prefill_hands_over_is_compared(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
@@ -177,7 +177,7 @@ def test_what_prefill_hands_over_is_compared(spoiled: SpoiledBundle, setup: Pari
         ),
     )
     result = check_chain(spoiled.case(), setup)
-    handover = check_of(result, "hand-over")
+    handover = check_of(result, "handover")
     assert check_of(result, "first divergence").passed is True
     assert handover.passed is False
     assert f"{GRAPH} graph at step 7 of window 0: next_state" in handover.failures[0]
@@ -212,8 +212,7 @@ def test_what_is_shortened_is_noted(spoiled: SpoiledBundle, setup: ParitySetup) 
 
 
 def test_the_earliest_step_comes_before_the_largest_error() -> None:
-    texts = [ChainText(window=3), ChainText(window=7, after_reset=True)]
-    errors = ChainErrors(["key", "logits"], texts, range(4), 0.1)
+    errors = ChainErrors(["key", "logits"], [3, 7], range(4), 0.1, fresh=1)
     for step in range(4):
         errors.add(0, step, {"key": np.array([0.0, 0.0]), "logits": np.array([0.0, 0.05])}, {})
     assert errors.first_divergence() is None
@@ -222,6 +221,6 @@ def test_the_earliest_step_comes_before_the_largest_error() -> None:
     first, after = errors.first_divergence(), errors.first_divergence(after_reset=True)
     assert first is not None
     assert after is not None
-    assert (first.step, first.tensor, first.text.window, first.error) == (2, "key", 3, 0.2)
-    assert (after.step, after.tensor, after.text.window, after.error) == (2, "logits", 7, 0.3)
+    assert (first.step, first.tensor, first.window, first.error) == (2, "key", 3, 0.2)
+    assert (after.step, after.tensor, after.window, after.error) == (2, "logits", 7, 0.3)
     assert errors.largest("logits") == np.inf

@@ -66,7 +66,7 @@ def test_a_sound_target_says_the_same(spoiled: SpoiledBundle, setup: ParitySetup
 
 def test_the_tokens_are_those_of_the_model(setup: ParitySetup) -> None:
     prompts = setup.windows.inputs[:2, :5]
-    continuation = free_running.continue_greedily(setup.reference, prompts, 4)
+    continuation = setup.reference.continuation(prompts, 4)
     whole = np.concatenate([prompts, continuation.tokens[:, :-1]], axis=1)
     import torch
 

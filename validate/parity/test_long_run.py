@@ -24,14 +24,12 @@ from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.bundle import case_from_manifest
-from crt_export.parity.long_run import check_long_run
-from crt_export.parity.long_run.gates import growth_checks, why_not_gated
-from crt_export.parity.long_run.growth import Growth, growth_from_units
-from crt_export.parity.long_run.headroom import layers_of_tensors
-from crt_export.parity.long_run.reference import long_reference
-from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, schedules
+from crt_export.parity.long_run import check_long_run, growth_checks, why_not_gated
+from crt_export.parity.long_run.figures import Growth, growth_from_units
+from crt_export.parity.long_run.run import layers_of_tensors
+from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, long_reference, schedules
 from crt_export.parity.metrics import Check
-from crt_export.parity.reference import Reference
+from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.report import LevelResult
 from crt_export.parity.setup import ParitySetup
 from crt_export.parity.windows import windows_from_text
@@ -130,7 +128,7 @@ def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParityS
             state = h
             expected.append(h[0, 0])
     _, chained = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
-    found = long_reference(setup, chained).states[: 3 * WINDOW]
+    found = long_reference(setup, chained).hidden(STEP, 1)[0, : 3 * WINDOW]
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)
     assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0][0, 0], atol=1e-3)
 
@@ -141,7 +139,7 @@ def test_the_reference_is_computed_once_and_serves_shorter_runs(setup: ParitySet
     whole, part = long_reference(setup, single), long_reference(setup, short)
     assert long_reference(setup, single) is whole
     assert (whole.windows.length, part.windows.length) == (64, 40)
-    assert torch.equal(part.states, whole.states[:40])
+    assert torch.equal(part.hidden(STEP, 1), whole.hidden(STEP, 1)[:, :40])
 
 
 def test_text_that_is_too_short_says_what_is_needed(parity_checkpoint: Checkpoint, real_text: TokenText) -> None:

@@ -3,44 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from crt_export.cli.console import write_json, write_message, write_text
 from crt_export.cli.options import PATH, full_option, json_option
-from crt_export.cli.tables import bundle_document, readable_size, write_bundle
+from crt_export.cli.tables import Speed, bundle_document, readable_size, speed_from_bench, write_bundle
+
+if TYPE_CHECKING:
+    from crt_export.bundle import BundleFiles
 
 
 @click.command()
 @click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole).")
+@click.option(
+    "--bench",
+    type=PATH,
+    metavar="BENCH.json",
+    help="Show the ms a token that crt-export bench measured of this bundle. Default: BUNDLE.bench.json beside it.",
+)
 @full_option
 @json_option
-def inspect(path: Path, verify: bool, full: bool, as_json: bool) -> None:
+def inspect(path: Path, verify: bool, bench: Path | None, full: bool, as_json: bool) -> None:
     """Show what a bundle or a checkpoint holds, and check it."""
-    if _is_checkpoint(path):
-        _inspect_checkpoint(path, as_json)
+    if not _is_checkpoint(path):
+        _inspect_bundle(path, bench, verify=verify, full=full, as_json=as_json)
+    elif bench is not None:
+        raise click.UsageError("--bench is for a bundle: a checkpoint has no targets to be measured")
     else:
-        _inspect_bundle(path, verify=verify, full=full, as_json=as_json)
+        _inspect_checkpoint(path, as_json)
 
 
 def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() and not (path / "manifest.json").exists()
 
 
-def _inspect_bundle(path: Path, *, verify: bool, full: bool, as_json: bool) -> None:
+def _inspect_bundle(path: Path, given: Path | None, *, verify: bool, full: bool, as_json: bool) -> None:
     from crt_export.bundle import open_bundle
 
     bundle = open_bundle(path, allow_unvalidated=True)
     if verify:
         bundle.verify_all()
+    speed, note = _speed(bundle, given)
     if as_json:
-        write_json({**bundle_document(bundle), "verified": verify})
+        write_json({**bundle_document(bundle), "verified": verify, "speed": speed and speed.to_dict()})
         return
     if verify:
         write_text(f"verified: all {len(bundle.names)} files are as they were built")
-    write_bundle(bundle, path, full=full)
+    if note:
+        write_message(f"note: {note}")
+    write_bundle(bundle, path, speed=speed, full=full)
+
+
+def _speed(bundle: BundleFiles, given: Path | None) -> tuple[Speed | None, str]:
+    """What was measured of a bundle; one that lies beside it and does not fit is left out, and the note says why."""
+    from crt_export.errors import CrtExportError
+    from crt_export.report.reading import bench_of_bundle, bench_path
+
+    path = given or bench_path(bundle.path)
+    if given is None and not path.is_file():
+        return None, ""
+    try:
+        return speed_from_bench(bench_of_bundle(bundle, path), path), ""
+    except CrtExportError as error:
+        if given is not None:
+            raise
+        return None, f"no ms a token is shown: {error}"
 
 
 def _inspect_checkpoint(path: Path, as_json: bool) -> None:

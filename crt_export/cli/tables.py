@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from crt_export.report.numbers import count_text
 from crt_export.report.reading import report_of_bundle
 from crt_export.report.verdict import gates_held, own_model_text, target_checks, verdict_of
 
-TARGET_COLUMNS = ("target", "perplexity>", "delta nll>", "top-1>", "gates>", "result", "size>")
+TARGET_COLUMNS = ("target", "perplexity>", "delta nll>", "top-1>", "gates>", "result", "size>", "ms>")
+GRAPH_COLUMNS = ("graph", "roles", "weights")
 REGIME_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
     "mean KL>", "top-1>", "result",
@@ -26,6 +28,61 @@ _GAP_NOTE = (
     "regime-gap compares K passes with the steps of the same target (reference column); excess is how much wider that "
     "gap is than in PyTorch FP32, and is what its gate judges"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a benchmark measured of a bundle's targets.
+
+    Attributes:
+        file: The benchmark.
+        created: When, ISO 8601, UTC.
+        hardware: The machine.
+        position: Tokens in the cache before the steps.
+        batch: Rows of a step.
+        ms: Median of a step by target, milliseconds.
+    """
+
+    file: str
+    created: str
+    hardware: Mapping[str, Any]
+    position: int
+    batch: int
+    ms: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        """Where and how the column was measured."""
+        machine = f"{self.hardware.get('processor', 'an unknown machine')}, {self.hardware.get('cores', '?')} cores"
+        return (
+            f"ms a token: median step, {self.position} tokens in the cache, batch {self.batch}, on {machine}, "
+            f"{self.created[:10]} ({self.file})"
+        )
+
+
+def speed_from_bench(document: Mapping[str, Any], path: Path) -> Speed | None:
+    """The first position of every target of the bundle that was measured; None where none was.
+
+    Args:
+        document: The benchmark, as :func:`crt_export.report.reading.bench_of_bundle` gives it.
+        path: Its file.
+    """
+    steps = {who["name"]: who["step"][0] for who in document["candidates"] if who["kind"] == "target" and who["step"]}
+    if not steps:
+        return None
+    first = next(iter(steps.values()))
+    return Speed(
+        file=str(path),
+        created=document["created"],
+        hardware=document["hardware"],
+        position=first["position"],
+        batch=first["batch"],
+        ms={name: step["p50_ms"] for name, step in steps.items()},
+    )
 
 
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
@@ -49,13 +106,14 @@ def bundle_bytes(bundle: BundleFiles) -> int:
     return sum(entry["size"] for entry in bundle.manifest["files"].values())
 
 
-def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None:
+def write_bundle(bundle: BundleFiles, path: Path, *, speed: Speed | None = None, full: bool = False) -> None:
     """Write what a bundle holds and how well it agrees with PyTorch.
 
     Args:
         bundle: The bundle.
         path: How the user calls it.
-        full: Every regime, every level, profiles and notes too.
+        speed: What was measured of it.
+        full: Every regime, every level, profiles, graphs with who opens them, and notes too.
 
     Raises:
         InputError: The parity report that it holds is none.
@@ -69,7 +127,7 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
     write_sentence(verdict)
     write_sentence(f"identity {bundle.identity} (SHA-256 of manifest.json)")
     if report is not None:
-        write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]})
+        write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]}, speed)
     if full or report is None:
         rows = [
             (
@@ -83,6 +141,8 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
             for name, target in manifest["targets"].items()
         ]
         write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
+        graphs = [(g["file"], ", ".join(g["roles"]), g["weights"] or "-") for g in manifest["graphs"]]
+        write_table(GRAPH_COLUMNS, graphs, title="graphs and who opens them")
     if full and report is not None:
         write_report_tables(report)
     write_next(
@@ -118,18 +178,34 @@ def write_next(*commands: str) -> None:
         write_text(f"{label:<5} {command}")
 
 
-def write_summary(report: ParityReport, sizes: Mapping[str, int] | None = None, *, failures: bool = True) -> None:
+def write_summary(
+    report: ParityReport,
+    sizes: Mapping[str, int] | None = None,
+    speed: Speed | None = None,
+    *,
+    failures: bool = True,
+) -> None:
     """Write one row per target, and what failed, unless the caller says that itself.
 
     Args:
         report: The report.
         sizes: Bytes of a target by name, where they are known.
+        speed: What was measured of the targets, if anything was.
         failures: Whether to write what failed.
     """
-    rows = [_target_cells(report, name, sizes or {}) for name in report.targets if not name.startswith("pytorch-")]
-    columns = TARGET_COLUMNS if sizes else TARGET_COLUMNS[:-1]
+    known = {"size>": sizes is not None, "ms>": speed is not None}
+    kept = [index for index, name in enumerate(TARGET_COLUMNS) if known.get(name, True)]
+    ms = {} if speed is None else speed.ms
+    rows = [
+        _target_cells(report, name, (sizes or {}).get(name, 0), ms.get(name))
+        for name in report.targets
+        if not name.startswith("pytorch-")
+    ]
     if rows:
-        write_table(columns, [row[: len(columns)] for row in rows], title="step by step against PyTorch FP32")
+        columns, *shown = ([cells[index] for index in kept] for cells in (TARGET_COLUMNS, *rows))
+        write_table(columns, shown, title="step by step against PyTorch FP32")
+        if speed is not None:
+            write_sentence(speed.sentence)
     elif report.levels:  # nothing was built: the reference is not the user's own model
         write_table(LEVEL_COLUMNS, [_level_cells(result) for result in report.levels])
     if failures:
@@ -167,7 +243,7 @@ def _write_failures(results: Sequence[LevelResult]) -> None:
 
 
 # --- one row per target
-def _target_cells(report: ParityReport, target: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def _target_cells(report: ParityReport, target: str, size: int, ms: float | None) -> tuple[str, ...]:
     rows = [row for row in report.rows if row.target == target]
     step = next((row for row in rows if row.regime == "step" and row.status == RUN and row.nll is not None), None)
     checks = target_checks(report, target)
@@ -182,7 +258,7 @@ def _target_cells(report: ParityReport, target: str, sizes: Mapping[str, int]) -
             _figure(step.value("top1_agreement"), ".2%"),
         )
     result = "FAILED" if passed is False else COMPILED if compiled else "passed" if passed else RUN
-    return (target, *figures, f"{good}/{gates}", result, readable_size(sizes.get(target, 0)))
+    return (target, *figures, f"{good}/{gates}", result, readable_size(size), _figure(ms, ".3g"))
 
 
 def _half_width(check: Check | None) -> str:
@@ -262,9 +338,8 @@ def _value(check: Check) -> str:
 
 
 def readable_size(size: float) -> str:
-    """A byte count for people: 1,536 gives ``1.5 KiB``."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    """A byte count for people: 1,536 gives ``1.5 KiB``, 838,451 gives ``819 KiB``."""
+    units = ("bytes", "KiB", "MiB", "GiB")
+    unit = next((place for place in range(3) if size < 1024 ** (place + 1)), 3)
+    value = size / 1024**unit
+    return f"{value:.{1 if unit and value < 100 else 0}f} {units[unit]}"

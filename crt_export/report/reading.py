@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -102,6 +103,29 @@ def checked_bench(document: object, where: str) -> dict[str, Any]:
             "crt-export that wrote it, or measure again with this one"
         )
     _refuse_problems(document, bench_schema(), f"{where}: a benchmark that is damaged or of a newer crt-export")
+    return document
+
+
+def bench_path(bundle: Path) -> Path:
+    """Where the benchmark of a bundle is looked for: beside it, with ``.bench.json`` after its name."""
+    place = Path(os.path.realpath(bundle))
+    return place.with_name(f"{place.name}.bench.json")
+
+
+def bench_of_bundle(files: BundleFiles, path: Path) -> dict[str, Any]:
+    """The benchmark in a file, if it measured this very bundle.
+
+    Raises:
+        InputError: As :func:`read_bench`, or it measured another bundle, such as an earlier build of this one.
+        MissingDependencyError: jsonschema is not installed.
+    """
+    document = read_bench(path)
+    measured = document["bundle"].get("sha256")
+    if measured != files.identity:
+        raise InputError(
+            f"{path} measured another bundle than {files.path}: expected identity {files.identity}, found "
+            f"{measured!r:.80}; measure this one: crt-export bench {files.path} --output {path}"
+        )
     return document
 
 

@@ -58,8 +58,7 @@ def render_html(
 
 
 def _bench_page(document: Mapping[str, Any]) -> BenchPage:
-    from crt_export.report.bench_page import page_from_bench
-    from crt_export.report.plots.bench import draw_bench_plots
+    from crt_export.report.bench_page import draw_bench_plots, page_from_bench
 
     return page_from_bench(document, draw_bench_plots(document, "bench"))
 

@@ -85,7 +85,7 @@ def test_every_level_has_its_table_and_every_curve_its_plot(full: Page) -> None:
     assert all(level in text for level in LEVELS)
     titles = [
         "Perplexity by number of passes", "Regime gap by number of passes", "Drift by position, K passes",
-        "Residual against true error", "Hand-over from K passes to decoding", "Divergence of the tokens",
+        "Residual against true error", "Handover from K passes to decoding", "Divergence of the tokens",
         "Drift by position, likelihood", "Drift by position, divergence", "Error by step of the chain",
         "Free running: agreement", "Error over the long run", "Norm of the state", "FP16 headroom by layer",
     ]  # fmt: skip

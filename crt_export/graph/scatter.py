@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from crt_export.cache import Attended
+from crt_export.models.declaration import CacheSpec
+
 
 @torch.library.custom_op("crt_export::cache_update", mutates_args=())
 def cache_update(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
@@ -36,34 +39,43 @@ class ScatteredCache:
     of a graph; earlier passes use :class:`crt_export.cache.AppendedCache`, which only reads.
 
     Args:
-        past_keys: Per layer [batch, heads, capacity, head_dim].
+        specs: What the caches are.
+        past_keys: Per cache [batch, heads, capacity, head_dim].
         past_values: Likewise.
         position: Tokens already in the cache, int64 [batch].
         seq: Tokens of the chunk.
-        window: Keys that a query sees, itself included; None: all.
     """
 
     def __init__(
         self,
+        specs: Sequence[CacheSpec],
         past_keys: Sequence[Tensor],
         past_values: Sequence[Tensor],
         position: Tensor,
         seq: int,
-        window: int | None = None,
     ) -> None:
+        self._specs = specs
         self._past = list(zip(past_keys, past_values, strict=True))
         self._position = position
         slot = torch.arange(past_keys[0].shape[2], device=position.device)
         query = position[:, None] + torch.arange(seq, device=position.device)
         seen = slot <= query[:, :, None]
-        if window is not None:
-            seen = seen & (query[:, :, None] - window < slot)
-        self.mask: Tensor | None = seen[:, None]
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self._masks = {
+            window: (seen if window is None else seen & (query[:, :, None] - window < slot))[:, None]
+            for window in dict.fromkeys(spec.window for spec in specs)
+        }
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        past_keys, past_values = self._past[layer]
-        self.keys.append(cache_update(past_keys, keys, self._position))
-        self.values.append(cache_update(past_values, values, self._position))
-        return self.keys[-1], self.values[-1]
+    @property
+    def keys(self) -> list[Tensor]:
+        return [self._written[index][0] for index in range(len(self._specs))]
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [self._written[index][1] for index in range(len(self._specs))]
+
+    def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
+        past_keys, past_values = self._past[index]
+        written = cache_update(past_keys, keys, self._position), cache_update(past_values, values, self._position)
+        self._written[index] = written
+        return Attended(*written, self._masks[self._specs[index].window])

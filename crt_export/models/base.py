@@ -84,6 +84,11 @@ class LanguageModel(nn.Module, ABC):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, [..., hidden] -> [..., vocab]."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     def reset_tables(self) -> None:
         """Compute the buffers that no checkpoint stores."""
 

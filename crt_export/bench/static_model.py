@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crt_export.config import ModelConfig
-from crt_export.model import rope_tables
+from crt_export.rotary import rope_tables
 
 #: Where the tokens of a call go in the caches: a slice, or their positions as int64 [seq] where a compiler needs it.
 Place = slice | Tensor

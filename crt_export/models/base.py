@@ -58,10 +58,14 @@ class LanguageModel(nn.Module, ABC):
         config_class: Class of its configuration.
         config: Its configuration.
         residual_dtype: Of the residual stream and of the states; None: that of the weights.
+        final_norm: What the head begins with.
+        lm_head: Its linear.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     config: ModelConfig
+    final_norm: nn.Module
+    lm_head: nn.Module
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,9 +84,9 @@ class LanguageModel(nn.Module, ABC):
             cache: Takes new keys and values of each cache and hands back what to attend over.
         """
 
-    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits, [..., hidden] -> [..., vocab]."""
+        """``logits = W_head N_f(h) + b_head``, [..., hidden] -> [..., vocab]."""
+        return self.lm_head(self.final_norm(hidden))
 
     @property
     def dtype(self) -> torch.dtype:

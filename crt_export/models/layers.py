@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -78,7 +79,35 @@ class RmsNorm(nn.Module):
 NORMS: Mapping[str, type[LayerNorm] | type[RmsNorm]] = MappingProxyType({"layer": LayerNorm, "rms": RmsNorm})
 
 
-class Mlp(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """A linear whose output channels reach another one's input unmixed, so that the two may trade scale.
+
+    Attributes:
+        producer: Name of the linear, beside its reader.
+        heads: (Heads of the producer, heads of the reader's input): each block of the producer's channels is read
+            by as many blocks.
+        cached: Whether the channels lie in a cache on the way.
+    """
+
+    producer: str
+    heads: tuple[int, int] = (1, 1)
+    cached: bool = False
+
+
+class FoldsThrough:
+    """What quantisation may assume of a module's linears.
+
+    Attributes:
+        folds: Reader to what its input channels come from.
+        one_sided: Linears that read the output of an activation, which is hardly ever negative.
+    """
+
+    folds: Mapping[str, Fold] = MappingProxyType({})
+    one_sided: tuple[str, ...] = ()
+
+
+class Mlp(nn.Module, FoldsThrough):
     """``down(act(up x))``, or ``down(act(gate x) * up x)`` where it is gated, hidden -> inner -> hidden."""
 
     def __init__(
@@ -92,6 +121,10 @@ class Mlp(nn.Module):
         #: An attribute, so that crt_export.parity.own_model_causes can try another one.
         self.activation = activation
         self._gated = gated
+        if gated:
+            self.folds = {"down": Fold(producer="up")}
+        else:
+            self.one_sided = ("down",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._gated:

@@ -38,14 +38,15 @@ def config_class(model_type: str) -> type[ModelConfig]:
 
 
 @cache
-def _meta_model(config: ModelConfig) -> LanguageModel:
+def meta_model(config: ModelConfig) -> LanguageModel:
+    """A model whose weights have names and shapes, and no memory; not to be changed."""
     with torch.device("meta"):
         return model_class(config.model_type)(config)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that ``model.safetensors`` must hold, linears as [out, in]."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(_meta_model(config)).items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(meta_model(config)).items()}
 
 
 def model_from_checkpoint(
@@ -76,7 +77,7 @@ def model_from_checkpoint(
 def state_dict_from_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Checkpoint tensors -> parameters of the model; linears [out, in] become [in, out], a tied head a copy."""
     head = {} if "lm_head.weight" in tensors else {"lm_head.weight": tensors["embed.weight"]}
-    linears = _linear_weights(_meta_model(config))
+    linears = _linear_weights(meta_model(config))
     return {
         name: tensor.T.contiguous() if name in linears else tensor.clone()
         for name, tensor in {**tensors, **head}.items()

@@ -32,7 +32,7 @@ from crt_export.cache import Cache
 from crt_export.config import FLAG, MOST_LAYERS, Key, ModelConfig, count, is_finite_number, is_integer, number, one_of
 from crt_export.models.base import LanguageModel, Pass
 from crt_export.models.declaration import HALF, INTERLEAVED, CacheSpec, Carried, Rotary
-from crt_export.models.layers import ACTIVATIONS, NORMS, Linear, Mlp
+from crt_export.models.layers import ACTIVATIONS, NORMS, Fold, FoldsThrough, Linear, Mlp
 from crt_export.rotary import Rope, frequencies_from_base, rope_at, rope_tables, rotate
 
 PLACEMENTS = ("pre", "post", "sandwich")
@@ -213,7 +213,7 @@ def _position_problems(values: Mapping[str, Any], head_dim: int) -> Iterator[str
             yield f"layer_attention: rotary set {chosen} of {there}"
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, FoldsThrough):
     """Causal attention of grouped queries over the keys that a cache provides."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -230,6 +230,7 @@ class Attention(nn.Module):
         self.q = Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k, self.v = (Linear(hidden, self.kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.o = Linear(self.heads * self.head_dim, hidden, bias=bias)
+        self.folds = {"o": Fold(producer="v", heads=(self.kv_heads, self.heads), cached=True)}
         if self.qk_norm != "none":
             per_head, norm = self.qk_norm == "head", NORMS[config.norm]
             self.q_norm, self.k_norm = (
@@ -343,7 +344,6 @@ class Transformer(LanguageModel):
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """``logits = W_head LN_f(h) + b_head``, [..., hidden] -> [..., vocab]."""
-        logits = self.lm_head(self.final_norm(hidden))
-        cap = self.config.logit_softcap
+        """Logits, [..., hidden] -> [..., vocab]; bounded where the configuration says so."""
+        logits, cap = super().head(hidden), self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

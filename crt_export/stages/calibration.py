@@ -9,7 +9,7 @@ from typing import Any
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.folders import temporary_folder
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress

@@ -24,7 +24,7 @@ from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.graph.traces import TraceJob, Traces, start_traces
 from crt_export.memo import Memo
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import (

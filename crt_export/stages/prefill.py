@@ -26,7 +26,8 @@ from torch import Tensor
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.certificate.curves import Stopping, perplexity_gap_interval, smallest_passes, stopping_bound
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
@@ -121,14 +122,16 @@ def _last_windows(text: TokenText, count: int, chunk: int) -> Sequences | None:
 
 
 @torch.no_grad()
-def _predicts(model: Model, inputs: Tensor, targets: Tensor, learnt_share: float) -> bool:
+def _predicts(model: LanguageModel, inputs: Tensor, targets: Tensor, learnt_share: float) -> bool:
     """Whether a few passes over one window predict it clearly better than a uniform guess."""
     hidden, _, _ = model.unroll(inputs[:1], _FIRST_LOOK)
     return float(_nll(model, hidden, targets[:1]).mean()) < learnt_share * math.log(model.config.vocab_size)
 
 
 @torch.no_grad()
-def _measured(model: Model, inputs: Tensor, targets: Tensor, limit: float, progress: Progress) -> PassLimits | None:
+def _measured(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, limit: float, progress: Progress
+) -> PassLimits | None:
     label, most = "measure when passes of a prefill may stop", min(_MOST_PASSES, inputs.shape[1])
     progress(label, 0, most)
     sequential = _nll(model, model.sequential(inputs)[0], targets)
@@ -150,7 +153,7 @@ def _measured(model: Model, inputs: Tensor, targets: Tensor, limit: float, progr
     return PassLimits(chunk=inputs.shape[1], passes=smallest, stopping=stopping)
 
 
-def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
+def _nll(model: LanguageModel, hidden: Tensor, targets: Tensor) -> np.ndarray:
     """Negative log-likelihood of the next tokens, nats, float64 [windows, positions]; by window, to save memory."""
     found = [
         -torch.log_softmax(model.head(states).double(), dim=-1).gather(-1, wanted[:, None])[:, 0]

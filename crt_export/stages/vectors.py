@@ -15,7 +15,8 @@ from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, InputError, problem_list
-from crt_export.model import Carry, Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel, State
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
@@ -139,7 +140,7 @@ def _ids(
 
 
 @torch.no_grad()
-def _run(model: Model, vectors: Vectors, run: str, passes: tuple[int, int] | None) -> dict[str, np.ndarray]:
+def _run(model: LanguageModel, vectors: Vectors, run: str, passes: tuple[int, int] | None) -> dict[str, np.ndarray]:
     """The tensors of one run.
 
     Args:
@@ -170,7 +171,7 @@ def _run(model: Model, vectors: Vectors, run: str, passes: tuple[int, int] | Non
     return tensors
 
 
-def _prompt(model: Model, ids: Tensor, passes: tuple[int, int] | None) -> tuple[Tensor, Carry]:
+def _prompt(model: LanguageModel, ids: Tensor, passes: tuple[int, int] | None) -> tuple[Tensor, State]:
     """h of the prompt's last token, [1, 1, hidden], and what decoding continues from."""
     if passes is None:
         hidden, carry = model.sequential(ids)

@@ -1,7 +1,7 @@
 """Pass: put K - 1 reading passes in front of the pass that writes the cache.
 
-Every pass of the unroll is the same function of its iterates, so it is exported once and repeated here: tracing K copies
-of the model takes K times as long and says nothing new.
+Every pass of the unroll is the same function of its iterates, so it is exported once and repeated here: tracing K
+copies of the model takes K times as long and says nothing new.
 """
 
 from __future__ import annotations

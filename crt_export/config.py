@@ -10,14 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.strict_json import json_problem, parse_unique_keys
 from crt_export.user_files import read_input
-
-if TYPE_CHECKING:
-    from crt_export.models.declaration import Carried
 
 FORMAT_VERSION = 1
 TOKENIZERS = ("byte", "tokenizer.json", "none")
@@ -169,6 +167,20 @@ class ModelConfig:
     def carried(self) -> Carried:
         """What the model carries from token to token."""
         raise NotImplementedError
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model as whoever runs it needs to know it."""
+        return ModelInfo(
+            model_type=self.model_type,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_position_embeddings=self.max_position_embeddings,
+            tokenizer=self.tokenizer,
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=self.eos_token_ids,
+            carried=self.carried,
+        )
 
     def derive(self) -> None:
         """Fill in what follows from other keys."""

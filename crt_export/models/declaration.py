@@ -12,6 +12,9 @@ from typing import Any
 
 #: Name of the state that the head reads; its tensors are called ``state`` and ``hidden``, without a name behind them.
 HIDDEN = "hidden"
+#: Names of a state's tensors in the graphs, see :meth:`StateSpec.tensor`.
+STATE, NEXT_STATE = "state.{name}", "next_state.{name}"
+ITERATE, NEXT_ITERATE = "iterate.{name}", "next_iterate.{name}"
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"
 INTERLEAVED, HALF = "interleaved", "half"
 
@@ -83,6 +86,8 @@ class Carried:
         passes: Passes over a chunk that the model was trained for.
         parallel: Whether a state belongs to each token of a chunk; False: states advance within one exact pass.
         prompt: ``causal``, or ``bidirectional``: tokens of the prompt see each other.
+        relative: Whether positions enter by the rotation of keys and queries alone, so that what a cache holds may move
+            to earlier positions.
     """
 
     states: tuple[StateSpec, ...] = ()
@@ -90,16 +95,12 @@ class Carried:
     passes: int = 1
     parallel: bool = True
     prompt: str = CAUSAL
+    relative: bool = True
 
     @property
     def iterated(self) -> bool:
         """Whether a chunk takes several passes, each fed the states of the one before."""
         return self.parallel and bool(self.states)
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The different attention windows, in the order of their first caches."""
-        return tuple(dict.fromkeys(cache.window for cache in self.caches))
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; a rotation that several caches have is written once."""
@@ -115,6 +116,7 @@ class Carried:
             "parallel": self.parallel,
             "iterated": self.iterated,
             "prompt": self.prompt,
+            "relative": self.relative,
         }
 
     @classmethod
@@ -134,6 +136,7 @@ class Carried:
             passes=values["passes"],
             parallel=values["parallel"],
             prompt=values["prompt"],
+            relative=values["relative"],
         )
         if carried.iterated != values["iterated"]:
             raise ValueError(f"iterated is {values['iterated']}, its states say {carried.iterated}")
@@ -147,3 +150,64 @@ def _named(rotaries: Sequence[Rotary], entry: Mapping[str, Any]) -> Rotary | Non
     if not 0 <= index < len(rotaries):
         raise ValueError(f"cache {entry['name']!r} names rotation {index} of {len(rotaries)}")
     return rotaries[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A model as its graphs and whoever runs them need to know it; a section of a bundle's manifest.
+
+    Attributes:
+        model_type: Name of the architecture, for messages.
+        vocab_size: Logits of a token.
+        hidden_size: Size of what the head reads.
+        max_position_embeddings: Most tokens of a sequence.
+        tokenizer: ``byte``, ``tokenizer.json`` or ``none``.
+        bos_token_id: The token that every sequence begins with, or None.
+        eos_token_ids: The tokens that end one; empty if there is none.
+        carried: What it carries from token to token.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    tokenizer: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    carried: Carried
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """What begins or ends a sequence."""
+        return frozenset(self.eos_token_ids) | ({self.bos_token_id} if self.bos_token_id is not None else set())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section of the manifest."""
+        return {
+            "architecture": self.model_type,
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "max_positions": self.max_position_embeddings,
+            "tokenizer": self.tokenizer,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": list(self.eos_token_ids),
+            **self.carried.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelInfo:
+        """Read the section of a manifest, checked against its schema.
+
+        Raises:
+            ValueError: It contradicts itself.
+        """
+        return cls(
+            model_type=values["architecture"],
+            vocab_size=values["vocab"],
+            hidden_size=values["hidden"],
+            max_position_embeddings=values["max_positions"],
+            tokenizer=values["tokenizer"],
+            bos_token_id=values["bos_token_id"],
+            eos_token_ids=tuple(values["eos_token_ids"]),
+            carried=Carried.from_dict(values),
+        )

@@ -180,7 +180,9 @@ class TransformerConfig(ModelConfig):
     @cached_property
     def carried(self) -> Carried:
         """One cache a layer."""
-        return Carried(caches=tuple(map(self._cache, range(self.num_hidden_layers))))
+        return Carried(
+            caches=tuple(map(self._cache, range(self.num_hidden_layers))), relative=not self.learned_positions
+        )
 
     def _cache(self, layer: int) -> CacheSpec:
         window, chosen = self.attention(layer)

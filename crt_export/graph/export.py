@@ -101,6 +101,7 @@ class GraphExporter:
             name_weights(graph, self._model)
             simplify(graph, keep=self._weights)
             _name_values(graph, spec)
+            _read_sizes_of_first(graph, spec)
             _share_weights(graph, self._model)
             self._traced[name] = graph
         return self._traced[name]
@@ -201,6 +202,24 @@ def _name_values(graph: ir.Model, spec: GraphSpec) -> None:
             value.name = tensor.name
             if side == "outputs":
                 value.shape = ir.Shape(tensor.dims)
+
+
+def _read_sizes_of_first(graph: ir.Model, spec: GraphSpec) -> None:
+    """Take a symbolic size from the first input that has it: of an iterate, each pass of an unroll would ask anew."""
+    first: dict[str, tuple[ir.Value, int]] = {}
+    inputs = dict(zip(graph.graph.inputs, spec.inputs, strict=True))
+    for value, tensor in inputs.items():
+        for axis, dim in enumerate(tensor.dims):
+            if isinstance(dim, str):
+                first.setdefault(dim, (value, axis))
+    for node in graph.graph:
+        source = inputs.get(node.inputs[0]) if node.op_type == "Shape" and node.inputs[0] is not None else None
+        start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
+        if source is None or start is None or end != start + 1 or not isinstance(source.dims[start], str):
+            continue
+        value, axis = first[str(source.dims[start])]
+        node.replace_input_with(0, value)
+        node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
 
 
 @contextmanager

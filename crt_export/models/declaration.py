@@ -64,6 +64,7 @@ class CacheSpec:
     Attributes:
         name: For messages and the manifest; graphs number the caches.
         heads: Heads of keys and values.
+        query_heads: Heads that attend over them, a multiple.
         head_dim: Channels of a head.
         window: Latest tokens that a query sees, itself included; None: all.
         rotary: How its keys are turned; None: not at all.
@@ -71,6 +72,7 @@ class CacheSpec:
 
     name: str
     heads: int
+    query_heads: int
     head_dim: int
     window: int | None = None
     rotary: Rotary | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -47,6 +48,17 @@ def meta_model(config: ModelConfig) -> LanguageModel:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that ``model.safetensors`` must hold, linears as [out, in]."""
     return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(meta_model(config)).items()}
+
+
+def with_positions(checkpoint: Checkpoint, positions: int) -> Checkpoint:
+    """The same model for sequences of another length: its tables have that many rows, learned ones at most as many."""
+    config = replace(checkpoint.config, max_position_embeddings=positions, training_sequence_length=None)
+    shapes = tensor_shapes(config)
+    return replace(
+        checkpoint,
+        config=config,
+        tensors={name: tensor[: shapes[name][0]] for name, tensor in checkpoint.tensors.items()},
+    )
 
 
 def model_from_checkpoint(

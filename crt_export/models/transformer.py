@@ -189,6 +189,7 @@ class TransformerConfig(ModelConfig):
         return CacheSpec(
             name=f"layers.{layer}",
             heads=self.num_key_value_heads,
+            query_heads=self.num_attention_heads,
             head_dim=self.head_dim,
             window=window,
             rotary=None if chosen is None else self.rotaries[chosen],

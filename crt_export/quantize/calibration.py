@@ -186,8 +186,8 @@ def _run_regimes(model: LanguageModel, ids: torch.Tensor, passes: int, windows: 
         pieces = [(ids[:, :_DECODED_TOKENS], None), (ids[:, -_DECODED_TOKENS:], last)]
     observer.expect(windows * sum(piece.shape[1] for piece, _ in pieces), regimes)
     for piece, state in pieces:
-        hidden, _ = model.sequential(piece, state)
-        observer.observe(HEAD, model.final_norm(hidden))
+        decoded, _ = model.sequential(piece, state)
+        observer.observe(HEAD, model.final_norm(decoded.hidden))
 
 
 def _state_at(position: int, done: Pass, after: State) -> State:

@@ -122,9 +122,7 @@ def prefill_rule(
     word = passes_word(passes)
     number = whole_number("passes", passes) if word is None and passes is not None else None  # type: ignore[arg-type]
     if not iterated and (number is not None or word == ADAPTIVE):
-        raise UnsupportedError(
-            "passes: this model has exactly one pass, which is exact (a plain transformer, say); leave passes out"
-        )
+        raise UnsupportedError("passes: this model has exactly one pass, which is exact; leave passes out")
     if word == ADAPTIVE and plan.residual_bound is None:
         raise UnsupportedError(
             f"{target} has no bound for the residual, so there is no telling when passes may stop: its bundle was "

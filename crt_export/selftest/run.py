@@ -36,7 +36,7 @@ class Feeding:
         by: ``step`` (token by token), ``prefill`` (the unrolled graph) or ``prefill_pass`` (as many single passes as
             the prompt has tokens, which is the exact recurrence).
         chunk: Most tokens per call of ``prefill``.
-        passes: Those that ``prefill`` was built with; None for a plain transformer.
+        passes: Those that ``prefill`` was built with; None for a model that is not iterated.
         steps: Steps after the prompt.
     """
 
@@ -54,14 +54,14 @@ class Observed:
         index: 0 after the prompt, i after step i.
         logits: float32 [vocab].
         next_token: The engine's argmax.
-        state: float32 [hidden]; None for a plain transformer.
-        caches: ``past_key_values.{layer}.key|value``, [heads, tokens so far, head_dim].
+        states: By the name of the graphs' input, float32 [*shape].
+        caches: ``past_key_values.{i}.key|value``, [heads, tokens so far, head_dim].
     """
 
     index: int
     logits: np.ndarray
     next_token: int
-    state: np.ndarray | None
+    states: Mapping[str, np.ndarray]
     caches: Mapping[str, np.ndarray]
 
 
@@ -94,7 +94,7 @@ def _observed(session: Session, index: int, logits: np.ndarray) -> Observed:
         index=index,
         logits=logits[0],
         next_token=int(tensors["next_tokens"][0]),
-        state=tensors["state"][0, 0] if "state" in tensors else None,
+        states={name: values[0, 0] for name, values in tensors.items() if name.partition(".")[0] == "state"},
         caches={name: values[0] for name, values in tensors.items() if name.startswith(_CACHES)},
     )
 
@@ -129,14 +129,14 @@ class Comparison:
     _missing: list[str] = field(default_factory=list)
 
     def add(self, observed: Observed) -> None:
-        """Compare logits, state and next token of one index."""
+        """Compare logits, states and next token of one index."""
         index = observed.index
         expected = self.vectors.tensors[f"{self.run}.logits.{index}"]
         where, scale = place(self.vectors, index), self.vectors.scale(self.run, "logits")
         self._compare("logits", observed.logits[self.vectors.columns(index)], expected, scale, where)
-        if observed.state is not None:
-            states = self.vectors.tensors[f"{self.run}.state"]
-            self._compare("state", observed.state, states[index], self.vectors.scale(self.run, "state"), where)
+        for name, found in observed.states.items():
+            states = self.vectors.tensors[f"{self.run}.{name}"]
+            self._compare(name, found, states[index], self.vectors.scale(self.run, name), where)
         self._check_token(observed, scale)
 
     def add_caches(self, observed: Observed) -> None:
@@ -261,7 +261,7 @@ def vectors_of_bundle(bundle: Bundle) -> Vectors:
     if VECTORS_FILE not in files:
         raise BundleError(f"{files.path} has no {VECTORS_FILE}; build it again with 'crt-export build' to get one")
     content = files.content(VECTORS_FILE)
-    return load_vectors(files.path / VECTORS_FILE, bundle.config, files.manifest["checkpoint"]["sha256"], content)
+    return load_vectors(files.path / VECTORS_FILE, bundle.model, files.manifest["checkpoint"]["sha256"], content)
 
 
 def _target_result(bundle: Bundle, target: Target, vectors: Vectors) -> TargetResult:
@@ -280,12 +280,12 @@ def _target_result(bundle: Bundle, target: Target, vectors: Vectors) -> TargetRe
         opening = ReplayResult(replay="open", tensors=(), failures=(str(error),))
         return TargetResult(target=target.name, status="failed", replays=(opening,))
     with session:
-        replays = tuple(_replays(session, bundle.config.recurrent, target, vectors))
+        replays = tuple(_replays(session, bundle.model.carried.iterated, target, vectors))
     off = any(result.failures for result in replays)
     return TargetResult(target=target.name, status="failed" if off else "passed", replays=replays)
 
 
-def _replays(session: Session, recurrent: bool, target: Target, vectors: Vectors) -> list[ReplayResult]:
+def _replays(session: Session, iterated: bool, target: Target, vectors: Vectors) -> list[ReplayResult]:
     """Every replay on one session, with a reset between: what it carries across shows in the next one."""
     limit = vectors.limits.get(target.profile.precision)
     if limit is None:
@@ -297,10 +297,10 @@ def _replays(session: Session, recurrent: bool, target: Target, vectors: Vectors
             f"the self-test vectors have no run {run!r} for {target.name}, only {', '.join(vectors.runs)}; "
             "build the bundle again"
         )
-    passes = target.unroll if recurrent else None
+    passes = target.unroll if iterated else None
     by_prefill = Feeding(by="prefill", chunk=chunk, passes=passes, steps=steps)
     plan = [(RECURRENCE, Feeding(by="step", chunk=chunk, passes=passes, steps=steps)), (run, by_prefill)]
-    if recurrent and not target.profile.compiled and "prefill_pass" in target.graphs:
+    if iterated and not target.profile.compiled and "prefill_pass" in target.graphs:
         plan.append((RECURRENCE, replace(by_prefill, by="prefill_pass", steps=min(steps, _FEW_STEPS))))
     results, seen = [], []
     for name, feeding in plan:
@@ -345,9 +345,8 @@ def _differences(vectors: Vectors, first: Sequence[Observed], again: Sequence[Ob
         pairs = {
             "logits": (one.logits, other.logits),
             **{name: (one.caches[name], other.caches[name]) for name in one.caches},
+            **{name: (one.states[name], other.states[name]) for name in one.states},
         }
-        if one.state is not None and other.state is not None:
-            pairs["state"] = (one.state, other.state)
         for name, (before, after) in pairs.items():
             if not np.array_equal(before, after):
                 largest = float(np.abs(before.astype(np.float64) - after).max())

@@ -24,7 +24,7 @@ from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.graph.traces import TraceJob, Traces, start_traces
 from crt_export.memo import Memo
-from crt_export.models.registry import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint, with_positions
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress
 from crt_export.quantize import (
@@ -78,8 +78,9 @@ def write_graphs(
     config = checkpoint.config
     wanted = {variant for profile in profiles for variant in variants_of_profile(profile, config).values()}
     positions = max(profile.capacity for profile in profiles)
-    cut = replace(config, max_position_embeddings=positions, training_sequence_length=None)
-    writer = _Writer(replace(checkpoint, config=cut), plan, folder, store, progress)
+    shortened = with_positions(checkpoint, positions)
+    cut = shortened.config
+    writer = _Writer(shortened, plan, folder, store, progress)
     written: dict[GraphVariant, GraphFile] = {}
     missing: list[GraphVariant] = []
     for precision in (name for exported, (derived, _) in _DERIVED.items() for name in (exported, derived)):
@@ -118,7 +119,7 @@ def _trace_jobs(missing: Iterable[GraphVariant], config: ModelConfig) -> list[Tr
                 key = (str(dtype).removeprefix("torch."), variant.residual_dtype)
                 graphs.setdefault(key, set()).add((variant.graph, variant.unroll))
     return [
-        TraceJob(parts=parts_of_graphs(config, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
+        TraceJob(parts=parts_of_graphs(config.carried, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
         for (dtype, residual_dtype), found in [*graphs.items()][1:]
     ]
 

@@ -44,9 +44,10 @@ def manifest_from_build(
         "libraries": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
         "validated": report is not None and report.passed,
         "config": config.to_dict(),
+        "model": config.info.to_dict(),
         "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
         "options": _resolved_options(options, text, calibration, targets),
-        "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
+        "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config.carried)},
         "graphs": _graph_entries(targets, config),
         "quantization": {"w8a8": PLAN_FILE} if any(target.profile.precision == "w8a8" for target in targets) else {},
         "targets": {
@@ -80,7 +81,7 @@ def _graph_entries(targets: Sequence[BuiltTarget], config: ModelConfig) -> list[
     roles: dict[str, set[str]] = {name: set() for name in files}
     for target in targets:
         for graph, file in target.graphs.items():
-            roles[file.file].update(target.profile.graph_roles(graph, config.recurrent))
+            roles[file.file].update(target.profile.graph_roles(graph, config.carried.iterated))
     return [
         {
             "file": name,

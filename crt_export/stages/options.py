@@ -138,4 +138,4 @@ def _default_profiles() -> list[EngineProfile]:
 def _resolved(profile: EngineProfile, options: BuildOptions, config: ModelConfig) -> EngineProfile:
     capacity = options.capacity or min(profile.capacity, config.max_position_embeddings)
     unroll = options.unroll or profile.unroll or config.unroll_steps
-    return profile.with_capacity(capacity).with_unroll(unroll if config.recurrent else 1)
+    return profile.with_capacity(capacity).with_unroll(unroll if config.carried.iterated else 1)

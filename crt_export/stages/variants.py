@@ -84,10 +84,10 @@ def variants_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str
     Raises:
         UnsupportedError: The profile insists on fused attention, and there is no kernel.
     """
-    unroll, attention = profile.unroll or 1, attention_form(profile, config)
+    unroll, attention = profile.unroll or 1, attention_form(profile, config.carried)
     shared = {
         name: GraphVariant(name, profile.precision, unroll if name == "prefill" else 1, profile.residual_dtype)
-        for name in graph_names(config)
+        for name in graph_names(config.carried)
     }
     if not profile.compiled:
         return shared
@@ -96,4 +96,4 @@ def variants_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str
 
 
 def _default_unroll(config: ModelConfig) -> int:
-    return config.unroll_steps if config.recurrent else 1
+    return config.carried.passes

@@ -158,7 +158,7 @@ def _balance(gain: ir.Value, biases: list[ir.Value], weights: list[ir.Value], me
 
 
 def balanced(gain: NDArray[np.float32], *others: NDArray[np.float32], biased: bool) -> tuple[NDArray[np.float32], ...]:
-    """Gain, bias if ``biased``, and weights float32 [in, out] of the same function, its channels of similar magnitude."""
+    """Gain, bias if ``biased``, and weights float32 [in, out] of the same function, channels of similar magnitude."""
     biases, weights = others[: int(biased)], others[int(biased) :]
     activation = _DEVIATIONS * np.abs(gain.astype(np.float64)) + sum(np.abs(bias) for bias in biases)
     largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)

@@ -118,7 +118,8 @@ class ModelConfig:
     Attributes:
         KEYS: What each key takes.
         DERIVED: Keys whose absence asks for a value that follows from others.
-        OLDER_NAMES: Other names of keys, by the name that stands for them.
+        OLDER_NAMES: Other names of keys, to the name that stands for them.
+        IGNORED: Keys of a relative that a file may hold and that mean nothing here.
 
     Raises:
         CheckpointError: A value has the wrong type, is out of range or contradicts another.
@@ -139,6 +140,7 @@ class ModelConfig:
     }
     DERIVED: ClassVar[tuple[str, ...]] = ()
     OLDER_NAMES: ClassVar[Mapping[str, str]] = {}
+    IGNORED: ClassVar[tuple[str, ...]] = ()
 
     model_type: str
     vocab_size: int
@@ -248,6 +250,7 @@ class ModelConfig:
         known = isinstance(kind, str) and kind in MODEL_TYPES
         cls = config_class(str(kind) if known else MODEL_TYPES[0])
         names = cls.keys()
+        values = {key: value for key, value in values.items() if key not in cls.IGNORED}
         renamed, given = {}, {}
         for key, value in values.items():
             name = cls.OLDER_NAMES.get(key, key)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
-from crt_export.config import PLAIN, RECURRENT, ModelConfig
+from crt_export.config import ModelConfig
 from crt_export.errors import InputError
 from crt_export.folders import temporary_folder
 
@@ -39,9 +39,14 @@ def _published(layers: int, hidden: int, *, unroll: int = 0) -> ModelConfig:
 
 def _config(sizes: Mapping[str, int], unroll: int) -> ModelConfig:
     inner = 4 * sizes["hidden_size"]
-    recurrent: dict[str, Any] = {"model_type": RECURRENT, "correction_intermediate_size": inner, "unroll_steps": unroll}
-    kind = recurrent if unroll else {"model_type": PLAIN}
-    return ModelConfig(**kind, **sizes, intermediate_size=inner, **_COMMON)
+    kind: dict[str, Any] = {"model_type": "transformer"}
+    if unroll:
+        kind = {
+            "model_type": "context_ready_transformer",
+            "correction_intermediate_size": inner,
+            "unroll_steps": unroll,
+        }
+    return ModelConfig.from_dict({**kind, **sizes, "intermediate_size": inner, **_COMMON})
 
 
 #: By name: CRTs with the K they were trained for, the plain transformers the paper compares them with, and a small one.

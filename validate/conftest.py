@@ -28,7 +28,8 @@ from crt_export.bundle import MANIFEST_NAME, stage_bundle
 from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import Checkpoint, load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.spec import graph_names, graph_spec
 from crt_export.tokenizer import load_tokenizer
@@ -245,14 +246,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Callable[..., tuple[Path, Model]]:
+def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Callable[..., tuple[Path, LanguageModel]]:
     """``tiny_bundle(name, **changes) -> (folder, model)``: written once and shared by every worker of a test run.
 
     Its targets: ``ort-cpu-fp32``; ``chunked``, whose prefill takes ``CHUNK`` tokens per call; ``rtx-sm80-fp16`` without
     an engine; ``broken``, which promises another dtype of the caches than its graphs have.
     """
 
-    def write(name: str, **changes: Any) -> tuple[Path, Model]:
+    def write(name: str, **changes: Any) -> tuple[Path, LanguageModel]:
         checkpoint = load_checkpoint(make_checkpoint(edit=_overflow, **changes))
         model = model_from_checkpoint(checkpoint)
         kind = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8]
@@ -326,7 +327,7 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layers.0.mlp.down.weight"][:, 0] = 3e38
 
 
-def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
+def _write_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint) -> None:
     from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
     from crt_export.runtime.prefill import PrefillPlan
     from crt_export.stages.vectors import write_vectors
@@ -368,7 +369,7 @@ def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
                         "unroll": config.unroll_steps,
                         "weights": "graphs/fp32.weights",
                         "quantized_matmuls": 0,
-                        "roles": list(_whole().graph_roles(name, config.recurrent)),
+                        "roles": list(_whole().graph_roles(name, config.carried.iterated)),
                     }
                     for name in graphs
                 ],

@@ -39,6 +39,7 @@ class CrtConfig(TransformerConfig):
         "correction_intermediate_size": count(),
         "unroll_steps": count(most=MOST_PASSES),
     }
+    IGNORED: ClassVar[tuple[str, ...]] = ()
 
     correction_intermediate_size: int
     unroll_steps: int

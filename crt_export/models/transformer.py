@@ -109,6 +109,7 @@ class TransformerConfig(ModelConfig):
     }
     DERIVED: ClassVar[tuple[str, ...]] = ("head_dim", "num_key_value_heads")
     OLDER_NAMES: ClassVar[Mapping[str, str]] = {"layer_norm_eps": "norm_eps"}
+    IGNORED: ClassVar[tuple[str, ...]] = ("correction_intermediate_size", "unroll_steps")
 
     num_hidden_layers: int
     num_attention_heads: int

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 
 from crt_export.checkpoint import write_checkpoint
 from crt_export.errors import CrtExportError, InputError
-from crt_export.model import LayerNorm, Model, tensors_from_model
+from crt_export.models.base import LanguageModel
+from crt_export.models.layers import LayerNorm
+from crt_export.models.registry import tensors_from_model
 
 SAVE_EVERY = 100
 FILE = click.Path(path_type=Path)
@@ -33,12 +35,12 @@ STATE_FILE = HERE.parents[1] / "build" / "demo-training.pt"
 
 
 class Training:
-    """Model, optimiser, learning rate and random numbers: all that one more step depends on."""
+    """LanguageModel, optimiser, learning rate and random numbers: all that one more step depends on."""
 
     def __init__(self, recipe: Recipe, schedule: Schedule) -> None:
         self.recipe, self.schedule, self.step = recipe, schedule, 0
         self.generator = torch.Generator().manual_seed(schedule.seed)
-        self.model = Model(recipe.config)
+        self.model = LanguageModel(recipe.config)
         initialise(self.model, schedule.initial_deviation, self.generator)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -113,7 +115,7 @@ class Training:
         return {"recipe": self.recipe.sha256, "schedule": asdict(self.schedule)}
 
 
-def initialise(model: Model, deviation: float, generator: torch.Generator) -> None:
+def initialise(model: LanguageModel, deviation: float, generator: torch.Generator) -> None:
     """Normal weights, zero biases, LayerNorm gains of one, as GPT-2 starts."""
     with torch.no_grad():
         for module in model.modules():

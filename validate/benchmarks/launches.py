@@ -44,7 +44,7 @@ class _Counting(TorchDispatchMode):
 def operators_of_pytorch(config: ModelConfig) -> int:
     """Operators of one eager step; they do not depend on the sizes, so a narrow model of as many layers tells."""
     changes: dict[str, Any] = {**_SMALL, "hidden_size": 2 * config.num_attention_heads, "head_dim": 2}
-    if config.recurrent:
+    if config.carried.iterated:
         changes["correction_intermediate_size"] = 16
     narrow = dataclasses.replace(config, **changes)
     model = model_from_tensors(narrow, random_tensors(narrow, 0))

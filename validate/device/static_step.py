@@ -108,7 +108,7 @@ class StaticStep:
         """Decode one token at the position, without moving on."""
         model = self.model
         z = model.embed(self.ids)
-        if model.config.recurrent:
+        if model.config.carried.iterated:
             z = z + model.correction(model.correction_norm(self.state + z))
         rope = (model.cos[self.position], model.sin[self.position])
         mask = (self._slots <= self.position)[None, None, None] if self.masked else None

@@ -15,7 +15,7 @@ from crt_export import load_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.environment import target_status
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import load_tolerances
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile

@@ -87,7 +87,7 @@ def manifest(folder: Path) -> None:
         "options": {"targets": ["ort-cpu-fp32"], "text": None, "validated": False, "reference": False},
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
         "graphs": [
-            {"file": file, "graph": name, **entry, "roles": list(profile.graph_roles(name, config.recurrent))}
+            {"file": file, "graph": name, **entry, "roles": list(profile.graph_roles(name, config.carried.iterated))}
             for name, file in graphs.items()
         ],
         "quantization": {},

@@ -18,7 +18,7 @@ from fault_edits import Edit, constant, nan_at, node, replace_value, shift_input
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.certificate import certify, measurement, runs

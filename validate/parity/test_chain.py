@@ -11,7 +11,7 @@ from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_output, replace_value, times_zero
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.chain import check_chain
 from crt_export.parity.chain_errors import ChainErrors
 from crt_export.parity.decoding import Decoding

@@ -36,7 +36,7 @@ from safetensors.numpy import load, save
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.graph import GraphExporter, write_graph, write_weights
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
 from crt_export.parity.reference import Reference

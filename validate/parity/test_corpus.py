@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityOptions, ParityReport, load_tolerances, validate_bundle
 from crt_export.parity.levels import CORPUS
 from crt_export.parity.reference import STEP, Reference

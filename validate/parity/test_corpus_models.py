@@ -20,7 +20,8 @@ from loose_runner import loose_runner
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.graph.export import export_graph
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
 from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
@@ -68,7 +69,7 @@ CASES = [(name, precision) for name in MODELS for precision in DTYPES if precisi
 
 
 @torch.no_grad()
-def _written(model: Model, count: int, length: int) -> np.ndarray:
+def _written(model: LanguageModel, count: int, length: int) -> np.ndarray:
     """What a model writes by sampling, int64 [count * length]: ``count`` texts one behind the other."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count, 1), generator=generator)

@@ -11,7 +11,7 @@ import pytest
 from loose_runner import loose_runner
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
 from crt_export.parity.one_step import check_one_step
@@ -85,7 +85,7 @@ def _setup(checkpoint: Checkpoint, text: TokenText) -> ParitySetup:
 def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[ParityCase]:
     """The graphs of every target as a build writes them, without compiling engines."""
     config = checkpoint.config
-    unroll = config.unroll_steps if config.recurrent else 1
+    unroll = config.unroll_steps if config.carried.iterated else 1
     capacity = config.max_position_embeddings
     profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
     # Decomposed attention and an FP32 residual stream: the other form of each choice.

@@ -12,7 +12,7 @@ from faults_of_graphs import ROPE
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import ContractError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import free_running
 from crt_export.parity.free_running import check_free_running
 from crt_export.parity.metrics import Check

@@ -19,7 +19,7 @@ from crt_export.errors import ContractError
 from crt_export.graph import export_graph, write_graph, write_weights
 from crt_export.graph.passes.decompose_attention import decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import Comparison, ParityCase, ParityOptions, ParityReport, check_parity, load_tolerances
 from crt_export.parity.half import compare_half
 from crt_export.parity.headroom import observe_fp16

@@ -21,7 +21,8 @@ from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
 from crt_export.graph import export_graph, write_graph, write_weights
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.long_run import check_long_run, growth_checks, why_not_gated
@@ -40,7 +41,9 @@ from crt_export.text import TokenText
 TOKENS, WINDOW, POSITIONS = 12_000, 32, 64
 
 
-def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: Model | None = None) -> ParitySetup:
+def _setup(
+    checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: LanguageModel | None = None
+) -> ParitySetup:
     options = ParityOptions(
         validation_tokens=64, window=32, long_run_tokens=tokens, short_reason="tiny models", threads=1
     )
@@ -272,7 +275,7 @@ def test_a_graph_that_stops_is_a_failed_run_with_its_step(
 # --- other models
 @pytest.mark.evidence  # exports one more model
 def test_a_full_cache_slides_where_the_model_has_an_attention_window(
-    tiny_bundle: Callable[..., tuple[Path, Model]], tiny_checkpoint: Path, real_text: TokenText
+    tiny_bundle: Callable[..., tuple[Path, LanguageModel]], tiny_checkpoint: Path, real_text: TokenText
 ) -> None:
     """The single run goes past the 64 positions of the model; PyTorch counts on with longer tables."""
     bundle, model = tiny_bundle("windowed", num_hidden_layers=2, unroll_steps=2, sliding_window=6)

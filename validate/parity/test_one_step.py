@@ -22,7 +22,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.engine import onnxruntime
 from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import BundleError, ContractError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, one_step_calls
 from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.difference import difference

@@ -180,7 +180,7 @@ def test_a_cause_in_the_weights_or_the_file_is_named(
 
 def test_a_wrong_word_fails_below_the_limit_too(compared: Compared) -> None:
     """An eps that moves normal activations by less than the limit is still another model."""
-    result = compared("crt", Habits(eps=1e-3), layer_norm_eps=1.04e-3)
+    result = compared("crt", Habits(eps=1e-3), norm_eps=1.04e-3)
     assert result.checks[0].passed
     assert 3e-5 < (result.checks[0].value or 0) < 1e-3
     (failure,) = result.failures

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from crt_export.checkpoint import WEIGHTS_FILE, load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MEBIBYTE = 2**20

@@ -13,7 +13,8 @@ from crt_export.bench.pytorch_runner import BUCKET, COMPILE, PyTorchRunner
 from crt_export.bench.static_model import StaticModel, model_from_tensors
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 
 BATCH, TOKENS, CAPACITY = 2, 12, 20
 
@@ -29,14 +30,14 @@ BATCH, TOKENS, CAPACITY = 2, 12, 20
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain-crt",
 )
-def models(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> tuple[StaticModel, Model]:
+def models(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> tuple[StaticModel, LanguageModel]:
     changes: dict[str, Any] = request.param
     checkpoint = load_checkpoint(make_checkpoint(**changes))
     return model_from_tensors(checkpoint.config, dict(checkpoint.tensors)), model_from_checkpoint(checkpoint)
 
 
 @torch.inference_mode()
-def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[StaticModel, Model]) -> None:
+def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[StaticModel, LanguageModel]) -> None:
     fast, reference = models
     ids = torch.randint(256, (BATCH, TOKENS), generator=torch.Generator().manual_seed(3))
     expected = reference.head(reference.sequential(ids)[0])
@@ -54,10 +55,10 @@ def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[
 
 @torch.inference_mode()
 def test_a_prompt_in_passes_gives_what_the_reference_gives_and_steps_go_on_from_it(
-    models: tuple[StaticModel, Model],
+    models: tuple[StaticModel, LanguageModel],
 ) -> None:
     fast, reference = models
-    passes = 3 if fast.config.recurrent else 1
+    passes = 3 if fast.config.carried.iterated else 1
     ids = torch.randint(256, (BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(4))
     prompt, last = ids[:, :-1], ids[:, -1:]
     h, carry, _ = reference.unroll(prompt, passes)

@@ -16,7 +16,7 @@ from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
 from crt_export.quantize import (
     calibrate,

@@ -20,7 +20,8 @@ from crt_export.errors import BuildError, ContractError, InputError, Unsupported
 from crt_export.graph import GraphExporter, check_contract, export_graph, write_graph, write_weights
 from crt_export.graph import weights as weights_module
 from crt_export.graph.weights import is_weight
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.spec import graph_names, graph_spec
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ Arrays = dict[str, np.ndarray]
 class Exported:
     """The graphs of one model on disk, loaded in ONNX Runtime, beside the model they came from."""
 
-    model: Model
+    model: LanguageModel
     folder: Path
     graphs: dict[str, ir.Model]
     sessions: dict[str, Any]
@@ -113,7 +114,7 @@ def ids() -> np.ndarray:
 
 def test_graphs_of_a_model(exported: Exported) -> None:
     has_pass = "prefill_pass" in exported.graphs
-    assert has_pass == exported.model.config.recurrent
+    assert has_pass == exported.model.config.carried.iterated
     assert {"step", "prefill", "head"} <= set(exported.graphs)
 
 
@@ -138,22 +139,22 @@ def test_prefill_takes_rows_of_different_length(exported: Exported, ids: np.ndar
     np.testing.assert_array_equal(out["next_position"], length)
     for row in range(2):
         carry = exported.model.start(1)
-        if exported.model.config.recurrent:
+        if exported.model.config.carried.iterated:
             carry.state[:] = torch.from_numpy(feed["state"][row])
-        passes = UNROLL if exported.model.config.recurrent else 1
+        passes = UNROLL if exported.model.config.carried.iterated else 1
         h, _, residual = exported.model.unroll(torch.from_numpy(ids[row : row + 1, : length[row]]), passes, carry)
         np.testing.assert_allclose(out["next_hidden"][row, : length[row]], h[0].numpy(), atol=2e-5)
         np.testing.assert_allclose(out["logits"][row], exported.model.head(h[0, -1]).numpy(), atol=2e-5)
-        if exported.model.config.recurrent:
+        if exported.model.config.carried.iterated:
             np.testing.assert_allclose(out["next_state"][row, 0], h[0, -1].numpy(), atol=2e-5)
             np.testing.assert_allclose(out["residual"][row], residual[0].numpy(), atol=2e-5)
-    if exported.model.config.recurrent:
+    if exported.model.config.carried.iterated:
         np.testing.assert_array_equal(out["next_state"][2], feed["state"][2])
         assert out["residual"][2] == 0
 
 
 def test_prefill_hands_over_to_steps(exported: Exported, ids: np.ndarray) -> None:
-    model, passes = exported.model, UNROLL if exported.model.config.recurrent else 1
+    model, passes = exported.model, UNROLL if exported.model.config.carried.iterated else 1
     out = exported.run("prefill", input_ids=ids[:, :5], length=np.full(3, 5), **exported.start(3, 5))
     _, carry, _ = model.unroll(torch.from_numpy(ids[:, :5]), passes)
     h, _ = model.sequential(torch.from_numpy(ids[:, 5:]), carry)
@@ -173,7 +174,7 @@ def test_second_chunk_continues_at_its_position(exported: Exported, ids: np.ndar
 
 
 def test_repeated_pass_is_the_unrolled_prefill(exported: Exported, ids: np.ndarray) -> None:
-    if not exported.model.config.recurrent:
+    if not exported.model.config.carried.iterated:
         pytest.skip("a plain transformer has one pass")
     feed = {"input_ids": ids, "length": np.array([9, 4, 0]), **exported.start(3, 9)}
     expected = exported.run("prefill", **feed)
@@ -192,7 +193,7 @@ def test_head_gives_the_logits_of_every_position(exported: Exported) -> None:
 
 
 def test_residual_counts_real_tokens_only_and_keeps_nan(exported: Exported, ids: np.ndarray) -> None:
-    if not exported.model.config.recurrent:
+    if not exported.model.config.carried.iterated:
         pytest.skip("a plain transformer has no residual")
     length, feed = np.array([9, 4, 9]), exported.start(3, 9)
     calm = exported.run("prefill_pass", input_ids=ids, length=length, **feed)["residual"]
@@ -228,14 +229,14 @@ def test_all_graphs_share_one_weight_file(exported: Exported) -> None:
 
 def test_weights_are_right_hand_sides_as_in_out(exported: Exported) -> None:
     """What quantisers need to see: MatMul(x, W) for every linear of every pass."""
-    linears = 6 * exported.model.config.num_hidden_layers + 2 * exported.model.config.recurrent
+    linears = 6 * exported.model.config.num_hidden_layers + 2 * exported.model.config.carried.iterated
     for name, graph in exported.graphs.items():
         found = [
             node.inputs[1].name
             for node in graph.graph
             if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].is_initializer()
         ]
-        passes = UNROLL if name == "prefill" and exported.model.config.recurrent else 1
+        passes = UNROLL if name == "prefill" and exported.model.config.carried.iterated else 1
         assert len(found) == (1 if name == "head" else linears * passes + 1), name
         for weight in set(found):
             assert weight is not None
@@ -355,7 +356,7 @@ def test_unroll_below_one_is_refused(exported: Exported) -> None:
 
 
 def test_plain_transformer_has_no_prefill_pass(exported: Exported) -> None:
-    if exported.model.config.recurrent:
+    if exported.model.config.carried.iterated:
         pytest.skip("this one has it")
     with pytest.raises(UnsupportedError, match="no prefill_pass"):
         export_graph(exported.model, "prefill_pass")

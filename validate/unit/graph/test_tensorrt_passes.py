@@ -20,7 +20,8 @@ from crt_export.graph import check_contract, export_graph
 from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
 from crt_export.spec import graph_spec
 
@@ -28,12 +29,12 @@ CAPACITY, SEQ, UNROLL, LAYERS = 12, 5, 3, 2
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Model:
+def model(tiny_checkpoint: Path) -> LanguageModel:
     return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
-def exported(model: Model) -> dict[str, ir.Model]:
+def exported(model: LanguageModel) -> dict[str, ir.Model]:
     return {name: export_graph(model, name, unroll=UNROLL) for name in ("step", "prefill", "head")}
 
 
@@ -72,7 +73,7 @@ def operators(graph: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in graph.graph.all_nodes())
 
 
-def test_fixed_capacity_is_in_every_dim(graph: Callable[[str], ir.Model], model: Model) -> None:
+def test_fixed_capacity_is_in_every_dim(graph: Callable[[str], ir.Model], model: LanguageModel) -> None:
     for name in ("step", "prefill"):
         fixed = graph(name)
         fix_capacity(fixed, CAPACITY)

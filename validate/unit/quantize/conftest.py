@@ -15,7 +15,8 @@ import torch
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.graph import GraphExporter
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs
 
 SEQ = 16
@@ -30,10 +31,10 @@ def text_tokens(train_text: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def calibrated(text_tokens: np.ndarray) -> Callable[[Model], ActivationStatistics]:
+def calibrated(text_tokens: np.ndarray) -> Callable[[LanguageModel], ActivationStatistics]:
     """``calibrated(model)``: statistics on real text at the sizes of the tiny models."""
 
-    def run(model: Model) -> ActivationStatistics:
+    def run(model: LanguageModel) -> ActivationStatistics:
         windows = calibration_windows(text_tokens, seq=SEQ, options=OPTIONS)
         return calibrate(model, windows, unroll=UNROLL, options=OPTIONS)
 
@@ -85,10 +86,10 @@ def run_graph() -> Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndar
 @pytest.fixture(scope="session")
 def step_chain(
     run_graph: Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]],
-) -> Callable[[ir.Model, Model, np.ndarray], np.ndarray]:
+) -> Callable[[ir.Model, LanguageModel, np.ndarray], np.ndarray]:
     """``step_chain(step_graph, model, ids) -> logits`` float32 [batch, seq, vocab], token by token."""
 
-    def run(graph: ir.Model, model: Model, ids: np.ndarray) -> np.ndarray:
+    def run(graph: ir.Model, model: LanguageModel, ids: np.ndarray) -> np.ndarray:
         config, (batch, seq) = model.config, ids.shape
         carried = {
             value.name: np.zeros((batch, config.num_attention_heads, seq, config.head_dim), value.dtype.numpy())
@@ -109,13 +110,13 @@ def step_chain(
 
 
 @pytest.fixture(scope="session")
-def with_outliers() -> Callable[[Model, float], Model]:
+def with_outliers() -> Callable[[LanguageModel, float], LanguageModel]:
     """``with_outliers(model, factor)``: LayerNorm channels times factor, the weights that read them divided by it.
 
     The function is unchanged; this is what trained larger models look like.
     """
 
-    def scale(model: Model, factor: float) -> Model:
+    def scale(model: LanguageModel, factor: float) -> LanguageModel:
         generator = torch.Generator().manual_seed(1)
         for group in linear_inputs(model.config):
             if group.norm is None:

@@ -14,7 +14,8 @@ import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.graph.export import export_graph
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
 from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
@@ -84,7 +85,7 @@ def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> C
     return run
 
 
-def _set_weights(graph: ir.Model, model: Model) -> None:
+def _set_weights(graph: ir.Model, model: LanguageModel) -> None:
     """Give an FP32 graph the weights of another model of the same shapes."""
     weights = dict(model.named_parameters())
     for name, value in graph.graph.initializers.items():
@@ -112,7 +113,7 @@ def test_w8_with_outlier_channels_stays_within_the_gates(
     factor: int,
     demo_checkpoint: Path,
     check: Check,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)
@@ -134,7 +135,7 @@ def test_w8a8_with_outlier_channels_stays_within_the_gates(
     demo_checkpoint: Path,
     check: Check,
     text_tokens: np.ndarray,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crt_export.config import ModelConfig
-from crt_export.model import Model, state_dict_from_tensors
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import state_dict_from_tensors
 from crt_export.quantize import ActivationStatistics, fold, smoothing_factors
 from crt_export.quantize.smoothing import FP16_LIMIT
 
@@ -22,20 +23,20 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _model(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Model:
-    model = Model(config)
+def _model(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> LanguageModel:
+    model = LanguageModel(config)
     model.load_state_dict(state_dict_from_tensors(tensors))
     return model.eval().requires_grad_(False)
 
 
-def _fold(model: Model, statistics: ActivationStatistics) -> tuple[Arrays, Arrays, Model]:
+def _fold(model: LanguageModel, statistics: ActivationStatistics) -> tuple[Arrays, Arrays, LanguageModel]:
     """Factors, folded tensors, and the model of them."""
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     before = {name: tensor.copy() for name, tensor in tensors.items()}
     factors = smoothing_factors(tensors, model.config, statistics)
     folded = fold(tensors, model.config, factors)
     assert all(np.array_equal(tensors[name], before[name]) for name in before), "the input was changed"
-    smooth = Model(model.config)
+    smooth = LanguageModel(model.config)
     smooth.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in folded.items()})
     return factors, folded, smooth.eval().requires_grad_(False)
 
@@ -48,8 +49,8 @@ def test_the_folded_model_computes_bit_for_bit_the_same(
     factor: float,
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Callable[..., dict[str, torch.Tensor]],
-    with_outliers: Callable[[Model, float], Model],
-    calibrated: Callable[[Model], ActivationStatistics],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
+    calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
     config = tiny_config(**changes)
     model = with_outliers(_model(config, random_tensors(config, seed)), factor)
@@ -67,8 +68,8 @@ def test_the_folded_model_computes_bit_for_bit_the_same(
 def test_outlier_channels_are_levelled(
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Callable[..., dict[str, torch.Tensor]],
-    with_outliers: Callable[[Model, float], Model],
-    calibrated: Callable[[Model], ActivationStatistics],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
+    calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
     config = tiny_config()
     model = with_outliers(_model(config, random_tensors(config)), 50.0)
@@ -84,7 +85,7 @@ def test_outlier_channels_are_levelled(
 def test_even_channels_and_those_behind_a_gelu_are_left_alone(
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Callable[..., dict[str, torch.Tensor]],
-    calibrated: Callable[[Model], ActivationStatistics],
+    calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
     config = tiny_config()
     model = _model(config, random_tensors(config))
@@ -98,7 +99,7 @@ def test_folded_norms_fit_into_half_precision_whatever_the_gains(
     gain: float,
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Callable[..., dict[str, torch.Tensor]],
-    calibrated: Callable[[Model], ActivationStatistics],
+    calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
     config = tiny_config()
     model = _model(config, random_tensors(config))

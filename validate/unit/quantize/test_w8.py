@@ -11,7 +11,8 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BuildError
 from crt_export.graph import GraphExporter
 from crt_export.memo import Memo
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.linear_audit import BlockWeight, deviation
 from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8, smoothing, w8
 from crt_export.quantize.linears import weight_matmuls
@@ -238,7 +239,7 @@ def test_half_precision_graphs_are_refused(exported: Exported) -> None:
 def test_smoothing_levels_outliers_and_leaves_the_function_alone(
     exported: Exported,
     small: Checkpoint,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     step_chain: Callable[..., np.ndarray],
     text_tokens: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,

@@ -10,7 +10,8 @@ import torch
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BuildError, InputError
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.quantize import (
     ActivationStatistics,
     QuantizedLinears,
@@ -28,7 +29,7 @@ GRAPHS = ("step", "prefill", "head")
 
 
 @pytest.fixture(scope="module")
-def linears(small: Checkpoint, calibrated: Callable[[Model], ActivationStatistics]) -> QuantizedLinears:
+def linears(small: Checkpoint, calibrated: Callable[[LanguageModel], ActivationStatistics]) -> QuantizedLinears:
     model = model_from_checkpoint(small)
     return quantize_linears(model, plan_w8a8(model, calibrated(model)))
 

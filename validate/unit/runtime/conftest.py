@@ -25,7 +25,7 @@ from crt_export.config import ModelConfig
 from crt_export.engine.base import Buffer, Engine, Program
 from crt_export.engine.onnxruntime import DeviceBuffer
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.runtime import Bundle, Session
 from crt_export.runtime.bundle import OpenEngine
 from crt_export.runtime.opening import Target, engine_from_target
@@ -78,12 +78,12 @@ class Runnable:
     """An opened bundle and the PyTorch model it was exported from."""
 
     bundle: Bundle
-    model: Model
+    model: LanguageModel
 
     @property
     def passes(self) -> int:
         """K of the exported prefill."""
-        return self.model.config.unroll_steps if self.model.config.recurrent else 1
+        return self.model.config.unroll_steps if self.model.config.carried.iterated else 1
 
     def session(self, **options: Any) -> Session:
         """A session on the target of one thread."""
@@ -123,7 +123,7 @@ def open_engine(request: pytest.FixtureRequest) -> OpenEngine:
 
 
 @pytest.fixture(scope="session")
-def make_runnable(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Callable[..., Runnable]:
+def make_runnable(tiny_bundle: Callable[..., tuple[Path, LanguageModel]]) -> Callable[..., Runnable]:
     def make(name: str, open_engine: OpenEngine, **changes: Any) -> Runnable:
         path, model = tiny_bundle(name, **changes)
         return Runnable(bundle=Bundle(open_bundle(path, allow_unvalidated=True), open_engine), model=model)
@@ -148,7 +148,7 @@ def crt_cpu(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
 
 
 @pytest.fixture(scope="session")
-def crt_path(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Path:
+def crt_path(tiny_bundle: Callable[..., tuple[Path, LanguageModel]]) -> Path:
     """The bundle of ``crt``, for what does not depend on the engine. Read-only."""
     return tiny_bundle("crt", num_hidden_layers=1, unroll_steps=UNROLL)[0]
 

@@ -109,7 +109,7 @@ def test_exact_is_step_by_step_to_the_last_bit(either: Any) -> None:
     found = exact.prefill(rows, passes="exact")
     for index in range(9):
         stepped.step([row[index] if index < len(row) else None for row in rows])
-    if either.model.config.recurrent:
+    if either.model.config.carried.iterated:
         np.testing.assert_array_equal(found, stepped.logits)
     np.testing.assert_allclose(found, stepped.logits, **CLOSE)
     assert exact.position.tolist() == [9, 0, 3]

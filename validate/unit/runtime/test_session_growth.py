@@ -200,5 +200,5 @@ def test_a_session_on_a_cpu_loads_one_graph(either: Any) -> None:
     engine = either.session()._guard.decoder.tensors._engine
     if not engine.one_graph:
         pytest.skip("an engine with graphs of their own for step and prefill")
-    name = "prefill_pass" if either.bundle.config.recurrent else "prefill"
+    name = "prefill_pass" if either.bundle.config.carried.iterated else "prefill"
     assert engine.program("step") is engine.program(name)

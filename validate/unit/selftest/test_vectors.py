@@ -14,7 +14,7 @@ import torch
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import BuildError, BundleError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.runtime.opening import config_from_manifest

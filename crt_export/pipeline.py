@@ -24,7 +24,7 @@ from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, l
 from crt_export.errors import ParityError, problem_list
 from crt_export.folders import sweep_abandoned
 from crt_export.parity import ParityReport, check_parity
-from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
+from crt_export.parity.check import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.own_model import require_own_model
 from crt_export.parity.report import LevelResult
 from crt_export.progress import Progress, Stages, no_progress

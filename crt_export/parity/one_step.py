@@ -14,7 +14,7 @@ be the argmax of the target's own logits and may differ from the reference's onl
     positions   tokens in the cache before the calls
     tensors     per graph and output: max_abs, mean_abs, relative (the error above), limit; integers have none of these
 
-Outputs of both sides are saved for Polygraphy's tools, see :mod:`crt_export.parity.polygraphy_results`; saved caches
+Outputs of both sides are saved for Polygraphy's tools, see :mod:`crt_export.parity.difference`; saved caches
 stop at the last slot written.
 """
 
@@ -28,12 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.errors import ContractError, UnsupportedError
-from crt_export.parity.difference import difference
+from crt_export.parity.difference import difference, save_outputs
 from crt_export.parity.interchange import interchange_checks, session_outputs
 from crt_export.parity.levels import ONE_STEP
 from crt_export.parity.metrics import METRICS, Check, claim, failed_check, measured
 from crt_export.parity.one_step_calls import Call, OneStepCalls
-from crt_export.parity.polygraphy_results import save_outputs
 from crt_export.parity.report import LevelResult
 from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.spec import GraphSpec, graph_names

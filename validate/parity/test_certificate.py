@@ -20,11 +20,11 @@ from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
 from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
-from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.certificate import certify, measurement, runs
 from crt_export.parity.certificate.curves import residual_curve
 from crt_export.parity.certificate.measurement import compare_states, coverage_of
 from crt_export.parity.certificate.runs import ReferenceRun
+from crt_export.parity.check import case_from_manifest
 from crt_export.parity.metrics import Check
 from crt_export.parity.reference import Reference
 from crt_export.parity.report import LevelResult

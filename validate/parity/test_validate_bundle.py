@@ -16,7 +16,7 @@ from crt_export.bundle.integrity import sealed
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
-from crt_export.parity.bundle import held_out_text
+from crt_export.parity.check import held_out_text
 from crt_export.profile import load_profile
 from crt_export.quantize import PLAN_FILE
 from crt_export.report.reading import read_report

@@ -60,7 +60,7 @@ class LayerNorm(nn.Module):
 class Correction(nn.Module):
     """``c = W2 gelu(W1 LN_c(u) + b1) + b2`` of the sum ``u = h_{t-1} + x_t``."""
 
-    #: An attribute, so that crt_export.parity.own_model_causes can try another form.
+    #: An attribute, so that crt_export.parity.own_model_variations can try another form.
     activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
 
     def __init__(self, config: ModelConfig) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from crt_export.bench.prompts import PromptText, prompt_text
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import Passes
+from crt_export.bench.runner import Passes, PromptText, prompt_text
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checked import Checked, Rules, whole
 from crt_export.config import ModelConfig
@@ -40,7 +39,6 @@ class BenchOptions(Checked):
         rounds: Blocks of steps of every candidate.
         prefill_rounds: Prompts of every length, candidate and method.
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
-        warmups: Steps before each block that are not counted.
         batch: Rows.
         text: UTF-8 file that prompts are the beginning of; None takes the package's, or random ids where the model has
             no tokenizer.
@@ -58,7 +56,6 @@ class BenchOptions(Checked):
         "rounds": whole("at least 1", least=1),
         "prefill_rounds": whole("at least 1", least=1),
         "steps": whole("at least 0", least=0),
-        "warmups": whole("at least 0", least=0),
         "batch": whole("at least 1", least=1),
         "threads": whole(f"0 to {MOST_THREADS}", least=0, most=MOST_THREADS, optional=True),
         "probe_bytes": whole(f"at least {1 << 20}", least=1 << 20),
@@ -72,7 +69,6 @@ class BenchOptions(Checked):
     rounds: int = 10
     prefill_rounds: int = 3
     steps: int = 0
-    warmups: int = 3
     batch: int = 1
     text: Path | None = None
     tokens: Path | None = None

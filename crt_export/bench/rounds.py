@@ -18,6 +18,7 @@ from crt_export.errors import CrtExportError, InputError, UnsupportedError
 from crt_export.progress import Progress
 
 _PROBE_SAMPLES = 3
+_WARMUPS = 3  # steps before each block that are not counted
 
 
 @dataclass(kw_only=True)
@@ -122,7 +123,7 @@ def _step_rounds(
             computed += rates["gflop_s"]
             for measured, worker in _rotated(running, number):
                 time.sleep(options.pause_s)
-                block = worker.ask("steps", position=position, warmups=options.warmups, count=plan.steps)
+                block = worker.ask("steps", position=position, warmups=_WARMUPS, count=plan.steps)
                 measured.steps.setdefault(position, []).append(block)
     return read, computed
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crt_export.bench import prompts
+from crt_export.bench import runner
 from crt_export.bench.options import BenchOptions, _Room, plan_from_options
-from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import BenchReport
 from crt_export.bench.run import run_bench
+from crt_export.bench.runner import prompt_rows
 from crt_export.cli import main
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
@@ -127,7 +127,7 @@ def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path, monkeypatch
     given = plan_from_options(GOLDEN, _changed(QUICK, tokens=ids, batch=2))
     assert [candidate.request["text"] for candidate in given.candidates] == [(3, 1, 2)]
     assert given.text.source == str(ids)
-    monkeypatch.setattr(prompts, "load_tokenizer", None)  # calling it would fail
+    monkeypatch.setattr(runner, "load_tokenizer", None)  # calling it would fail
     assert plan_from_options(GOLDEN, _changed(QUICK, tokens=ids)).text.ids == (3, 1, 2)
     monkeypatch.undo()
     default = plan_from_options(GOLDEN, _changed(QUICK, batch=2))

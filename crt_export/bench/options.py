@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -113,18 +113,16 @@ class CandidatePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Options with every default resolved, and the candidates.
+    """A bundle, the candidates, and the options with every default resolved.
 
     Attributes:
         files: The bundle.
         config: Its model.
         target: The target that is judged.
         candidates: The candidates, the target first.
-        threads: CPU threads.
-        positions, prompt_tokens, steps: As in the options.
-        methods: How prompts are fed; None is the candidate's own method and comes first.
+        threads: CPU threads, a number.
         text: Where prompts come from.
-        options: What they came from.
+        options: What is measured; nothing in it is left to a default.
     """
 
     files: BundleFiles
@@ -132,12 +130,13 @@ class Plan:
     target: Target
     candidates: tuple[CandidatePlan, ...]
     threads: int
-    positions: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    steps: int
-    methods: tuple[Passes, ...]
     text: PromptText
     options: BenchOptions
+
+    @property
+    def methods(self) -> tuple[Passes, ...]:
+        """How prompts are fed; None is the candidate's own method and comes first."""
+        return (None, *self.options.passes)
 
 
 def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
@@ -188,12 +187,16 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         target=target,
         candidates=tuple(candidates),
         threads=threads,
-        positions=positions,
-        prompt_tokens=prompts,
-        steps=steps,
-        methods=(None, *_once(options.passes)),
         text=text,
-        options=options,
+        options=replace(
+            options,
+            target=target.name,
+            positions=positions,
+            prompt_tokens=prompts,
+            passes=_once(options.passes),
+            steps=steps,
+            threads=threads,
+        ),
     )
 
 

@@ -94,7 +94,7 @@ def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Co
     model = _model(candidate.name, candidate.config) if other else None
     if measured.reason:
         return Candidate(name=candidate.name, kind=candidate.kind, status=NOT_RUN, reason=measured.reason, model=model)
-    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
+    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.options.positions]
     prefill = [_prefill(candidate, tokens, method, seconds) for (tokens, method), seconds in measured.prefill.items()]
     return Candidate(
         name=candidate.name,
@@ -130,7 +130,7 @@ def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, c
         mean_ms=float(seconds.mean() * 1e3),
         tokens_per_s=float(plan.options.batch / seconds.mean()),
         runtime_overhead=float(np.median(1 - engine / seconds)) if engine.size else None,
-        **_floor(plan, measured, position + plan.steps // 2, p50, bandwidth, compute),  # the middle of a block
+        **_floor(plan, measured, position + plan.options.steps // 2, p50, bandwidth, compute),  # the middle of a block
     )
 
 
@@ -222,18 +222,9 @@ def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    return {
-        **vars(plan.options),
-        "target": plan.target.name,
-        "against": list(plan.options.against),
-        "positions": list(plan.positions),
-        "prompt_tokens": list(plan.prompt_tokens),
-        "passes": list(plan.options.passes),
-        "steps": plan.steps,
-        "threads": plan.threads,
-        "text": plan.text.source,
-        "tokens": None if plan.options.tokens is None else str(plan.options.tokens),
-    }
+    """Every option of the run as JSON has it; the text by what it is called, not where it lay."""
+    tokens = plan.options.tokens
+    return {**vars(plan.options), "text": plan.text.source, "tokens": None if tokens is None else str(tokens)}
 
 
 def _bundle(files: BundleFiles) -> dict[str, Any]:

@@ -23,22 +23,17 @@ def report(report: Path, output: Path, bench: Path | None, junit: Path | None) -
 
     Exit code 0 whether the report passed or not: the page says which.
     """
-    from crt_export.report.html import render_html, require_renderer
-    from crt_export.report.junit import junit_cases, write_junit
-    from crt_export.report.output import check_outputs, write_output
+    from crt_export.report.output import ReportFiles
     from crt_export.report.reading import read_bench, read_document
 
-    require_renderer()
-    check_outputs([output, junit], inputs=[report, bench])
+    files = ReportFiles(html=output, junit=junit)
+    files.check(inputs=[report, bench])
     document = read_document(report)
-    measured = isinstance(document, dict)
-    if measured and (bench is not None or junit is not None):
+    if isinstance(document, dict) and (bench is not None or junit is not None):
         raise InputError(f"{report} is a benchmark: --bench and --junit go with the report of a validation")
     speed = None if bench is None else read_bench(bench)
     name = report.resolve().name if report.is_dir() else ""
-    write_output(output, render_html(document, speed, bundle=name))
-    if junit is not None and not isinstance(document, dict):
-        write_junit(junit, junit_cases(document))
+    files.write(document, speed, bundle=name)
     write_message(f"wrote {output}")
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crt_export.ladder import CERTIFICATE
-
-from crt_export.cli.tables import REGIME_COLUMNS, regime_cells
+from crt_export.cli.tables import REGIME_COLUMNS, regime_cells, speed_from_bench
+from crt_export.parity.levels import CERTIFICATE
 from crt_export.parity.report import COMPILED, ParityReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,13 +147,8 @@ def demo() -> Iterator[str]:
     rows = {row.target: row for row in report.rows if row.regime == "step" and row.nll is not None}
     compiled = {row.target for row in report.rows if row.status == COMPILED}
     path = RESULTS / "demo_bench.json"
-    times, where = {}, "not measured yet"
-    if path.is_file():
-        bench = read("demo_bench")
-        times = {who["name"]: who["step"][0]["p50_ms"] for who in bench["candidates"] if who["step"]}
-        where = (
-            f"median, {bench['candidates'][0]['step'][0]['position']} tokens in the cache; {surroundings(bench)[:-1]}"
-        )
+    speed = speed_from_bench(read("demo_bench"), path.relative_to(ROOT)) if path.is_file() else None
+    times = {} if speed is None else speed.ms
     reference = rows[names[0]].reference_perplexity
     yield from table(
         [
@@ -175,13 +169,13 @@ def demo() -> Iterator[str]:
             for name in names
         ],
     )
-    yield from ("", f"ms a token: {where}.", "")
+    yield from ("", f"{'ms a token: not measured yet' if speed is None else speed.sentence}.", "")
     yield from ("```console", f"$ {BENCH} --output {path.relative_to(ROOT)}", "```")
 
 
 def _delta(row: Any) -> str:
     check = row.check("delta_nll")
-    return f"{check.value:+.1e} [{check.interval[0]:+.1e}, {check.interval[1]:+.1e}]"
+    return f"{check.value:+.1e} {_ends(check.interval, '+.1e')}"
 
 
 def parity() -> Iterator[str]:
@@ -199,23 +193,20 @@ def certificate() -> Iterator[str]:
     document = json.loads(path.read_text(encoding="utf-8"))
     yield from command(document)
     rows = []
-    for result in document["levels"]:
+    for result in (entry for entry in document["levels"] if entry["level"] == CERTIFICATE):
         data = result["data"]
-        if result["level"] != CERTIFICATE:
-            continue
-        at = data["passes"].index(data["unroll"])
-        for span in data["spans"]:
-            error = max(anchor["error"] for anchor in data["anchors"])
-            rows.append(
-                [
-                    f"`{result['target']}`",
-                    f"{span['start']} to {span['stop']}",
-                    str(span["smallest_passes"] or NONE),
-                    f"{span['perplexity_gap'][at]:+.4f} {_ends(span['perplexity_gap_ci'][at], '+.4f')}",
-                    f"{span['excess'][at]:+.1e} {_ends(span['excess_ci'][at], '+.1e')}",
-                    f"{error:.1e}",
-                ]
-            )
+        at, error = data["passes"].index(data["unroll"]), max(anchor["error"] for anchor in data["anchors"])
+        rows += [
+            [
+                f"`{result['target']}`",
+                f"{span['start']} to {span['stop']}",
+                str(span["smallest_passes"] or NONE),
+                f"{span['perplexity_gap'][at]:+.4f} {_ends(span['perplexity_gap_ci'][at], '+.4f')}",
+                f"{span['excess'][at]:+.1e} {_ends(span['excess_ci'][at], '+.1e')}",
+                f"{error:.1e}",
+            ]
+            for span in data["spans"]
+        ]
     head = ["target", "positions", "smallest K within 0.01", f"perplexity of K = {data['unroll']} - recurrence"]
     yield from table([*head, "what the target adds, nats", "T passes over T tokens"], rows)
 

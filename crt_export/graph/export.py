@@ -23,11 +23,9 @@ from crt_export.graph.modules import (
     ReadingPassModule,
     StepModule,
 )
-from crt_export.graph.passes.cancel_casts import cancel_casts
-from crt_export.graph.passes.name_weights import name_weights
+from crt_export.graph.operators import translation_table
 from crt_export.graph.passes.simplify import merge_repeats, simplify
-from crt_export.graph.passes.unroll import unroll_passes
-from crt_export.graph.translation import translation_table
+from crt_export.graph.passes.unroll import cancel_casts, unroll_passes
 from crt_export.model import Model
 from crt_export.spec import GraphSpec, graph_spec
 
@@ -103,7 +101,7 @@ class GraphExporter:
             spec = _reading_spec(spec) if reading else spec
             graph = _onnx_from_module(_module(self._model, name), spec)
             graph.graph.name = name
-            name_weights(graph, self._model)
+            _name_weights(graph, self._model)
             simplify(graph, keep=self._weights)
             _name_values(graph, spec)
             _share_weights(graph, self._model)
@@ -185,6 +183,17 @@ def _dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, str] | list[dict[int, st
         axes = {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
         (caches if tensor.name.startswith(_PER_LAYER_PREFIX) else single).append(axes)
     return (*single, caches) if caches else tuple(single)
+
+
+def _name_weights(graph: ir.Model, model: nn.Module) -> None:
+    """Parameters and tables get their checkpoint names: the wrapper holds the model as ``model``."""
+    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    for value in list(graph.graph.initializers.values()):
+        assert value.name is not None
+        value.name = value.name.removeprefix("model.")
+    missing = [name for name in graph.graph.initializers if "." in name and name not in known]
+    if missing:
+        raise BuildError(f"graph {graph.graph.name}: initializers under foreign names: {', '.join(missing)}")
 
 
 def _share_weights(graph: ir.Model, model: Model) -> None:

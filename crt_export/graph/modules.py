@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crt_export.cache import AppendedCache
-from crt_export.graph.scatter import ScatteredCache
+from crt_export.graph.operators import ScatteredCache
 from crt_export.model import Model, shift
 
 

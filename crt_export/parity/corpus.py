@@ -8,7 +8,7 @@ Whether the text is one the model knows is a check of its own, of ``pytorch-fp32
 model's domain proves little. A bundle's own report records how well PyTorch FP32 predicted the text it was built on. If
 the model had learnt that and now predicts worse than a uniform guess would, the text is not the model's: another
 tokenizer, random bytes. What the tokens show of being text without asking any model
-(:func:`crt_export.quantize.text.text_evidence`) sharpens this: of tokens that look random or shuffled, half of what the
+(:mod:`crt_export.quantize.text_evidence`) sharpens this: of tokens that look random or shuffled, half of what the
 model knew of its own text is asked. Shuffled bytes keep their histogram, so a trained model may predict them better
 than a uniform guess: the demo with 5.34 nat, its own text with 1.59 (512 tokens, ``validate/parity/test_corpus.py``),
 where a uniform guess costs 5.55. Without such a record, as during a build, nothing is gated: untrained models are
@@ -33,7 +33,7 @@ from crt_export.parity.rollout import Rollout
 from crt_export.parity.runner import Runner
 from crt_export.parity.scores import Scorer, Scores
 from crt_export.parity.setup import ParityCase, ParitySetup
-from crt_export.quantize.text import text_evidence
+from crt_export.quantize.text_evidence import text_evidence
 
 _REPORTED_TENSORS = 16
 #: Tokens looked at without the model: enough for its statistics, and a fraction of a second.

@@ -13,7 +13,8 @@ from crt_export.parity.report import Comparison
 from crt_export.parity.scores import Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
-from crt_export.quantize import W8A8Plan, emulate_fp16, emulate_w8a8, quantize_linears
+from crt_export.quantize.emulation import emulate_fp16, emulate_w8a8
+from crt_export.quantize.plan import W8A8Plan, quantize_linears
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 #: Half-precision attention is slow on a CPU, and every target is compared on all windows: larger models run fewer here.

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
-from crt_export.memo import Memo
+from crt_export.graph.weights import SharedArrays
 from crt_export.quantize.calibration import ActivationStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
 
@@ -116,13 +116,13 @@ def _producing_tensors(group: LinearInput) -> tuple[str, ...]:
     return (f"{source}.weight", f"{source}.bias") if source is not None else ()
 
 
-def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
+def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], shared: SharedArrays) -> None:
     """Balance every LayerNorm of an FP32 graph against the linears that read it, in place.
 
     Args:
         matmuls: (name, MatMul) of every linear of the graph, as ``weight_matmuls`` finds them. A LayerNorm whose
             readers are spread over several graphs would be folded differently in each; those of a model are not.
-        memo: Of the graphs that share these weights.
+        shared: Of the graphs that share these weights.
     """
     readers: dict[ir.Value, tuple[ir.Node, dict[str, ir.Value]]] = {}
     for name, node in matmuls:
@@ -135,13 +135,13 @@ def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
     for gain, (norm, weights) in readers.items():
         bias = norm.inputs[2]
         if bias is not None and bias.is_initializer():
-            _balance([gain, bias, *weights.values()], memo)
+            _balance([gain, bias, *weights.values()], shared)
 
 
-def _balance(values: list[ir.Value], memo: Memo) -> None:
+def _balance(values: list[ir.Value], shared: SharedArrays) -> None:
     """Gain, bias and the weights that read them."""
     arrays = [_array(value) for value in values]
-    for value, array in zip(values, memo.made("balanced", arrays, lambda: balanced(*arrays)), strict=True):
+    for value, array in zip(values, shared.made("balanced", arrays, lambda: balanced(*arrays)), strict=True):
         value.const_value = ir.tensor(array, name=value.name)
 
 

@@ -20,7 +20,8 @@ from loose_runner import loose_runner
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph.export import export_graph
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.check import case_from_manifest

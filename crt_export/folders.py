@@ -40,6 +40,17 @@ _QUERY_LIMITED_INFORMATION = 0x1000
 PREFIX = "crt-export"
 
 
+def user_cache(name: str) -> Path | None:
+    """``crt-export/NAME`` in $XDG_CACHE_HOME or ~/.cache; None where there is no home folder."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The XDG specification: a relative path is to be ignored.
+        base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # no home folder can be told
+        return None
+    return base / "crt-export" / name
+
+
 def lock_folder(folder: Path) -> int:
     """Take the exclusive advisory lock of a folder without waiting.
 

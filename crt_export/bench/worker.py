@@ -26,10 +26,9 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from crt_export import errors
 from crt_export.bench import process_memory
-from crt_export.child_process import ChildEnd, answer_stream, start_module
+from crt_export.child_process import ChildEnd, Lifeline, answer_stream, start_module
 from crt_export.config import ModelConfig
 from crt_export.errors import BenchError, CrtExportError
-from crt_export.lifeline import Lifeline
 
 if TYPE_CHECKING:  # what a candidate imports is timed
     from crt_export.bench.runner import Runner

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export import lifeline
+from crt_export import child_process
 from crt_export.child_process import ChildModule
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="descriptors and signals of POSIX")
@@ -73,7 +73,7 @@ def test_a_child_ends_with_its_parent(kind: str, number: signal.Signals, tmp_pat
 def test_a_parent_that_died_before_the_child_was_tied_to_it_ends_it_at_once() -> None:
     reading, writing = os.pipe()
     os.close(writing)
-    command = [sys.executable, "-P", *["-m", lifeline.__name__, str(reading), "http.server"]]
+    command = [sys.executable, "-P", *["-m", child_process.__name__, str(reading), "http.server"]]
     assert subprocess.run(command, pass_fds=[reading], timeout=60, check=False, capture_output=True).returncode != 0
     os.close(reading)
 

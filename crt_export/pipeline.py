@@ -82,6 +82,8 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
         stages.begin()
         targets = build_targets(profiles, graphs, checkpoint.config, staging.path, progress, store)
+        for target in targets:
+            staging.digests.update(target.digests)
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)

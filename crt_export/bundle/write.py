@@ -142,11 +142,14 @@ class Staging:
     Attributes:
         path: Folder to write the bundle's files into.
         output: Where :meth:`commit` will put it.
+        digests: SHA-256 (hex) of files by name, from whoever hashed them while they were written: they are hashed again
+            when the bundle is opened, and not before.
     """
 
     def __init__(self, path: Path, output: Path) -> None:
         self.path = path
         self.output = output
+        self.digests: dict[str, str] = {}
         self._committed = False
         self._completed = False
         self._sealed: dict[str, tuple[FileState, str]] = {}
@@ -231,11 +234,12 @@ class Staging:
         return files
 
     def _seal(self, name: str) -> tuple[FileState, str]:
-        """State and digest of a file that is on the disk; hashed again only where it changed."""
+        """State and digest of a file that is on the disk; hashed where nobody has done so, or it changed since."""
         path = self.path / name
         sealed = self._sealed.get(name)
         if sealed is None or sealed[0] != file_state(path.lstat()):
-            digest, state = hash_file(path, sync=True)
+            known = self.digests.get(name) if sealed is None else None
+            digest, state = hash_file(path, sync=True, known=known)
             sealed = self._sealed[name] = (state, digest)
         return sealed
 

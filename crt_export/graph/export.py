@@ -46,7 +46,7 @@ class GraphExporter:
 
     def __init__(self, model: Model, traced: Mapping[str, ir.Model] | None = None) -> None:
         self._model = model
-        self._weights = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+        self._weights = frozenset(weights_of_model(model))
         self._cache_dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
         self._traced = dict(traced or {})
 
@@ -125,6 +125,11 @@ def export_graph(model: Model, name: str, *, unroll: int = 1) -> ir.Model:
     return GraphExporter(model).graph(name, unroll=unroll)
 
 
+def weights_of_model(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and tables by checkpoint name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _onnx_from_module(module: nn.Module, spec: GraphSpec) -> ir.Model:
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -187,10 +192,10 @@ def _dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, str] | list[dict[int, st
 
 def _name_weights(graph: ir.Model, model: nn.Module) -> None:
     """Parameters and tables get their checkpoint names: the wrapper holds the model as ``model``."""
-    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     for value in list(graph.graph.initializers.values()):
         assert value.name is not None
         value.name = value.name.removeprefix("model.")
+    known = weights_of_model(model)
     missing = [name for name in graph.graph.initializers if "." in name and name not in known]
     if missing:
         raise BuildError(f"graph {graph.graph.name}: initializers under foreign names: {', '.join(missing)}")
@@ -198,7 +203,7 @@ def _name_weights(graph: ir.Model, model: nn.Module) -> None:
 
 def _share_weights(graph: ir.Model, model: Model) -> None:
     """Weights are the model's own memory: what several graphs share is known to be the same, and not copied."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in weights_of_model(model).items():
         value = graph.graph.initializers.get(name)
         if value is not None:
             value.const_value = ir.tensor(tensor.detach().numpy(), name=name)

@@ -180,8 +180,10 @@ def source_graph_from_file(path: Path) -> SourceGraph:
     matmuls = [node for node in graph if node.op_type in ("MatMul", "Gemm")]
     linears = tuple(_name(node) for node in matmuls if _is_weight(node.inputs[1]))
     attention = [node for node in graph if node.op_type == "Attention"]
+    scatters = [node for node in graph if node.op_type == "TensorScatter"]
+    updates = tuple((_name(node.outputs[0]), _name(node.inputs[0])) for node in scatters)
     return SourceGraph(
-        contract=dataclasses.replace(interface_of(model), aliases=_updates(graph)),
+        contract=dataclasses.replace(interface_of(model), aliases=updates),
         linears=linears,
         products=tuple(_name(node) for node in (*matmuls, *attention) if _name(node) not in linears),
     )
@@ -220,8 +222,3 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 def _name(item: ir.Node | ir.Value | None) -> str:
     return (item.name if item is not None else None) or ""
-
-
-def _updates(graph: ir.Graph) -> tuple[tuple[str, str], ...]:
-    """Caches updated in place: output and input of every TensorScatter."""
-    return tuple((_name(node.outputs[0]), _name(node.inputs[0])) for node in graph if node.op_type == "TensorScatter")

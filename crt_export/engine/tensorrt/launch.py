@@ -17,7 +17,6 @@ import numpy as np
 
 from crt_export.engine.base import BufferSlice
 from crt_export.engine.tensorrt.api import EngineTensor, IExecutionContext, enqueue, set_tensors
-from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.engine.tensorrt.memory import DeviceMemory
 from crt_export.errors import ContractError, problem_list
 
@@ -245,13 +244,13 @@ class Captured:
         self.context = context
         self.graph = graph
         self._staging = staging
-        program.memory.resources.attach(self, _retire, program.memory.device, program.free[True], context, graph)
+        program.memory.resources.attach(self, _retire, program, context, graph)
 
 
-def _retire(device: CudaDevice, free: list[StreamContext], context: StreamContext, graph: int) -> None:
-    """Nothing of the context runs any more. May be called while Python collects garbage."""
-    device.free_graph(graph)
-    free.append(context)
+def _retire(program: TensorRTProgram, context: StreamContext, graph: int) -> None:
+    """Nothing of the context runs any more, and its engine is still there. May be called while garbage is collected."""
+    program.memory.device.free_graph(graph)
+    program.free[True].append(context)
 
 
 def capture(program: TensorRTProgram, plan: LaunchPlan) -> Captured:

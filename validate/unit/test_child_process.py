@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,3 +91,12 @@ def test_a_child_runs_as_a_module_does_and_no_descriptor_is_left(
         end = child.wait()
     assert (end.code, end.answer, end.printed) == (0, b"[] echo job\n", "")
     assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+
+
+def test_nothing_else_of_the_package_starts_processes() -> None:
+    package = Path(str(child_process.__file__)).parent
+    starts = re.compile(
+        r"subprocess\.(Popen|run|call|check_\w+)\(|os\.(fork|spawn|posix_spawn|exec|system)|multiprocessing"
+    )
+    found = {path.name for path in package.rglob("*.py") if starts.search(path.read_text(encoding="utf-8"))}
+    assert found == {"child_process.py"}

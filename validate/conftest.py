@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, stage_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.checkpoint import Checkpoint, load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.models.base import LanguageModel
@@ -328,7 +328,11 @@ def _overflow(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _write_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint) -> None:
-    from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
+    from crt_export.graph.export import export_graph
+    from crt_export.graph.weights import (
+        write_graph,
+        write_weights,  # seconds that few tests need
+    )
     from crt_export.runtime.prefill import PrefillPlan
     from crt_export.stages.vectors import write_vectors
 

@@ -9,8 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from crt_export.bench.prompts import prompt_rows
-from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
 from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
@@ -169,36 +168,23 @@ class EngineClock:
 
     def open_engine(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
         """As the runtime opens an engine, with its run calls counted here."""
-        engine = engine_from_target(files, target, config, threads)
-        return cast(Engine, _TimedEngine(engine, self))
+        return cast(Engine, _Timed(engine_from_target(files, target, config, threads), self))
 
 
-class _TimedEngine:
-    """Passes everything on; its programs are timed."""
+class _Timed:
+    """An engine or one of its programs; passes everything on, and times launches."""
 
-    def __init__(self, engine: Engine, clock: EngineClock) -> None:
-        self._engine = engine
-        self._clock = clock
+    def __init__(self, wrapped: Any, clock: EngineClock) -> None:
+        self._wrapped, self._clock = wrapped, clock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._wrapped, name)
 
-    def program(self, graph: str) -> _TimedProgram:
-        return _TimedProgram(self._engine.program(graph), self._clock)
-
-
-class _TimedProgram:
-    """Passes everything on; its launches are timed."""
-
-    def __init__(self, program: Any, clock: EngineClock) -> None:
-        self._program = program
-        self._clock = clock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._program, name)
+    def program(self, graph: str) -> _Timed:
+        return _Timed(self._wrapped.program(graph), self._clock)
 
     def bind(self, *args: Any, **options: Any) -> Launch:
-        launch, clock, now = self._program.bind(*args, **options), self._clock, time.perf_counter
+        launch, clock, now = self._wrapped.bind(*args, **options), self._clock, time.perf_counter
 
         def timed() -> None:
             begin = now()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from crt_export.bench.prompts import PromptText, prompt_text
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import Passes
+from crt_export.bench.runner import Passes, PromptText, prompt_text
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checked import Checked, Rules, whole
 from crt_export.config import ModelConfig
@@ -40,7 +39,6 @@ class BenchOptions(Checked):
         rounds: Blocks of steps of every candidate.
         prefill_rounds: Prompts of every length, candidate and method.
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
-        warmups: Steps before each block that are not counted.
         batch: Rows.
         text: UTF-8 file that prompts are the beginning of; None takes the package's, or random ids where the model has
             no tokenizer.
@@ -58,7 +56,6 @@ class BenchOptions(Checked):
         "rounds": whole("at least 1", least=1),
         "prefill_rounds": whole("at least 1", least=1),
         "steps": whole("at least 0", least=0),
-        "warmups": whole("at least 0", least=0),
         "batch": whole("at least 1", least=1),
         "threads": whole(f"0 to {MOST_THREADS}", least=0, most=MOST_THREADS, optional=True),
         "probe_bytes": whole(f"at least {1 << 20}", least=1 << 20),
@@ -72,7 +69,6 @@ class BenchOptions(Checked):
     rounds: int = 10
     prefill_rounds: int = 3
     steps: int = 0
-    warmups: int = 3
     batch: int = 1
     text: Path | None = None
     tokens: Path | None = None
@@ -117,18 +113,16 @@ class CandidatePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Options with every default resolved, and the candidates.
+    """A bundle, the candidates, and the options with every default resolved.
 
     Attributes:
         files: The bundle.
         config: Its model.
         target: The target that is judged.
         candidates: The candidates, the target first.
-        threads: CPU threads.
-        positions, prompt_tokens, steps: As in the options.
-        methods: How prompts are fed; None is the candidate's own method and comes first.
+        threads: CPU threads, a number.
         text: Where prompts come from.
-        options: What they came from.
+        options: What is measured; nothing in it is left to a default.
     """
 
     files: BundleFiles
@@ -136,12 +130,13 @@ class Plan:
     target: Target
     candidates: tuple[CandidatePlan, ...]
     threads: int
-    positions: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    steps: int
-    methods: tuple[Passes, ...]
     text: PromptText
     options: BenchOptions
+
+    @property
+    def methods(self) -> tuple[Passes, ...]:
+        """How prompts are fed; None is the candidate's own method and comes first."""
+        return (None, *self.options.passes)
 
 
 def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
@@ -192,12 +187,16 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         target=target,
         candidates=tuple(candidates),
         threads=threads,
-        positions=positions,
-        prompt_tokens=prompts,
-        steps=steps,
-        methods=(None, *_once(options.passes)),
         text=text,
-        options=options,
+        options=replace(
+            options,
+            target=target.name,
+            positions=positions,
+            prompt_tokens=prompts,
+            passes=_once(options.passes),
+            steps=steps,
+            threads=threads,
+        ),
     )
 
 

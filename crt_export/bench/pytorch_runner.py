@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
-from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
 from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
 from crt_export.checkpoint import find_weight_files, load_checkpoint, tensor_shapes
 from crt_export.config import ModelConfig

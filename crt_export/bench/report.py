@@ -121,7 +121,6 @@ class StepFigures:
         floor_ms: bytes.total / 90th percentile of the read bandwidth.
         compute_floor_ms: flops / 90th percentile of the compute rate.
         over_floor: p50_ms / floor_ms.
-        over_floor_p10: p10_ms / floor_ms.
         over_floor_paired: p50_ms / (bytes.total / median bandwidth).
     """
 
@@ -141,7 +140,6 @@ class StepFigures:
     floor_ms: float | None = None
     compute_floor_ms: float | None = None
     over_floor: float | None = None
-    over_floor_p10: float | None = None
     over_floor_paired: float | None = None
 
 

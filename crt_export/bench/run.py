@@ -94,7 +94,7 @@ def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Co
     model = _model(candidate.name, candidate.config) if other else None
     if measured.reason:
         return Candidate(name=candidate.name, kind=candidate.kind, status=NOT_RUN, reason=measured.reason, model=model)
-    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
+    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.options.positions]
     prefill = [_prefill(candidate, tokens, method, seconds) for (tokens, method), seconds in measured.prefill.items()]
     return Candidate(
         name=candidate.name,
@@ -114,13 +114,13 @@ def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Co
 
 
 def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, compute: Compute) -> StepFigures:
-    candidate, batch, blocks = measured.candidate, plan.options.batch, measured.steps[position]
+    blocks = measured.steps[position]
     seconds = np.concatenate([block["seconds"] for block in blocks])
     engine = np.concatenate([block["engine"] for block in blocks])
     p10, p50, p90, p99 = (np.percentile(seconds, (10, 50, 90, 99)) * 1e3).tolist()
-    figures = StepFigures(
+    return StepFigures(
         position=position,
-        batch=batch,
+        batch=plan.options.batch,
         samples=seconds.size,
         p10_ms=p10,
         p50_ms=p50,
@@ -128,44 +128,34 @@ def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, c
         p99_ms=p99,
         max_ms=float(seconds.max() * 1e3),
         mean_ms=float(seconds.mean() * 1e3),
-        tokens_per_s=float(batch / seconds.mean()),
+        tokens_per_s=float(plan.options.batch / seconds.mean()),
         runtime_overhead=float(np.median(1 - engine / seconds)) if engine.size else None,
+        **_floor(plan, measured, position + plan.options.steps // 2, p50, bandwidth, compute),  # the middle of a block
     )
-    return _with_floor(figures, plan, candidate, measured.opened["info"]["weights"], bandwidth, compute)
 
 
-def _with_floor(
-    figures: StepFigures,
-    plan: Plan,
-    candidate: CandidatePlan,
-    weights: int | None,
-    bandwidth: Bandwidth,
-    compute: Compute,
-) -> StepFigures:
-    """Add what memory and arithmetic allow at best; a GPU's own rates are not known here."""
+def _floor(
+    plan: Plan, measured: Measured, position: int, p50_ms: float, bandwidth: Bandwidth, compute: Compute
+) -> dict[str, Any]:
+    """What memory and arithmetic allow at best; a GPU's own rates are not known here."""
+    target, config, batch = measured.candidate.target, measured.candidate.config, plan.options.batch
+    weights = measured.opened["info"]["weights"]
     if weights is None:
-        return figures
-    middle = figures.position + plan.steps // 2  # of the block's positions
-    target = candidate.target
-    moved = step_bytes(
-        candidate.config,
-        weights=weights,
-        position=middle,
-        batch=figures.batch,
-        cache_item_bytes=_FLOAT_BYTES["float32" if target is None else target.cache_dtype],
-    )
-    flops = step_flops(candidate.config, position=middle, batch=figures.batch)
-    values: dict[str, Any] = {"bytes": moved, "flops": flops}
-    if target is None or target.profile.device == "cpu":
-        floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
-        values |= {
-            "floor_ms": floor,
-            "compute_floor_ms": flops / compute.gflop_s.p90 / 1e6,
-            "over_floor": figures.p50_ms / floor,
-            "over_floor_p10": figures.p10_ms / floor,
-            "over_floor_paired": figures.p50_ms / (moved.total / bandwidth.read_gb_s.p50 / 1e6),
-        }
-    return StepFigures(**{**vars(figures), **values})
+        return {}
+    item = _FLOAT_BYTES["float32" if target is None else target.cache_dtype]
+    moved = step_bytes(config, weights=weights, position=position, batch=batch, cache_item_bytes=item)
+    flops = step_flops(config, position=position, batch=batch)
+    if target is not None and target.profile.device != "cpu":
+        return {"bytes": moved, "flops": flops}
+    floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "floor_ms": floor,
+        "compute_floor_ms": flops / compute.gflop_s.p90 / 1e6,
+        "over_floor": p50_ms / floor,
+        "over_floor_paired": p50_ms / (moved.total / bandwidth.read_gb_s.p50 / 1e6),
+    }
 
 
 def _prefill(candidate: CandidatePlan, tokens: int, method: Passes, seconds: Sequence[float]) -> PrefillFigures:
@@ -232,18 +222,9 @@ def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    return {
-        **vars(plan.options),
-        "target": plan.target.name,
-        "against": list(plan.options.against),
-        "positions": list(plan.positions),
-        "prompt_tokens": list(plan.prompt_tokens),
-        "passes": list(plan.options.passes),
-        "steps": plan.steps,
-        "threads": plan.threads,
-        "text": plan.text.source,
-        "tokens": None if plan.options.tokens is None else str(plan.options.tokens),
-    }
+    """Every option of the run as JSON has it; the text by what it is called, not where it lay."""
+    tokens = plan.options.tokens
+    return {**vars(plan.options), "text": plan.text.source, "tokens": None if tokens is None else str(tokens)}
 
 
 def _bundle(files: BundleFiles) -> dict[str, Any]:

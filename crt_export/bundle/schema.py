@@ -148,22 +148,20 @@ def _field_problems(where: str, value: object, fields: Mapping[str, _Types]) -> 
     return problems
 
 
-def _contract_problems(contract: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
+def _contract_problems(contract: Mapping[str, Any]) -> Iterator[str]:
     for graph, spec in contract.items():
         where = f"contract[{graph!r}]"
         broken = _field_problems(where, spec, _CONTRACT)
-        problems += broken
+        yield from broken
         if broken:
             continue
         for side in ("inputs", "outputs"):
             for index, tensor in enumerate(spec[side]):
-                problems += _field_problems(f"{where}.{side}[{index}]", tensor, _TENSOR)
+                yield from _field_problems(f"{where}.{side}[{index}]", tensor, _TENSOR)
         for key in ("aliases", "continues"):
             for index, pair in enumerate(spec[key]):
                 if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
-                    problems.append(f"{where}.{key}[{index}] must be a pair of names, found {pair!r:.60}")
-    return problems
+                    yield f"{where}.{key}[{index}] must be a pair of names, found {pair!r:.60}"
 
 
 def _model_problems(model: Mapping[str, Any]) -> list[str]:
@@ -203,24 +201,21 @@ def _model_value_problems(model: Mapping[str, Any]) -> Iterator[str]:
             yield f"model.rotaries[{index}]: expected a layout and finite frequencies, found {rotary!r:.80}"
 
 
-def _file_problems(files: Mapping[str, Any]) -> list[str]:
-    problems = [f"files: {problem}" for problem in collision_problems(files)]
+def _file_problems(files: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"files: {problem}" for problem in collision_problems(files))
     for name, entry in files.items():
         where = f"files[{name!r:.200}]"
-        reason = name_problem(name)
-        if reason is None and name == MANIFEST_NAME:
-            reason = "is the manifest, which cannot list itself"
+        reason = name_problem(name) or ("is the manifest, which cannot list itself" if name == MANIFEST_NAME else None)
         if reason:
-            problems.append(f"{where}: the path {reason}")
+            yield f"{where}: the path {reason}"
         broken = _field_problems(where, entry, _FILE)
-        problems += broken
+        yield from broken
         if broken:
             continue
         if entry["size"] < 0:
-            problems.append(f"{where}: 'size' must be 0 or more, found {entry['size']}")
+            yield f"{where}: 'size' must be 0 or more, found {entry['size']}"
         if not _SHA256.fullmatch(entry["sha256"]):
-            problems.append(f"{where}: 'sha256' must be 64 lower-case hex digits, found {entry['sha256']!r:.80}")
-    return problems
+            yield f"{where}: 'sha256' must be 64 lower-case hex digits, found {entry['sha256']!r:.80}"
 
 
 def _reference_problems(where: str, references: Mapping[str, Any], files: Mapping[str, Any]) -> Iterator[str]:
@@ -231,32 +226,28 @@ def _reference_problems(where: str, references: Mapping[str, Any], files: Mappin
             yield f"{where}[{key!r}] is {name!r}, which is not listed in 'files'"
 
 
-def _graph_problems(graphs: Sequence[Any], files: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
+def _graph_problems(graphs: Sequence[Any], files: Mapping[str, Any]) -> Iterator[str]:
     for index, graph in enumerate(graphs):
         where = f"graphs[{index}]"
         broken = _field_problems(where, graph, _GRAPH)
-        problems += broken
-        if not broken:
-            named = {key: graph[key] for key in ("file", "weights") if graph[key] is not None}
-            problems += _reference_problems(where, named, files)
-            if not graph["roles"] or any(role not in GRAPH_ROLES for role in graph["roles"]):
-                known = ", ".join(GRAPH_ROLES)
-                problems.append(f"{where}: 'roles' must be some of {known}, found {graph['roles']!r:.80}")
-    return problems
+        yield from broken
+        if broken:
+            continue
+        named = {key: graph[key] for key in ("file", "weights") if graph[key] is not None}
+        yield from _reference_problems(where, named, files)
+        if not graph["roles"] or any(role not in GRAPH_ROLES for role in graph["roles"]):
+            yield f"{where}: 'roles' must be some of {', '.join(GRAPH_ROLES)}, found {graph['roles']!r:.80}"
 
 
-def _target_problems(targets: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
+def _target_problems(targets: Mapping[str, Any], files: Mapping[str, Any]) -> Iterator[str]:
     for name, target in targets.items():
         where = f"targets[{name!r}]"
         broken = _field_problems(where, target, _TARGET)
-        problems += broken
+        yield from broken
         if not broken:
-            problems += _target_value_problems(where, target)
-            problems += _reference_problems(f"{where}.graphs", target["graphs"], files)
-            problems += _reference_problems(f"{where}.engines", target["engines"], files)
-    return problems
+            yield from _target_value_problems(where, target)
+            yield from _reference_problems(f"{where}.graphs", target["graphs"], files)
+            yield from _reference_problems(f"{where}.engines", target["engines"], files)
 
 
 def _target_value_problems(where: str, target: Mapping[str, Any]) -> Iterator[str]:

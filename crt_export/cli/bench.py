@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def bench(
     require_one_text(text, tokens)
     from crt_export.bench.options import BenchOptions, passes_from_text
     from crt_export.bench.run import run_bench
-    from crt_export.report.output import check_outputs, write_output
+    from crt_export.report.output import ReportFiles
 
     options = BenchOptions(
         target=target,
@@ -88,20 +87,11 @@ def bench(
         tokens=tokens,
         threads=threads,
     )
-    check_outputs([output, html], inputs=[bundle, text, tokens])
-    if html is not None:
-        from crt_export.report.html import require_renderer
-
-        require_renderer()
+    files = ReportFiles(report=output, html=html)
+    files.check(inputs=[bundle, text, tokens])
     with reserved_stdout(as_json), ProgressLine() as progress:
-        found = run_bench(bundle, options, created=now(), command=command_line(), progress=progress)
-    document = found.to_dict()
-    if output is not None:
-        write_output(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    if html is not None:
-        from crt_export.report.html import render_html
-
-        write_output(html, render_html(document))
+        document = run_bench(bundle, options, created=now(), command=command_line(), progress=progress).to_dict()
+    files.write(document)
     if as_json:
         write_json(document)
     else:

@@ -224,7 +224,7 @@ def write_report_tables(report: ParityReport) -> None:
     """Write every regime and every level, and below them what the report says about them."""
     rows = report.rows
     if rows:
-        write_table(REGIME_COLUMNS, [_regime_cells(row) for row in rows], title="agreement with PyTorch FP32")
+        write_table(REGIME_COLUMNS, [regime_cells(row) for row in rows], title="agreement with PyTorch FP32")
     notes = list(report.notes)
     if any(row.check("gap_delta_nll") for row in rows):
         notes.append(_GAP_NOTE)
@@ -270,7 +270,8 @@ def _half_width(check: Check | None) -> str:
 
 
 # --- every regime
-def _regime_cells(row: Comparison) -> tuple[str, ...]:
+def regime_cells(row: Comparison) -> tuple[str, ...]:
+    """A regime's cells, one for each of ``REGIME_COLUMNS``."""
     return (
         row.target,
         row.graph,

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from crt_export.errors import BuildError, InputError
 from crt_export.graph.contract import check_contract
 from crt_export.graph.modules import HeadModule, PassModule, ReadingPassModule, StepModule
-from crt_export.graph.passes.cancel_casts import cancel_casts
-from crt_export.graph.passes.name_weights import name_weights
+from crt_export.graph.operators import translation_table
 from crt_export.graph.passes.simplify import merge_repeats, simplify
-from crt_export.graph.passes.unroll import unroll_passes
-from crt_export.graph.translation import translation_table
+from crt_export.graph.passes.unroll import cancel_casts, unroll_passes
 from crt_export.models.base import LanguageModel
 from crt_export.models.declaration import Carried
 from crt_export.spec import GraphSpec, TensorSpec, graph_spec
@@ -41,7 +39,7 @@ class GraphExporter:
 
     def __init__(self, model: LanguageModel, traced: Mapping[str, ir.Model] | None = None) -> None:
         self._model = model
-        self._weights = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+        self._weights = frozenset(weights_of_model(model))
         self._cache_dtype = str(model.dtype).removeprefix("torch.")
         self._traced = dict(traced or {})
 
@@ -98,7 +96,7 @@ class GraphExporter:
             spec = _reading_spec(spec) if reading else spec
             graph = _onnx_from_module(_module(self._model, name), name, spec)
             graph.graph.name = name
-            name_weights(graph, self._model)
+            _name_weights(graph, self._model)
             simplify(graph, keep=self._weights)
             _name_values(graph, spec)
             _read_sizes_of_first(graph, spec)
@@ -121,6 +119,11 @@ def parts_of_graphs(carried: Carried, graphs: Iterable[tuple[str, int]]) -> tupl
 def export_graph(model: LanguageModel, name: str, *, unroll: int = 1) -> ir.Model:
     """Export a single graph, see :meth:`GraphExporter.graph`."""
     return GraphExporter(model).graph(name, unroll=unroll)
+
+
+def weights_of_model(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and tables by checkpoint name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _onnx_from_module(module: nn.Module, name: str, spec: GraphSpec) -> ir.Model:
@@ -182,9 +185,20 @@ def _dynamic_axes(tensor: TensorSpec) -> dict[int, str]:
     return {axis: dim for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
 
 
+def _name_weights(graph: ir.Model, model: nn.Module) -> None:
+    """Parameters and tables get their checkpoint names: the wrapper holds the model as ``model``."""
+    for value in list(graph.graph.initializers.values()):
+        assert value.name is not None
+        value.name = value.name.removeprefix("model.")
+    known = weights_of_model(model)
+    missing = [name for name in graph.graph.initializers if "." in name and name not in known]
+    if missing:
+        raise BuildError(f"graph {graph.graph.name}: initializers under foreign names: {', '.join(missing)}")
+
+
 def _share_weights(graph: ir.Model, model: LanguageModel) -> None:
     """Weights are the model's own memory: what several graphs share is known to be the same, and not copied."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in weights_of_model(model).items():
         value = graph.graph.initializers.get(name)
         if value is not None:
             value.const_value = ir.tensor(tensor.detach().numpy(), name=name)

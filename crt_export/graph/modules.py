@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crt_export.cache import AppendedCache, Cache
-from crt_export.graph.scatter import ScatteredCache
+from crt_export.graph.operators import ScatteredCache
 from crt_export.models.base import LanguageModel, Pass
 from crt_export.models.declaration import HIDDEN
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from crt_export.child_process import ChildModule, answer_stream
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, CrtExportError
 from crt_export.folders import temporary_folder
-from crt_export.graph.export import GraphExporter
+from crt_export.graph.export import GraphExporter, weights_of_model
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_class
 
@@ -113,7 +113,7 @@ def _dtypes(model: LanguageModel) -> tuple[str, str]:
 
 def _with_weights(file: Path, model: LanguageModel) -> ir.Model:
     graph = ir.load(file)
-    for name, tensor in _weights(model).items():
+    for name, tensor in weights_of_model(model).items():
         value = graph.graph.initializers.get(name)
         if value is not None:
             found = value.const_value
@@ -124,10 +124,6 @@ def _with_weights(file: Path, model: LanguageModel) -> ir.Model:
     return graph
 
 
-def _weights(model: LanguageModel) -> Mapping[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def write_traces(model: LanguageModel, parts: Iterable[str], folder: Path) -> None:
     """Trace the named parts of graphs; one ONNX file each, which names weights and holds none.
 
@@ -135,7 +131,7 @@ def write_traces(model: LanguageModel, parts: Iterable[str], folder: Path) -> No
         BuildError: The exporter failed.
     """
     folder.mkdir()
-    exporter, weights = GraphExporter(model), _weights(model)
+    exporter, weights = GraphExporter(model), weights_of_model(model)
     for name in parts:
         graph = exporter.part(name)
         for initializer, value in graph.graph.initializers.items():

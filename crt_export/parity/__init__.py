@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crt_export.parity.bundle import validate_bundle
-    from crt_export.parity.check import check_parity
+    from crt_export.parity.check import check_parity, validate_bundle
     from crt_export.parity.report import Comparison, ParityReport
     from crt_export.parity.setup import ParityCase
     from crt_export.parity.tolerances import Tolerance, Tolerances, load_tolerances
@@ -34,7 +33,7 @@ _MODULES = {
     "Tolerances": "tolerances",
     "check_parity": "check",
     "load_tolerances": "tolerances",
-    "validate_bundle": "bundle",
+    "validate_bundle": "check",
 }
 
 

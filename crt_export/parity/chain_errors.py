@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.parity.reference import Trace
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -177,7 +177,7 @@ class ChainReference:
         tensors: All outputs, in the order in which a step computes them.
     """
 
-    def __init__(self, model: Model, trace: Trace, factors: Sequence[np.ndarray]) -> None:
+    def __init__(self, model: LanguageModel, trace: Trace, factors: Sequence[np.ndarray]) -> None:
         """Take the caches apart by name.
 
         Args:

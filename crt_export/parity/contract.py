@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from crt_export.bundle.external_data import external_tensors
 from crt_export.bundle.paths import file_problem, name_problem
-from crt_export.engine.tensorrt.source_graph import source_graph_from_file
+from crt_export.engine.tensorrt.build import source_graph_from_file
 from crt_export.errors import BuildError, BundleError
 from crt_export.graph.contract import OPERATORS, interface_of
 from crt_export.graph.export import OPSET

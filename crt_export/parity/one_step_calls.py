@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crt_export.model import Carry, Model
+from crt_export.models.base import LanguageModel, State
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.setup import ParityCase, ParitySetup
 
@@ -88,12 +88,12 @@ class OneStepCalls:
         if graph == "head":
             yield self._head_call()
         elif graph == STEP:
-            yield self._call("empty cache", self._first_tokens(), 1, 1, None)
-            yield self._call("middle of the text", self._middle_tokens(), 1, 1, None)
+            yield self._call("empty cache", self._first_tokens(), 1, 1)
+            yield self._call("middle of the text", self._middle_tokens(), 1, 1)
         else:
             passes = self._case.unroll if graph == PREFILL else 1
             rows = self._chunks()
-            yield self._call("first iterate zero", rows, self.seq, passes, self._first_iterate(rows) * 0)
+            yield self._call("first iterate zero", rows, self.seq, passes)
             if self._config.recurrent:
                 yield self._call("first iterate of another text", rows, self.seq, passes, self._first_iterate(rows))
 
@@ -125,11 +125,11 @@ class OneStepCalls:
         """Rounded to the dtype of the target's caches: both sides then start from the same values."""
         return tensor.to(getattr(torch, self._case.cache_dtype)).float()
 
-    def _carry(self, rows: list[Row]) -> Carry:
+    def _carry(self, rows: list[Row]) -> State:
         """What rows of one position continue from."""
         windows, position = [row.window for row in rows], rows[0].position
         state = self._hidden[windows, position - 1 : position] if position else self._hidden[windows, :1] * 0
-        return Carry(
+        return State(
             state=state,
             keys=tuple(keys[windows, :, :position] for keys in self._keys),
             values=tuple(
@@ -139,14 +139,11 @@ class OneStepCalls:
             position=torch.full((len(rows),), position),
         )
 
-    def _tokens(self, row: Row, seq: int) -> Tensor:
-        ids = self._ids[row.window, row.position : row.position + seq].clone()
-        ids[row.length :] = _PADDING_TOKEN
-        return ids
-
-    def _call(self, name: str, rows: list[Row], seq: int, passes: int, hidden: Tensor | None) -> Call:
-        ids = torch.stack([self._tokens(row, seq) for row in rows])
-        iterate = torch.zeros(len(rows), seq, self._config.hidden_size) if hidden is None else hidden
+    def _call(self, name: str, rows: list[Row], seq: int, passes: int, iterate: Tensor | None = None) -> Call:
+        ids = torch.stack([self._ids[row.window, row.position : row.position + seq] for row in rows])
+        for own, row in zip(ids, rows, strict=True):
+            own[row.length :] = _PADDING_TOKEN
+        iterate = torch.zeros(len(rows), seq, self._config.hidden_size) if iterate is None else iterate
         expected: Arrays = {}
         inputs = self._inputs(rows, ids, iterate)
         slots = max(row.position for row in rows) + seq
@@ -168,7 +165,7 @@ class OneStepCalls:
             written=tuple((row.position, row.position + seq) for row in rows),
         )
 
-    def _outputs(self, ids: Tensor, carry: Carry, iterate: Tensor, rows: list[Row], passes: int) -> Arrays:
+    def _outputs(self, ids: Tensor, carry: State, iterate: Tensor, rows: list[Row], passes: int) -> Arrays:
         """:func:`reference_outputs`, once for all targets and checks that call with the very same values."""
         given = (ids, carry.state, carry.position, iterate, *carry.keys, *carry.values)
         digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in given))
@@ -177,13 +174,11 @@ class OneStepCalls:
         return self._reference.once(key, lambda: reference_outputs(self._model, ids, carry, iterate, rows, passes))
 
     def _inputs(self, rows: list[Row], ids: Tensor, iterate: Tensor) -> Arrays:
-        position = np.array([row.position for row in rows])
-        states = [self._carry([row]).state for row in rows]
         inputs: Arrays = {
             "input_ids": ids.numpy(),
-            "position": position,
+            "position": np.array([row.position for row in rows]),
             "length": np.array([row.length for row in rows]),
-            "state": torch.cat(states).numpy(),
+            "state": torch.cat([self._carry([row]).state for row in rows]).numpy(),
             "hidden": iterate.numpy(),
         }
         for layer in range(self._config.num_hidden_layers):
@@ -211,7 +206,9 @@ class OneStepCalls:
 
 
 @torch.no_grad()
-def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, rows: list[Row], passes: int) -> Arrays:
+def reference_outputs(
+    model: LanguageModel, ids: Tensor, carry: State, iterate: Tensor, rows: list[Row], passes: int
+) -> Arrays:
     """Every output of the contract for rows of one position, from the equations alone.
 
     Args:
@@ -234,7 +231,7 @@ def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, 
         [states[index, row.length] if recurrent else h[index, max(row.length - 1, 0)] for index, row in enumerate(rows)]
     )[:, None]
     logits = model.head(last)[:, 0]
-    outputs: Mapping[str, Tensor] = {
+    outputs: dict[str, Tensor] = {
         "logits": logits,
         "next_token": logits.argmax(dim=-1, keepdim=True),
         "next_position": carry.position + torch.tensor([row.length for row in rows]),
@@ -248,7 +245,7 @@ def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, 
         ),
     }
     for layer, (keys, values) in enumerate(zip(after.keys, after.values, strict=True)):
-        outputs = {**outputs, f"present_key_values.{layer}.key": keys, f"present_key_values.{layer}.value": values}
+        outputs |= {f"present_key_values.{layer}.key": keys, f"present_key_values.{layer}.value": values}
     return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 

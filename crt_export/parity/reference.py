@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.parity.windows import Windows
 
 STEP = "step"
@@ -71,7 +71,7 @@ class Reference:
     in.
     """
 
-    def __init__(self, model: Model, windows: Windows, *, batch: int, steps: Tensor | None = None) -> None:
+    def __init__(self, model: LanguageModel, windows: Windows, *, batch: int, steps: Tensor | None = None) -> None:
         """Take a model in evaluation mode.
 
         Args:

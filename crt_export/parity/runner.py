@@ -1,6 +1,6 @@
 """Runner: the deployed engine and decoder of one target, with a tap on every call that the engine makes.
 
-Every level that decodes, prefills or hands over does it here, so what it measures is what an application gets: the
+Every level decodes, prefills and goes on from a handover here, so what it measures is what an application gets: the
 files are opened as a session opens them (:func:`crt_export.runtime.opening.engine_from_target`), with the profile's
 options, and tokens go through :class:`crt_export.runtime.decoder.Decoder` with its batching rule, caches and passes.
 
@@ -48,7 +48,7 @@ _HEAD = "head"
 #: Up to so many parameters all targets of a bundle stay loaded; a larger model has one at a time.
 _SMALL_PARAMETERS = 20_000_000
 #: Memory that the caches of one decoding may take.
-_BATCH_BYTES = 512 * 2**20
+BATCH_BYTES = 512 * 2**20
 
 
 class Runner:
@@ -104,9 +104,19 @@ class Runner:
 
     def most_rows(self, capacity: int) -> int:
         """How many rows of that capacity keep the caches of a decoding within half a gigabyte; at least one."""
-        sizes = self.target.sizes(self.config, 1, self.capacity or capacity)
+        return max(1, BATCH_BYTES // self.cache_bytes(capacity))
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Memory of one row's caches with room for so many tokens."""
+        sizes = self.target.sizes(self.config, 1, self.capacity or tokens)
         items = 2 * sizes.layers * sizes.heads * sizes.capacity * sizes.head_dim
-        return max(1, _BATCH_BYTES // (items * np.dtype(sizes.cache_dtype).itemsize))
+        return items * np.dtype(sizes.cache_dtype).itemsize
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Memory of one row that takes so many tokens at once: its caches, and what one layer's attention needs."""
+        # Scores, and about as much again for mask and softmax.
+        scores = 2 * 4 * self.config.num_attention_heads * tokens * ((self.capacity or tokens) + tokens)
+        return self.cache_bytes(tokens) + scores
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """Logits of hidden states through the validation graph ``head``.

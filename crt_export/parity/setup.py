@@ -14,7 +14,7 @@ from crt_export.bundle import BundleFiles
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import ContractError
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.parity.reference import Reference
 from crt_export.parity.runner import Runner, Runners
 from crt_export.parity.tolerances import Tolerance, Tolerances
@@ -154,7 +154,7 @@ class ParitySetup:
         return self.checkpoint.config
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LanguageModel:
         """PyTorch FP32, in evaluation mode."""
         return self.reference.model
 

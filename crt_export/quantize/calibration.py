@@ -21,7 +21,7 @@ from crt_export.errors import InputError
 from crt_export.models.base import LanguageModel, Pass, State
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
-from crt_export.quantize.text import TextEvidence, check_is_text
+from crt_export.quantize.text_evidence import TextEvidence, check_is_text
 from crt_export.text import begin_rows
 
 _STAGE = "calibrate w8a8"

@@ -61,7 +61,7 @@ class QuantizedInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class W8A8Plan:
-    """What every activation that enters a linear becomes, by name (:func:`crt_export.quantize.linear_inputs`)."""
+    """What every activation that enters a linear becomes, by name (:mod:`crt_export.quantize.linears`)."""
 
     inputs: Mapping[str, QuantizedInput]
 

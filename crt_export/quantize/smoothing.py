@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
-from crt_export.memo import Memo
+from crt_export.graph.weights import SharedArrays
 from crt_export.quantize.calibration import ActivationStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
 
@@ -126,13 +126,13 @@ def _producing_tensors(tensors: Mapping[str, Array], group: LinearInput) -> list
     return [name for name in (f"{source}.weight", f"{source}.bias") if source is not None and name in tensors]
 
 
-def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
+def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], shared: SharedArrays) -> None:
     """Balance every LayerNorm of an FP32 graph against the linears that read it, in place.
 
     Args:
         matmuls: (name, MatMul) of every linear of the graph, as ``weight_matmuls`` finds them. A LayerNorm whose
             readers are spread over several graphs would be folded differently in each; those of a model are not.
-        memo: Of the graphs that share these weights.
+        shared: Of the graphs that share these weights.
     """
     readers: dict[ir.Value, tuple[ir.Node, dict[str, ir.Value]]] = {}
     for name, node in matmuls:
@@ -145,14 +145,14 @@ def smooth_norms(matmuls: Iterable[tuple[str, ir.Node]], memo: Memo) -> None:
     for gain, (norm, weights) in readers.items():
         biases = [bias for bias in norm.inputs[2:] if bias is not None]
         if all(bias.is_initializer() for bias in biases):
-            _balance(gain, biases, [*weights.values()], memo)
+            _balance(gain, biases, [*weights.values()], shared)
 
 
-def _balance(gain: ir.Value, biases: list[ir.Value], weights: list[ir.Value], memo: Memo) -> None:
+def _balance(gain: ir.Value, biases: list[ir.Value], weights: list[ir.Value], shared: SharedArrays) -> None:
     """Gain, bias if there is one, and the weights that read them."""
     values = [gain, *biases, *weights]
     arrays = [_array(value) for value in values]
-    made = memo.made(("balanced", len(biases)), arrays, lambda: balanced(*arrays, biased=bool(biases)))
+    made = shared.made(("balanced", len(biases)), arrays, lambda: balanced(*arrays, biased=bool(biases)))
     for value, array in zip(values, made, strict=True):
         value.const_value = ir.tensor(array, name=value.name)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from crt_export.errors import BuildError, problem_list
-from crt_export.memo import Memo
+from crt_export.graph.weights import SharedArrays
 from crt_export.quantize.linears import constant, require_none_left, weight_matmuls
 from crt_export.quantize.plan import SMALLEST_STEP
 from crt_export.quantize.smoothing import smooth_norms
@@ -33,12 +33,12 @@ FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 _FUSED_OF_PART = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
-def quantize_w8(graph: ir.Model, memo: Memo | None = None) -> int:
+def quantize_w8(graph: ir.Model, shared: SharedArrays | None = None) -> int:
     """Balance LayerNorms against the weights that read them, then replace every MatMul with a weight by MatMulNBits.
 
     Args:
         graph: An FP32 graph with weights under their checkpoint names; it is changed in place.
-        memo: Of the graphs of one model, which share their weights; None: this graph has no others beside it.
+        shared: Of the graphs of one model, which share their weights; None: this graph has no others beside it.
 
     Returns:
         Number of replaced MatMuls, each part of a wider one counted, a weight used by K passes counted K times.
@@ -46,14 +46,14 @@ def quantize_w8(graph: ir.Model, memo: Memo | None = None) -> int:
     Raises:
         BuildError: A linear could not be replaced.
     """
-    body, memo = graph.graph, memo or Memo()
+    body, shared = graph.graph, shared or SharedArrays()
     linears = weight_matmuls(body)
     _check_dtype(body, linears)
-    fuse_projections(body, memo)
+    fuse_projections(body, shared)
     matmuls = weight_matmuls(body)
-    smooth_norms(matmuls, memo)
+    smooth_norms(matmuls, shared)
     for name, node in matmuls:
-        _replace(body, name, node, memo)
+        _replace(body, name, node, shared)
     RemoveUnusedNodesPass()(graph)
     require_none_left(body, {name for name, _ in (*linears, *matmuls)})
     body.opset_imports[DOMAIN] = 1
@@ -96,14 +96,14 @@ def _check_dtype(graph: ir.Graph, matmuls: list[tuple[str, ir.Node]]) -> None:
         raise BuildError(problem_list(f"graph {graph.name}: weight-only quantisation expects FLOAT weights", problems))
 
 
-def _replace(graph: ir.Graph, name: str, node: ir.Node, memo: Memo) -> None:
+def _replace(graph: ir.Graph, name: str, node: ir.Node, shared: SharedArrays) -> None:
     packed_name, scales_name = f"{name}.weight_blocks", f"{name}.weight_scales"
     tensor = graph.initializers[f"{name}.weight"].const_value
     assert tensor is not None
     into, out = tensor.numpy().shape
     if packed_name not in graph.initializers:
         weight = tensor.numpy()
-        packed, scales = memo.made("blocks", [weight], lambda: quantize_blocks(weight))
+        packed, scales = shared.made("blocks", [weight], lambda: quantize_blocks(weight))
         constant(graph, packed_name, packed)
         constant(graph, scales_name, scales)
     old = node.outputs[0]
@@ -121,7 +121,7 @@ def _replace(graph: ir.Graph, name: str, node: ir.Node, memo: Memo) -> None:
     graph.remove(node, safe=True)
 
 
-def fuse_projections(graph: ir.Graph, memo: Memo) -> int:
+def fuse_projections(graph: ir.Graph, shared: SharedArrays) -> int:
     """Replace ``x @ q + bq``, ``x @ k + bk``, ``x @ v + bv`` by ``Split(x @ qkv + bqkv)``, in place; likewise gate, up.
 
     What is not of that form (another activation, a bias here and none there, an intermediate result that others read)
@@ -130,7 +130,7 @@ def fuse_projections(graph: ir.Graph, memo: Memo) -> int:
     Args:
         graph: Linears are MatMuls by ``{name}.weight`` [in, out], each followed by an Add of ``{name}.bias`` if there
             is such a bias.
-        memo: Of the graphs that share these weights.
+        shared: Of the graphs that share these weights.
 
     Returns:
         The number of products that were replaced, each part of a wider one counted.
@@ -149,7 +149,7 @@ def fuse_projections(graph: ir.Graph, memo: Memo) -> int:
         sums = {part: _bias_add(graph, f"{stem}.{part}", parts[part]) for part in biased}
         adds = [add for add in sums.values() if add is not None]
         if len(adds) in (0, len(parts)) and len(adds) == len(biased):
-            _fuse(graph, stem, fused, [*parts.values()], adds, memo)
+            _fuse(graph, stem, fused, [*parts.values()], adds, shared)
             replaced += len(parts)
     return replaced
 
@@ -162,12 +162,14 @@ def _bias_add(graph: ir.Graph, name: str, product: ir.Node) -> ir.Node | None:
     return users[0]
 
 
-def _fuse(graph: ir.Graph, stem: str, fused: str, products: list[ir.Node], adds: list[ir.Node], memo: Memo) -> None:
-    weight = _joined(graph, stem, fused, "weight", memo)
+def _fuse(
+    graph: ir.Graph, stem: str, fused: str, products: list[ir.Node], adds: list[ir.Node], shared: SharedArrays
+) -> None:
+    weight = _joined(graph, stem, fused, "weight", shared)
     first = products[0]
     made = [_node(first, fused, "MatMul", [first.inputs[0], weight])]
     if adds:
-        bias = _joined(graph, stem, fused, "bias", memo)
+        bias = _joined(graph, stem, fused, "bias", shared)
         made.append(_node(adds[0], fused, "Add", [made[0].outputs[0], bias]))
     results = [node.outputs[0] for node in adds or products]
     outputs = [ir.val(value.name, value.dtype, value.shape) for value in results]
@@ -196,14 +198,14 @@ def _width(graph: ir.Graph, name: str) -> int:
     return tensor.numpy().shape[1]
 
 
-def _joined(graph: ir.Graph, stem: str, fused: str, kind: str, memo: Memo) -> ir.Value:
+def _joined(graph: ir.Graph, stem: str, fused: str, kind: str, shared: SharedArrays) -> ir.Value:
     """The parts' weights [in, out] or biases [out] side by side, made once for all passes."""
     name = f"{stem}.{fused}.{kind}"
     if name in graph.initializers:
         return graph.initializers[name]
     tensors = [graph.initializers[f"{stem}.{part}.{kind}"].const_value for part in FUSED[fused]]
     arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
-    (joined,) = memo.made("joined", arrays, lambda: (np.concatenate(arrays, axis=-1),))
+    (joined,) = shared.made("joined", arrays, lambda: (np.concatenate(arrays, axis=-1),))
     return constant(graph, name, joined)
 
 

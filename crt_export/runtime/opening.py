@@ -22,7 +22,7 @@ from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
 from crt_export.spec import GraphSpec, TensorSpec, compatible_sizes, graph_names, graph_spec, interface_problems
 
 if TYPE_CHECKING:
-    from crt_export.engine.tensorrt.loading import Machine
+    from crt_export.engine.tensorrt.engine import Machine
 
 #: Without these there is no session; further engines of a compiled target are loaded too.
 SESSION_GRAPHS = ("step", "prefill")
@@ -164,7 +164,7 @@ def engine_from_target(files: BundleFiles, target: Target, model: ModelInfo, thr
         if graph in target.graphs and graph not in loaded
     }
     from crt_export.engine.onnxruntime import OrtEngine
-    from crt_export.engine.onnxruntime_loading import OrtSettings
+    from crt_export.engine.ort import OrtSettings
 
     settings = OrtSettings(device=target.profile.device, threads=threads, options=options)
     engine = OrtEngine(

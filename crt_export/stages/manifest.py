@@ -13,7 +13,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
-from crt_export.quantize import PLAN_FILE
+from crt_export.quantize.plan import PLAN_FILE
 from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 from crt_export.stages.options import BuildOptions
@@ -51,7 +51,7 @@ def manifest_from_build(
         "graphs": _graph_entries(targets, config),
         "quantization": {"w8a8": PLAN_FILE} if any(target.profile.precision == "w8a8" for target in targets) else {},
         "targets": {
-            target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
+            target.profile.name: {**target.to_dict(), "prefill": prefills[target.profile.name].to_dict()}
             for target in targets
         },
         "parity": None if report is None else {"passed": report.passed, "report": REPORT_FILE},

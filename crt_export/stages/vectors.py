@@ -21,7 +21,7 @@ from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize import W8A8Plan
+from crt_export.quantize.plan import W8A8Plan
 from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, prefill_run
 from crt_export.text import TokenText, begin_rows, read_text
 from crt_export.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError
 from crt_export.runtime import load_bundle
 

@@ -11,7 +11,8 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph.export import export_graph
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.presets import random_tensors
 

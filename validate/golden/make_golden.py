@@ -27,7 +27,7 @@ from crt_export.bundle import SCHEMA_VERSION
 from crt_export.bundle.manifest import manifest_text
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.graph import write_weights
+from crt_export.graph.weights import write_weights
 from crt_export.parity.metrics import Check, measured
 from crt_export.parity.report import Comparison, LevelResult, ParityReport, corpus_result
 from crt_export.profile import load_profile

@@ -35,7 +35,8 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load, save
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.graph import GraphExporter, write_graph, write_weights
+from crt_export.graph.export import GraphExporter
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
@@ -45,17 +46,10 @@ from crt_export.parity.setup import ParitySetup
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
-from crt_export.quantize import (
-    CalibrationOptions,
-    W8A8Plan,
-    calibrate,
-    calibration_windows,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-    read_plan,
-)
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, quantize_linears, read_plan
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
 from crt_export.text import TokenText
 
 LENGTH = 32

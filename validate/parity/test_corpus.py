@@ -15,12 +15,12 @@ import pytest
 from crt_export.checkpoint import load_checkpoint
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityOptions, ParityReport, load_tolerances, validate_bundle
+from crt_export.parity.corpus import check_text
 from crt_export.parity.levels import CORPUS
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.report import LevelResult
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.text_gate import check_text
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
 from crt_export.text import TokenText

@@ -28,15 +28,10 @@ from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.rollout import Rollout
 from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
-from crt_export.quantize import (
-    W8A8Plan,
-    calibrate,
-    calibration_windows,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, quantize_linears
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
 from crt_export.text import TokenText
 
 _log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from crt_export.parity.tolerances import load_tolerances
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.progress import no_progress
-from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.variants import variants_of_profile
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8
+from crt_export.stages.graphs import variants_of_profile, write_graphs
 from crt_export.text import TokenText
 
 TARGETS = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cuda-fp16", "rtx-sm80-fp16", "rtx-sm80-int8")

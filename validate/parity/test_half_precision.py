@@ -16,9 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph.export import export_graph
 from crt_export.graph.passes.decompose_attention import decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import Comparison, ParityCase, ParityOptions, ParityReport, check_parity, load_tolerances
 from crt_export.parity.half import compare_half
@@ -26,7 +27,8 @@ from crt_export.parity.headroom import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
-from crt_export.quantize import CalibrationOptions, W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8
 from crt_export.text import TokenText
 
 OPTIONS = ParityOptions(validation_tokens=128, window=16, short_reason="overflow test", threads=1)

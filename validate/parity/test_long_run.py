@@ -20,11 +20,12 @@ from loose_runner import loose_runner
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph.export import export_graph
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
-from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.check import case_from_manifest
 from crt_export.parity.long_run import check_long_run, growth_checks, why_not_gated
 from crt_export.parity.long_run.figures import Growth, growth_from_units
 from crt_export.parity.long_run.run import layers_of_tensors

@@ -24,7 +24,7 @@ from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import BundleError, ContractError
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, one_step_calls
-from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.check import case_from_manifest
 from crt_export.parity.difference import difference
 from crt_export.parity.metrics import METRICS
 from crt_export.parity.one_step import check_one_step

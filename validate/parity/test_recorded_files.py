@@ -13,7 +13,7 @@ import pytest
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint
 from crt_export.parity import ParityOptions, check_parity
-from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.check import case_from_manifest
 from crt_export.parity.levels import CERTIFICATE, CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
 from crt_export.runtime import Bundle
 from crt_export.text import TokenText

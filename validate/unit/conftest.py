@@ -15,7 +15,7 @@ import pytest
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.engine import Machine
 from crt_export.machine import Gpu
 from crt_export.runtime import Bundle
 from crt_export.runtime.opening import Target, compiled_engine, engine_from_target

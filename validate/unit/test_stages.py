@@ -21,7 +21,7 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityReport
-from crt_export.parity.bundle import validate_bundle
+from crt_export.parity.check import validate_bundle
 from crt_export.pipeline import BuildOptions, BuildResult, build
 from crt_export.profile import load_profile
 from crt_export.runtime import load_bundle

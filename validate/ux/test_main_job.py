@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.parity import ParityReport
 from crt_export.report.reading import read_report
 from crt_export.runtime import GenerationOptions, SamplingOptions, generate_text, load_bundle

@@ -18,11 +18,11 @@ _HEAD_DIMS = range(16, 257)
 _FEWEST_HEADS = 4
 
 
-def attention_form(profile: EngineProfile, carried: Carried) -> Literal["fused", "decomposed"]:
-    """Choose the form of attention that a target's graphs take.
+def attention_of_profile(profile: EngineProfile, carried: Carried) -> Literal["fused", "decomposed"]:
+    """Choose how a target's graphs compute attention.
 
     Args:
-        profile: ``attention = "auto"`` takes the fused form wherever there is a kernel for it.
+        profile: ``attention = "auto"`` takes a fused node wherever there is a kernel for it.
         carried: Heads and head_dim of the caches decide that.
 
     Raises:
@@ -61,10 +61,10 @@ def decompose_attention(graph: ir.Model) -> int:
         The number of nodes replaced.
 
     Raises:
-        BuildError: Lists every node that is not of that form; the graph is unchanged then.
+        BuildError: Lists every node that is something else; the graph is unchanged then.
     """
     nodes = [node for node in graph.graph.all_nodes() if node.op_type == "Attention"]
-    problems = [f"{node.name}: {problem}" for node in nodes for problem in _form_problems(node)]
+    problems = [f"{node.name}: {problem}" for node in nodes for problem in _problems_of_node(node)]
     if problems:
         raise BuildError(problem_list(f"graph {graph.graph.name}: attention cannot be decomposed", problems))
     for node in nodes:
@@ -75,7 +75,7 @@ def decompose_attention(graph: ir.Model) -> int:
     return len(nodes)
 
 
-def _form_problems(node: ir.Node) -> Iterator[str]:
+def _problems_of_node(node: ir.Node) -> Iterator[str]:
     given = [value for value in node.inputs if value is not None]
     if len(given) != 4 or len(node.inputs) != 4 or len(node.outputs) != 1:
         yield f"{len(given)} inputs and {len(node.outputs)} outputs; query, key, value, mask and one output expected"

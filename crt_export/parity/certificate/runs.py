@@ -18,9 +18,7 @@ from crt_export.parity.decoding import Decoding
 from crt_export.parity.difference import relative_error
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP, Reference
 from crt_export.parity.runner import Runner
-
-#: Logits held at a time: enough to amortise the calls, little enough for any vocabulary.
-BLOCK_ELEMENTS = 2_000_000
+from crt_export.parity.scores import BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

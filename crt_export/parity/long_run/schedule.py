@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.windows import Windows
@@ -120,7 +120,7 @@ def long_reference(setup: ParitySetup, schedule: Schedule) -> Reference:
     """PyTorch FP32 over one run, whose tokens are its one window; a longer run serves shorter ones too.
 
     Args:
-        setup: Model and text.
+        setup: LanguageModel and text.
         schedule: What to run.
 
     Raises:
@@ -178,7 +178,7 @@ def _one_window(text: TokenText, schedule: Schedule) -> Windows:
     return Windows(inputs=cut.inputs[None], targets=cut.targets[None], text=text)
 
 
-def _with_positions(model: Model, positions: int) -> Model:
+def _with_positions(model: LanguageModel, positions: int) -> LanguageModel:
     """The model itself, or one of the same weights whose rotary tables reach as far."""
     config = model.config
     if positions <= model.rope_cos.shape[0]:
@@ -190,7 +190,7 @@ def _with_positions(model: Model, positions: int) -> Model:
 
 
 @torch.no_grad()
-def _states(model: Model, tokens: np.ndarray, window: int | None, progress: Progress) -> Tensor:
+def _states(model: LanguageModel, tokens: np.ndarray, window: int | None, progress: Progress) -> Tensor:
     """h after every token, float32 [1, tokens, hidden]; after every window the cache is emptied and the state stays."""
     ids, carry, states = torch.from_numpy(tokens), model.start(1), []
     for start in range(0, ids.shape[1], window or BLOCK):

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from crt_export.bundle import stage_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.runtime.prefill import PrefillPlan
 
 Manifest = dict[str, Any]

@@ -17,8 +17,7 @@ from crt_export.bundle import BundleFiles
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import load_graph
-from crt_export.engine.tensorrt.engine import TensorRTEngine
-from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.engine import Machine, TensorRTEngine
 from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.machine import Gpu
 from crt_export.profile import EngineProfile, load_profile

@@ -16,9 +16,8 @@ from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
-from crt_export.stages import targets, variants
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.variants import GraphFile, GraphVariant
+from crt_export.stages import graphs, targets
+from crt_export.stages.graphs import GraphFile, GraphVariant, write_graphs
 
 Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 
@@ -26,7 +25,7 @@ Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 @pytest.fixture(autouse=True)
 def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
-    monkeypatch.setattr(variants, "attention_form", lambda profile, config: "fused")
+    monkeypatch.setattr(graphs, "attention_of_profile", lambda profile, config: "fused")
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepare
     assert built.attention == "decomposed"
     assert "Attention" in built.refused
     assert set(built.engines) == {"step", "prefill"}
-    entry = built.to_dict(checkpoint.config)
+    entry = built.to_dict()
     assert (entry["attention"], entry["attention_refused"]) == ("decomposed", built.refused)
     for name, file in built.graphs.items():
         operators = {node.op_type for node in ir.load(folder / file.file).graph}

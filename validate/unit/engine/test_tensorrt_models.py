@@ -14,18 +14,14 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.tensorrt.build import CompiledEngine, build_engine
 from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter
+from crt_export.graph.export import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import (
-    calibrate,
-    calibration_windows,
-    expected_matmuls,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.linears import expected_matmuls
+from crt_export.quantize.plan import plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 

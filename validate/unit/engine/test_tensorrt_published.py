@@ -11,18 +11,13 @@ import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.tensorrt.build import CompiledEngine
-from crt_export.graph import GraphExporter
+from crt_export.graph.export import GraphExporter
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import (
-    CalibrationOptions,
-    QuantizedLinears,
-    calibrate,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import CalibrationOptions, calibrate
+from crt_export.quantize.plan import QuantizedLinears, plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 

@@ -17,9 +17,10 @@ import torch
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, ContractError, InputError, UnsupportedError
-from crt_export.graph import GraphExporter, check_contract, export_graph, write_graph, write_weights
 from crt_export.graph import weights as weights_module
-from crt_export.graph.weights import is_weight
+from crt_export.graph.contract import check_contract
+from crt_export.graph.export import GraphExporter, export_graph
+from crt_export.graph.weights import is_weight, write_graph, write_weights
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.spec import graph_names, graph_spec

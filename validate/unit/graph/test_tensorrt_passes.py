@@ -16,8 +16,9 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, UnsupportedError
-from crt_export.graph import check_contract, export_graph
-from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
+from crt_export.graph.contract import check_contract
+from crt_export.graph.export import export_graph
+from crt_export.graph.passes.decompose_attention import attention_of_profile, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.models.base import LanguageModel
@@ -194,13 +195,13 @@ def test_auto_takes_the_fused_form_where_there_is_a_kernel(
 ) -> None:
     config = tiny_config(**changes)
     profile = load_profile("rtx-sm80-fp16")
-    assert attention_form(profile, config) == form
-    assert attention_form(load_profile("rtx-sm80-int8"), config) == form
-    assert attention_form(load_profile("ort-cpu-fp32"), config) == "fused"
-    assert attention_form(dataclasses.replace(profile, attention="decomposed"), config) == "decomposed"
+    assert attention_of_profile(profile, config) == form
+    assert attention_of_profile(load_profile("rtx-sm80-int8"), config) == form
+    assert attention_of_profile(load_profile("ort-cpu-fp32"), config) == "fused"
+    assert attention_of_profile(dataclasses.replace(profile, attention="decomposed"), config) == "decomposed"
     insisting = dataclasses.replace(profile, attention="fused")
     if form == "fused":
-        assert attention_form(insisting, config) == "fused"
+        assert attention_of_profile(insisting, config) == "fused"
         return
     with pytest.raises(UnsupportedError, match='no kernel for attention = "fused"'):
-        attention_form(insisting, config)
+        attention_of_profile(insisting, config)

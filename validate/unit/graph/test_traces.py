@@ -14,8 +14,8 @@ import torch
 from crt_export.checkpoint import load_checkpoint
 from crt_export.child_process import ChildModule
 from crt_export.errors import BuildError, UnsupportedError
-from crt_export.graph import GraphExporter, parts_of_graphs
 from crt_export.graph import traces as traces_module
+from crt_export.graph.export import GraphExporter, parts_of_graphs
 from crt_export.graph.traces import TraceJob, start_traces
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint

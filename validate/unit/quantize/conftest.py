@@ -14,10 +14,11 @@ import torch
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.graph import GraphExporter
+from crt_export.graph.export import GraphExporter
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs
+from crt_export.quantize.calibration import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.linears import linear_inputs
 
 SEQ = 16
 UNROLL = 2

@@ -11,7 +11,9 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.quantize import CalibrationOptions, calibrate, calibration, calibration_windows, linear_inputs
+from crt_export.quantize import calibration
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.linears import linear_inputs
 
 OPTIONS = CalibrationOptions(windows=64, minimum_tokens=1024)
 

@@ -13,19 +13,22 @@ from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, UnsupportedError
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.quantize import (
-    ActivationStatistics,
+from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.emulation import emulate_w8a8
+from crt_export.quantize.linears import linear_inputs, linear_names
+from crt_export.quantize.plan import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
     QuantizedInput,
     QuantizedLinears,
     W8A8Plan,
-    emulate_w8a8,
-    linear_inputs,
-    linear_names,
     plan_w8a8,
+    quantize_columns,
     quantize_linears,
     read_plan,
+    scale_from_range,
+    value_range,
 )
-from crt_export.quantize.plan import LARGEST_SCALE, SMALLEST_SCALE, quantize_columns, scale_from_range, value_range
 
 Calibrated = Callable[[LanguageModel], ActivationStatistics]
 

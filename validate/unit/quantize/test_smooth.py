@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from crt_export.config import ModelConfig
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import state_dict_from_tensors
-from crt_export.quantize import ActivationStatistics, fold, smoothing_factors
-from crt_export.quantize.smoothing import FP16_LIMIT
+from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.smoothing import FP16_LIMIT, fold, smoothing_factors
 
 Arrays = dict[str, np.ndarray]
 CONFIGS: tuple[dict[str, Any], ...] = (

@@ -12,17 +12,11 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BuildError, InputError
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.quantize import (
-    ActivationStatistics,
-    QuantizedLinears,
-    emulate_w8a8,
-    expected_matmuls,
-    linear_inputs,
-    linear_names,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.emulation import emulate_w8a8
+from crt_export.quantize.linears import expected_matmuls, linear_inputs, linear_names
+from crt_export.quantize.plan import QuantizedLinears, plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 Exported = Callable[[str, torch.dtype], ir.Model]
 GRAPHS = ("step", "prefill", "head")

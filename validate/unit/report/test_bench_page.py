@@ -18,7 +18,7 @@ from crt_export.bench.report import KINDS, MEASURED, NOT_RUN, BenchReport
 from crt_export.cli.report import report as report_verb
 from crt_export.errors import InputError
 from crt_export.parity import ParityReport
-from crt_export.report.html import render_html
+from crt_export.report.output import render_html
 from crt_export.report.reading import (
     bench_schema,
     checked_bench,

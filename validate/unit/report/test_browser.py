@@ -17,7 +17,7 @@ import pytest
 from crt_export.cli import main
 from crt_export.parity import ParityReport
 from crt_export.parity.levels import LEVELS
-from crt_export.report.html import render_html
+from crt_export.report.output import render_html
 
 pytestmark = [pytest.mark.evidence, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -16,7 +16,7 @@ from crt_export.errors import MissingDependencyError
 from crt_export.parity import ParityReport
 from crt_export.parity.levels import LEVELS
 from crt_export.parity.report import LevelResult
-from crt_export.report import html
+from crt_export.report import output
 from crt_export.report.page import target_block
 from crt_export.report.plots import draw_plots
 from crt_export.visible import visible
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def render_html(report: Report, bundle: str = "") -> str:
-    return html.render_html(ParityReport.from_dict(report), bundle=bundle)
+    return output.render_html(ParityReport.from_dict(report), bundle=bundle)
 
 
 class Page(HTMLParser):

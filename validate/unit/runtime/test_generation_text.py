@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import ContractError
 from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, Session, Snapshot, generate_text, load_bundle
 from crt_export.text_stream import TEXT_END

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.engine.base import BufferSlice, Engine, Launch
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.runtime import Bundle, GenerationOptions

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import InputError, UnsupportedError
 from crt_export.runtime import Session, load_bundle
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import MANIFEST_NAME
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError, ContractError, InputError, MissingDependencyError
 from crt_export.machine import Gpu
 from crt_export.runtime import Bundle, load_bundle

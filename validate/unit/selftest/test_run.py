@@ -14,8 +14,8 @@ import pytest
 from crt_export.errors import BundleError, InputError, MissingDependencyError
 from crt_export.runtime import Session
 from crt_export.selftest import SelftestReport, TargetResult, run_selftest
-from crt_export.selftest.report import junit_cases
-from crt_export.selftest.run import Comparison, Observed
+from crt_export.selftest.replay import Comparison, Observed
+from crt_export.selftest.results import junit_cases
 from crt_export.selftest.vectors import VECTORS_FILE, Vectors
 
 TARGET = "ort-cpu-fp32"

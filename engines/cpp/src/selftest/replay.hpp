@@ -1,5 +1,5 @@
 // Feed the tokens of the vectors to a session, through its public calls only, and compare what it gives with them.
-// The C++ twin of crt_export/selftest/run.py.
+// The C++ twin of crt_export/selftest/replay.py.
 #pragma once
 
 #include <cstdint>

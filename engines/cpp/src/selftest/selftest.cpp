@@ -1,4 +1,4 @@
-// The C++ twin of crt_export/selftest/run.py.
+// The C++ twin of crt_export/selftest/replay.py.
 #include "crt_runtime/selftest.hpp"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""The in-place cache update: a PyTorch operator with an eager implementation, and the cache that makes use of it.
+"""The in-place cache update: a PyTorch operator, the cache that makes use of it, and its translation into a graph.
 
 In a graph it is one ``TensorScatter`` per cache tensor (opset 24). TensorRT turns it into an in-place update of the
 cache input; ONNX Runtime does so when input and output are bound to the same buffer.
@@ -6,9 +6,10 @@ cache input; ONNX Runtime does so when input and output are bound to the same bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from onnxscript.onnx_opset import opset24
 from torch import Tensor
 
 from crt_export.cache import Attended
@@ -79,3 +80,20 @@ class ScatteredCache:
         written = cache_update(past_keys, keys, self._position), cache_update(past_values, values, self._position)
         self._written[index] = written
         return Attended(*written, self._masks[self._specs[index].window])
+
+
+def translation_table() -> dict[Callable[..., object], Callable[..., object]]:
+    """The project's own PyTorch operators as nodes of a graph: ``torch.onnx.export(custom_translation_table=...)``."""
+    operators = torch.ops.crt_export  # defined here and in crt_export.rotary
+    return {
+        operators.cache_update.default: _tensor_scatter,
+        operators.rotary_embedding.default: _rotary_embedding,
+    }
+
+
+def _tensor_scatter(cache, update, position):
+    return opset24.TensorScatter(cache, update, position, axis=-2, mode="linear")
+
+
+def _rotary_embedding(x, cos, sin, interleaved: bool):
+    return opset24.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))

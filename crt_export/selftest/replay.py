@@ -20,7 +20,7 @@ from crt_export.progress import Progress, no_progress
 from crt_export.runtime import Bundle, load_bundle
 from crt_export.runtime.opening import Target
 from crt_export.runtime.session import Session
-from crt_export.selftest.report import ReplayResult, SelftestReport, TargetResult, TensorResult
+from crt_export.selftest.results import ReplayResult, SelftestReport, TargetResult, TensorResult
 from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, load_vectors, prefill_run
 
 _CACHES = "past_key_values."

@@ -253,7 +253,7 @@ class TargetChain:
     def outputs(self, position: int, texts: slice) -> dict[str, np.ndarray]:
         """Feed one token of some texts and copy what it gives."""
         self._decoding.step(self._reference.trace.ids[texts, position])
-        found = {name: self._decoding.output(name) for name in ("next_state", "logits")}
+        found = {name: self._decoding.output(name) for name in (*self._reference.states, "logits")}
         return {name: np.array(values) for name, values in found.items() if values is not None}
 
     def cache_problems(self, windows: Sequence[int]) -> list[str]:
@@ -279,9 +279,8 @@ class TargetChain:
             self._written.setdefault(name, np.zeros_like(cache))[:, :, slots] = new
             new = new.astype(np.float32) * reference.factors.get(name, np.float32(1))
             found[name] = row_errors(new, expected[texts, :, slots], reference.scales[name])
-        if "next_state" in reference.tensors:
-            state, scale = self._output("next_state"), reference.scales["next_state"]
-            found["next_state"] = row_errors(state, reference.state(texts, step), scale)
+        for name, states in reference.states.items():
+            found[name] = row_errors(self._output(name), states[texts, step : step + 1], reference.scales[name])
         logits, expected, scale = self._output("logits"), reference.logits(texts, step), reference.scales["logits"]
         tokens, positions = self._output("next_token")[:, 0], self._output("next_position")
         found["logits"] = row_errors(logits, expected, scale)

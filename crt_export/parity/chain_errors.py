@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from crt_export.models.base import LanguageModel
+from crt_export.models.declaration import NEXT_STATE
 from crt_export.parity.reference import Trace
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -172,6 +173,7 @@ class ChainReference:
 
     Attributes:
         caches: Float32 [texts, heads, steps, head_dim] by output name.
+        states: Float32 [texts, steps, *shape] by output name.
         factors: What the target divides the values in a cache by, [heads, 1, head_dim] by output name.
         scales: The largest |value| of every tensor.
         tensors: All outputs, in the order in which a step computes them.
@@ -183,29 +185,26 @@ class ChainReference:
         Args:
             model: The reference, for logits.
             trace: What it delivered.
-            factors: Per layer what the target divides the values in its cache by, [heads, 1, head_dim].
+            factors: Per cache what the target divides the values in its cache by, [heads, 1, head_dim].
         """
         self.model, self.trace = model, trace
         self.caches: dict[str, np.ndarray] = {}
         self.factors: dict[str, np.ndarray] = {}
-        for layer, (keys, values, factor) in enumerate(zip(trace.keys, trace.values, factors, strict=True)):
-            name = f"present_key_values.{layer}"
+        for index, (keys, values, factor) in enumerate(zip(trace.keys, trace.values, factors, strict=True)):
+            name = f"present_key_values.{index}"
             self.caches |= {f"{name}.key": keys.numpy(), f"{name}.value": values.numpy()}
             self.factors[f"{name}.value"] = factor
         self.scales = {name: _largest(values) for name, values in self.caches.items()}
-        self.scales["next_state"] = _largest(trace.hidden.numpy())
+        specs = model.carried.states
+        self.states = {spec.tensor(NEXT_STATE): trace.states[spec.name].numpy() for spec in specs}
+        self.scales |= {name: _largest(values) for name, values in self.states.items()}
         self.scales["logits"] = max(_largest(self.logits(slice(None), step)) for step in range(trace.ids.shape[1]))
-        state = ["next_state"] if model.config.recurrent else []
-        self.tensors = [*self.caches, *state, "logits", "next_token", "next_position"]
+        self.tensors = [*self.caches, *self.states, "logits", "next_token", "next_position"]
 
     @torch.no_grad()
     def logits(self, texts: slice, step: int) -> np.ndarray:
         """Float32 [texts, vocab]."""
         return self.model.head(self.trace.hidden[texts, step]).numpy()
-
-    def state(self, texts: slice, step: int) -> np.ndarray:
-        """Float32 [texts, 1, hidden]."""
-        return self.trace.hidden[texts, step : step + 1].numpy()
 
 
 def _largest(values: np.ndarray) -> float:

@@ -119,7 +119,7 @@ def _check_target(case: ParityCase, setup: ParitySetup, gaps: Sequence[RegimeGap
             found[regime] = compare(named, nothing, setup.tolerances, [str(error)])
     else:
         rollout = Rollout(runner, case, setup.windows, window_batch=setup.options.window_batch)
-        separate = setup.config.recurrent and not runner.one_graph
+        separate = setup.config.carried.iterated and not runner.one_graph
         for regime in (STEP, PREFILL, *((PREFILL_PASS,) if separate else ()), HANDOVER):
             graph = _graphs(runner, regime)
             named = dataclasses.replace(row, graph=graph, regime=regime, steps=_steps(case, setup, regime))

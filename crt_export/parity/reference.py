@@ -1,4 +1,4 @@
-"""PyTorch FP32 in every regime, from :mod:`crt_export.model` alone: what every exported graph is compared with.
+"""PyTorch FP32 in every regime, from :mod:`crt_export.models` alone: what every exported graph is compared with.
 
 Regimes are named for what the deployment runs: ``step`` is the exact recurrence, ``prefill`` is K parallel passes over
 the whole window, ``handover`` is K passes over its first half and the recurrence from there.
@@ -6,7 +6,7 @@ the whole window, ``handover`` is K passes over its first half and the recurrenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,16 @@ class Trace:
     Attributes:
         ids: What was fed, int64 [texts, steps].
         start: Tokens that went through parallel passes before the first step; 0 where all were stepped.
-        hidden: h after every token, float32 [texts, steps, hidden].
-        keys: Per layer, rotated keys, float32 [texts, heads, steps, head_dim].
+        hidden: What the head reads after every token, float32 [texts, steps, hidden].
+        states: State name to the state after every token, float32 [texts, steps, *shape].
+        keys: Per cache, keys, float32 [texts, heads, steps, head_dim].
         values: Likewise the values.
     """
 
     ids: np.ndarray
     start: int
     hidden: Tensor
+    states: Mapping[str, Tensor]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
@@ -138,31 +140,38 @@ class Reference:
         half = self.windows.length // 2
         for part in ids.split(self._batch):
             if regime == STEP:
-                yield self.model.sequential(part)[0]
+                yield self.model.sequential(part)[0].hidden
             elif regime == PREFILL:
-                yield self.model.unroll(part, passes)[0]
+                yield self.model.unroll(part, passes)[0].hidden
             else:
-                first, carry, _ = self.model.unroll(part[:, :half], passes)
-                rest, _ = self.model.sequential(part[:, half:], carry)
-                yield torch.cat([first[:, -1:], rest], dim=1)
+                first, state, _ = self.model.unroll(part[:, :half], passes)
+                rest, _ = self.model.sequential(part[:, half:], state)
+                yield torch.cat([first.hidden[:, -1:], rest.hidden], dim=1)
 
     @torch.no_grad()
     def _trace(self, ids: np.ndarray, start: int, passes: int) -> Trace:
-        tokens, carry, parts = torch.from_numpy(ids), None, []
+        tokens, state, parts = torch.from_numpy(ids), None, []
         if start:
-            first, carry, _ = self.model.unroll(tokens[:, :start], passes)
+            first, state, _ = self.model.unroll(tokens[:, :start], passes)
             parts.append(first)
-        stepped, carry = self.model.sequential(tokens[:, start:], carry)
+        stepped, state = self.model.sequential(tokens[:, start:], state)
         parts.append(stepped)
-        return Trace(ids=ids, start=start, hidden=torch.cat(parts, dim=1), keys=carry.keys, values=carry.values)
+        return Trace(
+            ids=ids,
+            start=start,
+            hidden=torch.cat([part.hidden for part in parts], dim=1),
+            states={name: torch.cat([part.states[name] for part in parts], dim=1) for name in stepped.states},
+            keys=state.keys,
+            values=state.values,
+        )
 
     @torch.no_grad()
     def _continuation(self, prompts: np.ndarray, new_tokens: int) -> Continuation:
-        fed, carry = torch.from_numpy(prompts), None
+        fed, state = torch.from_numpy(prompts), None
         tokens, states, spread = [], [], []
         for _ in range(new_tokens):
-            h, carry = self.model.sequential(fed, carry)
-            states.append(h[:, -1:])
+            done, state = self.model.sequential(fed, state)
+            states.append(done.hidden[:, -1:])
             logits = self.model.head(states[-1])
             fed = logits.argmax(dim=-1)
             tokens.append(fed)

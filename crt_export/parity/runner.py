@@ -32,7 +32,6 @@ from crt_export.runtime.opening import (
     SESSION_GRAPHS,
     Target,
     check_contract,
-    config_from_manifest,
     engine_from_target,
     target_from_manifest,
 )
@@ -84,7 +83,7 @@ class Runner:
 
     def graph_name(self, graph: str) -> str:
         """The graph that makes this step or prefill: ``prefill_pass`` where one graph makes all."""
-        return (_PASS if self.config.recurrent else "prefill") if self.one_graph else graph
+        return (_PASS if self.config.carried.iterated else "prefill") if self.one_graph else graph
 
     def over(self, engine: Engine) -> Runner:
         """The same target on another engine that offers the same graphs."""
@@ -92,15 +91,15 @@ class Runner:
         other.engine = engine
         return other
 
-    def decoding(self, rows: int, capacity: int, window: Window | None = None) -> Decoding:
+    def decoding(self, rows: int, capacity: int, windows: Sequence[Window] | None = None) -> Decoding:
         """A decoder for some rows, empty.
 
         Args:
             rows: How many.
             capacity: Most tokens of a row; a target with a fixed capacity has that one instead.
-            window: Given where full rows slide.
+            windows: Given where full rows slide, per cache.
         """
-        return Decoding(self, rows, self.capacity or capacity, window)
+        return Decoding(self, rows, self.capacity or capacity, windows)
 
     def most_rows(self, capacity: int) -> int:
         """How many rows of that capacity keep the caches of a decoding within half a gigabyte; at least one."""
@@ -108,14 +107,15 @@ class Runner:
 
     def cache_bytes(self, tokens: int) -> int:
         """Memory of one row's caches with room for so many tokens."""
-        sizes = self.target.sizes(self.config, 1, self.capacity or tokens)
-        items = 2 * sizes.layers * sizes.heads * sizes.capacity * sizes.head_dim
-        return items * np.dtype(sizes.cache_dtype).itemsize
+        sizes = self.target.sizes(self.config.info, 1, self.capacity or tokens)
+        items = sum(spec.heads * spec.head_dim for spec in sizes.caches.values())
+        return items * sizes.capacity * np.dtype(sizes.cache_dtype).itemsize
 
     def prefill_bytes(self, tokens: int) -> int:
         """Memory of one row that takes so many tokens at once: its caches, and what one layer's attention needs."""
         # Scores, and about as much again for mask and softmax.
-        scores = 2 * 4 * self.config.num_attention_heads * tokens * ((self.capacity or tokens) + tokens)
+        heads = max(cache.query_heads for cache in self.config.carried.caches)
+        scores = 2 * 4 * heads * tokens * ((self.capacity or tokens) + tokens)
         return self.cache_bytes(tokens) + scores
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
@@ -174,8 +174,8 @@ def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
         ContractError: A graph cannot be loaded or breaks the contract.
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    config = config_from_manifest(files)
-    target = target_from_manifest(files, name, config)
+    config = config_of_bundle(files)
+    target = target_from_manifest(files, name, config.info)
     missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
     if missing:
         raise BundleError(f"{files.path}: target {name} has no {' and no '.join(missing)} graph; build it again")
@@ -183,7 +183,7 @@ def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
     def graph_file(graph: str) -> HeldGraph:
         return files.held_graph(target.graphs[graph])
 
-    engine = engine_from_target(files, target, config, threads) if target.profile.device == "cpu" else None
+    engine = engine_from_target(files, target, config.info, threads) if target.profile.device == "cpu" else None
     return runner_of_files(target, config, graph_file, threads, engine)
 
 
@@ -211,7 +211,7 @@ def runner_of_files(
     settings = _settings(target, threads)
 
     def check(graph: str, program: OrtGraph) -> None:
-        check_contract({graph: program}, target, config)
+        check_contract({graph: program}, target, config.info)
 
     def load(graph: str) -> OrtGraph:
         if graph not in target.graphs:

@@ -107,10 +107,9 @@ class ParityCase:
         return self.precision in HALF_PRECISIONS
 
     def value_divisors(self, config: ModelConfig) -> tuple[np.ndarray, ...]:
-        """What its graphs divide the values in their caches by, per layer float32 [heads, 1, head_dim]."""
+        """What its graphs divide the values in their caches by, per cache float32 [heads, 1, head_dim]."""
         if self.plan is None:
-            shape = (config.num_attention_heads, 1, config.head_dim)
-            return (np.ones(shape, np.float32),) * config.num_hidden_layers
+            return tuple(np.ones((cache.heads, 1, cache.head_dim), np.float32) for cache in config.carried.caches)
         return tuple(divisor[:, None] for divisor in self.plan.value_divisors(config))
 
     def room(self, config: ModelConfig) -> int:

@@ -77,10 +77,10 @@ def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
         ContractError: A graph is missing, failed, or delivered NaN or infinity.
     """
     runner = setup.runner(case)
-    if setup.config.recurrent and PREFILL_PASS not in runner.target.graphs:
+    if setup.config.carried.iterated and PREFILL_PASS not in runner.target.graphs:
         raise ContractError(f"target {case.target} has no {PREFILL_PASS} graph, which every number of passes needs")
     coverage = coverage_of(runner, setup, runner.engine.max_tokens)
-    if not setup.config.recurrent:
+    if not setup.config.carried.iterated:
         return _certify_plain(case, setup, runner, coverage)
     reference = _measured_reference(setup, coverage)
     run = TargetRun(

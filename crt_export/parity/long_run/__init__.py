@@ -117,7 +117,7 @@ def _check_run(
     blocks = blocks_of_run(run, schedule, tolerances.near_tie_margin)
     growth = growth_from_units(unit_errors(run, schedule.unit), schedule.unit)
     checks = [*run_checks(run, schedule, blocks, case.precision, tolerances)]
-    reason = why_not_gated(schedule, growth, setup.config.recurrent)
+    reason = why_not_gated(schedule, growth, bool(setup.config.carried.states))
     limit = None if reason else limits.growth
     checks += growth_checks(schedule, growth, limit, case.precision)
     headroom = observe_long_run(case, setup, schedule, reference.windows.inputs) if case.half else None
@@ -193,13 +193,13 @@ def run_checks(
         yield measured("run_logit_error", f"{name}, all positions", value, precision=precision)
 
 
-def why_not_gated(schedule: Schedule, growth: Growth | None, recurrent: bool) -> str:
+def why_not_gated(schedule: Schedule, growth: Growth | None, stateful: bool) -> str:
     """Why the growth of a run is no gate, as the end of a sentence; empty where it is one."""
     if growth is None:
         return f"it cannot be given, {schedule.tokens:,} tokens are too few for {SMALLEST_UNITS} observations"
     if schedule.kind != CHAINED:
         return "positions above the training length are in it"
-    if not recurrent:
+    if not stateful:
         return "no state is carried over, so the windows are independent and it shows the text, not the target"
     if schedule.tokens < GATED_GROWTH_TOKENS:
         return f"{schedule.tokens:,} tokens, it takes {GATED_GROWTH_TOKENS:,}"

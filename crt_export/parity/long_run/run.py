@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from crt_export.errors import ContractError
+from crt_export.models.declaration import HIDDEN, NEXT_STATE
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.headroom import observing_engine
 from crt_export.parity.long_run.schedule import Schedule
@@ -19,7 +20,7 @@ from crt_export.parity.runner import Runner
 from crt_export.parity.scores import BLOCK_ELEMENTS, Scorer, Scores
 from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.progress import Progress
-from crt_export.runtime.slide import window_from_config
+from crt_export.runtime.slide import windows_of_caches
 
 _PROGRESS_STEPS = 1000
 _WEIGHT = re.compile(r"(embed|correction|layers\.\d+|final_norm|lm_head)\.")
@@ -37,8 +38,8 @@ class TargetRun:
 
     Attributes:
         scores: Logits against the reference's, [1, tokens].
-        norms: Euclidean norms of the ``state``, of that of the ``reference`` and of their difference, ``error``,
-            float64; empty for a plain transformer.
+        norms: Euclidean norms of the ``state`` that the head reads, of that of the ``reference`` and of their
+            difference, ``error``, float64; empty for a model without one.
         non_finite: Steps that delivered a NaN or an infinity.
         first_non_finite: Step, position and tensor of the first of them; empty if there is none.
         wrong_position: The first next_position that is not what it should be, as a sentence; empty if there is none.
@@ -61,7 +62,11 @@ def run_target(runner: Runner, setup: ParitySetup, schedule: Schedule, reference
     decoding = _decoding(runner, schedule)
     scorer, watch = Scorer(reference, STEP, 1), _Watch(decoding)
     logits = np.empty((1, min(tokens, max(1, BLOCK_ELEMENTS // config.vocab_size)), config.vocab_size), np.float32)
-    states = np.empty((tokens, config.hidden_size), np.float32) if config.recurrent else None
+    states = (
+        np.empty((tokens, config.hidden_size), np.float32)
+        if any(spec.name == HIDDEN for spec in config.carried.states)
+        else None
+    )
     first, everything = 0, slice(0, 1)
     label = f"{runner.target.name}: long run, {schedule.kind}"
     for step, position in _steps(decoding, schedule, reference.windows.inputs, setup.progress, label):
@@ -71,7 +76,7 @@ def run_target(runner: Runner, setup: ParitySetup, schedule: Schedule, reference
             first = step
         logits[0, step - first] = decoding.logits()[0]
         if states is not None:
-            states[step] = decoding.output("next_state")[0, 0]  # type: ignore[index]  # a recurrent model
+            states[step] = decoding.output("next_state")[0, 0]  # type: ignore[index]  # the state is an output
     scorer.add(everything, first, logits[:, : tokens - first])
     return TargetRun(
         scores=scorer.scores(),
@@ -83,7 +88,7 @@ def run_target(runner: Runner, setup: ParitySetup, schedule: Schedule, reference
 
 
 def _decoding(runner: Runner, schedule: Schedule) -> Decoding:
-    return runner.decoding(1, schedule.capacity, window_from_config(runner.config) if schedule.slides else None)
+    return runner.decoding(1, schedule.capacity, windows_of_caches(runner.config.carried) if schedule.slides else None)
 
 
 def _steps(
@@ -106,17 +111,20 @@ def _steps(
 
 
 class _Watch:
-    """Looks at what every step wrote: cache entries, state, logits, next position."""
+    """Looks at what every step wrote: cache entries, states, logits, next position."""
 
     def __init__(self, decoding: Decoding) -> None:
-        layers = range(decoding.runner.config.num_hidden_layers)
+        carried = decoding.runner.config.carried
         self._decoding = decoding
-        self._caches = [f"present_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+        self._caches = [
+            f"present_key_values.{i}.{kind}" for i in range(len(carried.caches)) for kind in ("key", "value")
+        ]
+        self._states = [spec.tensor(NEXT_STATE) for spec in carried.states]
         self.count, self.first, self.wrong_position = 0, "", ""
 
     def look(self, step: int, position: int) -> None:
         """Look at one step; tensors in the order the graph computes them, so the first bad one is named."""
-        entries = {name: self._decoding.output(name) for name in (*self._caches, "next_state", "logits")}
+        entries = {name: self._decoding.output(name) for name in (*self._caches, *self._states, "logits")}
         bad = next(
             (
                 name

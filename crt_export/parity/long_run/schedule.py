@@ -18,7 +18,7 @@ from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.windows import Windows
 from crt_export.progress import Progress
-from crt_export.rotary import rope_tables
+from crt_export.runtime.slide import windows_of_caches
 from crt_export.text import TokenText, cut_sequences
 
 SINGLE = "single"
@@ -82,7 +82,8 @@ def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[
         room, reason = case.room(config), f"capacity of {case.target}"
     trained = config.training_sequence_length
     window = min(trained or _DEFAULT_WINDOW, room, tokens)
-    slides = room < tokens and config.sliding_window is not None and config.sliding_window <= room
+    windows = windows_of_caches(config.carried)
+    slides = room < tokens and windows is not None and windows[0].size <= room
     length = tokens if slides else min(tokens, room)
     # ONNX Runtime's graphs leave the capacity open; those of a compiled target are fixed to theirs.
     runs = [
@@ -179,24 +180,24 @@ def _one_window(text: TokenText, schedule: Schedule) -> Windows:
 
 
 def _with_positions(model: LanguageModel, positions: int) -> LanguageModel:
-    """The model itself, or one of the same weights whose rotary tables reach as far."""
-    config = model.config
-    if positions <= model.rope_cos.shape[0]:
+    """The model itself, or one of the same weights whose tables reach as far."""
+    if positions <= model.config.max_position_embeddings:
         return model
     longer = copy.copy(model)
     longer._buffers = dict(model._buffers)  # the tables of the original stay
-    longer.rope_cos, longer.rope_sin = rope_tables(positions, config.head_dim, config.rope_theta)
+    longer.config = dataclasses.replace(model.config, max_position_embeddings=positions)
+    longer.reset_tables()
     return longer
 
 
 @torch.no_grad()
 def _states(model: LanguageModel, tokens: np.ndarray, window: int | None, progress: Progress) -> Tensor:
     """h after every token, float32 [1, tokens, hidden]; after every window the cache is emptied and the state stays."""
-    ids, carry, states = torch.from_numpy(tokens), model.start(1), []
+    ids, state, hidden = torch.from_numpy(tokens), model.start(1), []
     for start in range(0, ids.shape[1], window or BLOCK):
         progress("PyTorch FP32: long run", start, ids.shape[1])
         if window is not None:
-            carry = dataclasses.replace(model.start(1), state=carry.state)
-        h, carry = model.sequential(ids[:, start : start + (window or BLOCK)], carry)
-        states.append(h)
-    return torch.cat(states, dim=1)
+            state = dataclasses.replace(model.start(1), states=state.states)
+        done, state = model.sequential(ids[:, start : start + (window or BLOCK)], state)
+        hidden.append(done.hidden)
+    return torch.cat(hidden, dim=1)

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.config import ModelConfig
+from crt_export.checkpoint import tensor_shapes
 from crt_export.engine.base import BufferSlice, Engine, Launch, Program
 from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.engine.ort import import_onnxruntime
@@ -103,9 +104,11 @@ def _affordable_windows(case: ParityCase, name: str, config: ModelConfig, length
     """Windows per call whose observed values, all alive at once in FP32, stay within ``_OBSERVED_BYTES``."""
     seq, passes = (1, 1) if name == STEP else (length, case.unroll)
     keys = (case.capacity or length) + (0 if name == STEP else seq)
-    # Per layer some twelve tensors as wide as the model, three as wide as its MLP and four of attention's scores.
-    values = 12 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * keys
-    return max(1, _OBSERVED_BYTES // (4 * values * config.num_hidden_layers * passes * seq))
+    # Activations: what linears read and write, a few times over for norms and activation functions, and the scores.
+    shapes = [shape for shape in tensor_shapes(config).values() if len(shape) == 2]
+    linears = 2 * sum(map(sum, shapes)) - 2 * config.vocab_size
+    scores = 4 * keys * sum(cache.query_heads for cache in config.carried.caches)
+    return max(1, _OBSERVED_BYTES // (4 * (linears + scores) * passes * seq))
 
 
 class ObservingEngine(WatchedEngine):

@@ -153,7 +153,7 @@ def own_model_report(
 def _agreeing_run(checkpoint: Checkpoint, expected: ExpectedOutputs, limit: float, progress: Progress) -> _Run:
     """The regime that the file names; where it names none, the first that agrees, or the recurrence."""
     model = model_from_checkpoint(checkpoint)
-    regimes: tuple[Passes, ...] = (EXACT, model.config.unroll_steps) if model.config.recurrent else (EXACT,)
+    regimes: tuple[Passes, ...] = (EXACT, model.carried.passes) if model.carried.iterated else (EXACT,)
     runs = []
     for passes in regimes if expected.passes is None else (expected.passes,):
         h = run_model(model, expected.input_ids, passes)
@@ -198,10 +198,10 @@ class _Run:
                 f"your own model was compared on {positions} tokens only: {_FEW_POSITIONS} and more show a wrong "
                 "rope_theta or sliding_window better"
             )
-        if config.recurrent and self.passes not in (EXACT, config.unroll_steps):
+        if config.carried.iterated and self.passes not in (EXACT, config.carried.passes):
             yield (
                 f"your own model's logits are those of {regime_text(self.passes)}; the deployment runs the recurrence, "
-                f"and {config.unroll_steps} passes where it prefills (unroll_steps): their gap is in the report"
+                f"and {config.carried.passes} passes where it prefills (unroll_steps): their gap is in the report"
             )
 
     def hidden_check(self) -> Check:

@@ -95,19 +95,21 @@ class Fold:
     cached: bool = False
 
 
-class FoldsThrough:
-    """What quantisation may assume of a module's linears.
+class DeclaresLinears:
+    """What quantisation and audits may assume of a module's linears.
 
     Attributes:
         folds: Reader to what its input channels come from.
         one_sided: Linears that read the output of an activation, which is hardly ever negative.
+        cached: Number of a cache to the linears whose results are its keys and its values.
     """
 
     folds: Mapping[str, Fold] = MappingProxyType({})
     one_sided: tuple[str, ...] = ()
+    cached: Mapping[int, tuple[str, str]] = MappingProxyType({})
 
 
-class Mlp(nn.Module, FoldsThrough):
+class Mlp(nn.Module, DeclaresLinears):
     """``down(act(up x))``, or ``down(act(gate x) * up x)`` where it is gated, hidden -> inner -> hidden."""
 
     def __init__(

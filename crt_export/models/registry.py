@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError, problem_list
 from crt_export.models.base import LanguageModel
-from crt_export.models.layers import Linear
+from crt_export.models.layers import DeclaresLinears, Linear
 
 if TYPE_CHECKING:
     from crt_export.checkpoint import Checkpoint
@@ -48,6 +48,29 @@ def meta_model(config: ModelConfig) -> LanguageModel:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that ``model.safetensors`` must hold, linears as [out, in]."""
     return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(meta_model(config)).items()}
+
+
+def tables_of(config: ModelConfig) -> dict[str, Tensor]:
+    """The tables that no checkpoint stores, float32 by the name of their buffer."""
+    with torch.device("meta"):
+        model = model_class(config.model_type)(config)
+    model.reset_tables()
+    return dict(model.named_buffers())
+
+
+def linear_weights(config: ModelConfig) -> frozenset[str]:
+    """Names of the weights of linears, which a checkpoint stores as [out, in] and a model holds as [in, out]."""
+    return frozenset(_linear_weights(meta_model(config)))
+
+
+def linears_of_caches(config: ModelConfig) -> dict[int, tuple[str, str]]:
+    """Number of a cache to the names of the linears that compute its keys and its values."""
+    found = {}
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, DeclaresLinears):
+            for index, (key, value) in module.cached.items():
+                found[index] = (f"{name}.{key}", f"{name}.{value}")
+    return found
 
 
 def with_positions(checkpoint: Checkpoint, positions: int) -> Checkpoint:

@@ -32,7 +32,7 @@ from crt_export.cache import Cache
 from crt_export.config import FLAG, MOST_LAYERS, Key, ModelConfig, count, is_finite_number, is_integer, number, one_of
 from crt_export.models.base import LanguageModel, Pass
 from crt_export.models.declaration import HALF, INTERLEAVED, CacheSpec, Carried, Rotary
-from crt_export.models.layers import ACTIVATIONS, NORMS, Fold, FoldsThrough, Linear, Mlp
+from crt_export.models.layers import ACTIVATIONS, NORMS, DeclaresLinears, Fold, Linear, Mlp
 from crt_export.rotary import Rope, frequencies_from_base, rope_at, rope_tables, rotate
 
 PLACEMENTS = ("pre", "post", "sandwich")
@@ -217,7 +217,7 @@ def _position_problems(values: Mapping[str, Any], head_dim: int) -> Iterator[str
             yield f"layer_attention: rotary set {chosen} of {there}"
 
 
-class Attention(nn.Module, FoldsThrough):
+class Attention(nn.Module, DeclaresLinears):
     """Causal attention of grouped queries over the keys that a cache provides."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -234,6 +234,7 @@ class Attention(nn.Module, FoldsThrough):
         self.q = Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k, self.v = (Linear(hidden, self.kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.o = Linear(self.heads * self.head_dim, hidden, bias=bias)
+        self.cached = {layer: ("k", "v")}
         self.folds = {"o": Fold(producer="v", heads=(self.kv_heads, self.heads), cached=True)}
         if self.qk_norm != "none":
             per_head, norm = self.qk_norm == "head", NORMS[config.norm]

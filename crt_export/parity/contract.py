@@ -73,7 +73,7 @@ def check_contract_level(case: ParityCase, setup: ParitySetup) -> LevelResult:
     )
     checks: list[Check] = []
     data: dict[str, Any] = {}
-    names = graph_names(setup.config)
+    names = graph_names(setup.config.carried)
     for extra in sorted(set(case.graphs) - set(names)):
         checks.append(failed_check(f"{extra}: file", f"a {setup.config.model_type} model has no {extra} graph"))
     for name in names:
@@ -89,7 +89,7 @@ def _check_graph(
 ) -> tuple[list[Check], dict[str, Any]]:
     path = case.graphs.get(name)
     if path is None:
-        expected = ", ".join(graph_names(setup.config))
+        expected = ", ".join(graph_names(setup.config.carried))
         return [failed_check(f"{name}: file", f"target {case.target} has no {name} graph, expected {expected}")], {}
     try:
         model = ir.load(path)
@@ -102,7 +102,7 @@ def _check_graph(
         _verdict(name, "operators", policy_problems(model, case, path)),
         _verdict(name, "external data", file_problems),
         _verdict(name, "data flow", flow_problems(model)),
-        _verdict(name, "caches", cache_problems(model, spec)),
+        _verdict(name, "caches", cache_problems(model, spec, setup.config)),
         _verdict(name, "attributes", attribute_problems(model, setup.config)),
         _verdict(name, "linears", linear_problems(model, setup.config, name, case.precision, case.unroll)),
     ]

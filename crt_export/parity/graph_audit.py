@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
+from torch.nn import functional as F
 
 from crt_export.config import ModelConfig
 from crt_export.graph.passes.separate_rotation import FORMATTING
+from crt_export.models.declaration import INTERLEAVED
+from crt_export.models.layers import LayerNorm, RmsNorm, gelu_tanh
+from crt_export.models.registry import linears_of_caches, meta_model
+from crt_export.quantize.w8 import FUSED
 from crt_export.spec import GraphSpec
 
 #: Deliver the size of their input, not its values.
 SIZES = frozenset({"Shape", "Size"})
-#: The last name of a product of several linears at once is made of theirs, in the order of its parts.
-FUSED = "qkv"
-_PROJECTIONS = {"key": "k", "value": "v"}
 #: Inputs of RotaryEmbedding after the first. Without position ids the angles are one row per token.
-_ANGLES = ("rope_cos", "rope_sin")
+_ANGLES = re.compile(r"rope_cos(_[0-9]+)?, rope_sin(_[0-9]+)?")
 #: Attributes are float32; a number of the configuration is a float64.
 _RELATIVE = 1e-6
 
@@ -40,13 +43,15 @@ def flow_problems(model: ir.Model) -> Iterator[str]:
     for node in graph:
         if node.op_type == "RotaryEmbedding":
             found = [looked_up(value) for value in node.inputs[1:] if value is not None]
-            if found != [*_ANGLES]:
-                due = ", ".join(_ANGLES)
-                yield f"RotaryEmbedding {node.name} rotates by rows of {', '.join(found)}, expected {due}"
+            match = _ANGLES.fullmatch(", ".join(found))
+            if match is None or match[1] != match[2]:
+                tables = "rope_cos, rope_sin"
+                yield f"RotaryEmbedding {node.name} rotates by rows of {', '.join(found)}, expected {tables}"
 
 
-def cache_problems(model: ir.Model, spec: GraphSpec) -> Iterator[str]:
-    """Caches that are not one in-place update of their own past by their own layer's projection."""
+def cache_problems(model: ir.Model, spec: GraphSpec, config: ModelConfig) -> Iterator[str]:
+    """Caches that are not one in-place update of their own past by their own projection."""
+    linears = linears_of_caches(config)
     outputs = {value.name: value for value in model.graph.outputs}
     for present, past in spec.aliases:
         if present not in outputs:
@@ -58,8 +63,8 @@ def cache_problems(model: ir.Model, spec: GraphSpec) -> Iterator[str]:
         if len(updates) != 1:
             yield f"output {present} is written by {len(updates)} TensorScatter nodes, expected 1"
         for node in updates:
-            layer, kind = present.split(".")[1:]
-            expected = f"layers.{layer}.attn.{_PROJECTIONS[kind]}"
+            index, kind = present.split(".")[1:]
+            expected = linears[int(index)][kind == "value"]
             found = sorted(nearest_linears(node.inputs[1]))
             if found != [expected]:
                 yield f"output {present} stores what {', '.join(found) or 'no linear'} computes, expected {expected}"
@@ -86,36 +91,46 @@ def _cache_update(present: ir.Value) -> tuple[ir.Value | None, list[ir.Node]]:
 
 
 def attribute_problems(model: ir.Model, config: ModelConfig) -> Iterator[str]:
-    """Scale of attention, epsilon of LayerNorm, form of GELU, pairs of a rotation that are not the model's.
+    """Scale of attention, epsilon of a norm, form of GELU, pairs of a rotation that are none of the model's.
 
     One sentence per kind. An attribute that is absent has the default of ONNX. Attention that was decomposed for a
     compiler holds its scale elsewhere; the one-step level judges it.
     """
-    scale = config.head_dim**-0.5
-    # Wanted, and what an absent attribute means (Attention-23 and -24, LayerNormalization-17, Gelu-20,
-    # RotaryEmbedding-23).
-    expected: dict[str, dict[str, tuple[float | str, float | str]]] = {
-        "Attention": {"scale": (scale, scale), "softcap": (0.0, 0.0), "is_causal": (0, 0)},
-        "LayerNormalization": {"epsilon": (config.layer_norm_eps, 1e-5), "axis": (-1, -1)},
-        "Gelu": {"approximate": ("none", "none")},
-        "RotaryEmbedding": {
-            "interleaved": (int(config.rope_layout == "interleaved"), 0),
-            "rotary_embedding_dim": (0, 0),
-            "num_heads": (0, 0),
-        },
-    }
-    for operator, attributes in expected.items():
+    for operator, attributes in _expected_attributes(config).items():
         nodes = [node for node in model.graph.all_nodes() if node.op_type == operator]
         for name, (wanted, default) in attributes.items():
             found = [(node, node.attributes[name].value if name in node.attributes else default) for node in nodes]
-            wrong = [(node, value) for node, value in found if not _equal(value, wanted)]
+            wrong = [(node, value) for node, value in found if not any(_equal(value, one) for one in wanted)]
             if wrong:
                 node, value = wrong[0]
                 absent = "" if name in node.attributes else " by default"
                 yield (
                     f"{name} of {operator} is {_text(value)}{absent} in {len(wrong)} nodes "
-                    f"({node.name or '(unnamed)'}), expected {_text(wanted)}"
+                    f"({node.name or '(unnamed)'}), expected {' or '.join(map(_text, wanted)) or 'none such'}"
                 )
+
+
+def _expected_attributes(config: ModelConfig) -> dict[str, dict[str, tuple[list[float | str], float | str]]]:
+    """Per operator and attribute the values that a model has, and what an absent attribute means.
+
+    Attention-23 and -24, LayerNormalization-17, RMSNormalization-23, Gelu-20, RotaryEmbedding-23.
+    """
+    scales: list[float | str] = sorted({cache.head_dim**-0.5 for cache in config.carried.caches})
+    pairs: list[float | str] = sorted(
+        {int(cache.rotary.layout == INTERLEAVED) for cache in config.carried.caches if cache.rotary is not None}
+    )
+    modules = [*meta_model(config).modules()]
+    epsilons: list[float | str] = sorted({one.eps for one in modules if isinstance(one, LayerNorm | RmsNorm)})
+    activations = {getattr(one, "activation", None) for one in modules}
+    forms: list[float | str] = [name for name, form in (("none", F.gelu), ("tanh", gelu_tanh)) if form in activations]
+    norm = {"epsilon": (epsilons, 1e-5), "axis": ([-1], -1)}
+    return {
+        "Attention": {"scale": (scales, scales[0]), "softcap": ([0.0], 0.0), "is_causal": ([0], 0)},
+        "LayerNormalization": norm,
+        "RMSNormalization": norm,
+        "Gelu": {"approximate": (forms, "none")},
+        "RotaryEmbedding": {"interleaved": (pairs, 0), "rotary_embedding_dim": ([0], 0), "num_heads": ([0], 0)},
+    }
 
 
 def _equal(value: object, wanted: float | str) -> bool:
@@ -175,7 +190,8 @@ def nearest_linears(value: ir.Value | None) -> set[str]:
 
 def _part_of(linear: str, part: int) -> str:
     stem, _, name = linear.rpartition(".")
-    return f"{stem}.{FUSED[part]}" if name == FUSED and part < len(FUSED) else linear
+    parts = FUSED.get(name, ())
+    return f"{stem}.{parts[part]}" if part < len(parts) else linear
 
 
 def looked_up(value: ir.Value) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from crt_export.config import ModelConfig
 from crt_export.checkpoint import tensor_shapes
+from crt_export.config import ModelConfig
 from crt_export.engine.base import BufferSlice, Engine, Launch, Program
 from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.engine.ort import import_onnxruntime

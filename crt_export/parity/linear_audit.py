@@ -12,9 +12,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from crt_export.config import ModelConfig
-from crt_export.parity.graph_audit import FUSED, linear_of, live_nodes
-from crt_export.quantize.linears import HEAD, expected_matmuls, linear_inputs, linear_names
+from crt_export.parity.graph_audit import linear_of, live_nodes
+from crt_export.quantize.linears import HEAD, expected_matmuls, linear_inputs
 from crt_export.quantize.plan import LARGEST_SCALE, LEVELS, SMALLEST_SCALE, SMALLEST_STEP
+from crt_export.quantize.w8 import FUSED
 
 Floats = NDArray[np.float32]
 #: A step is a quotient of two float32 values.
@@ -39,11 +40,13 @@ def linear_problems(model: ir.Model, config: ModelConfig, graph: str, precision:
     parts = {group.name: group.linears for group in linear_inputs(config) if precision == "w8"}
     products = [linear for name, _ in nodes for linear in parts.get(name, (name,))]
     passes = unroll if graph == "prefill" else 1
-    expected = {name: 1 if name == HEAD else passes for name in linear_names(config) if graph != "head" or name == HEAD}
+    calls = {name: group.calls for group in linear_inputs(config) for name in group.linears}
+    wanted = {name: 1 if name == HEAD else passes * count for name, count in calls.items()}
+    expected = {name: count for name, count in wanted.items() if graph != "head" or name == HEAD}
     found = Counter(products)
-    inner = {found[name] for name in expected if name != HEAD}
+    inner = {found[name] / calls[name] for name in expected if name != HEAD}
     if len(inner) == 1 and inner != {passes}:
-        yield f"{inner.pop()} passes are unrolled, expected {passes}"
+        yield f"{inner.pop():g} passes are unrolled, expected {passes}"
     else:
         for name in sorted(expected.keys() | found.keys()):
             if found[name] != expected.get(name, 0):
@@ -88,19 +91,21 @@ def _weight_only_problem(name: str, node: ir.Node, label: str) -> str | None:
     found = {key: node.attributes[key].as_int() for key in expected if key in node.attributes}
     if found != expected:
         return f"{label} has {found}, expected {expected}"
-    return _split_problem(name, node, label) if name.rpartition(".")[2] == FUSED else None
+    parts = FUSED.get(name.rpartition(".")[2])
+    return _split_problem(name, node, label, len(parts)) if parts is not None else None
 
 
-def _split_problem(name: str, node: ir.Node, label: str) -> str | None:
-    """Several linears at once are one product, one bias and one Split into as many equal parts, all of them used."""
+def _split_problem(name: str, node: ir.Node, label: str, parts: int) -> str | None:
+    """Several linears at once are one product, one bias if they have any, and one Split, all parts of it used."""
     add = _only_user(node, "Add")
-    split = _only_user(add, "Split") if add is not None else None
-    if add is None or f"{name}.bias" not in {value.name for value in add.inputs if value is not None}:
+    split = _only_user(node if add is None else add, "Split")
+    if add is not None and f"{name}.bias" not in {value.name for value in add.inputs if value is not None}:
         return f"{label} is not followed by an Add of {name}.bias"
     axis = split.attributes["axis"].as_int() if split is not None and "axis" in split.attributes else 0
     used = [bool(value.uses()) for value in split.outputs] if split is not None else []
-    if axis not in (-1, 2) or used != [True] * len(FUSED) or len(split.inputs) != 1:  # type: ignore[union-attr]
-        return f"{label} is not split into {len(FUSED)} equal parts along the last axis, all of them read"
+    widths = [value.name for value in split.inputs[1:] if value is not None] if split is not None else []
+    if axis not in (-1, 2) or used != [True] * parts or widths not in ([], [f"{name}.widths"]):
+        return f"{label} is not split into {parts} parts along the last axis, all of them read"
     return None
 
 

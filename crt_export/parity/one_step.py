@@ -62,7 +62,7 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
     calls = OneStepCalls(case, setup)
     checks: list[Check] = []
     tensors: dict[str, Any] = {}
-    for name in graph_names(setup.config):
+    for name in graph_names(setup.config.carried):
         comparison = _Comparison(case, setup, name)
         try:
             for call in calls.of(name):

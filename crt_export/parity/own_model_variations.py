@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crt_export.cache import Cache
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.models.base import LanguageModel
 from crt_export.models.crt import Correction
-from crt_export.models.layers import LayerNorm, Linear, Mlp
+from crt_export.models.declaration import HIDDEN
+from crt_export.models.layers import ACTIVATIONS, LayerNorm, Linear, Mlp
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.models.transformer import Block
 from crt_export.parity.expected_outputs import EXACT, Passes
@@ -40,10 +40,12 @@ _HEAD_FACTORS = (2.0, 0.5, 4.0, 0.25)
 _PAIRED: Mapping[str, tuple[object, ...]] = {
     "rope_layout": ("interleaved", "half"),
     "rope_theta": _THETAS[:3],
-    "layer_norm_eps": _EPSILONS[:2],
+    "norm_eps": _EPSILONS[:2],
     "tie_word_embeddings": (True,),
 }
 _MOST_PASSES = 10
+#: The key of models with a correction.
+_CORRECTION = "correction_intermediate_size"
 #: Forms of the activation; the package's own is F.gelu.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "the tanh form of GELU": partial(F.gelu, approximate="tanh"),
@@ -143,10 +145,10 @@ def variations(config: ModelConfig, passes: Passes, stated: bool, first: int) ->
     """
     return [
         *_of_config(config, first),
-        *(_of_regime(config, passes, stated) if config.recurrent else ()),
+        *(_of_regime(config, passes, stated) if config.carried.iterated else ()),
         *_of_weights(config),
         *(_other(words, _activate, pair="gelu" * ("tanh" in words), form=form) for words, form in _ACTIVATIONS.items()),
-        *(_corrections() if config.recurrent else ()),
+        *(_corrections() if _CORRECTION in config.keys() else ()),
         *_of_modules(config),
         *_of_tokens(config),
     ]
@@ -165,29 +167,32 @@ def _of_config(config: ModelConfig, first: int) -> Iterator[Variation]:
         return Variation(words=f"{key} = {shown}", advice=CONFIG, config={key: value, **derived}, pair=pair)
 
     yield other("rope_layout", "half" if config.rope_layout == "interleaved" else "interleaved")
-    yield from (other("rope_theta", theta) for theta in _THETAS if theta != config.rope_theta)
-    yield from (other("layer_norm_eps", eps) for eps in _EPSILONS if eps != config.layer_norm_eps)
+    if config.rope_theta is not None:
+        yield from (other("rope_theta", theta) for theta in _THETAS if theta != config.rope_theta)
+    yield from (other("activation", form) for form in ACTIVATIONS if form != config.activation)
+    yield from (other("norm_eps", eps) for eps in _EPSILONS if eps != config.norm_eps)
     if not config.tie_word_embeddings:
         yield other("tie_word_embeddings", True)
-    for factor in _HEAD_FACTORS:
+    whole = config.num_key_value_heads == config.num_attention_heads
+    for factor in _HEAD_FACTORS if whole and config.head_dim * config.num_attention_heads == config.hidden_size else ():
         heads = int(config.num_attention_heads * factor)
         if heads and config.hidden_size % heads == 0 and (config.hidden_size // heads) % 2 == 0:
             size = config.hidden_size // heads
             yield other("num_attention_heads", heads, num_key_value_heads=heads, head_dim=size)
     if config.sliding_window is not None:
         yield other("sliding_window", None)
-    elif first > 0:  # a window of W tokens is seen from position W on
+    elif first > 0 and config.layer_attention is None:  # a window of W tokens is seen from position W on
         yield other("sliding_window", first)
 
 
 def _of_regime(config: ModelConfig, passes: Passes, stated: bool) -> Iterator[Variation]:
-    for other in (EXACT, *range(1, max(config.unroll_steps, _MOST_PASSES) + 1)):
+    for other in (EXACT, *range(1, max(config.carried.passes, _MOST_PASSES) + 1)):
         if other != passes:
             yield Variation(
                 words=regime_text(other),
                 advice=f"compute your logits token by token, or save the file with metadata={{'passes': '{other}'}}",
                 passes=other,
-                pair="passes" if not stated and other == config.unroll_steps else "",
+                pair="passes" if not stated and other == config.carried.passes else "",
             )
 
 
@@ -196,7 +201,7 @@ def _of_weights(config: ModelConfig) -> Iterator[Variation]:
     for named in ("qkvo", "qkv", "o"):
         pair = "transposed" if named == "qkvo" else ""
         yield _other(f"{', '.join(named)} transposed", _transpose, transposed, pair=pair, names=tuple(named))
-    square_correction = config.recurrent and config.correction_intermediate_size == config.hidden_size
+    square_correction = getattr(config, _CORRECTION, None) == config.hidden_size
     if config.intermediate_size == config.hidden_size or square_correction:
         yield _other("every square linear transposed", _transpose, transposed, names=(*"qkvo", "up", "down"))
         yield _other("the square up and down transposed", _transpose, transposed, names=("up", "down"))
@@ -209,7 +214,7 @@ def _of_weights(config: ModelConfig) -> Iterator[Variation]:
     if not config.tie_word_embeddings:
         advice = "write embed.weight to model.safetensors as lm_head.weight too"
         yield _other("the embedding as the head's weight, with the head's bias", _tie_with_bias, advice)
-    if config.recurrent:
+    if _CORRECTION in config.keys():
         advice = "set model_type = 'transformer' and leave the correction's tensors out"
         yield _other("no correction", _correct, advice, corrected=lambda model, x, previous: x)
 
@@ -218,7 +223,6 @@ def _corrections() -> Iterator[Variation]:
     """Other readings of the correction; that of x alone is one parallel pass."""
 
     def module(model: LanguageModel) -> Correction:
-        assert model.correction is not None
         return model.correction
 
     def ffn(model: LanguageModel, value: Tensor) -> Tensor:
@@ -246,9 +250,10 @@ def _corrections() -> Iterator[Variation]:
 
 def _of_modules(config: ModelConfig) -> Iterator[Variation]:
     yield _other("no rotary embedding", _without_rotation)
-    yield _other("RMSNorm in place of LayerNorm", _rms_norms)
+    if config.norm == "layer":
+        yield _other("RMSNorm in place of LayerNorm", _rms_norms)
     yield _other("no final norm", lambda model: _replace_forward(model.final_norm, lambda x: x))
-    if config.num_hidden_layers:
+    if not config.parallel_residual:
         yield _other("attention and MLP side by side, not one after the other", _parallel_layers)
 
 
@@ -271,7 +276,10 @@ def _activate(model: LanguageModel, form: Callable[[Tensor], Tensor]) -> None:
 
 
 def _correct(model: LanguageModel, corrected: Callable[[LanguageModel, Tensor, Tensor], Tensor]) -> None:
-    setattr(model, "corrected", partial(corrected, model))  # noqa: B010  # a method of this one model
+    def of_state(x: Tensor, before: Mapping[str, Tensor]) -> Tensor:
+        return corrected(model, x, before[HIDDEN])
+
+    setattr(model, "corrected", of_state)  # noqa: B010  # a method of this one model
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -308,7 +316,8 @@ def _tie_with_bias(model: LanguageModel) -> None:
 
 
 def _without_rotation(model: LanguageModel) -> None:
-    model.rope_cos, model.rope_sin = torch.ones_like(model.rope_cos), torch.zeros_like(model.rope_sin)
+    for name, table in model.named_buffers():
+        table.copy_(torch.ones_like(table) if name.startswith("rope_cos") else torch.zeros_like(table))
 
 
 def _rms_norms(model: LanguageModel) -> None:
@@ -321,11 +330,8 @@ def _rms_norms(model: LanguageModel) -> None:
 
 
 def _parallel_layers(model: LanguageModel) -> None:
-    def side_by_side(z: Tensor, rope: tuple[Tensor, ...], index: int, cache: Cache, *, own: Block) -> Tensor:
-        return z + own.attn(own.attn_norm(z), rope, index, cache) + own.mlp(own.mlp_norm(z))
-
     for layer in _layers(model):
-        _replace_forward(layer, partial(side_by_side, own=layer))
+        layer.parallel = True
 
 
 def _layers(model: LanguageModel) -> Iterator[Block]:

@@ -12,10 +12,10 @@ as there, and FP16 multiplied in FP32 (``fp32-emulated``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from crt_export.bundle import BundleFiles, HeldGraph
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
-from crt_export.errors import BundleError, ContractError, UnsupportedError
+from crt_export.errors import BundleError, ContractError, CrtExportError, UnsupportedError
 from crt_export.parity.decoding import Decoding
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
@@ -33,6 +33,7 @@ from crt_export.runtime.opening import (
     Target,
     check_contract,
     engine_from_target,
+    model_from_manifest,
     target_from_manifest,
 )
 from crt_export.runtime.slide import Window
@@ -158,6 +159,28 @@ class Runner:
     @cached_property
     def _head(self) -> OrtGraph:
         return self.load(_HEAD)
+
+
+def config_of_bundle(files: BundleFiles) -> ModelConfig:
+    """The configuration that a bundle was built of.
+
+    Raises:
+        BundleError: It is unusable, or declares another model than the manifest does.
+    """
+    try:
+        config = ModelConfig.from_dict(files.manifest["config"])
+    except CrtExportError as error:
+        raise BundleError(f"{files.path}: the manifest's config is unusable: {error}") from error
+    declared = model_from_manifest(files)
+    if _rounded(config.info.to_dict()) != _rounded(declared.to_dict()):
+        raise BundleError(f"{files.path}: the manifest's model is not that of its config; build it again")
+    return config
+
+
+def _rounded(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of a manifest; processors differ in the last bit of a frequency."""
+    rotaries = [{**one, "frequencies": [f"{value:.12g}" for value in one["frequencies"]]} for one in model["rotaries"]]
+    return {**model, "rotaries": rotaries}
 
 
 def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:

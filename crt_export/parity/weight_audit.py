@@ -14,18 +14,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
+from crt_export.models.registry import linear_weights, tables_of
 from crt_export.parity.linear_audit import BlockWeight, ColumnWeight, StoredWeight, deviation
 from crt_export.parity.setup import HALF_PRECISIONS
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
 from crt_export.quantize.plan import W8A8Plan
-from crt_export.rotary import rope_tables
 
 Array = NDArray[Any]
 
@@ -33,7 +35,6 @@ Array = NDArray[Any]
 _LARGEST_CONSTANT = 16
 #: Cosines of one angle may differ by a unit in the last place between processors.
 _TABLE_ERROR = {"float32": 1.2e-7, "float16": 9.8e-4}
-_TABLES = ("rope_cos", "rope_sin")
 _ROWS = 256
 #: A bias with a folded shift is a sum in float64, rounded to float32 once.
 _BIAS_ERROR = 1e-6
@@ -140,17 +141,17 @@ class WeightAudit:
     def _parts(self, graph: str, weights: Weights) -> Iterator[_Part]:
         """What a graph must hold."""
         config = self.checkpoint.config
-        plain = {*tensor_shapes(config), f"{HEAD}.weight", *_TABLES}
+        plain = {*tensor_shapes(config), f"{HEAD}.weight", *self._tables}
         if graph == "head":
             plain = {name for name in plain if name.startswith(("final_norm.", f"{HEAD}."))}
         groups = [group for group in linear_inputs(config) if graph != "head" or group.name == HEAD]
         for group in groups if self.precision in ("w8", "w8a8") else []:
             joined = _is_joined(group, weights)
-            plain -= {*_norms(group), *(f"{linear}.weight" for linear in group.linears)}
+            plain -= {*self._norms(group), *(f"{linear}.weight" for linear in group.linears)}
             if self.plan is not None or joined:
                 plain -= {f"{linear}.bias" for linear in group.linears}
             if joined:
-                yield self._joined_bias(group, weights)
+                yield from self._joined_bias(group, weights)
             yield self._planned(group, self.plan, weights) if self.plan else self._weight_only(group, weights)
         for name in sorted(plain):
             yield (name,), lambda name=name: self._plain(weights, name)
@@ -158,22 +159,26 @@ class WeightAudit:
     def _plain(self, weights: Weights, name: str) -> list[str]:
         """The checkpoint's own values, rounded to the precision at most."""
         dtype = np.float16 if self.precision in HALF_PRECISIONS else np.float32
-        if name in _TABLES:
+        if name in self._tables:
             return [*self._table_problems(name, weights.array(name), np.dtype(dtype))]
         expected = self._original(name)
-        if expected.ndim == 2 and name != "embed.weight":
+        if name in linear_weights(self.checkpoint.config):
             expected = expected.T
         return self._differences(name, weights.array(name), expected, dtype)
 
-    def _joined_bias(self, group: LinearInput, weights: Weights) -> _Part:
+    def _joined_bias(self, group: LinearInput, weights: Weights) -> Iterator[_Part]:
         name, parts = f"{group.name}.bias", [f"{linear}.bias" for linear in group.linears]
-        return (name,), lambda: self._differences(
-            name, weights.array(name), np.concatenate([*map(self._original, parts)]), np.float32
-        )
+        if parts[0] in self.checkpoint.tensors:
+            yield (
+                (name,),
+                lambda: self._differences(
+                    name, weights.array(name), np.concatenate([*map(self._original, parts)]), np.float32
+                ),
+            )
 
     def _weight_only(self, group: LinearInput, weights: Weights) -> _Part:
         """``w8``: blocks of the linears of one activation, which may be stored side by side under its name."""
-        norms = _norms(group)
+        norms = self._norms(group)
         joined = _is_joined(group, weights)
         stored = (group.name,) if joined else group.linears
 
@@ -198,13 +203,17 @@ class WeightAudit:
     def _planned(self, group: LinearInput, plan: W8A8Plan, weights: Weights) -> _Part:
         """``w8a8``: the ranges of one activation and the linears that read it, by the plan."""
         config, given = self.checkpoint.config, plan.inputs[group.name]
-        norms = _norms(group)
-        has_bias = {linear: linear != HEAD or not config.tie_word_embeddings for linear in group.linears}
+        norms = self._norms(group)
+        has_bias = {linear: f"{linear}.bias" in self.checkpoint.tensors for linear in group.linears}
         ranges = {f"{group.name}.input_scale": given.scale}
         if given.shift:
             ranges[f"{group.name}.input_shift"] = given.shift
         # v hands its output to o, whose factor its own columns are divided by.
-        divisors = {other.producer: plan.inputs[other.name].factor for other in linear_inputs(config)}
+        divisors = {
+            other.producer: other.of_producer(plan.inputs[other.name].factor)
+            for other in linear_inputs(config)
+            if other.producer is not None
+        }
 
         def check() -> list[str]:
             problems = self._folded(norms, weights, given.factor, np.float16)
@@ -275,25 +284,28 @@ class WeightAudit:
         return [f"{name}: {count} of {found.size} values differ from the {of}'s, {example}"] if count else []
 
     def _table_problems(self, name: str, found: Array, dtype: np.dtype) -> Iterator[str]:
-        config = self.checkpoint.config
-        tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        expected = tables[_TABLES.index(name)][: max(len(found), self.positions)].numpy()
+        expected = self._tables[name][: max(len(found), self.positions)].numpy()
         if found.dtype != dtype or found.shape != expected.shape:
             yield f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"
             return
         error = float(np.abs(found.astype(np.float32) - expected).max())
         if not error <= _TABLE_ERROR[str(dtype)]:
-            yield f"{name}: differs from position x theta^(-2j/head_dim) by up to {error:.3g}"
+            yield f"{name}: differs from what position x frequency gives by up to {error:.3g}"
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """What no checkpoint stores."""
+        return tables_of(self.checkpoint.config)
+
+    def _norms(self, group: LinearInput) -> list[str]:
+        """Gain and bias of the norm that produces an activation, as far as it has them; nothing where none does."""
+        names = [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        return [name for name in names if name in self.checkpoint.tensors]
 
     def _original(self, name: str) -> Array:
         tensors = self.checkpoint.tensors
         # A tied head is the embedding.
         return tensors[name if name in tensors else "embed.weight"].numpy()
-
-
-def _norms(group: LinearInput) -> list[str]:
-    """Gain and bias of the LayerNorm that produces an activation; nothing where none does."""
-    return [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
 
 
 def _is_joined(group: LinearInput, weights: Weights) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, InputError, problem_list
 from crt_export.models.base import LanguageModel
-from crt_export.models.layers import FoldsThrough, LayerNorm, Linear, RmsNorm
+from crt_export.models.layers import DeclaresLinears, LayerNorm, Linear, RmsNorm
 from crt_export.models.registry import meta_model
 
 HEAD = "lm_head"
@@ -114,7 +114,7 @@ class _DryRun:
             if linears not in found:
                 module = self._model.get_submodule(linears[0].rpartition(".")[0])
                 last = linears[0].rpartition(".")[2]
-                folds = module.folds.get(last) if isinstance(module, FoldsThrough) else None
+                folds = module.folds.get(last) if isinstance(module, DeclaresLinears) else None
                 stem = linears[0].removesuffix(last)
                 found[linears] = LinearInput(
                     name=_group_name(linears),
@@ -124,7 +124,7 @@ class _DryRun:
                     producer=None if folds is None else f"{stem}{folds.producer}",
                     heads=(1, 1) if folds is None else folds.heads,
                     cached=folds is not None and folds.cached,
-                    after_gelu=isinstance(module, FoldsThrough) and last in module.one_sided,
+                    after_gelu=isinstance(module, DeclaresLinears) and last in module.one_sided,
                 )
         return tuple(found.values())
 

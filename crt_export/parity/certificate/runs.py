@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from crt_export.errors import ContractError
+from crt_export.models.declaration import HIDDEN, STATE, StateSpec
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.difference import relative_error
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP, Reference
@@ -224,14 +225,14 @@ class TargetRun:
         return self.runner.decoding(*self._ids[rows].shape)
 
     def _step(self, decoding: Decoding, rows: slice, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """One token per window: what the head reads, float32 [windows, hidden], None where no step gives it, and logits."""
+        """One token per window: what the head reads, float32 [windows, hidden], or None if no step gives it; logits."""
         decoding.step(self._ids[rows, position])
         states, logits = decoding.states(), decoding.logits()
         for name, values in (*states.items(), ("logits", logits)):
             if not np.isfinite(values).all():
                 row = rows.start + int(np.argmin(np.isfinite(values).reshape(decoding.rows, -1).all(axis=1)))
                 raise ContractError(f"step: {name} is NaN or infinite, first in window {row} at position {position}")
-        hidden = states.get(STATE.removesuffix(".{name}"))
+        hidden = states.get(StateSpec(name=HIDDEN, shape=()).tensor(STATE))
         return None if hidden is None else hidden[:, 0], logits
 
 

@@ -21,7 +21,7 @@ EXACT = "exact"
 Passes = str | int
 _ROWS = 256  # whose logits are made at once
 #: One token has no neighbour: attention over it alone looks at no position and no key but its own.
-FEWEST_POSITIONS = 2
+_FEWEST_POSITIONS = 2
 _KIND = "a safetensors file with input_ids int64 [n], logits float32 [n, vocab] and, if you like, hidden [n, hidden]"
 _DTYPES = {"input_ids": "I64", "logits": "F32", "hidden": "F32"}
 _FIXES = {
@@ -133,8 +133,8 @@ def _layout_problems(layout: _Layout, config: ModelConfig) -> Iterator[str]:
                 yield _shape_problem(name, shape, (count, *widths[name]))
         elif name != "hidden":
             yield f"missing tensor {name!r}"
-    if count is not None and count < FEWEST_POSITIONS:
-        yield f"input_ids has {count} tokens, expected at least {FEWEST_POSITIONS}; 64 or more say something"
+    if count is not None and count < _FEWEST_POSITIONS:
+        yield f"input_ids has {count} tokens, expected at least {_FEWEST_POSITIONS}; 64 or more say something"
     if count is not None and count > config.max_position_embeddings:
         yield f"input_ids has {count} tokens, above max_position_embeddings {config.max_position_embeddings}"
 

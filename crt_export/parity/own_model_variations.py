@@ -57,40 +57,24 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """One thing done otherwise.
+    """One thing done otherwise."""
 
-    Attributes:
-        words: What, as it stands in a sentence: ``rope_layout = 'half'``.
-        advice: What to do about it: ``CONFIG``, ``UNSUPPORTED``, or a phrase of its own.
-        config: Keys of config.json and their other values.
-        edit: Changes the modules or weights of a new model in place.
-        passes: Another regime; None keeps the one under test.
-        before: Tokens put in front of the file's.
-        pair: What it is one value of, where it may be tried together with another; empty where it is tried alone.
-    """
-
-    words: str
-    advice: str
-    config: Mapping[str, object] = field(default_factory=dict)
-    edit: Callable[[LanguageModel], None] | None = None
-    passes: Passes | None = None
-    before: tuple[int, ...] = ()
-    pair: str = ""
+    words: str  # what, as it stands in a sentence: ``rope_layout = 'half'``
+    advice: str  # what to do about it: CONFIG, UNSUPPORTED, or a phrase of its own
+    config: Mapping[str, object] = field(default_factory=dict)  # keys of config.json and their other values
+    edit: Callable[[LanguageModel], None] | None = None  # changes the modules or weights of a new model in place
+    passes: Passes | None = None  # another regime; None keeps the one under test
+    before: tuple[int, ...] = ()  # tokens put in front of the file's
+    pair: str = ""  # what it is one value of, where it may be tried with another one; empty where it is tried alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """What explains a difference.
+    """What explains a difference."""
 
-    Attributes:
-        variations: What the user's model does otherwise.
-        before: Largest difference without it, deviations.
-        after: With it, over all positions.
-    """
-
-    variations: tuple[Variation, ...]
-    before: float
-    after: float
+    variations: tuple[Variation, ...]  # what the user's model does otherwise
+    before: float  # largest difference without it, deviations
+    after: float  # with it, over all positions
 
     @property
     def in_config(self) -> bool:
@@ -222,28 +206,21 @@ def _of_weights(config: ModelConfig) -> Iterator[Variation]:
 def _corrections() -> Iterator[Variation]:
     """Other readings of the correction; that of x alone is one parallel pass."""
 
-    def module(model: LanguageModel) -> Correction:
-        return model.correction
+    def ffn(m: Any, value: Tensor) -> Tensor:
+        return m.correction.down(m.correction.activation(m.correction.up(value)))
 
-    def ffn(model: LanguageModel, value: Tensor) -> Tensor:
-        correction = module(model)
-        return correction.down(correction.activation(correction.up(value)))
+    def normed(m: Any, previous: Tensor) -> Tensor:
+        return m.final_norm(previous) * (previous != 0).any(-1, keepdim=True)  # h_{-1} stays zero
 
-    def norm(model: LanguageModel, value: Tensor) -> Tensor:
-        return module(model).norm(value)
-
-    def normed(model: LanguageModel, previous: Tensor) -> Tensor:
-        return model.final_norm(previous) * (previous != 0).any(-1, keepdim=True)  # h_{-1} stays zero
-
-    forms: Mapping[str, Callable[[LanguageModel, Tensor, Tensor], Tensor]] = {
-        "a correction of h alone, not of h + x": lambda m, x, h: x + module(m)(h),
-        "a correction of LN(h) + x": lambda m, x, h: x + ffn(m, norm(m, h) + x),
-        "a correction of LN(h) + LN(x)": lambda m, x, h: x + ffn(m, norm(m, h) + norm(m, x)),
+    forms: Mapping[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+        "a correction of h alone, not of h + x": lambda m, x, h: x + m.correction(h),
+        "a correction of LN(h) + x": lambda m, x, h: x + ffn(m, m.correction.norm(h) + x),
+        "a correction of LN(h) + LN(x)": lambda m, x, h: x + ffn(m, m.correction.norm(h) + m.correction.norm(x)),
         "a correction of h + x without its norm": lambda m, x, h: x + ffn(m, h + x),
-        "a correction that is added to h + x, not to x": lambda m, x, h: h + x + module(m)(h + x),
-        "a correction in place of x, not added to it": lambda m, x, h: module(m)(h + x),
-        "a recurrent state after the final norm": lambda m, x, h: x + module(m)(normed(m, h) + x),
-        "no correction of the first token": lambda m, x, h: x + module(m)(h + x) * (h != 0).any(-1, keepdim=True),
+        "a correction that is added to h + x, not to x": lambda m, x, h: h + x + m.correction(h + x),
+        "a correction in place of x, not added to it": lambda m, x, h: m.correction(h + x),
+        "a recurrent state after the final norm": lambda m, x, h: x + m.correction(normed(m, h) + x),
+        "no correction of the first token": lambda m, x, h: x + m.correction(h + x) * (h != 0).any(-1, keepdim=True),
     }
     yield from (_other(words, _correct, corrected=form) for words, form in forms.items())
 

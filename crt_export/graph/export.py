@@ -206,6 +206,7 @@ def _share_weights(graph: ir.Model, model: LanguageModel) -> None:
 
 def _name_values(graph: ir.Model, spec: GraphSpec) -> None:
     """Give inputs and outputs the names, dtypes and dims of the contract, in its order."""
+    names: dict[str, str] = {}
     for side, values, tensors in (
         ("inputs", graph.graph.inputs, spec.inputs),
         ("outputs", graph.graph.outputs, spec.outputs),
@@ -216,6 +217,26 @@ def _name_values(graph: ir.Model, spec: GraphSpec) -> None:
             value.name = tensor.name
             if side == "outputs":
                 value.shape = ir.Shape(tensor.dims)
+            else:
+                names |= _names_of_dims(value, tensor)
+    for node in graph.graph:
+        for value in node.outputs:
+            _rename_dims(value, names)
+    for value in graph.graph.inputs:
+        _rename_dims(value, names)
+
+
+def _names_of_dims(value: ir.Value, tensor: TensorSpec) -> dict[str, str]:
+    """What the exporter calls the symbolic dims of an input, which are its own where a list of inputs is empty."""
+    if value.shape is None or len(value.shape) != len(tensor.dims):
+        return {}
+    pairs = zip(value.shape, tensor.dims, strict=True)
+    return {str(found): dim for found, dim in pairs if isinstance(found, ir.SymbolicDim) and isinstance(dim, str)}
+
+
+def _rename_dims(value: ir.Value, names: Mapping[str, str]) -> None:
+    if value.shape is not None and any(str(dim) in names for dim in value.shape):
+        value.shape = ir.Shape([names.get(str(dim), dim) for dim in value.shape])
 
 
 def _read_sizes_of_first(graph: ir.Model, spec: GraphSpec) -> None:

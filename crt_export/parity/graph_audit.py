@@ -16,7 +16,7 @@ from crt_export.models.declaration import INTERLEAVED
 from crt_export.models.layers import LayerNorm, RmsNorm, gelu_tanh
 from crt_export.models.registry import linears_of_caches, meta_model, tensor_shapes
 from crt_export.quantize.linears import HEAD, expected_matmuls, linear_inputs
-from crt_export.quantize.w8 import FUSED
+from crt_export.quantize.w8 import FUSED, name_of_widths
 from crt_export.spec import GraphSpec
 
 #: Deliver the size of their input, not its values.
@@ -229,7 +229,7 @@ def _split_problem(name: str, node: ir.Node, label: str, parts: list[str], biase
     axis = split.attributes["axis"].as_int() if split is not None and "axis" in split.attributes else 0
     used = [bool(value.uses()) for value in split.outputs] if split is not None else []
     widths = [value.name for value in split.inputs[1:] if value is not None] if split is not None else []
-    if axis not in (-1, 2) or used != [True] * len(parts) or widths not in ([], [f"{name}.widths"]):
+    if axis not in (-1, 2) or used != [True] * len(parts) or widths not in ([], [name_of_widths(name)]):
         return f"{label} is not split into {len(parts)} parts along the last axis, all of them read"
     return None
 

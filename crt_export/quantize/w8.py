@@ -187,9 +187,14 @@ def _split(graph: ir.Graph, stem: str, fused: str, wide: ir.Value, origin: ir.No
     widths = [_width(graph, f"{stem}.{part}.weight") for part in FUSED[fused]]
     inputs, attributes = [wide], {"axis": -1, "num_outputs": len(outputs)}
     if len(set(widths)) > 1:
-        inputs.append(constant(graph, f"{stem}.{fused}.widths", np.array(widths, np.int64)))
+        inputs.append(constant(graph, name_of_widths(f"{stem}.{fused}"), np.array(widths, np.int64)))
         del attributes["num_outputs"]
     return ir.node("Split", inputs, attributes, name=f"{origin.name}/split", outputs=outputs)
+
+
+def name_of_widths(linear: str) -> str:
+    """Name of the constant that says how wide the parts of a wide linear are; it lies in the graph, as shapes do."""
+    return f"{linear}_widths".replace(".", "_")
 
 
 def _width(graph: ir.Graph, name: str) -> int:

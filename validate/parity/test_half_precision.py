@@ -36,7 +36,7 @@ CAPACITY = 24
 
 
 @pytest.fixture(scope="module")
-def parity_checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+def parity_checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Checkpoint:
     """One layer: what is looked for here does not depend on their number."""
     return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
 

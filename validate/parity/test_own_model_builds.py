@@ -48,7 +48,7 @@ def write_as_documented(folder: Path, checkpoint: Path, heldout_text: Path, habi
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Path:
     return make_checkpoint(**SMALL)
 
 

@@ -29,7 +29,7 @@ def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path) -> Prepared:
+def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path, shared_traces: None) -> Prepared:
     """A model with head_dim 8, for which there is a fused kernel in a step and none in a prefill."""
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1, unroll_steps=2))
     profile = load_profile("rtx-sm80-fp16").with_capacity(32).with_unroll(2)

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.graph.export import export_graph
+from crt_export.graph.export import GraphExporter
 from crt_export.model import Model, model_from_checkpoint
 from crt_export.parity import Comparison, ParityOptions, load_tolerances
 from crt_export.parity.reference import Reference
@@ -30,12 +29,11 @@ Check = Callable[..., Comparison]
 
 
 @pytest.fixture(scope="module")
-def exported(demo_checkpoint: Path) -> dict[str, bytes]:
+def exporters(demo_checkpoint: Path, shared_traces: None) -> dict[str, GraphExporter]:
     """The demo's step per precision, not yet quantised; its linears and scales are also those of prefill."""
     checkpoint = load_checkpoint(demo_checkpoint)
     dtypes = {"w8": torch.float32, "w8a8": torch.float16}
-    models = {precision: model_from_checkpoint(checkpoint, dtype) for precision, dtype in dtypes.items()}
-    return {name: ir.to_proto(export_graph(model, "step")).SerializeToString() for name, model in models.items()}
+    return {name: GraphExporter(model_from_checkpoint(checkpoint, dtype)) for name, dtype in dtypes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +47,11 @@ def reference(demo_checkpoint: Path, heldout_text: Path) -> Reference:
 
 
 @pytest.fixture
-def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> Check:
+def check(exporters: dict[str, GraphExporter], reference: Reference, tmp_path: Path) -> Check:
     """``check(precision, quantize, plan)``: quantise the step and compare its chain as a build does."""
 
     def run(precision: str, quantize: Callable[[ir.Model], object], plan: W8A8Plan | None = None) -> Comparison:
-        graph = ir.from_proto(onnx.load_model_from_string(exported[precision]))
+        graph = exporters[precision].graph("step")
         quantize(graph)
         compare_step = importlib.import_module("loose_step").compare_step
         return compare_step(graph, precision, reference, tmp_path, unroll=UNROLL, plan=plan)

@@ -35,7 +35,7 @@ def hashes(bundle: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Path:
     return make_checkpoint(**ONE_LAYER)
 
 

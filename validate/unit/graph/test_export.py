@@ -128,7 +128,7 @@ def test_step_chain_is_the_recurrence(exported: Exported, ids: np.ndarray) -> No
     feed = exported.start(3, 1)
     for t in range(ids.shape[1]):
         out = exported.run("step", input_ids=ids[:, t : t + 1], **feed)
-        np.testing.assert_allclose(out["logits"], expected[:, t], atol=2e-5)
+        np.testing.assert_allclose(out["logits"], expected[:, t], rtol=1e-6, atol=2e-5)  # tied logits reach 60
         np.testing.assert_array_equal(out["next_token"][:, 0], out["logits"].argmax(-1))
         np.testing.assert_array_equal(out["next_position"], t + 1)
         feed = carried(out)

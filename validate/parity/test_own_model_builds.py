@@ -25,7 +25,7 @@ from crt_export.pipeline import BuildOptions
 from crt_export.report.compare import compare_reports
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "compare-with-your-model.md"
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "unroll_steps": 2}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "unroll_steps": 2}
 AGREES = "agrees with your own model (largest difference of logits "
 
 

@@ -39,7 +39,7 @@ KINDS = {
         "tie_word_embeddings": True,
         "vocab_size": 300,
     },
-    "transformer": {"model_type": "transformer", "num_hidden_layers": 1},
+    "transformer": {"model_type": "transformer", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32},
 }
 Arrays = dict[str, np.ndarray]
 
@@ -299,8 +299,7 @@ def test_equal_weights_keep_their_own_names(make_checkpoint: Callable[..., Path]
 def test_fp16_graph_has_fp16_caches_and_float32_borders(make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1))
     for residual in (torch.float16, torch.float32):
-        model = model_from_checkpoint(checkpoint, torch.float16, residual)
-        graph = export_graph(model, "step")
+        graph = export_graph(model_from_checkpoint(checkpoint, torch.float16, residual), "step")
         dtypes = {value.name: value.dtype for value in (*graph.graph.inputs, *graph.graph.outputs)}
         assert dtypes["past_key_values.0.key"] == dtypes["present_key_values.0.value"] == ir.DataType.FLOAT16
         assert dtypes["state"] == dtypes["next_state"] == dtypes["logits"] == ir.DataType.FLOAT

@@ -29,8 +29,8 @@ CAPACITY, SEQ, UNROLL, LAYERS = 12, 5, 3, 2
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Model:
-    return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
+def model(make_checkpoint: Callable[..., Path]) -> Model:
+    return model_from_checkpoint(load_checkpoint(make_checkpoint(hidden_size=16, intermediate_size=32)))
 
 
 @pytest.fixture(scope="module")

@@ -277,8 +277,3 @@ def _default_target(files: BundleFiles) -> str:
     from crt_export.runtime.bundle import Bundle
 
     return Bundle(files).default_target()
-
-
-def passes_from_text(values: Sequence[str]) -> tuple[int | str, ...]:
-    """``--passes`` as given: a number, or a word that is checked later."""
-    return tuple(int(value) if value.isdecimal() else value for value in values)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_table, write_text
-from crt_export.cli.options import PATH, command_line, json_option, now, require_one_text, text_options
+from crt_export.cli.options import PATH, PassesType, command_line, json_option, now, require_one_text, text_options
 
 
 @click.command()
@@ -27,6 +27,7 @@ from crt_export.cli.options import PATH, command_line, json_option, now, require
 @click.option(
     "--passes",
     multiple=True,
+    type=PassesType(),
     metavar="K|adaptive|exact",
     help="Also feed prompts in K parallel passes, in as many as they need, or exactly; may be repeated.",
 )
@@ -53,7 +54,7 @@ def bench(
     against: tuple[str, ...],
     positions: tuple[int, ...],
     prompt_tokens: tuple[int, ...],
-    passes: tuple[str, ...],
+    passes: tuple[int | str, ...],
     text: Path | None,
     tokens: Path | None,
     rounds: int,
@@ -70,7 +71,7 @@ def bench(
     are the beginning of --text, of the text of the demo without it, and random ids for a model without a tokenizer.
     """
     require_one_text(text, tokens)
-    from crt_export.bench.options import BenchOptions, passes_from_text
+    from crt_export.bench.options import BenchOptions
     from crt_export.bench.run import run_bench
     from crt_export.report.output import ReportFiles
 
@@ -79,7 +80,7 @@ def bench(
         against=against,
         positions=positions,
         prompt_tokens=prompt_tokens,
-        passes=passes_from_text(passes),
+        passes=passes,
         rounds=rounds,
         steps=steps,
         batch=batch,

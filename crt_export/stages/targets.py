@@ -163,7 +163,7 @@ class _TargetStage:
                 raise
             graphs, refused = self._decomposed(graphs), str(error)
             digests = self._engines(profile, graphs, progress, children)
-        engines = dict(zip(COMPILED_GRAPHS, digests, strict=True))
+        engines: dict[str, str] = dict(zip(COMPILED_GRAPHS, digests, strict=True))
         return BuiltTarget(profile=profile, graphs=graphs, engines=engines, engine_digests=digests, refused=refused)
 
     def keep(self, profile: EngineProfile, built: BuiltTarget) -> None:

@@ -76,7 +76,7 @@ def _write_weights(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Checkpoint:
     """A recurrent model of one layer whose correction is zero."""
     return load_checkpoint(
         make_checkpoint(

@@ -14,25 +14,20 @@ import onnx
 import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_value, shift_input
+from short_setup import check_of, short_setup
 
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
-from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.certificate import certify, measurement, runs
 from crt_export.parity.certificate.curves import residual_curve
 from crt_export.parity.certificate.measurement import compare_states, coverage_of
 from crt_export.parity.certificate.runs import ReferenceRun
 from crt_export.parity.check import case_from_manifest
-from crt_export.parity.metrics import Check
-from crt_export.parity.reference import Reference
 from crt_export.parity.report import LevelResult
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
 from crt_export.pipeline import BuildOptions, build
-from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 WINDOW, TRAINED, UNROLL, COUNT = 48, 32, 2, 6
@@ -42,15 +37,7 @@ CPU, GPU = "ort-cpu-fp32", "ort-cuda-fp16"
 def _setup(checkpoint: Checkpoint, text: TokenText, **changes: Any) -> ParitySetup:
     values: dict[str, Any] = {"validation_tokens": COUNT * WINDOW, "window": WINDOW, "short_reason": "test of a level"}
     options = ParityOptions(**{**values, **changes}, threads=1)
-    windows = windows_from_text(text, options, longest=10_000, longest_reason="nothing")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +57,6 @@ def sound(case: ParityCase, setup: ParitySetup) -> LevelResult:
 
 def _case(bundle: Path, target: str = CPU) -> ParityCase:
     return case_from_manifest(open_bundle(bundle, allow_unvalidated=True), target)
-
-
-def _check(result: LevelResult, start: str) -> Check:
-    return next(check for check in result.checks if check.name.startswith(start))
 
 
 # --- sound graphs
@@ -302,7 +285,7 @@ def test_a_fault_in_the_passes_is_named(
     for name in failed:
         failure = next(failure for failure in result.failures if failure.startswith(name))
         assert "expected at most" in failure
-    assert _check(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
+    assert check_of(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
 
 
 def test_one_pass_too_few_in_prefill_is_named(three_targets: Path, setup: ParitySetup, tmp_path: Path) -> None:

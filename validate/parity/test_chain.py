@@ -9,19 +9,14 @@ import onnx
 import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_output, replace_value, times_zero
+from short_setup import check_of, short_setup
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.chain import check_chain
 from crt_export.parity.chain_errors import ChainErrors
 from crt_export.parity.decoding import Decoding
-from crt_export.parity.metrics import Check
-from crt_export.parity.reference import Reference
-from crt_export.parity.report import LevelResult
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import ParityOptions, windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.windows import ParityOptions
 from crt_export.text import TokenText
 
 LENGTH, STEPS, WINDOWS = 24, 16, 3
@@ -38,19 +33,7 @@ OPTIONS = ParityOptions(
 
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
-    windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
-    return ParitySetup(
-        checkpoint=parity_checkpoint,
-        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=4),
-        text=real_text,
-        options=OPTIONS,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
-
-
-def check_of(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
+    return short_setup(parity_checkpoint, real_text, OPTIONS)
 
 
 def where_position_is(position: int, value: object, kept: str, result: str) -> list[onnx.NodeProto | onnx.TensorProto]:

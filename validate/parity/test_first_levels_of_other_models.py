@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 from loose_runner import loose_runner
+from short_setup import short_setup
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
 from crt_export.parity.one_step import check_one_step
-from crt_export.parity.reference import Reference
 from crt_export.parity.runner import disabled_optimizers
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.progress import no_progress
 from crt_export.quantize.calibration import calibrate, calibration_windows
@@ -71,15 +69,7 @@ def test_sound_exports_pass(
 
 def _setup(checkpoint: Checkpoint, text: TokenText) -> ParitySetup:
     options = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="a test of levels", threads=1)
-    windows = windows_from_text(text, options, longest=LENGTH, longest_reason="a test")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options)
 
 
 def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[ParityCase]:

@@ -9,20 +9,15 @@ import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import constant, nan_at, node, replace_output, times_zero
 from faults_of_graphs import ROPE
+from short_setup import check_of, short_setup
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import ContractError
-from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import free_running
 from crt_export.parity.free_running import check_free_running
-from crt_export.parity.metrics import Check
-from crt_export.parity.reference import Reference
-from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import ParityOptions, windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.windows import ParityOptions
 from crt_export.text import TokenText
 
 LENGTH, PROMPTS, NEW = 24, 6, 20
@@ -39,19 +34,7 @@ OPTIONS = ParityOptions(
 
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
-    windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
-    return ParitySetup(
-        checkpoint=parity_checkpoint,
-        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=4),
-        text=real_text,
-        options=OPTIONS,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
-
-
-def check_of(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
+    return short_setup(parity_checkpoint, real_text, OPTIONS)
 
 
 def test_a_sound_target_says_the_same(spoiled: SpoiledBundle, setup: ParitySetup) -> None:

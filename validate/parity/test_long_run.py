@@ -16,6 +16,7 @@ from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, node, replace_output, replace_value
 from faults_of_graphs import ROPE
 from loose_runner import loose_runner
+from short_setup import check_of, short_setup
 
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
@@ -23,19 +24,15 @@ from crt_export.errors import InputError
 from crt_export.graph.export import export_graph
 from crt_export.graph.weights import write_graph, write_weights
 from crt_export.models.base import LanguageModel
-from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
 from crt_export.parity.check import case_from_manifest
 from crt_export.parity.long_run import check_long_run, growth_checks, why_not_gated
 from crt_export.parity.long_run.figures import Growth, growth_from_units
 from crt_export.parity.long_run.run import layers_of_tensors
 from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, long_reference, schedules
-from crt_export.parity.metrics import Check
-from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.reference import STEP
 from crt_export.parity.report import LevelResult
 from crt_export.parity.setup import ParitySetup
-from crt_export.parity.windows import windows_from_text
-from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 #: The fewest tokens whose growth is gated.
@@ -48,15 +45,7 @@ def _setup(
     options = ParityOptions(
         validation_tokens=64, window=32, long_run_tokens=tokens, short_reason="tiny models", threads=1
     )
-    windows = windows_from_text(text, options, longest=32, longest_reason="tiny models")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model or model_from_checkpoint(checkpoint), windows, batch=2),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options, model=model)
 
 
 def _case(checkpoint: Checkpoint, step: Path, **changes: Any) -> ParityCase:
@@ -92,10 +81,6 @@ def spoiled(setup: ParitySetup, parity_bundle: Path, tmp_path: Path) -> Callable
     return run
 
 
-def _check(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
-
-
 def _run(result: LevelResult, kind: str) -> dict[str, Any]:
     return next(run for run in result.to_dict()["data"]["runs"] if run["kind"] == kind)
 
@@ -115,7 +100,7 @@ def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
     assert growth["gated"]
     assert growth["ci"][0] < growth["per_1000_tokens"] < growth["ci"][1] <= growth["limit"]
     assert growth["over_run_ci"][0] < growth["over_run"] < growth["over_run_ci"][1] <= growth["over_run_limit"]
-    gate, rate = _check(sound, "chained: growth"), _check(sound, "chained: growth per 1,000 tokens")
+    gate, rate = check_of(sound, "chained: growth"), check_of(sound, "chained: growth per 1,000 tokens")
     assert (gate.value, gate.limit, gate.passed) == (growth["over_run"], growth["over_run_limit"], True)
     assert (rate.value, rate.interval, rate.passed) == (growth["per_1000_tokens"], tuple(growth["ci"]), None)
     assert any("64 of 12,000 tokens, max_position_embeddings of the model is 64" in note for note in sound.notes)
@@ -186,7 +171,7 @@ def test_a_state_scaled_by_one_in_two_thousand_is_a_wrong_norm(spoiled: Callable
             "next_state", constant("gain", 1.0005, np.float32), node("Mul", ["before", "gain"], "next_state")
         )
     )
-    check = _check(result, "chained: state norm")
+    check = check_of(result, "chained: state norm")
     assert check.passed is False
     assert check.value == pytest.approx(math.log(1.0005), rel=0.2)
     assert "in tokens" in check.failures[0]
@@ -216,7 +201,7 @@ def test_an_error_that_accumulates_is_growth(spoiled: Callable[[Edit], LevelResu
         )(model)
 
     result = spoiled(edit)
-    check = _check(result, "chained: growth")
+    check = check_of(result, "chained: growth")
     assert check.passed is False
     assert check.value == pytest.approx(2, abs=0.3)  # a straight line that began at nothing
     assert "in units of 32; its upper end is expected to be at most 0.5 (fp32.growth)" in check.failures[0]
@@ -235,7 +220,7 @@ def test_nan_at_one_late_step_is_named(spoiled: Callable[[Edit], LevelResult], s
     step = _only_time(setup.text.ids, 3000)
     axes = [1, 2] if tensor == "next_state" else [1]
     result = spoiled(_nan_once(tensor, step % WINDOW, int(setup.text.ids[step]), axes))
-    check = _check(result, "chained: NaN and infinity")
+    check = check_of(result, "chained: NaN and infinity")
     assert check.passed is False
     assert check.failures == (f"first at step {step} (position {step % WINDOW}), tensor {tensor}",)
     if tensor == "logits":
@@ -291,7 +276,7 @@ def test_a_full_cache_slides_where_the_model_has_an_attention_window(
     assert model.rope_cos.shape[0] == 64
     # Too few tokens for an interval worth gating.
     assert chained["growth"]["gated"] is False
-    assert _check(result, "chained: growth").passed is None
+    assert check_of(result, "chained: growth").passed is None
     assert any("growth of the chained run is not gated: 2,000 tokens, it takes 12,000" in n for n in result.notes)
 
 
@@ -315,7 +300,7 @@ def test_a_plain_transformer_has_no_state_to_judge(
     assert chained["blocks"][0]["state_norm"] is None
     assert not any("state norm" in check.name for check in result.checks)
     assert chained["growth"]["gated"] is False
-    assert _check(result, "chained: growth").passed is None
+    assert check_of(result, "chained: growth").passed is None
     assert any("growth of the chained run is not gated: no state is carried over" in note for note in result.notes)
     assert any("training length is not known" in note for note in result.notes)
 

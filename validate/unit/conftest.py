@@ -24,7 +24,7 @@ UNIT_TESTS = Path(__file__).parent
 ENGINE_TESTS = UNIT_TESTS / "engine"
 A100 = Gpu(name="A100", compute_capability=80)
 # The tests are no package, so the folders of the modules that they share go on the path.
-for folder in (ENGINE_TESTS, UNIT_TESTS, UNIT_TESTS.parent / "parity"):
+for folder in (ENGINE_TESTS, UNIT_TESTS, UNIT_TESTS / "bundle", UNIT_TESTS.parent / "parity"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -28,7 +28,7 @@ from crt_export.runtime import load_bundle
 from crt_export.stages.calibration import read_build_text
 from crt_export.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_traces")]
 
 Make = Callable[..., Path]
 ONE_LAYER: dict[str, Any] = {

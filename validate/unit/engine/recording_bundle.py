@@ -27,23 +27,26 @@ def recorded_profile(capacity: int, most_tokens: int, *, name: str = TARGET, bat
     )
 
 
-def add_recorded_target(source: Path, output: Path, profiles: list[EngineProfile]) -> None:
+def add_recorded_target(
+    source: Path, output: Path, profiles: list[EngineProfile], *, base: str = "ort-cpu-fp32"
+) -> None:
     """Copy a bundle with one more target per profile; each has engines for step and prefill.
 
     Args:
-        source: A bundle with an FP32 target ``ort-cpu-fp32``.
+        source: A bundle.
         output: Where the copy will lie; the engines name its graphs.
         profiles: What to add.
+        base: The target of the bundle whose graphs the engines execute.
     """
     manifest = json.loads((source / MANIFEST_NAME).read_text())
-    base = manifest["targets"]["ort-cpu-fp32"]
+    graphs = manifest["targets"][base]
     config = ModelConfig.from_dict(manifest["config"])
     with stage_bundle(output) as staging:
         for name in manifest["files"]:
             (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, staging.path / name)
         for profile in profiles:
-            manifest["targets"][profile.name] = _target(base, profile, config, staging.path, output)
+            manifest["targets"][profile.name] = _target(graphs, profile, config, staging.path, output)
         staging.commit({key: value for key, value in manifest.items() if key not in ("files", "schema_version")})
 
 

@@ -29,10 +29,10 @@ def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path) -> Prepared:
+def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path, shared_traces: None) -> Prepared:
     """A model with head_dim 8, for which there is a fused kernel in a step and none in a prefill."""
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1, unroll_steps=2))
-    profile = load_profile("rtx-sm80-fp16").with_capacity(32).with_unroll(2)
+    profile = load_profile("rtx-sm80-fp16").with_capacity(64).with_unroll(2)
     profile = dataclasses.replace(profile, seq=DimRange(1, 8, 16))
     return checkpoint, profile, write_graphs(checkpoint, [profile], None, tmp_path, no_progress), tmp_path
 

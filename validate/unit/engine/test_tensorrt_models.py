@@ -37,7 +37,7 @@ def small(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def graphs(small: Path) -> dict[str, ir.Model]:
+def graphs(small: Path, shared_traces: None) -> dict[str, ir.Model]:
     exporter = GraphExporter(model_from_checkpoint(load_checkpoint(small), torch.float16))
     return {name: exporter.graph(name, unroll=UNROLL if name == "prefill" else 1) for name in ("step", "prefill")}
 

@@ -40,7 +40,7 @@ KINDS = {
         "tie_word_embeddings": True,
         "vocab_size": 300,
     },
-    "transformer": {"model_type": "transformer", "num_hidden_layers": 1},
+    "transformer": {"model_type": "transformer", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32},
 }
 Arrays = dict[str, np.ndarray]
 
@@ -90,11 +90,15 @@ def _kind(name: str) -> object:
 
 @pytest.fixture(scope="module", params=[_kind(name) for name in KINDS], ids=str)
 def exported(
-    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    make_checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_traces: None,
 ) -> Exported:
     model = model_from_checkpoint(load_checkpoint(make_checkpoint(**KINDS[request.param])))
     folder = tmp_path_factory.mktemp("graphs")
-    graphs = {name: export_graph(model, name, unroll=UNROLL) for name in graph_names(model.config)}
+    exporter = GraphExporter(model)
+    graphs = {name: exporter.graph(name, unroll=UNROLL) for name in graph_names(model.config)}
     weights = write_weights(graphs, folder / "fp32.weights")
     options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 1
@@ -125,7 +129,7 @@ def test_step_chain_is_the_recurrence(exported: Exported, ids: np.ndarray) -> No
     feed = exported.start(3, 1)
     for t in range(ids.shape[1]):
         out = exported.run("step", input_ids=ids[:, t : t + 1], **feed)
-        np.testing.assert_allclose(out["logits"], expected[:, t], atol=2e-5)
+        np.testing.assert_allclose(out["logits"], expected[:, t], rtol=1e-6, atol=2e-5)  # tied logits reach 60
         np.testing.assert_array_equal(out["next_token"][:, 0], out["logits"].argmax(-1))
         np.testing.assert_array_equal(out["next_position"], t + 1)
         feed = carried(out)
@@ -276,14 +280,19 @@ def test_nothing_of_the_exporting_machine_is_left(exported: Exported) -> None:
 
 
 def test_equal_weights_keep_their_own_names(make_checkpoint: Callable[..., Path]) -> None:
-    """Untrained norms and a zero correction hold equal values; graphs must still name each weight."""
+    """Untrained norms and a zero correction hold equal values; graphs must still name each weight.
+
+    The size is this test's own: the trace of another model would say nothing.
+    """
 
     def flatten(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if "norm" in name or name.startswith("correction.down"):
                 tensor.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
-    model = model_from_checkpoint(load_checkpoint(make_checkpoint(edit=flatten, num_hidden_layers=1)))
+    model = model_from_checkpoint(
+        load_checkpoint(make_checkpoint(edit=flatten, num_hidden_layers=1, intermediate_size=40))
+    )
     names = set(export_graph(model, "step").graph.initializers)
     assert {parameter for parameter, _ in model.named_parameters()} <= names
 
@@ -291,8 +300,7 @@ def test_equal_weights_keep_their_own_names(make_checkpoint: Callable[..., Path]
 def test_fp16_graph_has_fp16_caches_and_float32_borders(make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1))
     for residual in (torch.float16, torch.float32):
-        model = model_from_checkpoint(checkpoint, torch.float16, residual)
-        graph = export_graph(model, "step")
+        graph = export_graph(model_from_checkpoint(checkpoint, torch.float16, residual), "step")
         dtypes = {value.name: value.dtype for value in (*graph.graph.inputs, *graph.graph.outputs)}
         assert dtypes["past_key_values.0.key"] == dtypes["present_key_values.0.value"] == ir.DataType.FLOAT16
         assert dtypes["state"] == dtypes["next_state"] == dtypes["logits"] == ir.DataType.FLOAT

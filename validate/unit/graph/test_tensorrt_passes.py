@@ -17,7 +17,7 @@ from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, UnsupportedError
 from crt_export.graph.contract import check_contract
-from crt_export.graph.export import export_graph
+from crt_export.graph.export import GraphExporter
 from crt_export.graph.passes.decompose_attention import attention_of_profile, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
@@ -30,13 +30,14 @@ CAPACITY, SEQ, UNROLL, LAYERS = 12, 5, 3, 2
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> LanguageModel:
-    return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
+def model(make_checkpoint: Callable[..., Path]) -> LanguageModel:
+    return model_from_checkpoint(load_checkpoint(make_checkpoint(hidden_size=16, intermediate_size=32)))
 
 
 @pytest.fixture(scope="module")
-def exported(model: LanguageModel) -> dict[str, ir.Model]:
-    return {name: export_graph(model, name, unroll=UNROLL) for name in ("step", "prefill", "head")}
+def exported(model: LanguageModel, shared_traces: None) -> dict[str, ir.Model]:
+    exporter = GraphExporter(model)
+    return {name: exporter.graph(name, unroll=UNROLL) for name in ("step", "prefill", "head")}
 
 
 @pytest.fixture

@@ -65,14 +65,19 @@ def test_the_folded_model_computes_bit_for_bit_the_same(
         assert np.array_equal(np.log2(channels), np.round(np.log2(channels))), "not powers of two"
 
 
+@pytest.fixture
+def model(
+    tiny_config: Callable[..., ModelConfig], random_tensors: Callable[..., dict[str, torch.Tensor]]
+) -> LanguageModel:
+    return _model(tiny_config(), random_tensors(tiny_config()))
+
+
 def test_outlier_channels_are_levelled(
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Callable[..., dict[str, torch.Tensor]],
+    model: LanguageModel,
     with_outliers: Callable[[LanguageModel, float], LanguageModel],
     calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
-    config = tiny_config()
-    model = with_outliers(_model(config, random_tensors(config)), 50.0)
+    model = with_outliers(model, 50.0)
     statistics = calibrated(model)
     factors, _, _ = _fold(model, statistics)
     for name in ("correction.up", "layers.0.attn.qkv", "layers.1.mlp.up", "lm_head"):
@@ -83,12 +88,9 @@ def test_outlier_channels_are_levelled(
 
 
 def test_even_channels_and_those_behind_a_gelu_are_left_alone(
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Callable[..., dict[str, torch.Tensor]],
+    model: LanguageModel,
     calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
-    config = tiny_config()
-    model = _model(config, random_tensors(config))
     factors, _, _ = _fold(model, calibrated(model))
     assert np.all(factors["layers.0.mlp.down"] == 1)
     assert np.median(factors["layers.0.mlp.up"]) == 1
@@ -97,12 +99,9 @@ def test_even_channels_and_those_behind_a_gelu_are_left_alone(
 @pytest.mark.parametrize("gain", [1e-6, 1e6])
 def test_folded_norms_fit_into_half_precision_whatever_the_gains(
     gain: float,
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Callable[..., dict[str, torch.Tensor]],
+    model: LanguageModel,
     calibrated: Callable[[LanguageModel], ActivationStatistics],
 ) -> None:
-    config = tiny_config()
-    model = _model(config, random_tensors(config))
     norm = model.get_submodule("layers.0.mlp_norm")
     for parameter in norm.parameters():
         parameter.data[3] *= gain

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.evidence, pytest.mark.slow, pytest.mark.timeout(900)]
 
 Report = dict[str, Any]
 WIDTHS = {400: 800, 1400: 900}
-#: Names of the browser's program, as in validate/ux/prepare_browser.py.
+#: Names of the browser's program, as in validate/prepare.py.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parents[3]
 

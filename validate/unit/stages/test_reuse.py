@@ -35,7 +35,7 @@ def hashes(bundle: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Path:
     return make_checkpoint(**ONE_LAYER)
 
 
@@ -53,7 +53,7 @@ def test_graphs_are_exported_once_for_targets_that_share_them(
     loaded, exported, export = load_checkpoint(checkpoint), [], graphs_module._export
     monkeypatch.setattr(graphs_module, "_export", lambda *given: exported.extend(given[1]) or export(*given))
     store = StageStore(folder=tmp_path / "cache", note=lambda sentence: None)
-    profile = load_profile("ort-cpu-fp32").with_capacity(32).with_unroll(1)
+    profile = load_profile("ort-cpu-fp32").with_capacity(64).with_unroll(1)
     written = {}
     for name, profiles in (("first", [profile]), ("second", [profile, profile.with_capacity(24)])):
         (tmp_path / name).mkdir()

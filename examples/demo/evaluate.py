@@ -58,16 +58,17 @@ def windows_without_repeats(ids: torch.Tensor, train: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def losses_by_regime(model: LanguageModel, ids: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Mean loss of each window in nat per byte, float64 [windows], by K and for ``sequential``."""
-    losses, h = {}, None
+    losses, iterate = {}, None
     for passes in range(1, max(PASSES) + 1):
-        h, _, _ = model.unroll(ids, 1, hidden=h)
+        done, _, _ = model.unroll(ids, 1, iterate=iterate)
+        iterate = done.states
         if passes in PASSES:
-            losses[str(passes)] = _losses(model, h, targets)
-    return losses | {"sequential": _losses(model, model.sequential(ids)[0], targets)}
+            losses[str(passes)] = _losses(model, done.hidden, targets)
+    return losses | {"sequential": _losses(model, model.sequential(ids)[0].hidden, targets)}
 
 
-def _losses(model: LanguageModel, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = model.head(h).double()
+def _losses(model: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model.head(hidden).double()
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
 
 

@@ -27,7 +27,7 @@ from crt_export.checkpoint import write_checkpoint
 from crt_export.errors import CrtExportError, InputError
 from crt_export.models.base import LanguageModel
 from crt_export.models.layers import LayerNorm
-from crt_export.models.registry import tensors_from_model
+from crt_export.models.registry import model_class, tensors_from_model
 
 SAVE_EVERY = 100
 FILE = click.Path(path_type=Path)
@@ -35,12 +35,13 @@ STATE_FILE = HERE.parents[1] / "build" / "demo-training.pt"
 
 
 class Training:
-    """LanguageModel, optimiser, learning rate and random numbers: all that one more step depends on."""
+    """Model, optimiser, learning rate and random numbers: all that one more step depends on."""
 
     def __init__(self, recipe: Recipe, schedule: Schedule) -> None:
         self.recipe, self.schedule, self.step = recipe, schedule, 0
         self.generator = torch.Generator().manual_seed(schedule.seed)
-        self.model = LanguageModel(recipe.config)
+        self.model = model_class(recipe.config.model_type)(recipe.config)
+        self.model.reset_tables()
         initialise(self.model, schedule.initial_deviation, self.generator)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -61,9 +62,9 @@ class Training:
         ids, targets = windows[:, :-1], windows[:, 1:]
 
         before, _, _ = model.unroll(ids, int(passes) - 1)
-        h, _, _ = model.unroll(ids, 1, hidden=before)
-        entropy = F.cross_entropy(model.head(h).flatten(0, 1), targets.flatten())
-        change = F.mse_loss(h, before.detach())
+        last, _, _ = model.unroll(ids, 1, iterate=before.states)
+        entropy = F.cross_entropy(model.head(last.hidden).flatten(0, 1), targets.flatten())
+        change = F.mse_loss(last.hidden, before.hidden.detach())
 
         self.optimizer.zero_grad(set_to_none=True)
         (entropy + schedule.convergence_weight * change).backward()

@@ -32,10 +32,10 @@ def reference(config: ModelConfig) -> LanguageModel:
 
 def decoded(model: LanguageModel, first: int) -> tuple[list[int], list[torch.Tensor]]:
     """Tokens and logits of a greedy run of the reference."""
-    carry, token, tokens, logits = model.start(1), first, [], []
+    state, token, tokens, logits = model.start(1), first, [], []
     for _ in range(TOKENS):
-        h, carry = model.step(torch.tensor([[token]]), carry)
-        logits.append(model.head(h)[0, 0])
+        hidden, state = model.step(torch.tensor([[token]]), state)
+        logits.append(model.head(hidden)[0, 0])
         token = int(logits[-1].argmax())
         tokens.append(token)
     return tokens, logits

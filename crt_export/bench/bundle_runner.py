@@ -12,11 +12,11 @@ import numpy as np
 from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
 from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
 from crt_export.bundle import BundleFiles, open_bundle
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Launch
+from crt_export.models.declaration import ModelInfo
 from crt_export.runtime import Session, Snapshot
 from crt_export.runtime.bundle import Bundle
-from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
+from crt_export.runtime.opening import Target, engine_from_target, model_from_manifest, target_from_manifest
 
 
 class BundleRunner:
@@ -38,7 +38,7 @@ class BundleRunner:
         """
         self._path, self._batch, self._threads, self._text = path, batch, threads, text
         files = open_bundle(path, allow_unvalidated=True)
-        self._target = target_from_manifest(files, target, config_from_manifest(files))
+        self._target = target_from_manifest(files, target, model_from_manifest(files))
         self._weights = weight_path(files, self._target)
         if not self._target.profile.compiled:
             from crt_export.engine.ort import import_onnxruntime
@@ -116,7 +116,7 @@ class BundleRunner:
 
     def _prompt(self, tokens: int) -> list[np.ndarray]:
         assert self._bundle is not None
-        model, batch = self._bundle.config, self._batch
+        model, batch = self._bundle.model, self._batch
         return list(prompt_rows(self._text, model.vocab_size, batch=batch, tokens=tokens, bos=model.bos_token_id))
 
     def _go_to(self, position: int) -> None:
@@ -166,9 +166,9 @@ class EngineClock:
         taken, self.seconds = self.seconds, 0.0
         return taken
 
-    def open_engine(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    def open_engine(self, files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
         """As the runtime opens an engine, with its run calls counted here."""
-        return cast(Engine, _Timed(engine_from_target(files, target, config, threads), self))
+        return cast(Engine, _Timed(engine_from_target(files, target, model, threads), self))
 
 
 class _Timed:

@@ -11,11 +11,11 @@ from crt_export.bench.report import KINDS
 from crt_export.bench.runner import Passes, PromptText, prompt_text
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checked import Checked, Rules, whole
-from crt_export.config import ModelConfig
 from crt_export.errors import InputError, problem_list
 from crt_export.machine import machine
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import MOST_THREADS
-from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+from crt_export.runtime.opening import Target, model_from_manifest, target_from_manifest
 from crt_export.user_files import is_folder
 
 TARGET, BUNDLE, BASELINES = KINDS[0], KINDS[4], KINDS[1:4]
@@ -95,7 +95,7 @@ class CandidatePlan:
     Attributes:
         name: Unique in the report.
         kind: One of ``KINDS``.
-        config: Its model.
+        model: Its model.
         target: Its target; None for PyTorch.
         path: Its bundle; None for PyTorch.
         prefill: How its manifest says prompts are fed; None where it does not.
@@ -104,7 +104,7 @@ class CandidatePlan:
 
     name: str
     kind: str
-    config: ModelConfig
+    model: ModelInfo
     target: Target | None
     path: Path | None
     prefill: Mapping[str, Any] | None
@@ -117,7 +117,7 @@ class Plan:
 
     Attributes:
         files: The bundle.
-        config: Its model.
+        model: Its model.
         target: The target that is judged.
         candidates: The candidates, the target first.
         threads: CPU threads, a number.
@@ -126,7 +126,7 @@ class Plan:
     """
 
     files: BundleFiles
-    config: ModelConfig
+    model: ModelInfo
     target: Target
     candidates: tuple[CandidatePlan, ...]
     threads: int
@@ -149,8 +149,8 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         MissingDependencyError: The model's tokenizer needs a library that is not installed.
     """
     files = open_bundle(bundle, allow_unvalidated=True)
-    config = config_from_manifest(files)
-    target = target_from_manifest(files, options.target or _default_target(files), config)
+    model = model_from_manifest(files)
+    target = target_from_manifest(files, options.target or _default_target(files), model)
     threads = target.profile.threads if options.threads is None else options.threads
     threads = threads or int(machine()["cores"])
     steps = options.steps or max(1, min(_DEFAULT_STEPS, target.capacity // 3))
@@ -169,21 +169,21 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     if problems:
         raise InputError(problem_list(f"{target.name} of {files.path}", problems))
     needed = options.batch * max(*positions, *prompts)
-    text = prompt_text(files, config, needed, text=options.text, tokens=options.tokens)
+    text = prompt_text(files, model, needed, text=options.text, tokens=options.tokens)
     capacity = max(max(positions) + steps, *prompts)
     room = _Room(batch=options.batch, threads=threads, capacity=capacity, text=text.ids)
-    candidates = [_target_candidate(files, target, config, room, name=target.name, kind=TARGET)]
+    candidates = [_target_candidate(files, target, model, room, name=target.name, kind=TARGET)]
     folders = [Path(name).name for name in options.against]
     for name, folder in zip(options.against, folders, strict=True):
         shown = name if folders.count(folder) > 1 else ""
-        candidates.append(_candidate(name, files, target, config, room, shown=shown))
+        candidates.append(_candidate(name, files, target, model, room, shown=shown))
     names = [candidate.name for candidate in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"measured against itself, or named twice: {', '.join(twice)}")
     return Plan(
         files=files,
-        config=config,
+        model=model,
         target=target,
         candidates=tuple(candidates),
         threads=threads,
@@ -209,63 +209,61 @@ class _Room:
     capacity: int
     text: tuple[int, ...]
 
-    def request(self, kind: str, config: ModelConfig) -> dict[str, Any]:
+    def request(self, kind: str, model: ModelInfo) -> dict[str, Any]:
         """The part of a request that is about these.
 
         Raises:
             InputError: The candidate's model does not know a token of the text.
         """
-        if self.text and max(self.text) >= config.vocab_size:
+        if self.text and max(self.text) >= model.vocab_size:
             raise InputError(
-                f"prompts hold token id {max(self.text)}, and a model that is compared has {config.vocab_size} "
+                f"prompts hold token id {max(self.text)}, and a model that is compared has {model.vocab_size} "
                 "tokens: compare models of one tokenizer, or give ids that all know with --tokens"
             )
         return {"kind": kind, "batch": self.batch, "threads": self.threads, "text": self.text}
 
 
 def _candidate(
-    name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, shown: str = ""
+    name: str, files: BundleFiles, target: Target, model: ModelInfo, room: _Room, *, shown: str = ""
 ) -> CandidatePlan:
     """What ``--against`` names; a bundle is shown by its folder's name unless ``shown`` says otherwise."""
     if name in BASELINES:
-        return _baseline_candidate(name, files, target, config, room)
+        return _baseline_candidate(name, files, target, model, room)
     if name in files.manifest["targets"]:
-        return _target_candidate(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
+        return _target_candidate(files, target_from_manifest(files, name, model), model, room, name=name, kind=TARGET)
     if not is_folder(name):
         known = ", ".join((*BASELINES, *files.manifest["targets"]))
         raise InputError(f"--against {name[:200]!r} is neither a bundle's folder nor one of {known}")
     other = open_bundle(name, allow_unvalidated=True)
-    other_config = config_from_manifest(other)
-    same = target_from_manifest(other, target.name, other_config)
-    return _target_candidate(other, same, other_config, room, name=shown or other.path.name, kind=BUNDLE)
+    other_model = model_from_manifest(other)
+    same = target_from_manifest(other, target.name, other_model)
+    return _target_candidate(other, same, other_model, room, name=shown or other.path.name, kind=BUNDLE)
 
 
 def _target_candidate(
-    files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, name: str, kind: str
+    files: BundleFiles, target: Target, model: ModelInfo, room: _Room, *, name: str, kind: str
 ) -> CandidatePlan:
     if room.capacity > target.capacity:
         raise InputError(
             f"{target.name} of {files.path} holds {target.capacity} tokens, {room.capacity} are asked for: "
             "lower --position, --prompt-tokens or --steps"
         )
-    request = {**room.request(kind, config), "path": str(files.path), "target": target.name}
+    request = {**room.request(kind, model), "path": str(files.path), "target": target.name}
     prefill = files.manifest["targets"][target.name].get("prefill")
     return CandidatePlan(
-        name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request
+        name=name, kind=kind, model=model, target=target, path=files.path, prefill=prefill, request=request
     )
 
 
-def _baseline_candidate(
-    kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room
-) -> CandidatePlan:
+def _baseline_candidate(kind: str, files: BundleFiles, target: Target, model: ModelInfo, room: _Room) -> CandidatePlan:
     reference = files.path / "reference"
     request = {
-        **room.request(kind, config),
-        "config": config.to_dict(),
+        **room.request(kind, model),
+        "config": files.manifest["config"],
         "reference": str(reference) if reference.is_dir() else None,
         "capacity": target.capacity,
     }
-    return CandidatePlan(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
+    return CandidatePlan(name=kind, kind=kind, model=model, target=None, path=None, prefill=None, request=request)
 
 
 def _once(values: Sequence[_Value]) -> tuple[_Value, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.bundle import BundleFiles
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import ModelInfo
 from crt_export.text import begin_rows, read_text
 from crt_export.tokenizer import TOKENIZER_FILE, NoTokenizer, Tokenizer, load_tokenizer
 
@@ -121,13 +121,13 @@ class PromptText:
 
 
 def prompt_text(
-    files: BundleFiles, config: ModelConfig, length: int, *, text: Path | None, tokens: Path | None
+    files: BundleFiles, model: ModelInfo, length: int, *, text: Path | None, tokens: Path | None
 ) -> PromptText:
     """The first ``length`` ids of a text file or a .npy file; without either of the text that comes with the package.
 
     Args:
         files: The bundle whose tokenizer reads the text.
-        config: Its model; one without a tokenizer gets random ids unless ``tokens`` are given.
+        model: Its model; one without a tokenizer gets random ids unless ``tokens`` are given.
         length: Ids that are needed; a shorter text is repeated.
         text: A UTF-8 file.
         tokens: A .npy file with one one-dimensional array of integers.
@@ -135,13 +135,13 @@ def prompt_text(
     Raises:
         InputError, MissingDependencyError, BundleError: As :func:`crt_export.text.read_text` and a bundle's tokenizer.
     """
-    if text is None and tokens is None and config.tokenizer == "none":
+    if text is None and tokens is None and model.tokenizer == "none":
         return PromptText(ids=(), source="random token ids")
     tokenizer: Tokenizer = NoTokenizer()
     if tokens is None:
-        content = files.content(TOKENIZER_FILE) if config.tokenizer == TOKENIZER_FILE else None
-        tokenizer = load_tokenizer(files.path, config, content)
-    read = read_text(config, tokenizer, text=text, tokens=tokens)
+        content = files.content(TOKENIZER_FILE) if model.tokenizer == TOKENIZER_FILE else None
+        tokenizer = load_tokenizer(files.path, model, content)
+    read = read_text(model, tokenizer, text=text, tokens=tokens)
     return PromptText(ids=tuple(read.ids[:length].tolist()), source=read.source)
 
 

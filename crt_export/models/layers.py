@@ -57,8 +57,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if gain.ndim == 1:
-            return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps).to(self.weight.dtype)
-        return (F.layer_norm(x, x.shape[-1:], eps=self.eps) * gain + bias).to(self.weight.dtype)
+            return F.layer_norm(x, gain.shape, gain, bias, self.eps).to(self.weight.dtype)
+        size = gain.shape[-1:]  # the operator takes one gain for all heads
+        y = F.layer_norm(x, size, gain.new_ones(size), gain.new_zeros(size), self.eps)
+        return (y * gain + bias).to(self.weight.dtype)
 
 
 class RmsNorm(nn.Module):
@@ -72,8 +74,9 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain = self.weight.to(x.dtype)
         if gain.ndim == 1:
-            return F.rms_norm(x, x.shape[-1:], gain, self.eps).to(self.weight.dtype)
-        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * gain).to(self.weight.dtype)
+            return F.rms_norm(x, gain.shape, gain, self.eps).to(self.weight.dtype)
+        size = gain.shape[-1:]  # the operator takes one gain for all heads
+        return (F.rms_norm(x, size, gain.new_ones(size), self.eps) * gain).to(self.weight.dtype)
 
 
 NORMS: Mapping[str, type[LayerNorm] | type[RmsNorm]] = MappingProxyType({"layer": LayerNorm, "rms": RmsNorm})

@@ -47,8 +47,8 @@ struct ModelConfig {
   bool iterated = false;    ///< whether a chunk takes several passes, each fed the states of the one before
   bool relative = true;     ///< whether what caches hold may move to earlier positions
 
-  /// Latest tokens that any cache still shows to the next one, itself included: what a full row has to keep. Unset where
-  /// rows cannot move: a cache shows all tokens, or they know where they stand.
+  /// Latest tokens that any cache shows to the next one, itself included: what a full row has to keep. Unset where rows
+  /// cannot move: a cache shows all tokens, or they know where they stand.
   std::optional<std::int64_t> window() const;
 };
 

@@ -150,9 +150,9 @@ GraphContract graph_contract(const std::string& graph, const ModelConfig& config
     bound.continues.emplace_back(from, to);
   };
   const bool iterates = config.iterated && graph != names::kGraphStep;
-  for (const StateSpec& state : config.states) {
-    carry(names::next_state(state.name), names::state(state.name), shape_of_tokens(kBatch, 1, state.shape));
-    if (iterates) carry(names::next_iterate(state.name), names::iterate(state.name), shape_of_tokens(kBatch, kSeq, state.shape));
+  for (const auto& [name, shape] : config.states) {
+    carry(names::next_state(name), names::state(name), shape_of_tokens(kBatch, 1, shape));
+    if (iterates) carry(names::next_iterate(name), names::iterate(name), shape_of_tokens(kBatch, kSeq, shape));
   }
   if (iterates) bound.outputs.push_back({names::kResidual, DType::float32, {kBatch}});
   for (std::size_t index = 0; index < config.caches.size(); ++index) {

@@ -30,9 +30,9 @@ SessionCaches::SessionCaches(Engine& engine, const TensorSizes& sizes, bool rows
       block_(engine.host_memory() && !engine.fixed_capacity() ? kCacheBlock : sizes.capacity),
       group_rows_(rows_are_independent ? sizes.batch : 1) {
   for (std::size_t index = 0; index < count(); ++index) {
-    const bool keys = index % 2 == 0;
+    const std::size_t cache = index / 2;
     index_by_name_[cache_name(index)] = index;
-    index_by_name_[keys ? names::present_key_values_key(index / 2) : names::present_key_values_value(index / 2)] = index;
+    index_by_name_[index % 2 == 0 ? names::present_key_values_key(cache) : names::present_key_values_value(cache)] = index;
   }
   for (std::int64_t start = 0; start < sizes.batch; start += group_rows_) {
     CacheGroup& group = groups_.emplace_back();

@@ -126,7 +126,7 @@ const std::string& Session::target() const noexcept { return impl_->setup.target
 std::int64_t Session::batch() const noexcept { return impl_->setup.sizes.batch; }
 std::int64_t Session::capacity() const noexcept { return impl_->setup.sizes.capacity; }
 std::int64_t Session::vocab_size() const noexcept { return impl_->setup.sizes.model.vocab; }
-const std::vector<std::int64_t>& Session::eos_token_ids() const noexcept { return impl_->setup.sizes.model.eos_token_ids; }
+const std::vector<std::int64_t>& Session::eos_token_ids() const noexcept { return config().eos_token_ids; }
 const std::int64_t* Session::position() const noexcept { return impl_->decoder.position().data(); }
 
 const float* Session::logits() {
@@ -227,7 +227,8 @@ Snapshot Session::Impl::snapshot() {
                                       history.recent().data(), history.recent().size()));
   const auto vocab_values = static_cast<std::size_t>(sizes.batch * sizes.model.vocab);
   taken.tensors.push_back(tensor_from(names::kLogits, "F32", {sizes.batch, sizes.model.vocab}, logits(), vocab_values));
-  taken.tensors.push_back(tensor_from("seen", "U8", {sizes.batch, sizes.model.vocab}, history.seen().data(), vocab_values));
+  taken.tensors.push_back(
+      tensor_from("seen", "U8", {sizes.batch, sizes.model.vocab}, history.seen().data(), vocab_values));
   for (const auto& [name, buffer] : tensors.states()) {
     const auto* values = static_cast<const float*>(buffer->read());
     taken.tensors.push_back(tensor_from(name, "F32", buffer->shape(), values, buffer->bytes() / sizeof(float)));

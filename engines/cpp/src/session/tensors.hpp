@@ -25,6 +25,8 @@
 
 namespace crt {
 
+using NamedBuffers = std::vector<std::pair<std::string, Buffer*>>;
+
 class SessionTensors {
  public:
   /// Allocates everything, zeroed; the logits are NaN, because a row without any token has none.
@@ -44,7 +46,7 @@ class SessionTensors {
   /// float32 [batch, vocab]: each row's after its last call, NaN if it had none; valid until the next call.
   const float* logits() { return static_cast<const float*>(logits_->read()); }
   /// Current states, float32 [batch, 1, *shape], and the names of the graphs' inputs.
-  const std::vector<std::pair<std::string, Buffer*>>& states() const noexcept { return double_buffer_[current_].states; }
+  const NamedBuffers& states() const noexcept { return double_buffer_[current_].states; }
   /// int64 [batch]: the engine's argmax of the rows that took part in the last call.
   const std::int64_t* next_tokens() const noexcept { return double_buffer_[current_].held_ids.data(); }
 
@@ -70,7 +72,7 @@ class SessionTensors {
     Tensors tensors;  ///< by the name of the input
     Buffer* ids = nullptr;
     Buffer* position = nullptr;
-    std::vector<std::pair<std::string, Buffer*>> states;
+    NamedBuffers states;
     std::vector<std::int64_t> held_ids;
     std::vector<std::int64_t> held_positions;
   };

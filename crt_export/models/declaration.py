@@ -126,7 +126,8 @@ class Carried:
         """Read what :meth:`to_dict` wrote, and was checked against the schema of the manifest.
 
         Raises:
-            ValueError: A cache names a rotation that is not there, or ``iterated`` contradicts the rest.
+            ValueError: A cache names a rotation that is not there or not its own, two states have one name, or
+                ``iterated`` contradicts the rest.
         """
         rotaries = [
             Rotary(layout=entry["layout"], frequencies=tuple(map(float, entry["frequencies"])))
@@ -142,6 +143,9 @@ class Carried:
         )
         if carried.iterated != values["iterated"]:
             raise ValueError(f"iterated is {values['iterated']}, its states say {carried.iterated}")
+        names = [state.name for state in carried.states]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two states have one name, found {', '.join(names)}")
         return carried
 
 
@@ -151,6 +155,8 @@ def _named(rotaries: Sequence[Rotary], entry: Mapping[str, Any]) -> Rotary | Non
         return None
     if not 0 <= index < len(rotaries):
         raise ValueError(f"cache {entry['name']!r} names rotation {index} of {len(rotaries)}")
+    if len(rotaries[index].frequencies) != entry["head_dim"] // 2:
+        raise ValueError(f"cache {entry['name']!r} has heads of {entry['head_dim']}, its rotation not as many pairs")
     return rotaries[index]
 
 
@@ -203,6 +209,9 @@ class ModelInfo:
         Raises:
             ValueError: It contradicts itself.
         """
+        carried = Carried.from_dict(values)
+        if any(state.name == HIDDEN and state.shape != (values["hidden"],) for state in carried.states):
+            raise ValueError(f"the state 'hidden' is what the head reads, so its shape is [{values['hidden']}]")
         return cls(
             model_type=values["architecture"],
             vocab_size=values["vocab"],
@@ -211,5 +220,5 @@ class ModelInfo:
             tokenizer=values["tokenizer"],
             bos_token_id=values["bos_token_id"],
             eos_token_ids=tuple(values["eos_token_ids"]),
-            carried=Carried.from_dict(values),
+            carried=carried,
         )

@@ -1,31 +1,42 @@
 """Cache of a model in PyTorch: keys and values of past tokens plus those of the chunk at hand.
 
-A cache is made for one pass. ``extend`` takes a layer's new keys and values, [batch, heads, seq, head_dim], and returns
-all keys and values to attend over; ``mask`` says which of them each query sees (None: all); ``keys`` and ``values``
-then hold, per layer, what the next chunk continues from. With an attention ``window`` of W (``sliding_window`` of the
-configuration) a query at position p sees the keys at p - W + 1 to p, itself included; None lets it see all.
+A cache is made for one pass. ``extend`` takes the new keys and values of one cache, [batch, heads, seq, head_dim], and
+returns all keys and values to attend over and which of them each query sees; ``keys`` and ``values`` then hold, per
+cache, what the next chunk continues from. Extended again in the same pass, a cache replaces what this pass wrote. With
+an attention window of W a query at position p sees the keys at p - W + 1 to p, itself included; None lets it see all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from crt_export.models.declaration import CacheSpec
+
+
+class Attended(NamedTuple):
+    """What queries attend over.
+
+    Attributes:
+        keys: [batch, heads, past and chunk, head_dim].
+        values: Likewise.
+        mask: Bool [batch, 1, seq, keys], True = attend; None: every query sees every key.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
 
 
 class Cache(Protocol):
     """Keys and values for one pass, see the module."""
 
     @property
-    def mask(self) -> Tensor | None:
-        """Bool [batch, 1, seq, keys], True = attend; None: every query sees every key."""
-        ...
-
-    @property
     def keys(self) -> Sequence[Tensor]:
-        """Per layer, what the next chunk continues from, [batch, heads, past, head_dim]."""
+        """Per cache, what the next chunk continues from, [batch, heads, past, head_dim]."""
         ...
 
     @property
@@ -33,8 +44,8 @@ class Cache(Protocol):
         """Like ``keys``."""
         ...
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one layer's new keys and values; returns all of them, past first."""
+    def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
+        """Add new keys and values to the cache of that number, behind what it came in with."""
         ...
 
 
@@ -42,23 +53,51 @@ class AppendedCache:
     """Puts the new keys behind the cached ones and leaves the cache itself as it was.
 
     Args:
-        past_keys: Per layer [batch, heads, past, head_dim]; entries at and beyond ``position`` are not attended.
+        specs: What the caches are.
+        past_keys: Per cache [batch, heads, past, head_dim]; entries at and beyond ``position`` are not attended.
         past_values: Likewise.
         position: Valid entries of the past per row, int64 [batch].
         seq: Tokens of the chunk, causal among themselves.
-        window: Keys that a query sees, itself included; None: all.
     """
 
     def __init__(
         self,
+        specs: Sequence[CacheSpec],
         past_keys: Sequence[Tensor],
         past_values: Sequence[Tensor],
         position: Tensor,
         seq: int,
-        window: int | None = None,
     ) -> None:
+        self._specs = specs
         self._past = list(zip(past_keys, past_values, strict=True))
-        past = past_keys[0].shape[2]
+        self._position, self._seq = position, seq
+        self._masks: dict[int | None, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        for spec in specs:
+            self._mask(spec.window)
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return [self._keys[index] for index in range(len(self._specs))]
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [self._values[index] for index in range(len(self._specs))]
+
+    def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
+        past_keys, past_values = self._past[index]
+        self._keys[index] = torch.cat([past_keys, keys], dim=2)
+        self._values[index] = torch.cat([past_values, values], dim=2)
+        return Attended(self._keys[index], self._values[index], self._mask(self._specs[index].window))
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            self._masks[window] = self._new_mask(window)
+        return self._masks[window]
+
+    def _new_mask(self, window: int | None) -> Tensor:
+        position, seq, past = self._position, self._seq, self._past[0][0].shape[2]
         index = torch.arange(seq, device=position.device)
         slot = torch.arange(past, device=position.device)
         seen = (slot < position[:, None])[:, None, None, :]
@@ -68,46 +107,39 @@ class AppendedCache:
             seen = seen & (query[:, :, None] - window < slot)[:, None]
             causal = causal & (index[:, None] - window < index)[None, None]
         batch = position.shape[0]
-        self.mask: Tensor | None = torch.cat(
-            [seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1
-        )
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        past_keys, past_values = self._past[layer]
-        self.keys.append(torch.cat([past_keys, keys], dim=2))
-        self.values.append(torch.cat([past_values, values], dim=2))
-        return self.keys[-1], self.values[-1]
+        return torch.cat([seen.expand(batch, 1, seq, past), causal.expand(batch, 1, seq, seq)], dim=-1)
 
 
 class GrowingCache:
-    """Room for ``seq`` more tokens, filled one token a call without copying; needs no mask. Inference only."""
+    """Room for ``seq`` more tokens, filled one token a pass without copying; needs no mask. Inference only."""
 
     def __init__(
-        self, past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int, window: int | None = None
+        self, specs: Sequence[CacheSpec], past_keys: Sequence[Tensor], past_values: Sequence[Tensor], seq: int
     ) -> None:
-        self.mask: Tensor | None = None
-        self._window = window
-        self._used = [tensor.shape[2] for tensor in past_keys]
+        self._specs = specs
+        self._used = past_keys[0].shape[2]
         self._keys = [self._with_room(tensor, seq) for tensor in past_keys]
         self._values = [self._with_room(tensor, seq) for tensor in past_values]
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        start, end = self._used[layer], self._used[layer] + keys.shape[2]
-        self._keys[layer][:, :, start:end] = keys
-        self._values[layer][:, :, start:end] = values
-        self._used[layer] = end
-        first = 0 if self._window is None else max(0, end - self._window)
-        return self._keys[layer][:, :, first:end], self._values[layer][:, :, first:end]
+    def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
+        end = self._used + 1
+        self._keys[index][:, :, self._used : end] = keys
+        self._values[index][:, :, self._used : end] = values
+        window = self._specs[index].window
+        first = 0 if window is None else max(0, end - window)
+        return Attended(self._keys[index][:, :, first:end], self._values[index][:, :, first:end], None)
+
+    def advance(self) -> None:
+        """Go on to the next token's pass."""
+        self._used += 1
 
     @property
     def keys(self) -> list[Tensor]:
-        return [tensor[:, :, :used] for tensor, used in zip(self._keys, self._used, strict=True)]
+        return [tensor[:, :, : self._used] for tensor in self._keys]
 
     @property
     def values(self) -> list[Tensor]:
-        return [tensor[:, :, :used] for tensor, used in zip(self._values, self._used, strict=True)]
+        return [tensor[:, :, : self._used] for tensor in self._values]
 
     @staticmethod
     def _with_room(past: Tensor, seq: int) -> Tensor:

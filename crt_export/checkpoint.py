@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from crt_export.config import ModelConfig, load_config
 from crt_export.errors import CheckpointError, problem_list
+from crt_export.models.registry import tensor_shapes
 from crt_export.strict_json import json_problem, parse_json
 from crt_export.user_files import is_input, open_input, read_input
 
@@ -82,35 +83,6 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     stored_dtypes: tuple[str, ...]
     sha256: str
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor ``model.safetensors`` must hold, linears as [out, in]."""
-    c, v, f = config.hidden_size, config.vocab_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (v, c)}
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (c,)
-
-    def linear(name: str, out: int, into: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
-
-    if config.recurrent:
-        g = config.correction_intermediate_size or 0
-        norm("correction.norm")
-        linear("correction.up", g, c)
-        linear("correction.down", c, g)
-    for i in range(config.num_hidden_layers):
-        norm(f"layers.{i}.attn_norm")
-        for projection in "qkvo":
-            linear(f"layers.{i}.attn.{projection}", c, c)
-        norm(f"layers.{i}.mlp_norm")
-        linear(f"layers.{i}.mlp.up", f, c)
-        linear(f"layers.{i}.mlp.down", c, f)
-    norm("final_norm")
-    if not config.tie_word_embeddings:
-        linear("lm_head", v, c)
-    return shapes
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:

@@ -16,14 +16,22 @@ from torch.nn import functional as F
 _INTERLEAVED = "interleaved"
 
 
-def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of ``position * theta^(-2j/head_dim)``, float32 [positions, head_dim/2], computed in float64."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+#: cos and sin of the angles at some positions, see :func:`rope_at`.
+Rope = tuple[Tensor, ...]
+
+
+def frequencies_from_base(theta: float, head_dim: int) -> tuple[float, ...]:
+    """``theta^(-2j/head_dim)``, radians per position of each pair, [head_dim/2], computed in float64."""
+    return tuple((theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)).tolist())
+
+
+def rope_tables(positions: int, frequencies: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``position * frequency``, float32 [positions, head_dim/2], computed in float64."""
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return angle.cos().float(), angle.sin().float()
 
 
-def rope_at(tables: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
+def rope_at(tables: Sequence[Tensor], positions: Tensor) -> Rope:
     """What :func:`rotate` rotates by at some positions.
 
     Args:
@@ -38,7 +46,7 @@ def rope_at(tables: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
     return rows if torch.compiler.is_exporting() else tuple(row.unsqueeze(1) for row in rows)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, ...], layout: str) -> Tensor:
+def rotate(x: Tensor, rope: Rope, layout: str) -> Tensor:
     """Rotary embedding, ``(a cos - b sin, a sin + b cos)`` on the pairs of the layout.
 
     Args:

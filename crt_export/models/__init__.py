@@ -1,0 +1,1 @@
+"""Language models: what each one declares, its equations, and its weights."""

@@ -8,6 +8,7 @@ from crt_export import __version__
 from crt_export.cli.bench import bench
 from crt_export.cli.build import build
 from crt_export.cli.compare import compare
+from crt_export.cli.convert import convert
 from crt_export.cli.doctor import doctor
 from crt_export.cli.generate import generate
 from crt_export.cli.init import init
@@ -32,6 +33,7 @@ def app(debug: bool) -> None:
 
 for command in (
     init,
+    convert,
     build,
     validate,
     bench,

@@ -25,6 +25,7 @@ from crt_export.user_files import is_input, open_input, read_input
 #: Safetensors dtype to PyTorch dtype; no other kind holds weights that can be converted.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_HEADER_BYTES = 100_000_000
+_PIECE = 1 << 24
 _MOST_JSON_BYTES = 1 << 26
 _PICKLE = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.(bin|pt|pth)|.*\.(pt|pth|ckpt|pkl)|consolidated.*")
 _PICKLE_ADVICE = """pickled weights may run code and are never loaded; convert them where you trust them:
@@ -70,6 +71,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as it is stored."""
+        ...
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal, dtype and all."""
         ...
 
     def document(self, name: str) -> dict[str, Any] | None:
@@ -129,6 +134,18 @@ class HuggingFaceFolder:
     def read(self, name: str) -> torch.Tensor:
         """One tensor as it is stored."""
         return read_tensor(self.tensors[name])
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal, compared piece by piece."""
+        one, other = self.tensors[first], self.tensors[second]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        size = _bytes(one)
+        with open_input(one.file) as a, open_input(other.file) as b:
+            a.seek(one.offset)
+            b.seek(other.offset)
+            steps = [min(_PIECE, size - done) for done in range(0, size, _PIECE)]
+            return all(a.read(step) == b.read(step) for step in steps)
 
     def document(self, name: str) -> dict[str, Any] | None:
         """A JSON object beside the weights."""

@@ -153,7 +153,7 @@ class _Table:
             return True
         if weight not in self._stored or embed not in self._stored:
             return False
-        if self._stored[weight].shape == self._stored[embed].shape and _equal(self._source, weight, embed):
+        if self._source.same(weight, embed):
             self._used.add(weight)
             return False
         return True
@@ -302,10 +302,6 @@ def _is_no_weight(name: str, stored: StoredTensor) -> bool:
     if name.endswith((".attn.bias", ".attention.bias")):
         return len(stored.shape) == 4
     return name.endswith(("rotary_emb.inv_freq", ".masked_bias"))
-
-
-def _equal(source: Source, first: str, second: str) -> bool:
-    return bool(torch.equal(source.read(first), source.read(second)))
 
 
 def _new_correction(name: str, shape: tuple[int, ...]) -> Recipe:

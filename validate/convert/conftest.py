@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.convert.folder import HuggingFaceFolder
@@ -135,10 +136,24 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {**_GROUPED, "sliding_window": 8}),
     "nemotron": ("Nemotron", {**_GROUPED, "head_dim": 8}),
 }
-#: Families that are refused, for tests of why.
-_REFUSED: Mapping[str, tuple[str, dict[str, Any]]] = {
+#: For single tests: a family that is refused, and what GGUF can hold.
+_OTHERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text plain": (
+        "Gemma3Text",
+        {**_GROUPED, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    ),
+    "llama wide": ("Llama", {**_GROUPED, "intermediate_size": 64}),
     "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
     "gemma2 uncapped": ("Gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": None}),
+}
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
 }
 _LENGTH = 60
 #: Right conversions differ by 6e-8 to 7e-6, the smallest of the mistakes of test_faults.py by more than 1e-4.
@@ -193,7 +208,7 @@ def _saved(name: str, folder: Path) -> tuple[Path, torch.Tensor]:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        kind, values = {**VARIANTS, **_REFUSED}[name]
+        kind, values = {**VARIANTS, **_OTHERS}[name]
         config = getattr(transformers, f"{kind}Config")(**{"max_position_embeddings": 128, **values})
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -256,3 +271,23 @@ def edit_config() -> Callable[..., None]:
         file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
     return edit
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    layer = {f"self_attn.{name}_proj": (16, 16) for name in "qkvo"}
+    layer |= {"mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24)}
+    layer |= {"input_layernorm": (16,), "post_attention_layernorm": (16,)}
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    return {**shapes, "model.embed_tokens.weight": (97, 16), "model.norm.weight": (16,), "lm_head.weight": (97, 16)}
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    """A tiny Llama as transformers would save it, made without transformers."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in _shapes().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_LLAMA))
+    return folder

@@ -13,6 +13,7 @@ from crt_export import __version__
 from crt_export.cli.bench import bench
 from crt_export.cli.build import build, init
 from crt_export.cli.console import write_message
+from crt_export.cli.convert import convert
 from crt_export.cli.doctor import doctor, targets
 from crt_export.cli.generate import generate
 from crt_export.cli.inspect import inspect
@@ -40,7 +41,7 @@ def app(debug: bool) -> None:
 
 
 for command in (
-    init, build, validate, bench, report, compare, selftest, generate, inspect, sign, verify, targets, doctor,
+    init, convert, build, validate, bench, report, compare, selftest, generate, inspect, sign, verify, targets, doctor,
 ):  # fmt: skip
     app.add_command(command)
 

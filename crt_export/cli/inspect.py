@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT")
+@click.argument("path", type=PATH, metavar="BUNDLE|CHECKPOINT|SOURCE")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle (a checkpoint is always read whole).")
 @click.option(
     "--bench",
@@ -24,11 +24,20 @@ if TYPE_CHECKING:
     metavar="BENCH.json",
     help="Show the ms a token that crt-export bench measured of this bundle. Default: BUNDLE.bench.json beside it.",
 )
+@click.option(
+    "--capacity", type=int, default=1024, show_default=True, metavar="N", help="Tokens of the caches of a SOURCE."
+)
 @full_option
 @json_option
-def inspect(path: Path, verify: bool, bench: Path | None, full: bool, as_json: bool) -> None:
-    """Show what a bundle or a checkpoint holds, and check it."""
-    if not _is_checkpoint(path):
+def inspect(path: Path, verify: bool, bench: Path | None, capacity: int, full: bool, as_json: bool) -> None:
+    """Show what a bundle or a checkpoint holds, and check it.
+
+    Of a Hugging Face folder or a GGUF file: what it is, whether `convert` converts it, and the memory of state and
+    caches.
+    """
+    if _is_source(path):
+        _inspect_source(path, capacity, as_json)
+    elif not _is_checkpoint(path):
         _inspect_bundle(path, bench, verify=verify, full=full, as_json=as_json)
     elif bench is not None:
         raise click.UsageError("--bench is for a bundle: a checkpoint has no targets to be measured")
@@ -38,6 +47,48 @@ def inspect(path: Path, verify: bool, bench: Path | None, full: bool, as_json: b
 
 def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() and not (path / "manifest.json").exists()
+
+
+def _is_source(path: Path) -> bool:
+    """Whether it is a model of somebody else's format; a folder whose config.json is damaged is a checkpoint's."""
+    if path.suffix == ".gguf" and path.is_file():
+        return True
+    if (path / "adapter_config.json").exists():
+        return True
+    if not _is_checkpoint(path):
+        return False
+    from crt_export.config import read_config_file
+    from crt_export.errors import CheckpointError
+    from crt_export.models.registry import MODEL_TYPES
+
+    try:
+        config = read_config_file(path)
+    except CheckpointError:
+        return False
+    # our own files name their tokenizer, theirs the version of transformers
+    return config.get("model_type") not in MODEL_TYPES and "tokenizer" not in config and "model_type" in config
+
+
+def _inspect_source(path: Path, capacity: int, as_json: bool) -> None:
+    from crt_export.convert.describe import describe
+
+    document = describe(path, capacity)
+    if as_json:
+        write_json(document)
+        return
+    write_text(f"{path}: {document['kind']}, model_type {document['model_type']}")
+    if not document["converts"]:
+        write_text(f"does not convert: {document['reason']}")
+        return
+    dtypes = ", ".join(document["dtypes"])
+    write_text(f"converts: {document['parameters']:,} parameters, {dtypes}, {document['positions']:,} positions")
+    state, full, half = (
+        readable_size(document[name]) for name in ("state_bytes", "cache_bytes_float32", "cache_bytes_float16")
+    )
+    caches = f"{full} of caches of {capacity:,} tokens in float32, {half} in float16"
+    write_text(f"a row holds {state} of state as a CRT, and {caches}")
+    for note in document["notes"]:
+        write_text(f"note: {note}")
 
 
 def _inspect_bundle(path: Path, given: Path | None, *, verify: bool, full: bool, as_json: bool) -> None:

@@ -45,8 +45,8 @@ def overflow(tensors: dict[str, torch.Tensor]) -> None:
 def write_tiny_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Write a bundle of one precision whose graphs the targets share."""
     config, exporter = model.config, GraphExporter(model)
-    names = [name for name in graph_names(config) if name != "head"]
-    graphs = {name: exporter.graph(name, unroll=config.unroll_steps) for name in names}
+    names = [name for name in graph_names(config.carried) if name != "head"]
+    graphs = {name: exporter.graph(name, unroll=config.carried.passes) for name in names}
     files = {name: f"graphs/{name}.fp32.onnx" for name in graphs}
     with stage_bundle(output) as staging:
         (staging.path / "graphs").mkdir()
@@ -57,12 +57,12 @@ def write_tiny_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint
             "graphs": files,
             "engines": {},
             "capacity": config.max_position_embeddings,
-            "unroll": config.unroll_steps,
+            "unroll": config.carried.passes,
             "cache_dtype": "float32",
-            "prefill": PrefillPlan(passes=config.unroll_steps).to_dict(),
+            "prefill": PrefillPlan(passes=config.carried.passes).to_dict(),
         }
         profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}
-        resolved = [profile.with_unroll(config.unroll_steps) for profile in profiles.values()]
+        resolved = [profile.with_unroll(config.carried.passes) for profile in profiles.values()]
         write_vectors(checkpoint, load_tokenizer(checkpoint.path, config), resolved, None, None, staging.path)
         staging.commit(
             {
@@ -70,6 +70,7 @@ def write_tiny_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint
                 "libraries": {},
                 "validated": False,
                 "config": config.to_dict(),
+                "model": config.info.to_dict(),
                 "checkpoint": {"sha256": checkpoint.sha256},
                 "options": {},
                 "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
@@ -78,7 +79,7 @@ def write_tiny_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint
                         "file": files[name],
                         "graph": name,
                         "precision": "fp32",
-                        "unroll": config.unroll_steps,
+                        "unroll": config.carried.passes,
                         "weights": "graphs/fp32.weights",
                         "quantized_matmuls": 0,
                         "roles": list(_whole().graph_roles(name, config.carried.iterated)),

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from crt_export.config import MOST_LAYERS
 from crt_export.convert.keys import REQUIRED, Keys
 from crt_export.convert.rotary import RotarySet
-from crt_export.errors import UnsupportedError
+from crt_export.errors import CheckpointError, UnsupportedError
 
 #: Activation of transformers to ours; all of these are the tanh form, however they are written.
 ACTIVATIONS: Mapping[str, str] = {
@@ -146,6 +147,10 @@ def sizes(
         "num_hidden_layers": keys.count(layers),
         "num_attention_heads": keys.count(heads),
     }
+    if found["num_hidden_layers"] > MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: {layers} must be at most {MOST_LAYERS}, found {found['num_hidden_layers']}"
+        )
     if inner_default is None:
         inner_default = 4 * found["hidden_size"]
     return {**found, "intermediate_size": keys.count(inner, inner_default)}

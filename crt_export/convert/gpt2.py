@@ -28,7 +28,7 @@ def read_gpt_bigcode(keys: Keys) -> Family:
     keys.skip(
         "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "pre_allocate_kv_cache"
     )
-    keys.skip("validate_runner_input", "max_batch_size", "max_sequence_length")
+    keys.skip("validate_runner_input", "pad_key_length", "max_batch_size", "max_sequence_length")
     keys.only(
         "num_key_value_heads", 1 if single else family.config["num_attention_heads"], why="multi_query decides it"
     )

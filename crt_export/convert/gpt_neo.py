@@ -49,7 +49,7 @@ def read_gpt_neo(keys: Keys) -> Family:
 def _kinds(types: Any, count: int) -> list[str]:
     """The kind of each layer, from pairs of kinds and how often they are repeated."""
     try:
-        kinds = [kind for names, times in types for kind in list(names) * times]
+        kinds = [kind for names, times in types for kind in list(names) * min(times, count)]
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) != count or not set(kinds) <= {"global", "local"}:

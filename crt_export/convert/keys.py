@@ -19,11 +19,13 @@ _NEUTRAL = frozenset(
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
+        "_num_labels",
+        "activation_dropout",
         "architectures",
-        "attn_implementation",
         "attention_dropout",
-        "attn_pdrop",
         "attention_probs_dropout_prob",
+        "attn_implementation",
+        "attn_pdrop",
         "begin_suppress_tokens",
         "bos_token_id",
         "cache_implementation",
@@ -51,6 +53,7 @@ _NEUTRAL = frozenset(
         "init_std",
         "initializer_range",
         "is_decoder",
+        "is_llama_config",
         "label2id",
         "layerdrop",
         "length_penalty",
@@ -68,6 +71,7 @@ _NEUTRAL = frozenset(
         "output_scores",
         "pad_token_id",
         "prefix",
+        "pretraining_tp",
         "problem_type",
         "remove_invalid_values",
         "repetition_penalty",
@@ -91,8 +95,10 @@ _NEUTRAL = frozenset(
         "top_p",
         "torch_dtype",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
         "typical_p",
+        "unsloth_fixed",
         "unsloth_version",
         "use_bfloat16",
         "use_cache",
@@ -104,12 +110,13 @@ _NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (None,),
     "cross_attention_hidden_size": (None,),
     "is_encoder_decoder": (False,),
-    "pretraining_tp": (1,),
     "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
 }
 #: Default of a size that every file names.
 REQUIRED = object()
+#: Beyond every model; what follows from a size must stay small until tensors were held against it.
+_MOST = 1 << 24
 
 
 class Keys:
@@ -128,9 +135,16 @@ class Keys:
     def count(self, name: str, default: Any = REQUIRED) -> int:
         """A whole number above 0; null asks for the default."""
         found = self._given(name, default)
-        if is_integer(found) and found > 0:
+        if is_integer(found) and 0 < found <= _MOST:
             return int(found)
-        raise self._wrong(name, "a whole number above 0", found)
+        raise self._wrong(name, f"a whole number above 0, at most {_MOST}", found)
+
+    def whole(self, name: str, default: int) -> int:
+        """A whole number from 0 on; null asks for the default."""
+        found = self._given(name, default)
+        if is_integer(found) and 0 <= found <= _MOST:
+            return int(found)
+        raise self._wrong(name, f"a whole number from 0 to {_MOST}", found)
 
     def window(self, name: str, default: int | None) -> int | None:
         """A whole number above 0; null is none, absence the default."""

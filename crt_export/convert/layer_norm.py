@@ -38,6 +38,10 @@ def read_starcoder2(keys: Keys) -> Family:
         keys, eps=("norm_epsilon", 1e-5), act=("hidden_act", "gelu_pytorch_tanh"), kv_heads=2, positions=4096, tied=True
     )
     linears = ATTENTION | MLP if keys.flag("use_bias", True) else frozenset()
+    keys.only("scale_attn_weights", True, why="not known for starcoder2")
+    keys.skip(
+        "activation_function", "layer_norm_epsilon", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"
+    )
     keys.only("norm_type", "layer_norm", why="not known for starcoder2")
     keys.only("mlp_type", "default", why="not known for starcoder2")
     layer: Names = {**_QKV, "self_attn.o_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", **PRE_NORMS}

@@ -102,6 +102,7 @@ def configured(family: Family, **values: Any) -> Family:
 
 def read_llama(keys: Keys) -> Family:
     """``llama``: Llama 1 to 3, TinyLlama, SmolLM 1 and 2, and many others."""
+    keys.only("rope_interleaved", False, why="not known for llama")
     return biased(keys, common(keys))
 
 
@@ -112,7 +113,7 @@ def read_mistral(keys: Keys) -> Family:
 
 
 def _qwen_windows(keys: Keys, family: Family) -> Family:
-    count, first = len(family.layers), keys.value("max_window_layers", 28)
+    count, first = len(family.layers), keys.whole("max_window_layers", 28)
     used, window = keys.flag("use_sliding_window", False), keys.window("sliding_window", 4096)
     kinds = keys.names("layer_types", count, (FULL, SLIDING))
     if not used or window is None:
@@ -125,6 +126,7 @@ def _qwen_windows(keys: Keys, family: Family) -> Family:
 
 def read_qwen2(keys: Keys) -> Family:
     """``qwen2``: Qwen 2 and 2.5; biases of queries, keys and values alone."""
+    keys.only("use_mrope", False, why="not known for qwen2")
     family = common(keys, kv_heads=None, positions=32768)
     return _qwen_windows(keys, replace(family, biased=frozenset(QKV)))
 
@@ -163,6 +165,7 @@ def read_phi3(keys: Keys) -> Family:
 def read_smollm3(keys: Keys) -> Family:
     """``smollm3``: every fourth layer turns no keys."""
     family = biased(keys, common(keys, kv_heads=4, positions=32768, theta=2000000.0, tied=True, head_dim=0))
+    keys.skip("max_window_layers")  # its layer_types decide
     count, interval = len(family.layers), keys.count("no_rope_layer_interval", 4)
     turned = keys.names("no_rope_layers", count, (0, 1))
     turned = turned or [int((index + 1) % interval != 0) for index in range(count)]

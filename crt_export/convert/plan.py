@@ -5,6 +5,7 @@ Making a plan reads headers and small files alone, and refuses whatever is to be
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from crt_export.models.registry import tensor_shapes
 from crt_export.models.transformer import TransformerConfig
 
 _MOST_SHOWN = 20
+#: Zeros for biases, gains of norms for each head, a head that is untied: no more than that is added.
+_MOST_TIMES, _SLACK = 3, 1_000_000
 _LAYER = re.compile(r"layers\.([0-9]+)\.(.*)")
 _QUERY_KEY = ("attn.q", "attn.k", "attn.q_norm", "attn.k_norm")
 #: Standard deviation of W1 in a new correction, as of a new model's weights.
@@ -84,7 +87,8 @@ def plan_conversion(source: Source, correction: Correction | None, max_positions
         config = _config(family, tied, correction, max_positions)
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(f"{source.path}: {error}") from None
-    recipes = {name: table.recipe(config, name, shape) for name, shape in tensor_shapes(config).items()}
+    shapes = _shapes(source, config)
+    recipes = {name: table.recipe(config, name, shape) for name, shape in shapes.items()}
     table.check()
     return Plan(family=kind, config=config, recipes=recipes)
 
@@ -107,6 +111,21 @@ def _config(family: Family, tied: bool, correction: Correction | None, most: int
     config = ModelConfig.from_dict(values)
     assert isinstance(config, TransformerConfig)
     return config
+
+
+def _shapes(source: Source, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the checkpoint's tensors, once the sizes are known to be of the order of the source's."""
+    stored = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    try:
+        shapes = tensor_shapes(config)
+    except RuntimeError:  # more bytes than 64 bits count
+        shapes = {}
+    own = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("correction."))
+    if not shapes or own > _MOST_TIMES * stored + _SLACK:
+        raise CheckpointError(
+            f"{source.path}: config.json describes a model of {own:,} parameters or more, its weights are {stored:,}"
+        )
+    return shapes
 
 
 def _attention(family: Family) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def _begin(source: Source, content: bytes) -> int | None:
         library.no_truncation()
         alone = library.encode("x", add_special_tokens=False).ids
         whole = library.encode("x", add_special_tokens=True).ids
-    before = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
+    where = (n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
+    before = next(where, 0) if alone else len(whole)
     if before > 1:
         raise UnsupportedError(
             f"{source.path / TOKENIZER}: it puts {before} tokens before every text, {whole[:before]}, "

@@ -95,7 +95,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 12.0,
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
+            "logits_scaling": 0.8,
         },
     ),
     "olmo": ("Olmo", _GROUPED),
@@ -131,10 +131,10 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {**_GROUPED, "use_qkv_bias": True}),
     "stablelm 12b": ("StableLm", {**_GROUPED, "qk_layernorm": True, "use_parallel_residual": True}),
     "cohere": ("Cohere", _GROUPED),
-    "cohere norms": ("Cohere", {**_GROUPED, "use_qk_norm": True}),
-    "cohere2": ("Cohere2", {**_GROUPED, "num_hidden_layers": 4, "sliding_window": 8}),
+    "cohere norms": ("Cohere", {**_GROUPED, "use_qk_norm": True, "logit_scale": 1.5}),
+    "cohere2": ("Cohere2", {**_GROUPED, "num_hidden_layers": 4, "sliding_window": 8, "logit_scale": 0.9}),
     "starcoder2": ("Starcoder2", {**_GROUPED, "sliding_window": 8}),
-    "nemotron": ("Nemotron", {**_GROUPED, "head_dim": 8}),
+    "nemotron": ("Nemotron", {**_GROUPED, "num_hidden_layers": 2, "head_dim": 8}),
 }
 #: For single tests: a family that is refused, and what GGUF can hold.
 _OTHERS: Mapping[str, tuple[str, dict[str, Any]]] = {

@@ -95,7 +95,7 @@ def test_an_unknown_type(source: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("hidden_size", "sixteen", "hidden_size must be a whole number above 0, found 'sixteen'"),
+        ("hidden_size", "sixteen", "hidden_size must be a whole number above 0, at most 16777216, found 'sixteen'"),
         ("hidden_size", None, "missing key 'hidden_size'"),
         ("num_hidden_layers", 0, "num_hidden_layers must be a whole number above 0"),
         ("num_attention_heads", True, "num_attention_heads must be"),
@@ -105,6 +105,10 @@ def test_an_unknown_type(source: Path) -> None:
         ("rope_parameters", {"rope_type": "linear"}, "a number is needed for factor"),
         ("rope_parameters", {"rope_theta": "big"}, "a number is needed for rope_theta"),
         ("num_key_value_heads", 3, "not a multiple"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers must be at most 4096"),
+        ("hidden_size", 2**40, "hidden_size must be a whole number above 0, at most"),
+        ("head_dim", 2**24, "describes a model of"),
+        ("vocab_size", 2**24, "describes a model of"),
         ("max_position_embeddings", 2**40, "at most"),
         ("eos_token_id", "end", "eos_token_id must be an integer"),
     ],

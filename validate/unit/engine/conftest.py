@@ -26,10 +26,10 @@ def _write_alone(graph: ir.Model, folder: Path) -> Path:
 
 def _compile_graph(graph: ir.Model, config: ModelConfig, profile: EngineProfile, folder: Path) -> CompiledEngine:
     name = str(graph.graph.name)
-    unroll = config.unroll_steps if name == "prefill" else 1
+    unroll = config.carried.passes if name == "prefill" else 1
     fix_capacity(graph, profile.capacity)
     separate_rotation(graph)
-    if attention_of_profile(profile, config) == "decomposed":
+    if attention_of_profile(profile, config.carried) == "decomposed":
         decompose_attention(graph)
     linears = expected_matmuls(config, name, unroll)
     return build_engine(_write_alone(graph, folder), profile, graph_name=name, unroll=unroll, linears=linears)

@@ -11,7 +11,7 @@ from typing import Any
 from recording_tensorrt import VERSION, recorded_engine
 
 from crt_export.bundle import MANIFEST_NAME, stage_bundle
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.spec import graph_spec
 
@@ -40,24 +40,24 @@ def add_recorded_target(
     """
     manifest = json.loads((source / MANIFEST_NAME).read_text())
     graphs = manifest["targets"][base]
-    config = ModelConfig.from_dict(manifest["config"])
+    model = ModelInfo.from_dict(manifest["model"])
     with stage_bundle(output) as staging:
         for name in manifest["files"]:
             (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, staging.path / name)
         for profile in profiles:
-            manifest["targets"][profile.name] = _target(graphs, profile, config, staging.path, output)
+            manifest["targets"][profile.name] = _target(graphs, profile, model, staging.path, output)
         staging.commit({key: value for key, value in manifest.items() if key not in ("files", "schema_version")})
 
 
 def _target(
-    base: dict[str, Any], profile: EngineProfile, config: ModelConfig, folder: Path, output: Path
+    base: dict[str, Any], profile: EngineProfile, model: ModelInfo, folder: Path, output: Path
 ) -> dict[str, Any]:
     engines = {}
     for graph in GRAPHS:
         unroll = base["unroll"] if graph == "prefill" else 1
         name = f"engines/{profile.name}/{graph}.engine"
-        contract = graph_spec(graph, config, base["cache_dtype"], profile.capacity)
+        contract = graph_spec(graph, model, base["cache_dtype"], profile.capacity)
         ranges = {"batch": (profile.batch.min, profile.batch.max), "seq": (profile.seq.min, profile.seq.max)}
         plan, tensors = recorded_engine(output / base["graphs"][graph], contract, ranges)
         sidecar = {

@@ -25,7 +25,7 @@ Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 @pytest.fixture(autouse=True)
 def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
-    monkeypatch.setattr(graphs, "attention_of_profile", lambda profile, config: "fused")
+    monkeypatch.setattr(graphs, "attention_of_profile", lambda profile, carried: "fused")
 
 
 @pytest.fixture

@@ -62,10 +62,12 @@ class Exported:
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
     def caches(self, batch: int) -> Arrays:
-        config = self.model.config
-        shape = (batch, config.num_attention_heads, CAPACITY, config.head_dim)
-        sides = [(i, side) for i in range(config.num_hidden_layers) for side in ("key", "value")]
-        return {f"past_key_values.{i}.{side}": np.zeros(shape, np.float32) for i, side in sides}
+        caches = enumerate(self.model.carried.caches)
+        sides = [(i, spec, side) for i, spec in caches for side in ("key", "value")]
+        return {
+            f"past_key_values.{i}.{side}": np.zeros((batch, spec.heads, CAPACITY, spec.head_dim), np.float32)
+            for i, spec, side in sides
+        }
 
     def start(self, batch: int, seq: int) -> Arrays:
         hidden = self.model.config.hidden_size
@@ -98,7 +100,7 @@ def exported(
     model = model_from_checkpoint(load_checkpoint(make_checkpoint(**KINDS[request.param])))
     folder = tmp_path_factory.mktemp("graphs")
     exporter = GraphExporter(model)
-    graphs = {name: exporter.graph(name, unroll=UNROLL) for name in graph_names(model.config)}
+    graphs = {name: exporter.graph(name, unroll=UNROLL) for name in graph_names(model.carried)}
     weights = write_weights(graphs, folder / "fp32.weights")
     options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 1
@@ -124,8 +126,8 @@ def test_graphs_of_a_model(exported: Exported) -> None:
 
 
 def test_step_chain_is_the_recurrence(exported: Exported, ids: np.ndarray) -> None:
-    h, _ = exported.model.sequential(torch.from_numpy(ids))
-    expected = exported.model.head(h).numpy()
+    decoded, _ = exported.model.sequential(torch.from_numpy(ids))
+    expected = exported.model.head(decoded.hidden).numpy()
     feed = exported.start(3, 1)
     for t in range(ids.shape[1]):
         out = exported.run("step", input_ids=ids[:, t : t + 1], **feed)
@@ -143,11 +145,12 @@ def test_prefill_takes_rows_of_different_length(exported: Exported, ids: np.ndar
     out = exported.run("prefill", input_ids=ids, length=length, **feed)
     np.testing.assert_array_equal(out["next_position"], length)
     for row in range(2):
-        carry = exported.model.start(1)
-        if exported.model.config.carried.iterated:
-            carry.state[:] = torch.from_numpy(feed["state"][row])
+        state = exported.model.start(1)
+        for values in state.states.values():
+            values[:] = torch.from_numpy(feed["state"][row])
         passes = UNROLL if exported.model.config.carried.iterated else 1
-        h, _, residual = exported.model.unroll(torch.from_numpy(ids[row : row + 1, : length[row]]), passes, carry)
+        done, _, residual = exported.model.unroll(torch.from_numpy(ids[row : row + 1, : length[row]]), passes, state)
+        h = done.hidden
         np.testing.assert_allclose(out["next_hidden"][row, : length[row]], h[0].numpy(), atol=2e-5)
         np.testing.assert_allclose(out["logits"][row], exported.model.head(h[0, -1]).numpy(), atol=2e-5)
         if exported.model.config.carried.iterated:
@@ -161,9 +164,9 @@ def test_prefill_takes_rows_of_different_length(exported: Exported, ids: np.ndar
 def test_prefill_hands_over_to_steps(exported: Exported, ids: np.ndarray) -> None:
     model, passes = exported.model, UNROLL if exported.model.config.carried.iterated else 1
     out = exported.run("prefill", input_ids=ids[:, :5], length=np.full(3, 5), **exported.start(3, 5))
-    _, carry, _ = model.unroll(torch.from_numpy(ids[:, :5]), passes)
-    h, _ = model.sequential(torch.from_numpy(ids[:, 5:]), carry)
-    expected = model.head(h).numpy()
+    _, state, _ = model.unroll(torch.from_numpy(ids[:, :5]), passes)
+    decoded, _ = model.sequential(torch.from_numpy(ids[:, 5:]), state)
+    expected = model.head(decoded.hidden).numpy()
     for t in range(4):
         out = exported.run("step", input_ids=ids[:, 5 + t : 6 + t], **carried(out))
         np.testing.assert_allclose(out["logits"], expected[:, t], atol=3e-5)
@@ -171,11 +174,11 @@ def test_prefill_hands_over_to_steps(exported: Exported, ids: np.ndarray) -> Non
 
 def test_second_chunk_continues_at_its_position(exported: Exported, ids: np.ndarray) -> None:
     """Chunks no longer than K are exact, so two of them equal the recurrence."""
-    h, _ = exported.model.sequential(torch.from_numpy(ids[:, :6]))
+    decoded, _ = exported.model.sequential(torch.from_numpy(ids[:, :6]))
     first = exported.run("prefill", input_ids=ids[:, :3], length=np.full(3, 3), **exported.start(3, 3))
     zeros = np.zeros_like(first["next_hidden"])
     second = exported.run("prefill", input_ids=ids[:, 3:6], length=np.full(3, 3), hidden=zeros, **carried(first))
-    np.testing.assert_allclose(second["next_hidden"], h[:, 3:].numpy(), atol=3e-5)
+    np.testing.assert_allclose(second["next_hidden"], decoded.hidden[:, 3:].numpy(), atol=3e-5)
 
 
 def test_repeated_pass_is_the_unrolled_prefill(exported: Exported, ids: np.ndarray) -> None:

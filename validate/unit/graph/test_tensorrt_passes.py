@@ -194,15 +194,15 @@ def test_separating_a_rotation_needs_one(graph: Callable[[str], ir.Model]) -> No
 def test_auto_takes_the_fused_form_where_there_is_a_kernel(
     tiny_config: Callable[..., ModelConfig], changes: dict[str, int], form: str
 ) -> None:
-    config = tiny_config(**changes)
+    carried = tiny_config(**changes).carried
     profile = load_profile("rtx-sm80-fp16")
-    assert attention_of_profile(profile, config) == form
-    assert attention_of_profile(load_profile("rtx-sm80-int8"), config) == form
-    assert attention_of_profile(load_profile("ort-cpu-fp32"), config) == "fused"
-    assert attention_of_profile(dataclasses.replace(profile, attention="decomposed"), config) == "decomposed"
+    assert attention_of_profile(profile, carried) == form
+    assert attention_of_profile(load_profile("rtx-sm80-int8"), carried) == form
+    assert attention_of_profile(load_profile("ort-cpu-fp32"), carried) == "fused"
+    assert attention_of_profile(dataclasses.replace(profile, attention="decomposed"), carried) == "decomposed"
     insisting = dataclasses.replace(profile, attention="fused")
     if form == "fused":
-        assert attention_of_profile(insisting, config) == "fused"
+        assert attention_of_profile(insisting, carried) == "fused"
         return
     with pytest.raises(UnsupportedError, match='no kernel for attention = "fused"'):
-        attention_of_profile(insisting, config)
+        attention_of_profile(insisting, carried)

@@ -49,8 +49,8 @@ def test_extremes_cover_first_pass_later_passes_and_decoding(model: LanguageMode
 
     def every_regime() -> None:
         for passes in (1, 2, 3):
-            model.head(model.unroll(ids, passes)[0])
-        model.head(model.sequential(ids)[0])
+            model.head(model.unroll(ids, passes)[0].hidden)
+        model.head(model.sequential(ids)[0].hidden)
 
     rows = _observed(model, every_regime)
     statistics = calibrate(model, windows, unroll=3, options=OPTIONS)

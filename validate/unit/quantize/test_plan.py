@@ -43,9 +43,9 @@ def _model(path: Path) -> LanguageModel:
 
 def _logit_error(model: LanguageModel, quantized: QuantizedLinears) -> float:
     ids = torch.arange(97, 121)[None]
-    exact = model.head(model.sequential(ids)[0])
+    exact = model.head(model.sequential(ids)[0].hidden)
     found = emulate_w8a8(model, quantized)
-    return float((found.head(found.sequential(ids)[0]) - exact).square().mean().sqrt() / exact.std())
+    return float((found.head(found.sequential(ids)[0].hidden) - exact).square().mean().sqrt() / exact.std())
 
 
 def _quantized(model: LanguageModel, calibrated: Calibrated) -> QuantizedLinears:

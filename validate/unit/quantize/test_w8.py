@@ -85,7 +85,7 @@ def test_smoothing_stays_inside_the_range_of_fp32(gain: float, weight: float) ->
     gains[0] = 1
     weights = np.full((8, 4), weight, np.float32)
     weights[1] = 1
-    found = balanced(gains, np.zeros(8, np.float32), weights)
+    found = balanced(gains, np.zeros(8, np.float32), weights, biased=True)
     assert all(np.isfinite(values).all() for values in found)
     assert np.count_nonzero(found[1]) == 0
 
@@ -224,7 +224,7 @@ def test_the_step_chain_follows_pytorch(
 ) -> None:
     model = model_from_checkpoint(small)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     graph = exported("step", torch.float32)
     quantize_w8(graph)
     error = np.abs(step_chain(graph, model, ids) - reference)
@@ -246,7 +246,7 @@ def test_smoothing_levels_outliers_and_leaves_the_function_alone(
 ) -> None:
     model = model_from_checkpoint(small)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     scaled = {name: tensor.numpy() for name, tensor in with_outliers(model, 50.0).state_dict().items()}
     errors = {}
     for smooth in (True, False):

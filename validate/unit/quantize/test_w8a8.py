@@ -108,9 +108,9 @@ def test_the_step_chain_is_the_emulated_half_precision_model(
 ) -> None:
     exact, half = model_from_checkpoint(small), model_from_checkpoint(small, torch.float16)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = exact.head(exact.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = exact.head(exact.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     emulated = emulate_w8a8(half, linears)
-    expected = emulated.head(emulated.sequential(torch.from_numpy(ids))[0]).float().numpy()
+    expected = emulated.head(emulated.sequential(torch.from_numpy(ids))[0].hidden).float().numpy()
     found = step_chain(quantized["step"][0], exact, ids)
     spread = reference.std()
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.01 * spread, "the graph is not what the emulation computes"

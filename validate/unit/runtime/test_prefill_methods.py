@@ -156,10 +156,11 @@ def residuals_of(crt: Any, prompt: list[int]) -> list[float]:
     """Residual of PyTorch after each pass."""
     import torch
 
-    hidden, found = None, []
+    iterate, found = None, []
     with torch.no_grad():
         for _ in range(4):
-            hidden, _, residual = crt.model.unroll(torch.tensor([prompt]), 1, hidden=hidden)
+            done, _, residual = crt.model.unroll(torch.tensor([prompt]), 1, iterate=iterate)
+            iterate = done.states
             found.append(float(residual))
     assert found == sorted(found, reverse=True), "the test needs a residual that falls"
     return found

@@ -84,7 +84,7 @@ def test_rows_of_a_batch_draw_and_stop_on_their_own(crt: Any) -> None:
 
 
 def test_the_end_of_sequence_token_stops_unless_ignored(plain: Any) -> None:
-    eos = plain.bundle.config.eos_token_id
+    (eos,) = plain.bundle.model.eos_token_ids
     sampling = SamplingOptions(temperature=3.0, seed=5)
     with plain.bundle.session(TARGET, capacity=64) as session:
         ignoring = session.generate([PROMPT], GenerationOptions(max_new_tokens=50, sampling=sampling, ignore_eos=True))

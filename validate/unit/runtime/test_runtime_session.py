@@ -37,8 +37,8 @@ def test_steps_alone_give_the_sequential_recurrence(either: Any) -> None:
     session = either.bundle.session(TARGET)
     tokens = ids(6)
     with torch.no_grad():
-        h, _ = either.model.sequential(torch.tensor([tokens]))
-        expected = either.model.head(h).float().numpy()[0]
+        decoded, _ = either.model.sequential(torch.tensor([tokens]))
+        expected = either.model.head(decoded.hidden).float().numpy()[0]
     for index, token in enumerate(tokens):
         np.testing.assert_allclose(session.step([token])[0], expected[index], **CLOSE)
 

@@ -47,8 +47,8 @@ def test_the_unrolled_graph_is_that_number_of_passes(crt: Any) -> None:
 def test_as_many_passes_as_tokens_are_the_sequential_recurrence(crt: Any, passes: int) -> None:
     prompt = crt.ids(8)
     with torch.no_grad():
-        h, _ = crt.model.sequential(torch.tensor([prompt]))
-        expected = crt.model.head(h[:, -1]).float().numpy()
+        decoded, _ = crt.model.sequential(torch.tensor([prompt]))
+        expected = crt.model.head(decoded.hidden[:, -1]).float().numpy()
     np.testing.assert_allclose(crt.session().prefill([prompt], passes=passes), expected, **CLOSE)
 
 

@@ -7,7 +7,7 @@ neither torch nor onnx: the runtime reads it from a bundle's manifest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 #: Name of the state that the head reads; its tensors are called ``state`` and ``hidden``, without a name behind them.
@@ -134,8 +134,14 @@ class Carried:
             for entry in values["rotaries"]
         ]
         carried = cls(
-            states=tuple(StateSpec(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["states"]),
-            caches=tuple(CacheSpec(**{**entry, "rotary": _named(rotaries, entry)}) for entry in values["caches"]),
+            states=tuple(
+                StateSpec(name=entry["name"], shape=tuple(entry["shape"]), dtype=entry["dtype"])
+                for entry in values["states"]
+            ),
+            caches=tuple(
+                CacheSpec(**{**{key: entry[key] for key in _CACHE_KEYS}, "rotary": _named(rotaries, entry)})
+                for entry in values["caches"]
+            ),
             passes=values["passes"],
             parallel=values["parallel"],
             prompt=values["prompt"],
@@ -147,6 +153,10 @@ class Carried:
         if len(set(names)) != len(names):
             raise ValueError(f"two states have one name, found {', '.join(names)}")
         return carried
+
+
+#: A manifest's entry may hold others, which a later version adds.
+_CACHE_KEYS = tuple(field.name for field in fields(CacheSpec))
 
 
 def _named(rotaries: Sequence[Rotary], entry: Mapping[str, Any]) -> Rotary | None:

@@ -178,7 +178,7 @@ def copy_with_tokenizer(crt: Any, folder: Path, name: str) -> Path:
     """The bundle with another tokenizer; a ``tokenizer.json`` is byte-level with a few merges."""
     copy = shutil.copytree(crt.bundle.files.path, folder / "bundle")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["config"]["tokenizer"] = name
+    manifest["model"]["tokenizer"] = name
     if name == "tokenizer.json":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         library = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))

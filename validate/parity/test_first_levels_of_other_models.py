@@ -75,7 +75,7 @@ def _setup(checkpoint: Checkpoint, text: TokenText) -> ParitySetup:
 def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[ParityCase]:
     """The graphs of every target as a build writes them, without compiling engines."""
     config = checkpoint.config
-    unroll = config.unroll_steps if config.carried.iterated else 1
+    unroll = config.carried.passes
     capacity = config.max_position_embeddings
     profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
     # Decomposed attention and an FP32 residual stream: the other form of each choice.

@@ -53,7 +53,7 @@ def test_the_tokens_are_those_of_the_model(setup: ParitySetup) -> None:
     whole = np.concatenate([prompts, continuation.tokens[:, :-1]], axis=1)
     import torch
 
-    hidden, _ = setup.model.sequential(torch.from_numpy(whole))
+    (hidden, _), _ = setup.model.sequential(torch.from_numpy(whole))
     expected = setup.model.head(hidden[:, 4:]).argmax(dim=-1).numpy()
     assert np.array_equal(continuation.tokens, expected)
 

@@ -109,17 +109,17 @@ def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
 def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParitySetup, sound: LevelResult) -> None:
     """The documented rule, written out: position 0, nothing cached, h of the token before."""
     model, ids = setup.model, torch.from_numpy(setup.text.ids[None, : 3 * WINDOW])
-    state, expected = model.start(1).state, []
+    states, expected = model.start(1).states, []
     for start in range(0, 3 * WINDOW, WINDOW):
-        carry = model.start(1)
+        state = dataclasses.replace(model.start(1), states=states)
         for t in range(start, start + WINDOW):
-            h, carry = model.step(ids[:, t : t + 1], type(carry)(**{**vars(carry), "state": state}))
-            state = h
+            h, state = model.step(ids[:, t : t + 1], state)
             expected.append(h[0, 0])
+        states = {"hidden": h}
     _, chained = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
     found = long_reference(setup, chained).hidden(STEP, 1)[0, : 3 * WINDOW]
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)
-    assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0][0, 0], atol=1e-3)
+    assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0].hidden[0, 0], atol=1e-3)
 
 
 def test_the_reference_is_computed_once_and_serves_shorter_runs(setup: ParitySetup, sound: LevelResult) -> None:
@@ -161,7 +161,7 @@ def test_growth_that_cannot_be_given_is_a_check_without_a_verdict() -> None:
     growth = growth_from_units(np.ones(7), run.unit)
     (check,) = growth_checks(run, growth, None, "fp32")
     assert (check.name, check.value, check.passed) == ("chained: growth", None, None)
-    assert why_not_gated(run, growth, recurrent=True) == "it cannot be given, 7 tokens are too few for 8 observations"
+    assert why_not_gated(run, growth, stateful=True) == "it cannot be given, 7 tokens are too few for 8 observations"
 
 
 # --- faults in the file
@@ -352,8 +352,8 @@ def test_an_error_that_doubles_over_the_run_is_growth_at_every_precision(precisi
 def test_the_growth_of_a_plain_transformer_is_not_gated() -> None:
     run = Schedule(kind=CHAINED, tokens=20_480, capacity=128, unit=128, trained=128)
     growth = _made_growth(1, 1e-7)
-    assert why_not_gated(run, growth, recurrent=True) == ""
-    assert "windows are independent" in why_not_gated(run, growth, recurrent=False)
+    assert why_not_gated(run, growth, stateful=True) == ""
+    assert "windows are independent" in why_not_gated(run, growth, stateful=False)
 
 
 @pytest.mark.parametrize(("trained", "window", "unit"), [(128, 128, 128), (2561, 2561, 640), (8192, 8192, 640)])
@@ -367,4 +367,4 @@ def test_long_windows_are_cut_so_that_growth_can_be_told(
     assert (chained.window, chained.unit) == (window, unit)
     growth = growth_from_units(np.ones(chained.tokens // chained.unit), chained.unit)
     assert growth is not None
-    assert why_not_gated(chained, growth, recurrent=True) == ""
+    assert why_not_gated(chained, growth, stateful=True) == ""

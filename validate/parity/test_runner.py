@@ -57,7 +57,7 @@ def test_steps_prefill_and_handover_are_those_of_a_session(
         assert (decoding.broken, decoding.refused) == ([], [])
     assert decoding.position == session.position.tolist() == [LENGTH] * ROWS
     np.testing.assert_array_equal(decoding.next_tokens(), session.next_tokens)
-    found = {"state": decoding.state(), **{f"past_key_values.{k}": v for k, v in decoding.caches(LENGTH).items()}}
+    found = {**decoding.states(), **{f"past_key_values.{k}": v for k, v in decoding.caches(LENGTH).items()}}
     tensors = session.snapshot().tensors
     for name, values in found.items():
         assert values is not None
@@ -133,12 +133,12 @@ def test_decoding_goes_on_from_another_place(
     decoding = runner.decoding(ROWS, CAPACITY)
     for position in range(10):
         decoding.step(ids[:, position])
-    state, caches = decoding.state(), decoding.caches(10)
+    states, caches = decoding.states(), decoding.caches(10)
     for position in range(10, LENGTH):
         decoding.step(ids[:, position])
     other = runner.decoding(ROWS, CAPACITY)
     other.step(ids[:, 5])
-    other.place(10, state, caches)
+    other.place(10, states, caches)
     for position in range(10, LENGTH):
         other.step(ids[:, position])
     np.testing.assert_array_equal(other.logits(), decoding.logits())
@@ -148,10 +148,10 @@ def test_emptied_caches_keep_the_state(opened: Callable[[str], tuple[BundleFiles
     _, runner = opened("ort-cpu-fp32")
     decoding = runner.decoding(ROWS, CAPACITY)
     decoding.step(ids[:, 0])
-    state = decoding.state()
+    states = decoding.states()
     decoding.empty_caches()
     assert decoding.position == [0] * ROWS
-    np.testing.assert_array_equal(decoding.state(), state)
+    np.testing.assert_array_equal(decoding.states()["state"], states["state"])
     decoding.step(ids[:, 1])
     carried = np.array(decoding.logits())
     decoding.reset()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from crt_export.errors import ContractError
-from crt_export.models.declaration import HIDDEN, STATE, StateSpec
+from crt_export.models.declaration import HIDDEN, NEXT_STATE, STATE
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.difference import relative_error
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP, Reference
@@ -227,13 +227,14 @@ class TargetRun:
     def _step(self, decoding: Decoding, rows: slice, position: int) -> tuple[np.ndarray | None, np.ndarray]:
         """One token per window: what the head reads, float32 [windows, hidden], or None if no step gives it; logits."""
         decoding.step(self._ids[rows, position])
-        states, logits = decoding.states(), decoding.logits()
-        for name, values in (*states.items(), ("logits", logits)):
+        specs, states, logits = self.runner.config.carried.states, decoding.states(), decoding.logits()
+        named = {spec.tensor(NEXT_STATE): states[spec.tensor(STATE)] for spec in specs}
+        for name, values in (*named.items(), ("logits", logits)):
             if not np.isfinite(values).all():
                 row = rows.start + int(np.argmin(np.isfinite(values).reshape(decoding.rows, -1).all(axis=1)))
                 raise ContractError(f"step: {name} is NaN or infinite, first in window {row} at position {position}")
-        hidden = states.get(StateSpec(name=HIDDEN, shape=()).tensor(STATE))
-        return None if hidden is None else hidden[:, 0], logits
+        hidden = next((states[spec.tensor(STATE)][:, 0] for spec in specs if spec.name == HIDDEN), None)
+        return hidden, logits
 
 
 class Anchors:

@@ -121,7 +121,7 @@ def long_reference(setup: ParitySetup, schedule: Schedule) -> Reference:
     """PyTorch FP32 over one run, whose tokens are its one window; a longer run serves shorter ones too.
 
     Args:
-        setup: LanguageModel and text.
+        setup: Model and text.
         schedule: What to run.
 
     Raises:

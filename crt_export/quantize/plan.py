@@ -149,7 +149,7 @@ def quantize_linears(model: LanguageModel, plan: W8A8Plan) -> QuantizedLinears:
     """
     groups = linear_inputs(model.config)
     folded = fold(_tensors(model), model.config, {name: given.factor for name, given in plan.inputs.items()})
-    norms = (f"{group.norm}.{part}" for group in groups if group.norm is not None for part in ("weight", "bias"))
+    norms = [group.norm for group in groups if group.norm is not None]
     return QuantizedLinears(
         plan=plan,
         linears={

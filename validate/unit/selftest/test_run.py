@@ -184,7 +184,7 @@ def test_values_that_a_precision_divides_are_compared_in_their_own_scale() -> No
     def compared(precision: str, found: np.ndarray) -> tuple[str, ...]:
         comparison = Comparison(vectors=vectors, run="run", precision=precision, limit=1e-3)
         caches = {"past_key_values.0.value": found}
-        comparison.add_caches(Observed(index=0, logits=np.zeros(1), next_token=0, state=None, caches=caches))
+        comparison.add_caches(Observed(index=0, logits=np.zeros(1), next_token=0, states={}, caches=caches))
         return comparison.failures
 
     assert compared("w8a8", cache) == ()

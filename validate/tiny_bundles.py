@@ -72,7 +72,7 @@ def write_tiny_bundle(output: Path, model: LanguageModel, checkpoint: Checkpoint
                 "validated": False,
                 "config": config.to_dict(),
                 "model": config.info.to_dict(),
-                "checkpoint": {"sha256": checkpoint.sha256},
+                "checkpoint": {"sha256": checkpoint.sha256, "parameters": config.parameter_count},
                 "options": {},
                 "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
                 "graphs": [

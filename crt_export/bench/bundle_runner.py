@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
-from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
+from crt_export.bench.step_cost import weights_from_graph
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.engine.base import Engine, Launch
 from crt_export.models.declaration import ModelInfo
@@ -72,7 +72,7 @@ class BundleRunner:
         graph = self._target.graphs.get("step")
         return CandidateInfo(
             weight_file=None if self._weights is None else self._weights.stat().st_size,
-            weights=None if graph is None else weight_bytes(initializers_from_graph(files.file(graph)), self._batch),
+            weights=None if graph is None else weights_from_graph(files.file(graph)).bytes_read(self._batch),
             notes=tuple(notes),
         )
 

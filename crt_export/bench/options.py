@@ -95,19 +95,19 @@ class CandidatePlan:
     Attributes:
         name: Unique in the report.
         kind: One of ``KINDS``.
+        files: Its bundle; of PyTorch that of the target.
         model: Its model.
         target: Its target; None for PyTorch.
-        path: Its bundle; None for PyTorch.
-        prefill: How its manifest says prompts are fed; None where it does not.
+        step: The step graph of its model; None where the bundle has none.
         request: What its worker is told.
     """
 
     name: str
     kind: str
+    files: BundleFiles
     model: ModelInfo
     target: Target | None
-    path: Path | None
-    prefill: Mapping[str, Any] | None
+    step: Path | None
     request: dict[str, Any]
 
 
@@ -249,10 +249,8 @@ def _target_candidate(
             "lower --position, --prompt-tokens or --steps"
         )
     request = {**room.request(kind, model), "path": str(files.path), "target": target.name}
-    prefill = files.manifest["targets"][target.name].get("prefill")
-    return CandidatePlan(
-        name=name, kind=kind, model=model, target=target, path=files.path, prefill=prefill, request=request
-    )
+    step = _step_graph(files, target)
+    return CandidatePlan(name=name, kind=kind, files=files, model=model, target=target, step=step, request=request)
 
 
 def _baseline_candidate(kind: str, files: BundleFiles, target: Target, model: ModelInfo, room: _Room) -> CandidatePlan:
@@ -263,7 +261,13 @@ def _baseline_candidate(kind: str, files: BundleFiles, target: Target, model: Mo
         "reference": str(reference) if reference.is_dir() else None,
         "capacity": target.capacity,
     }
-    return CandidatePlan(name=kind, kind=kind, model=model, target=None, path=None, prefill=None, request=request)
+    step = _step_graph(files, target)
+    return CandidatePlan(name=kind, kind=kind, files=files, model=model, target=None, step=step, request=request)
+
+
+def _step_graph(files: BundleFiles, target: Target) -> Path | None:
+    name = target.graphs.get("step")
+    return None if name is None else files.file(name)
 
 
 def _once(values: Sequence[_Value]) -> tuple[_Value, ...]:

@@ -26,11 +26,11 @@ from crt_export.bench.report import (
 )
 from crt_export.bench.rounds import Measured, Samples, paired_ratio, quantiles, samples_from_plan
 from crt_export.bench.runner import Passes
-from crt_export.bench.step_cost import step_bytes, step_flops
+from crt_export.bench.step_cost import step_bytes, step_flops, weights_from_graph
 from crt_export.bundle import BundleFiles
-from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.machine import machine
+from crt_export.models.declaration import ModelInfo
 from crt_export.progress import Progress, no_progress
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")
@@ -78,7 +78,7 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
         hardware=machine(),
         versions=installed_versions(_PACKAGES),
         bundle=_bundle(plan.files),
-        model=_model(plan.files.path.name, plan.config),
+        model=_model(plan.files.path.name, plan.files, plan.model),
         options=_options(plan),
         bandwidth=bandwidth if on_cpu else None,
         compute=compute if on_cpu else None,
@@ -90,8 +90,8 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
 
 def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Candidate:
     candidate = measured.candidate
-    other = candidate.path is not None and candidate.path != plan.files.path
-    model = _model(candidate.name, candidate.config) if other else None
+    other = candidate.files.path != plan.files.path
+    model = _model(candidate.name, candidate.files, candidate.model) if other else None
     if measured.reason:
         return Candidate(name=candidate.name, kind=candidate.kind, status=NOT_RUN, reason=measured.reason, model=model)
     steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.options.positions]
@@ -138,13 +138,15 @@ def _floor(
     plan: Plan, measured: Measured, position: int, p50_ms: float, bandwidth: Bandwidth, compute: Compute
 ) -> dict[str, Any]:
     """What memory and arithmetic allow at best; a GPU's own rates are not known here."""
-    target, config, batch = measured.candidate.target, measured.candidate.config, plan.options.batch
+    candidate, batch = measured.candidate, plan.options.batch
+    model, target = candidate.model, candidate.target
     weights = measured.opened["info"]["weights"]
-    if weights is None:
+    if weights is None or candidate.step is None:
         return {}
     item = _FLOAT_BYTES["float32" if target is None else target.cache_dtype]
-    moved = step_bytes(config, weights=weights, position=position, batch=batch, cache_item_bytes=item)
-    flops = step_flops(config, position=position, batch=batch)
+    moved = step_bytes(model, weights=weights, position=position, batch=batch, cache_item_bytes=item)
+    multiplied = weights_from_graph(candidate.step).multiplied
+    flops = step_flops(model.carried, multiplied=multiplied, position=position, batch=batch)
     if target is not None and target.profile.device != "cpu":
         return {"bytes": moved, "flops": flops}
     floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
@@ -161,10 +163,11 @@ def _floor(
 def _prefill(candidate: CandidatePlan, tokens: int, method: Passes, seconds: Sequence[float]) -> PrefillFigures:
     name, passes = ("passes", method) if isinstance(method, int) else (method or "default", None)
     chunk = None
-    if method is None and candidate.prefill is not None:
-        passes, chunk = candidate.prefill["passes"], candidate.prefill["chunk"]
-    if method is None and candidate.target is None and candidate.config.recurrent:
-        passes = candidate.config.unroll_steps
+    if method is None and candidate.target is not None:
+        plan = candidate.files.manifest["targets"][candidate.target.name]["prefill"]
+        passes, chunk = plan["passes"], plan["chunk"]
+    elif method is None and candidate.model.carried.iterated:
+        passes = candidate.model.carried.passes
     return PrefillFigures(
         tokens=tokens,
         method=name,
@@ -237,12 +240,12 @@ def _bundle(files: BundleFiles) -> dict[str, Any]:
     }
 
 
-def _model(name: str, config: ModelConfig) -> ModelSize:
+def _model(name: str, files: BundleFiles, model: ModelInfo) -> ModelSize:
     return ModelSize(
         name=name,
-        model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        parameters=config.parameter_count,
+        model_type=model.model_type,
+        hidden_size=model.hidden_size,
+        caches=len(model.carried.caches),
+        vocab_size=model.vocab_size,
+        parameters=files.manifest["checkpoint"].get("parameters"),
     )

@@ -27,7 +27,6 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from crt_export import errors
 from crt_export.bench import process_memory
 from crt_export.child_process import ChildEnd, Lifeline, answer_stream, start_module
-from crt_export.config import ModelConfig
 from crt_export.errors import BenchError, CrtExportError
 
 if TYPE_CHECKING:  # what a candidate imports is timed
@@ -243,6 +242,7 @@ def runner_from_request(request: Request) -> Runner:
             text=request.get("text", ()),
         )
     from crt_export.bench.pytorch_runner import PyTorchRunner
+    from crt_export.config import ModelConfig
 
     return PyTorchRunner(
         request["kind"],

@@ -6,6 +6,7 @@ neither torch nor onnx: the runtime reads it from a bundle's manifest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -46,6 +47,11 @@ class StateSpec:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
     def tensor(self, pattern: str) -> str:
         """The name of one of its tensors in a graph.
 
@@ -76,6 +82,16 @@ class CacheSpec:
     head_dim: int
     window: int | None = None
     rotary: Rotary | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token leaves in it: its key and its value."""
+        return 2 * self.heads * self.head_dim
+
+    def attended(self, position: int) -> int:
+        """Tokens that the token at a position sees, itself included."""
+        used = position + 1
+        return used if self.window is None else min(used, self.window)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from crt_export.report.numbers import MISSING, interval_text, named_values, number_text, share_text, time_text
+from crt_export.report.numbers import (
+    MISSING,
+    count_text,
+    interval_text,
+    named_values,
+    number_text,
+    share_text,
+    time_text,
+)
 from crt_export.report.svg import (
     GOOD,
     INK,
@@ -111,10 +119,11 @@ def _summary(document: Mapping[str, Any]) -> str:
 
 def _subtitle(document: Mapping[str, Any]) -> str:
     model = document["model"]
-    kind = model["model_type"].replace("_", " ")
+    kind, count = model["model_type"].replace("_", " "), model["parameters"]
+    size = "" if count is None else f" of {count:,} parameters"
     return (
-        f"{model['name']}: a {kind} of {model['parameters']:,} parameters, {model['num_hidden_layers']} layers of "
-        f"{model['hidden_size']:,}, on {document['hardware'].get('processor', 'this machine')}"
+        f"{model['name']}: a {kind}{size}, {model['hidden_size']:,} wide, {count_text(model['caches'], 'cache')}, "
+        f"on {document['hardware'].get('processor', 'this machine')}"
     )
 
 

@@ -45,7 +45,11 @@ def manifest_from_build(
         "validated": report is not None and report.passed,
         "config": config.to_dict(),
         "model": config.info.to_dict(),
-        "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
+        "checkpoint": {
+            "sha256": checkpoint.sha256,
+            "dtypes": list(checkpoint.stored_dtypes),
+            "parameters": config.parameter_count,
+        },
         "options": _resolved_options(options, text, calibration, targets),
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config.carried)},
         "graphs": _graph_entries(targets, config),

@@ -19,7 +19,7 @@ from crt_export.bench.static_model import StaticModel, is_classic, model_from_te
 from crt_export.checkpoint import find_weight_files, load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
-from crt_export.presets import random_tensors
+from crt_export.models.presets import random_tensors
 
 _SEED = 1
 #: torch.compile compiles one graph for every so many tokens; attention reads them all, masked beyond the position.

@@ -133,7 +133,7 @@ def init(preset: str, seed: int, output: Path, as_json: bool) -> None:
     Its vocabulary (32,000; tiny: 256) begins with the 256 bytes, so any text can be fed. What it writes is noise, which
     has no perplexity to agree on: build such a checkpoint with --unvalidated.
     """
-    from crt_export.presets import write_preset
+    from crt_export.models.presets import write_preset
 
     config = write_preset(preset, output, seed=seed)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
     help="Show the ms a token that crt-export bench measured of this bundle. Default: BUNDLE.bench.json beside it.",
 )
 @click.option(
-    "--capacity", type=int, default=1024, show_default=True, metavar="N", help="Tokens of the caches of a SOURCE."
+    "--capacity", type=int, default=1024, show_default=True, metavar="N", help="Tokens of the caches of a row."
 )
 @full_option
 @json_option
 def inspect(path: Path, verify: bool, bench: Path | None, capacity: int, full: bool, as_json: bool) -> None:
     """Show what a bundle or a checkpoint holds, and check it.
 
-    Of a Hugging Face folder or a GGUF file: what it is, whether `convert` converts it, and the memory of state and
-    caches.
+    Of a Hugging Face folder or a GGUF file: what it is, and whether `convert` converts it. Of all: the memory of state
+    and caches; a bundle's targets have their own capacities.
     """
     if _is_source(path):
         _inspect_source(path, capacity, as_json)
@@ -42,7 +43,7 @@ def inspect(path: Path, verify: bool, bench: Path | None, capacity: int, full: b
     elif bench is not None:
         raise click.UsageError("--bench is for a bundle: a checkpoint has no targets to be measured")
     else:
-        _inspect_checkpoint(path, as_json)
+        _inspect_checkpoint(path, capacity, as_json)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -82,13 +83,16 @@ def _inspect_source(path: Path, capacity: int, as_json: bool) -> None:
         return
     dtypes = ", ".join(document["dtypes"])
     write_text(f"converts: {document['parameters']:,} parameters, {dtypes}, {document['positions']:,} positions")
-    state, full, half = (
-        readable_size(document[name]) for name in ("state_bytes", "cache_bytes_float32", "cache_bytes_float16")
-    )
-    caches = f"{full} of caches of {capacity:,} tokens in float32, {half} in float16"
-    write_text(f"a row holds {state} of state as a CRT, and {caches}")
+    write_text(f"a row holds {_row_text(document, 'state as a CRT')}")
     for note in document["notes"]:
         write_text(f"note: {note}")
+
+
+def _row_text(document: Mapping[str, Any], state: str) -> str:
+    """Memory of a row in words."""
+    sizes = [readable_size(document[name]) for name in ("state_bytes", "cache_bytes_float32", "cache_bytes_float16")]
+    caches = f"{sizes[1]} of caches of {document['capacity']:,} tokens in float32, {sizes[2]} in float16"
+    return f"{sizes[0]} of {state}, and {caches}"
 
 
 def _inspect_bundle(path: Path, given: Path | None, *, verify: bool, full: bool, as_json: bool) -> None:
@@ -124,12 +128,15 @@ def _speed(bundle: BundleFiles, given: Path | None) -> tuple[Speed | None, str]:
         return None, f"no ms a token is shown: {error}"
 
 
-def _inspect_checkpoint(path: Path, as_json: bool) -> None:
+def _inspect_checkpoint(path: Path, capacity: int, as_json: bool) -> None:
     from crt_export.checkpoint import checkpoint_files, load_checkpoint
-    from crt_export.errors import MissingDependencyError
+    from crt_export.errors import InputError, MissingDependencyError
     from crt_export.tokenizer import load_tokenizer
 
+    if capacity < 1:
+        raise InputError(f"capacity must be at least 1, found {capacity}")
     checkpoint = load_checkpoint(path)
+    capacity = min(capacity, checkpoint.config.max_position_embeddings)
     unchecked = ""
     try:
         load_tokenizer(path, checkpoint.config)
@@ -145,6 +152,8 @@ def _inspect_checkpoint(path: Path, as_json: bool) -> None:
         "parameters": checkpoint.config.parameter_count,
         "config": checkpoint.config.to_dict(),
         "tokenizer_checked": not unchecked,
+        "capacity": capacity,
+        **checkpoint.config.carried.row_bytes(capacity),
     }
     if unchecked:
         write_message(f"tokenizer not checked: {unchecked}")
@@ -158,5 +167,6 @@ def _write_checkpoint(document: dict[str, Any]) -> None:
     dtypes, size = ", ".join(document["dtypes"]), readable_size(document["bytes"])
     write_text(f"{document['path']}: {document['parameters']:,} parameters, {dtypes}, {size}")
     write_text(f"sha256 {document['sha256']}")
+    write_text(f"a row holds {_row_text(document, 'state')}")
     for key, value in document["config"].items():
         write_text(f"  {key} = {value}")

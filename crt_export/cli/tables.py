@@ -90,6 +90,7 @@ def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
 
     Raises:
         InputError: The parity report that it holds is none.
+        BundleError: The manifest contradicts itself.
     """
     return {
         **bundle.manifest,
@@ -98,7 +99,25 @@ def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
         "identity": bundle.identity,
         "bytes": bundle_bytes(bundle),
         "own_model": own_model_text(report_of_bundle(bundle)),
+        "memory": memory_of_rows(bundle),
     }
+
+
+def memory_of_rows(bundle: BundleFiles) -> dict[str, dict[str, int]]:
+    """By target: the capacity of a row, bytes of its states and of its caches.
+
+    Raises:
+        BundleError: The manifest contradicts itself.
+    """
+    from crt_export.runtime.opening import model_from_manifest, target_from_manifest
+
+    model, found = model_from_manifest(bundle), {}
+    for name in bundle.manifest["targets"]:
+        target = target_from_manifest(bundle, name, model)
+        sizes = model.carried.row_bytes(target.capacity)
+        caches = sizes[f"cache_bytes_{target.cache_dtype}"]
+        found[name] = {"capacity": target.capacity, "state_bytes": sizes["state_bytes"], "cache_bytes": caches}
+    return found
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -117,6 +136,7 @@ def write_bundle(bundle: BundleFiles, path: Path, *, speed: Speed | None = None,
 
     Raises:
         InputError: The parity report that it holds is none.
+        BundleError: The manifest contradicts itself.
     """
     manifest, report = bundle.manifest, report_of_bundle(bundle)
     verdict = (
@@ -143,6 +163,10 @@ def write_bundle(bundle: BundleFiles, path: Path, *, speed: Speed | None = None,
         write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
         graphs = [(g["file"], ", ".join(g["roles"]), g["weights"] or "-") for g in manifest["graphs"]]
         write_table(GRAPH_COLUMNS, graphs, title="graphs and who opens them")
+    for names, sizes in _alike(memory_of_rows(bundle)):
+        state, caches = readable_size(sizes["state_bytes"]), readable_size(sizes["cache_bytes"])
+        words = f"{state} of state, and {caches} of caches of {sizes['capacity']:,} tokens"
+        write_sentence(f"a row of {', '.join(names)} holds {words}")
     if full and report is not None:
         write_report_tables(report)
     write_next(
@@ -154,6 +178,15 @@ def write_bundle(bundle: BundleFiles, path: Path, *, speed: Speed | None = None,
         write_verdict(report)
     else:
         write_sentence(f"parity: {'' if manifest['validated'] else 'NOT '}validated, {own_model_text(report)}")
+
+
+def _alike(memory: Mapping[str, dict[str, int]]) -> Iterator[tuple[list[str], dict[str, int]]]:
+    """Targets whose rows hold the same, together."""
+    shown: list[dict[str, int]] = []
+    for sizes in memory.values():
+        if sizes not in shown:
+            shown.append(sizes)
+            yield [name for name, other in memory.items() if other == sizes], sizes
 
 
 def _target_bytes(manifest: Mapping[str, Any], name: str) -> int:

@@ -120,6 +120,15 @@ class Carried:
         """Whether a chunk takes several passes, each fed the states of the one before."""
         return self.parallel and bool(self.states)
 
+    def row_bytes(self, capacity: int) -> dict[str, int]:
+        """Bytes of what one row holds: its states, and caches of a capacity in each of their dtypes, JSON-ready."""
+        values = capacity * sum(cache.width for cache in self.caches)
+        return {
+            "state_bytes": 4 * sum(state.size for state in self.states),
+            "cache_bytes_float32": 4 * values,
+            "cache_bytes_float16": 2 * values,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; a rotation that several caches have is written once."""
         rotaries = list(dict.fromkeys(cache.rotary for cache in self.caches if cache.rotary is not None))

@@ -16,7 +16,7 @@ from crt_export.bench.static_model import model_from_tensors
 from crt_export.bundle import open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.presets import random_tensors
+from crt_export.models.presets import random_tensors
 
 _DTYPES: dict[str, Any] = {"tensor(int64)": np.int64, "tensor(float16)": np.float16, "tensor(float)": np.float32}
 _SMALL = {

@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path) -> None:
 
     from crt_export.checkpoint import write_checkpoint as write
     from crt_export.config import ModelConfig
-    from crt_export.presets import random_tensors
+    from crt_export.models.presets import random_tensors
 
     config = ModelConfig.from_dict(MODEL)
     write(folder / "checkpoint", config, random_tensors(config, seed=0))

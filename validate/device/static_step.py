@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from crt_export.bench.static_model import StaticModel, model_from_tensors
 from crt_export.bench.step_cost import step_flops
 from crt_export.config import ModelConfig
+from crt_export.models.presets import random_tensors
 from crt_export.models.registry import linear_weights, meta_model
-from crt_export.presets import random_tensors
 
 _ALIGNMENT = 8
 

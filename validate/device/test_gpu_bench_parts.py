@@ -17,8 +17,8 @@ from static_step import StaticStep, random_model, step_cost
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.models.base import LanguageModel
+from crt_export.models.presets import random_tensors
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.presets import random_tensors
 
 TOKENS = 9
 

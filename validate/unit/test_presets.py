@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from crt_export.checkpoint import load_checkpoint
 from crt_export.cli.app import app
 from crt_export.errors import InputError
+from crt_export.models.presets import PRESETS, write_preset
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.presets import PRESETS, write_preset
 
 #: architecture.md, "Published sizes and figures".
 PUBLISHED = {

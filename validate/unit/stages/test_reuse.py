@@ -11,8 +11,8 @@ import pytest
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
+from crt_export.models.presets import write_preset
 from crt_export.pipeline import BuildOptions, build
-from crt_export.presets import write_preset
 from crt_export.profile import load_profile
 from crt_export.progress import no_progress
 from crt_export.spec import graph_names

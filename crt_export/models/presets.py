@@ -21,7 +21,7 @@ from crt_export.folders import temporary_folder
 
 #: Bytes are the vocabulary's first 256 ids, so any text can be fed and no tokenizer file is needed.
 _COMMON: dict[str, Any] = {
-    "layer_norm_eps": 1e-5,
+    "norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "rope_layout": "interleaved",
     "tie_word_embeddings": False,
@@ -72,9 +72,11 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
     def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         values = torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):  # of two dims where each head has its own
+            return 1 + values * 0.1
         if len(shape) == 2:
             return values * (0.5 if name == "embed.weight" else 0.5 / shape[1] ** 0.5)
-        return values * 0.1 + (1 if name.endswith("norm.weight") else 0)
+        return values * 0.1
 
     return {name: tensor(name, shape) for name, shape in tensor_shapes(config).items()}
 

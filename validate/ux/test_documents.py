@@ -131,5 +131,9 @@ def test_files_of_the_package_that_a_page_names_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"`([a-z_]+/[\w/]+\.(?:py|hpp|cpp|h|toml|json))`", text)
     known = [ROOT, ROOT / "crt_export", ROOT / "validate"]
-    examples = {"engines/cpu-two-threads.toml"}
+    examples = {
+        "engines/cpu-two-threads.toml",
+        "crt_export/models/my_model.py",
+        "validate/unit/models/test_my_model.py",
+    }
     assert [name for name in named if name not in examples and not any((base / name).exists() for base in known)] == []

@@ -241,7 +241,7 @@ def test_words_that_are_none(crt: Any, plain: Any) -> None:
         crt.session().prefill([[40]], passes="all")
     with pytest.raises(InputError, match="passes must be at least 1, 'adaptive' or 'exact'"):
         GenerationOptions(passes="all")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="a plain transformer has exactly one pass"):
+    with pytest.raises(UnsupportedError, match="this model has exactly one pass"):
         plain.session().prefill([[40]], passes="adaptive")
 
 

@@ -102,7 +102,7 @@ def test_impossible_passes_and_chunks_change_nothing(crt: Any, options: dict[str
 
 def test_a_plain_transformer_has_no_passes(plain: Any) -> None:
     session = plain.session()
-    with pytest.raises(UnsupportedError, match="a plain transformer has exactly one pass"):
+    with pytest.raises(UnsupportedError, match="this model has exactly one pass"):
         session.prefill([[40]], passes=2)
     session.prefill([[40]])
 

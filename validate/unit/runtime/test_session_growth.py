@@ -152,11 +152,11 @@ def test_memory_that_runs_out_while_caches_grow_poisons_until_reset(crt: Any, mo
     own = session._guard.decoder.tensors._caches
     allocate, left = own._allocate, [1]
 
-    def scarce(rows: int, length: int) -> Any:
+    def scarce(name: str, rows: int, length: int) -> Any:
         if not left:
             raise MemoryError("no room")
         left.pop()
-        return allocate(rows, length)
+        return allocate(name, rows, length)
 
     with monkeypatch.context() as patched:
         patched.setattr(own, "_allocate", scarce)

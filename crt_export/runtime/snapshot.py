@@ -62,7 +62,7 @@ def _layout(name: str, rank: int) -> tuple[str, tuple[str | int, ...]] | None:
     if cache is not None:
         return "cache", ("batch", f"heads of {cache[1]}", "tokens", f"head_dim of {cache[1]}")
     if _STATE_NAME.fullmatch(name):
-        return "float32", ("batch", 1, *(f"{name} {axis}" for axis in range(2, max(rank, 3))))
+        return "float32", ("batch", 1, *(f"dim {axis} of {name}" for axis in range(2, max(rank, 3))))
     return _TENSORS.get(name)
 
 
@@ -230,7 +230,7 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
     for index, cache in enumerate(sizes.model.carried.caches):
         known |= {f"heads of {index}": cache.heads, f"head_dim of {index}": cache.head_dim}
     for name, spec in states.items():
-        known |= {f"{name} {axis}": size for axis, size in enumerate(spec.shape, start=2)}
+        known |= {f"dim {axis} of {name}": size for axis, size in enumerate(spec.shape, start=2)}
         known[f"rank of {name}"] = 2 + len(spec.shape)
     yield from _tensor_problems(found, known, (sizes.cache_dtype,))
 

@@ -71,7 +71,8 @@ def test_what_cannot_be_a_path_is_a_bundle_error(path: Any) -> None:
 
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"hidden": "wide"}, "'hidden' must be an integer, found 'wide'"),
-    ({"hidden": 33}, "contract is unusable: of its model it is not for prefill, prefill_pass, step"),
+    ({"hidden": 33}, r"model is unusable: the state 'hidden' is what the head reads, so its shape is \[33\]"),
+    ({"vocab": 257}, "contract is unusable: of its model it is not for prefill, prefill_pass, step"),
     ({"states": []}, "model is unusable: iterated is True, its states say False"),
     ({"states": [{"name": "hidden", "shape": [32], "dtype": "float32"}] * 2}, "model is unusable: two states have one"),
     ({"rotaries": []}, r"model is unusable: cache 'layers\.0' names rotation 0 of 0"),

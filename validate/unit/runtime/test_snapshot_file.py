@@ -258,7 +258,11 @@ def test_a_file_that_claims_much_and_holds_nothing_costs_nothing(digest: str, tm
         ("logits", np.zeros((2, 3), np.float16), r"logits must be float32 \[2, 3\], found float16 \[2, 3\]"),
         ("logits", np.zeros((2, 4), np.float32), r"seen must be uint8 \[2, 4\], found uint8 \[2, 3\]"),
         ("recent", np.zeros((2, 9), np.int64), r"recent must be int64 \[2, 1024\], found int64 \[2, 9\]"),
-        ("state", np.zeros((2, 8), np.float32), r"state must be float32 \[2, 1, hidden\], found float32 \[2, 8\]"),
+        (
+            "state",
+            np.zeros((2, 8), np.float32),
+            r"state must be float32 \[2, 1, dim 2 of state\], found float32 \[2, 8\]",
+        ),
         (
             "past_key_values.0.value",
             np.zeros((2, 1, 3, 2), np.float16),

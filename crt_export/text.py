@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from crt_export import catalog
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
+from crt_export.models.declaration import ModelInfo
 from crt_export.tokenizer import Tokenizer
 from crt_export.user_files import open_input, read_input
 
@@ -64,7 +65,7 @@ class TokenText:
 
 
 def read_text(
-    config: ModelConfig, tokenizer: Tokenizer, *, text: Path | None = None, tokens: Path | None = None
+    config: ModelConfig | ModelInfo, tokenizer: Tokenizer, *, text: Path | None = None, tokens: Path | None = None
 ) -> TokenText:
     """Read a UTF-8 text file or a .npy file of ids; without either, the text that comes with the package.
 
@@ -186,7 +187,7 @@ def _npy_header(stream: BinaryIO, path: Path) -> tuple[tuple[tuple[int, ...], np
     return (shape, dtype), head.tell()
 
 
-def _checked_ids(ids: np.ndarray, config: ModelConfig, source: str) -> np.ndarray:
+def _checked_ids(ids: np.ndarray, config: ModelConfig | ModelInfo, source: str) -> np.ndarray:
     if not ids.size:
         raise InputError(f"{source}: holds no tokens")
     outside = (ids < 0) | (ids >= config.vocab_size)

@@ -19,6 +19,7 @@ from crt_export.config import is_finite_number
 from crt_export.convert.keys import Keys
 from crt_export.errors import CheckpointError, UnsupportedError
 
+_MOST_CHANNELS = 1 << 16
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -112,6 +113,8 @@ def rotary_set(
         UnsupportedError: A type, or a key of it, that this version does not know.
         CheckpointError: A value is missing or of the wrong type.
     """
+    if head_dim > _MOST_CHANNELS:
+        raise CheckpointError(f"config.json: heads of {head_dim} channels, expected at most {_MOST_CHANNELS}")
     given = {name: value for name, value in (parameters or {}).items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _KINDS:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.convert import convert
+from crt_export.convert import convert, fold
 from crt_export.convert.plan import Plan
 from crt_export.errors import UnsupportedError
 from crt_export.models.registry import model_from_checkpoint
@@ -175,6 +175,17 @@ def test_half_precision_equals_transformers_in_float32(
         assert "embed.weight" in made.folded  # sqrt(hidden_size) in float32, not rounded to the weights' dtype
     with torch.no_grad():
         assert _largest(model.head(model.unroll(token_ids, 1)[0].hidden), expected) <= gate
+
+
+@pytest.mark.parametrize("variant", ["gemma3_text", "gpt2", "phi", "stablelm 12b", "llama yarn", "falcon 40b", "opt"])
+def test_blocks_of_a_tensor_are_all_of_it(
+    variant: str, theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = theirs(variant)
+    convert(folder, tmp_path / "whole")
+    monkeypatch.setattr(fold, "_BLOCK", 100)  # a few rows
+    convert(folder, tmp_path / "blocks")
+    assert load_checkpoint(tmp_path / "blocks").sha256 == load_checkpoint(tmp_path / "whole").sha256
 
 
 def test_names_without_prefix_and_masks_that_are_no_weights(

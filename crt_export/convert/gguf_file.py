@@ -79,7 +79,7 @@ class GgufFile:
         self._path = path
         self._reader = _opened(path)
         self._meta = {name: field.contents() for name, field in self._reader.fields.items()}
-        self._kind = self._meta.get("general.architecture")
+        self._kind = str(self._meta.get("general.architecture"))
         if self._kind not in _NORMS:
             raise UnsupportedError(
                 f"{path}: a GGUF file of architecture {self._kind!r:.40}; converted are {', '.join(_NORMS)}: take the "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from crt_export.convert.folder import StoredTensor, json_object
 from crt_export.convert.gguf_tokenizer import tokenizer_document
+from crt_export.convert.rotary import rotary_set
 from crt_export.convert.text import GENERATION, SETTINGS, TEMPLATE, TOKENIZER
 from crt_export.errors import CheckpointError, MissingDependencyError, UnsupportedError, problem_list
 from crt_export.user_files import is_input, open_input, read_input
@@ -61,6 +62,15 @@ _SIZES = {
 #: Of no consequence, or held against others.
 _SKIPPED = {"attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"}
 _MOST_JSON_BYTES = 1 << 26
+#: What the frequencies are divided by; it keeps the effect of the parameters, not the parameters.
+_SCALED = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA3_FACTORS = (8.0, 32.0)
 #: Layers of the one Gemma 3 whose scores are scaled by hidden_size / heads; llama.cpp tells it by them too.
 _GEMMA3_27B_LAYERS = 62
 
@@ -152,9 +162,10 @@ class GgufFile:
     def _add(self, tensor: Any) -> str | None:
         """Take a tensor under the folder's name, or say why it cannot be."""
         name = self._folder_name(tensor.name)
+        if tensor.name == _SCALED:
+            return None
         if name is None:
-            scaled = ": frequencies that are scaled (Llama 3.1 and later); take the Hugging Face folder"
-            return f"tensor {tensor.name} is not converted{scaled if 'rope' in tensor.name else ''}"
+            return f"tensor {tensor.name} is not converted"
         shape = tuple(int(dim) for dim in reversed(tensor.shape))
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.tensor_type.name, torch.float32)
         self._stored[name] = StoredTensor(shape=shape, dtype=dtype, file=self._path)
@@ -190,10 +201,26 @@ class GgufFile:
         head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
         if own.get("rope.dimension_count", head_dim) != head_dim:
             unknown.add("rope.dimension_count")
+        factors = next((tensor.data for tensor in self._reader.tensors if tensor.name == _SCALED), None)
+        if factors is not None:
+            config["rope_scaling"] = self._scaling_by(factors, head_dim, config.get("rope_theta", 10000.0))
         if unknown:
             shown = [f"{prefix}{name} = {own[name]!r:.60} is not known to this version" for name in sorted(unknown)]
             raise UnsupportedError(problem_list(str(self._path), shown))
         return config
+
+    def _scaling_by(self, factors: Any, head_dim: int, theta: float) -> dict[str, Any]:
+        """The parameters of Llama 3.1 and later that divide the frequencies by these factors."""
+        usual = rotary_set(None, head_dim, 1, theta=theta).frequencies
+        wanted = torch.tensor(usual) / torch.from_numpy(factors.copy()).flatten()
+        for factor in _LLAMA3_FACTORS:
+            parameters = {**_LLAMA3, "factor": factor}
+            found = rotary_set(parameters, head_dim, 1, theta=theta).frequencies
+            if wanted.shape == (len(found),) and torch.allclose(torch.tensor(found), wanted, rtol=1e-5, atol=0):
+                return parameters
+        raise UnsupportedError(
+            f"{self._path}: {_SCALED} scales the frequencies as no Llama does; take the original folder"
+        )
 
     def _gemma3(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         head_dim = config.get("head_dim", 256)

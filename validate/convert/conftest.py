@@ -142,6 +142,11 @@ _OTHERS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "Gemma3Text",
         {**_GROUPED, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     ),
+    "llama 3.1": ("Llama", {**_GROUPED, "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8192}}),
+    "llama 3.2": (
+        "Llama",
+        {**_GROUPED, "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0}},
+    ),
     "llama wide": ("Llama", {**_GROUPED, "intermediate_size": 64}),
     "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
     "gemma2 uncapped": ("Gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": None}),

@@ -39,7 +39,7 @@ class RotarySet:
 
 
 def read_rotary(
-    keys: Keys, head_dim: int, positions: int, *, theta: float = 10000.0, partial: float = 1.0
+    keys: Keys, head_dim: int, positions: int, *, theta: float = 10000.0, partial: float | None = None
 ) -> RotarySet:
     """The one set of a family whose layers are all alike.
 
@@ -48,10 +48,14 @@ def read_rotary(
         head_dim: Channels of a head.
         positions: ``max_position_embeddings`` of the source.
         theta: Base of the family.
-        partial: Share of the channels that the family turns by default.
+        partial: Share of the channels that the family turns by default; None: it turns all of them, whatever.
     """
     parameters, scaling = keys.mapping("rope_parameters"), keys.mapping("rope_scaling")
-    theta, partial = keys.number("rope_theta", theta), keys.number("partial_rotary_factor", partial)
+    theta = keys.number("rope_theta", theta)
+    if partial is None:
+        keys.only("partial_rotary_factor", 1.0, why="this family turns all channels")
+    else:
+        partial = keys.number("partial_rotary_factor", partial)
     return rotary_set(_one_of(parameters, scaling), head_dim, positions, theta=theta, partial=partial)
 
 
@@ -96,7 +100,7 @@ def rotary_set(
     positions: int,
     *,
     theta: float,
-    partial: float = 1.0,
+    partial: float | None = None,
     whole: bool = True,
 ) -> RotarySet:
     """Frequencies by one object of parameters.
@@ -106,7 +110,7 @@ def rotary_set(
         head_dim: Channels of a head.
         positions: ``max_position_embeddings`` of the source.
         theta: Base where the object names none.
-        partial: Likewise the share of channels that are turned.
+        partial: Likewise the share of channels that are turned; None: all, and the object may not say otherwise.
         whole: Whether the object is that of all layers.
 
     Raises:
@@ -126,7 +130,9 @@ def rotary_set(
     if not whole and given.get("truncate", True) is not True:
         raise UnsupportedError("rope_type yarn: truncate per kind of layer")
     given.setdefault("rope_theta", theta)
-    given.setdefault("partial_rotary_factor", partial)
+    if partial is None and given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError("partial_rotary_factor: this family turns all channels")
+    given.setdefault("partial_rotary_factor", partial or 1.0)
     if kind in ("yarn", "llama3"):
         given.setdefault("original_max_position_embeddings", positions)
     missing = [name for name in needed if not is_finite_number(given.get(name))]

@@ -58,7 +58,7 @@ evidence: $(VENV)/.dev $(VENV)/.browser $(VENV)/.installed cpp
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(TEST_ENVIRONMENT) \
 	  $(BIN)/pytest validate/cpp -m "not evidence" --capture=sys
 	$(MAKE) --no-print-directory fuzzers
-	$(BIN)/python validate/ux/prepare_browser.py build/browser || \
+	$(BIN)/python validate/prepare.py browser build/browser || \
 	  [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_BROWSER" != 1 ]
 	$(PYTEST) -m evidence
 
@@ -87,7 +87,7 @@ FUZZ_FLAGS := -DCRT_RUNTIME_FUZZ=ON -DCRT_RUNTIME_TESTS=OFF -DCMAKE_CXX_FLAGS_RE
   -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 fuzzers: $(VENV)/.demo
 	$(PREPARE_CPP)
-	$(BIN)/python validate/fuzz/prepare_clang.py build/clang || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
+	$(BIN)/python validate/prepare.py clang build/clang || [ $$? -eq 3 -a "$$CRT_EXPORT_REQUIRE_CPP" != 1 ]
 	if [ ! -e build/clang/missing.txt ]; then \
 	  $(call cpp-build,build/cpp-fuzz,$(FUZZ_FLAGS),--target crt_fuzz_targets); fi
 

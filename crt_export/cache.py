@@ -71,32 +71,24 @@ class AppendedCache:
         self._specs = specs
         self._past = list(zip(past_keys, past_values, strict=True))
         self._position, self._seq = position, seq
-        self._masks: dict[int | None, Tensor] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        for spec in specs:
-            self._mask(spec.window)
+        self._masks = {window: self._mask(window) for window in dict.fromkeys(spec.window for spec in specs)}
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def keys(self) -> list[Tensor]:
-        return [self._keys[index] for index in range(len(self._specs))]
+        return [self._written[index][0] for index in range(len(self._specs))]
 
     @property
     def values(self) -> list[Tensor]:
-        return [self._values[index] for index in range(len(self._specs))]
+        return [self._written[index][1] for index in range(len(self._specs))]
 
     def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
         past_keys, past_values = self._past[index]
-        self._keys[index] = torch.cat([past_keys, keys], dim=2)
-        self._values[index] = torch.cat([past_values, values], dim=2)
-        return Attended(self._keys[index], self._values[index], self._mask(self._specs[index].window))
+        written = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        self._written[index] = written
+        return Attended(*written, self._masks[self._specs[index].window])
 
     def _mask(self, window: int | None) -> Tensor:
-        if window not in self._masks:
-            self._masks[window] = self._new_mask(window)
-        return self._masks[window]
-
-    def _new_mask(self, window: int | None) -> Tensor:
         position, seq, past = self._position, self._seq, self._past[0][0].shape[2]
         index = torch.arange(seq, device=position.device)
         slot = torch.arange(past, device=position.device)

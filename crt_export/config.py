@@ -10,14 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from crt_export.errors import CheckpointError, UnsupportedError, problem_list
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.strict_json import json_problem, parse_unique_keys
 from crt_export.user_files import read_input
-
-if TYPE_CHECKING:
-    from crt_export.models.declaration import Carried
 
 FORMAT_VERSION = 1
 TOKENIZERS = ("byte", "tokenizer.json", "none")
@@ -120,7 +118,8 @@ class ModelConfig:
     Attributes:
         KEYS: What each key takes.
         DERIVED: Keys whose absence asks for a value that follows from others.
-        OLDER_NAMES: Other names of keys, by the name that stands for them.
+        OLDER_NAMES: Other names of keys, to the name that stands for them.
+        IGNORED: Keys of a relative that a file may hold and that mean nothing here.
 
     Raises:
         CheckpointError: A value has the wrong type, is out of range or contradicts another.
@@ -141,6 +140,7 @@ class ModelConfig:
     }
     DERIVED: ClassVar[tuple[str, ...]] = ()
     OLDER_NAMES: ClassVar[Mapping[str, str]] = {}
+    IGNORED: ClassVar[tuple[str, ...]] = ()
 
     model_type: str
     vocab_size: int
@@ -169,6 +169,20 @@ class ModelConfig:
     def carried(self) -> Carried:
         """What the model carries from token to token."""
         raise NotImplementedError
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model as whoever runs it needs to know it."""
+        return ModelInfo(
+            model_type=self.model_type,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_position_embeddings=self.max_position_embeddings,
+            tokenizer=self.tokenizer,
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=self.eos_token_ids,
+            carried=self.carried,
+        )
 
     def derive(self) -> None:
         """Fill in what follows from other keys."""
@@ -236,6 +250,7 @@ class ModelConfig:
         known = isinstance(kind, str) and kind in MODEL_TYPES
         cls = config_class(str(kind) if known else MODEL_TYPES[0])
         names = cls.keys()
+        values = {key: value for key, value in values.items() if key not in cls.IGNORED}
         renamed, given = {}, {}
         for key, value in values.items():
             name = cls.OLDER_NAMES.get(key, key)

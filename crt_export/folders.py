@@ -15,6 +15,7 @@ import errno
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -36,8 +37,21 @@ _LOCK_SECONDS = 60.0
 _CLOCK_SLACK_SECONDS = 5.0
 _STILL_ACTIVE = 259
 _QUERY_LIMITED_INFORMATION = 0x1000
+#: Names of this process's folders from before they are made until they are gone: they are locked a moment later only.
+_LIVE: set[str] = set()
 #: Of folders in the system's folder for temporary files.
 PREFIX = "crt-export"
+
+
+def user_cache(name: str) -> Path | None:
+    """``crt-export/NAME`` in $XDG_CACHE_HOME or ~/.cache; None where there is no home folder."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The XDG specification: a relative path is to be ignored.
+        base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # no home folder can be told
+        return None
+    return base / "crt-export" / name
 
 
 def lock_folder(folder: Path) -> int:
@@ -173,15 +187,18 @@ def temporary_folder(parent: Path | None = None, prefix: str = PREFIX) -> Iterat
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep_abandoned(parent, prefix)
     with orderly_termination():
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-{os.getpid()}-", dir=parent))
+        folder = parent / f"{prefix}-{os.getpid()}-{secrets.token_hex(8)}"
         lock: int | None = None
         try:
+            _LIVE.add(folder.name)
+            folder.mkdir(mode=0o700)
             with suppress(OSError):  # no locks on this file system: the PID in the name has to do
                 lock = lock_folder(folder)
             yield folder
         finally:
             with not_interrupted():  # by whoever is told to end twice
                 shutil.rmtree(folder, ignore_errors=True)
+                _LIVE.discard(folder.name)
                 if lock is not None:
                     unlock_folder(lock)
 
@@ -191,10 +208,11 @@ def sweep_abandoned(parent: Path | None = None, prefix: str = PREFIX) -> None:
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     pattern = re.compile(rf"{re.escape(prefix)}-(?P<pid>[0-9]{{1,10}})-[a-z0-9_]+")
     with suppress(OSError):
-        entries = [entry for entry in parent.iterdir() if pattern.fullmatch(entry.name)]
-        for folder in entries:
+        for folder in [*parent.iterdir()]:
             match = pattern.fullmatch(folder.name)
-            if match is not None and _is_own_folder(folder) and is_abandoned(folder, int(match["pid"])):
+            if match is None or folder.name in _LIVE or not _is_own_folder(folder):
+                continue
+            if is_abandoned(folder, int(match["pid"])):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

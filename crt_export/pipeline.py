@@ -24,9 +24,9 @@ from crt_export.checkpoint import Checkpoint, copy_checkpoint, copy_tokenizer, l
 from crt_export.errors import ParityError, problem_list
 from crt_export.folders import sweep_abandoned
 from crt_export.parity import ParityReport, check_parity
-from crt_export.parity.bundle import REFERENCE_FOLDER, case_from_manifest
-from crt_export.parity.level import LevelResult
+from crt_export.parity.check import REFERENCE_FOLDER, case_from_manifest
 from crt_export.parity.own_model import require_own_model
+from crt_export.parity.report import LevelResult
 from crt_export.progress import Progress, Stages, no_progress
 from crt_export.stages.calibration import quantization_plan, read_build_text
 from crt_export.stages.graphs import write_graphs
@@ -82,6 +82,8 @@ def build(options: BuildOptions, *, progress: Progress = no_progress) -> BuildRe
         graphs = write_graphs(checkpoint, profiles, plan, staging.path, progress, store)
         stages.begin()
         targets = build_targets(profiles, graphs, checkpoint.config, staging.path, progress, store)
+        for target in targets:
+            staging.digests.update(target.digests)
         copy_tokenizer(checkpoint, staging.path)
         if options.reference:
             copy_checkpoint(checkpoint, staging.path / REFERENCE_FOLDER)

@@ -176,23 +176,23 @@ class EngineProfile(Checked):
         """The dtype of the KV cache."""
         return cache_dtype(self.precision)
 
-    def one_graph(self, recurrent: bool) -> str | None:
+    def one_graph(self, iterated: bool) -> str | None:
         """The graph that a session on a CPU loads for steps and prefill alike; None where each has its own."""
-        return ("prefill_pass" if recurrent else "prefill") if self.device == "cpu" else None
+        return ("prefill_pass" if iterated else "prefill") if self.device == "cpu" else None
 
-    def graph_roles(self, graph: str, recurrent: bool) -> tuple[str, ...]:
+    def graph_roles(self, graph: str, iterated: bool) -> tuple[str, ...]:
         """Who opens one of this target's ONNX files, of :data:`crt_export.bundle.schema.GRAPH_ROLES`.
 
         Args:
             graph: Its name.
-            recurrent: Whether the model is.
+            iterated: Whether the model is.
         """
         if graph == "head":
             return ("validation",)
         interchange = ("interchange",) if graph in ("step", "prefill") else ()
         if self.compiled:
             return ("compiler", *interchange) if interchange else ("validation",)
-        return ("session", *interchange) if self.one_graph(recurrent) in (None, graph) else interchange
+        return ("session", *interchange) if self.one_graph(iterated) in (None, graph) else interchange
 
     def with_capacity(self, capacity: int) -> EngineProfile:
         """Return this profile for another cache capacity; ``seq`` shrinks where it would not fit."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from crt_export.config import BYTE_VOCABULARY, ModelConfig
 from crt_export.errors import CheckpointError, InputError
+from crt_export.models.declaration import ModelInfo
 from crt_export.text_stream import ByteStream, LibraryText, TextStream
 from crt_export.tokenizer_file import TokenizerFile
 
@@ -68,7 +69,7 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = BYTE_VOCABULARY
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig | ModelInfo) -> None:
         """Take the special tokens from the configuration."""
         self._bos = config.bos_token_id
         # Only ids outside the byte range are silent: a model may use byte 0 to end a sequence and print it
@@ -106,7 +107,7 @@ class FileTokenizer:
 
     name = TOKENIZER_FILE
 
-    def __init__(self, path: Path, config: ModelConfig, content: bytes | None = None) -> None:
+    def __init__(self, path: Path, config: ModelConfig | ModelInfo, content: bytes | None = None) -> None:
         """Read the file, or its content where that was read before.
 
         Raises:
@@ -190,12 +191,12 @@ class NoTokenizer:
         raise AssertionError("decode() of a model without tokenizer always raises")
 
 
-def load_tokenizer(folder: str | Path, config: ModelConfig, content: bytes | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, config: ModelConfig | ModelInfo, content: bytes | None = None) -> Tokenizer:
     """The tokenizer that ``config.tokenizer`` names.
 
     Args:
         folder: Checkpoint or bundle folder; holds ``tokenizer.json`` if the configuration names it.
-        config: The model's configuration.
+        config: The model's configuration, or what a bundle says about the model.
         content: Content of ``tokenizer.json``, where it was read and checked before; None reads the file.
 
     Raises:

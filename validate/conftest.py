@@ -6,7 +6,6 @@ module of the tests would tie them to a path; a fixture works against the instal
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -24,17 +23,18 @@ import pytest
 import torch
 from filelock import FileLock
 
-from crt_export.bundle import MANIFEST_NAME, stage_bundle
-from crt_export.bundle.integrity import sealed
-from crt_export.checkpoint import Checkpoint, load_checkpoint, tensor_shapes, write_checkpoint
+from crt_export.bundle import MANIFEST_NAME
+from crt_export.bundle.manifest import sealed
+from crt_export.checkpoint import load_checkpoint, tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.profile import DimRange, EngineProfile, load_profile
-from crt_export.spec import graph_names, graph_spec
-from crt_export.tokenizer import load_tokenizer
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
+
+if str(ROOT / "validate") not in sys.path:  # for modules here; pytest's import mode leaves the path alone
+    sys.path.append(str(ROOT / "validate"))
 
 Tensors = dict[str, torch.Tensor]
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -233,8 +233,6 @@ def cpp_build() -> Path:
 
 
 # --- tiny bundles with really exported graphs
-OVERFLOWING_TOKEN = 7
-CHUNK = 4
 
 
 @pytest.fixture(scope="session")
@@ -245,21 +243,33 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(make_checkpoint: Callable[..., Path], shared_folder: Path) -> Callable[..., tuple[Path, Model]]:
+def shared_traces(shared_folder: Path) -> Iterator[None]:
+    """Every graph of an architecture is traced once in a test run, see shared_traces.py beside this file."""
+    module = importlib.import_module("shared_traces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crt_export.graph.export.GraphExporter.part", module.shared_part(shared_folder / "traces"))
+        patch.setattr("crt_export.stages.graphs.start_traces", module.no_traces_ahead)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    make_checkpoint: Callable[..., Path], shared_folder: Path, shared_traces: None
+) -> Callable[..., tuple[Path, LanguageModel]]:
     """``tiny_bundle(name, **changes) -> (folder, model)``: written once and shared by every worker of a test run.
 
-    Its targets: ``ort-cpu-fp32``; ``chunked``, whose prefill takes ``CHUNK`` tokens per call; ``rtx-sm80-fp16`` without
-    an engine; ``broken``, which promises another dtype of the caches than its graphs have.
+    Its targets: see tiny_bundles.py beside this file.
     """
 
-    def write(name: str, **changes: Any) -> tuple[Path, Model]:
-        checkpoint = load_checkpoint(make_checkpoint(edit=_overflow, **changes))
+    def write(name: str, **changes: Any) -> tuple[Path, LanguageModel]:
+        bundles = importlib.import_module("tiny_bundles")
+        checkpoint = load_checkpoint(make_checkpoint(edit=bundles.overflow, **changes))
         model = model_from_checkpoint(checkpoint)
         kind = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8]
         output = shared_folder / f"runtime-{name}-{kind}"
         with FileLock(output.with_suffix(".lock")):
             if not (output / MANIFEST_NAME).is_file():
-                _write_bundle(output, model, checkpoint)
+                bundles.write_tiny_bundle(output, model, checkpoint)
         return output, model
 
     return write
@@ -307,86 +317,5 @@ def change_step_weight(sign_again: Callable[[Path], None]) -> Callable[..., None
 
 @pytest.fixture(scope="session")
 def overflowing_token() -> int:
-    return OVERFLOWING_TOKEN
-
-
-def _overflow(tensors: dict[str, torch.Tensor]) -> None:
-    """Make one token, and no other, overflow float32: its h is infinite, though every weight is finite.
-
-    Its embedding lies on channel 0 alone, so LayerNorm gives sqrt(31) there, where other tokens stay below 4;
-    one neuron fires only above that, and its weight out is the largest there is.
-    """
-    tensors["embed.weight"][OVERFLOWING_TOKEN] = 0
-    tensors["embed.weight"][OVERFLOWING_TOKEN, 0] = 1000
-    tensors["layers.0.mlp_norm.weight"][0] = 1
-    tensors["layers.0.mlp_norm.bias"][0] = 0
-    tensors["layers.0.mlp.up.weight"][0] = 0
-    tensors["layers.0.mlp.up.weight"][0, 0] = 1e30
-    tensors["layers.0.mlp.up.bias"][0] = -4.2e30
-    tensors["layers.0.mlp.down.weight"][:, 0] = 3e38
-
-
-def _write_bundle(output: Path, model: Model, checkpoint: Checkpoint) -> None:
-    from crt_export.graph import export_graph, write_graph, write_weights  # seconds that few tests need
-    from crt_export.runtime.prefill import PrefillPlan
-    from crt_export.stages.vectors import write_vectors
-
-    config = model.config
-    names = [name for name in graph_names(config) if name != "head"]
-    graphs = {name: export_graph(model, name, unroll=config.unroll_steps) for name in names}
-    files = {name: f"graphs/{name}.fp32.onnx" for name in graphs}
-    with stage_bundle(output) as staging:
-        (staging.path / "graphs").mkdir()
-        weights = write_weights(graphs, staging.path / "graphs" / "fp32.weights")
-        for name, graph in graphs.items():
-            write_graph(graph, staging.path / files[name], weights)
-        target = {
-            "graphs": files,
-            "engines": {},
-            "capacity": config.max_position_embeddings,
-            "unroll": config.unroll_steps,
-            "cache_dtype": "float32",
-            "prefill": PrefillPlan(passes=config.unroll_steps).to_dict(),
-        }
-        profiles = {profile.name: profile for profile in (_whole(), _chunked(), load_profile("rtx-sm80-fp16"))}
-        resolved = [profile.with_unroll(config.unroll_steps) for profile in profiles.values()]
-        write_vectors(checkpoint, load_tokenizer(checkpoint.path, config), resolved, None, None, staging.path)
-        staging.commit(
-            {
-                "tool": {"name": "crt-export", "version": "0.1.0"},
-                "libraries": {},
-                "validated": False,
-                "config": config.to_dict(),
-                "checkpoint": {"sha256": checkpoint.sha256},
-                "options": {},
-                "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
-                "graphs": [
-                    {
-                        "file": files[name],
-                        "graph": name,
-                        "precision": "fp32",
-                        "unroll": config.unroll_steps,
-                        "weights": "graphs/fp32.weights",
-                        "quantized_matmuls": 0,
-                        "roles": list(_whole().graph_roles(name, config.recurrent)),
-                    }
-                    for name in graphs
-                ],
-                "quantization": {},
-                "targets": {
-                    **{name: {**target, "profile": p.to_dict()} for name, p in profiles.items()},
-                    "broken": {**target, "profile": _whole().to_dict(), "cache_dtype": "float16"},
-                },
-                "parity": None,
-            }
-        )
-
-
-def _whole() -> EngineProfile:
-    """The tracked CPU profile, for one thread and a small cache."""
-    return dataclasses.replace(load_profile("ort-cpu-fp32"), threads=1, capacity=32, seq=DimRange(1, 8, 32))
-
-
-def _chunked() -> EngineProfile:
-    """A profile whose prefill takes at most ``CHUNK`` tokens per call."""
-    return dataclasses.replace(_whole(), name="chunked", seq=DimRange(1, CHUNK, CHUNK))
+    """The one token whose h is infinite in every tiny bundle."""
+    return int(importlib.import_module("tiny_bundles").OVERFLOWING_TOKEN)

@@ -9,15 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from crt_export.bench.prompts import prompt_rows
-from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
-from crt_export.bench.step_cost import initializers_from_graph, weight_bytes
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
+from crt_export.bench.step_cost import weights_from_graph
 from crt_export.bundle import BundleFiles, open_bundle
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Launch
+from crt_export.models.declaration import ModelInfo
 from crt_export.runtime import Session, Snapshot
 from crt_export.runtime.bundle import Bundle
-from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
+from crt_export.runtime.opening import Target, engine_from_target, model_from_manifest, target_from_manifest
 
 
 class BundleRunner:
@@ -39,7 +38,7 @@ class BundleRunner:
         """
         self._path, self._batch, self._threads, self._text = path, batch, threads, text
         files = open_bundle(path, allow_unvalidated=True)
-        self._target = target_from_manifest(files, target, config_from_manifest(files))
+        self._target = target_from_manifest(files, target, model_from_manifest(files))
         self._weights = weight_path(files, self._target)
         if not self._target.profile.compiled:
             from crt_export.engine.ort import import_onnxruntime
@@ -73,7 +72,7 @@ class BundleRunner:
         graph = self._target.graphs.get("step")
         return CandidateInfo(
             weight_file=None if self._weights is None else self._weights.stat().st_size,
-            weights=None if graph is None else weight_bytes(initializers_from_graph(files.file(graph)), self._batch),
+            weights=None if graph is None else weights_from_graph(files.file(graph)).bytes_read(self._batch),
             notes=tuple(notes),
         )
 
@@ -117,7 +116,7 @@ class BundleRunner:
 
     def _prompt(self, tokens: int) -> list[np.ndarray]:
         assert self._bundle is not None
-        model, batch = self._bundle.config, self._batch
+        model, batch = self._bundle.model, self._batch
         return list(prompt_rows(self._text, model.vocab_size, batch=batch, tokens=tokens, bos=model.bos_token_id))
 
     def _go_to(self, position: int) -> None:
@@ -167,38 +166,25 @@ class EngineClock:
         taken, self.seconds = self.seconds, 0.0
         return taken
 
-    def open_engine(self, files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+    def open_engine(self, files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
         """As the runtime opens an engine, with its run calls counted here."""
-        engine = engine_from_target(files, target, config, threads)
-        return cast(Engine, _TimedEngine(engine, self))
+        return cast(Engine, _Timed(engine_from_target(files, target, model, threads), self))
 
 
-class _TimedEngine:
-    """Passes everything on; its programs are timed."""
+class _Timed:
+    """An engine or one of its programs; passes everything on, and times launches."""
 
-    def __init__(self, engine: Engine, clock: EngineClock) -> None:
-        self._engine = engine
-        self._clock = clock
+    def __init__(self, wrapped: Any, clock: EngineClock) -> None:
+        self._wrapped, self._clock = wrapped, clock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._wrapped, name)
 
-    def program(self, graph: str) -> _TimedProgram:
-        return _TimedProgram(self._engine.program(graph), self._clock)
-
-
-class _TimedProgram:
-    """Passes everything on; its launches are timed."""
-
-    def __init__(self, program: Any, clock: EngineClock) -> None:
-        self._program = program
-        self._clock = clock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._program, name)
+    def program(self, graph: str) -> _Timed:
+        return _Timed(self._wrapped.program(graph), self._clock)
 
     def bind(self, *args: Any, **options: Any) -> Launch:
-        launch, clock, now = self._program.bind(*args, **options), self._clock, time.perf_counter
+        launch, clock, now = self._wrapped.bind(*args, **options), self._clock, time.perf_counter
 
         def timed() -> None:
             begin = now()

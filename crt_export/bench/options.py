@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from crt_export.bench.prompts import PromptText, prompt_text
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import Passes
+from crt_export.bench.runner import Passes, PromptText, prompt_text
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checked import Checked, Rules, whole
-from crt_export.config import ModelConfig
 from crt_export.errors import InputError, problem_list
 from crt_export.machine import machine
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import MOST_THREADS
-from crt_export.runtime.opening import Target, config_from_manifest, target_from_manifest
+from crt_export.runtime.opening import Target, model_from_manifest, target_from_manifest
 from crt_export.user_files import is_folder
 
 TARGET, BUNDLE, BASELINES = KINDS[0], KINDS[4], KINDS[1:4]
@@ -40,7 +39,6 @@ class BenchOptions(Checked):
         rounds: Blocks of steps of every candidate.
         prefill_rounds: Prompts of every length, candidate and method.
         steps: Steps of a block; 0 takes 20, fewer where the capacity is small.
-        warmups: Steps before each block that are not counted.
         batch: Rows.
         text: UTF-8 file that prompts are the beginning of; None takes the package's, or random ids where the model has
             no tokenizer.
@@ -58,7 +56,6 @@ class BenchOptions(Checked):
         "rounds": whole("at least 1", least=1),
         "prefill_rounds": whole("at least 1", least=1),
         "steps": whole("at least 0", least=0),
-        "warmups": whole("at least 0", least=0),
         "batch": whole("at least 1", least=1),
         "threads": whole(f"0 to {MOST_THREADS}", least=0, most=MOST_THREADS, optional=True),
         "probe_bytes": whole(f"at least {1 << 20}", least=1 << 20),
@@ -72,7 +69,6 @@ class BenchOptions(Checked):
     rounds: int = 10
     prefill_rounds: int = 3
     steps: int = 0
-    warmups: int = 3
     batch: int = 1
     text: Path | None = None
     tokens: Path | None = None
@@ -99,49 +95,48 @@ class CandidatePlan:
     Attributes:
         name: Unique in the report.
         kind: One of ``KINDS``.
-        config: Its model.
+        files: Its bundle; of PyTorch that of the target.
+        model: Its model.
         target: Its target; None for PyTorch.
-        path: Its bundle; None for PyTorch.
-        prefill: How its manifest says prompts are fed; None where it does not.
+        step: The step graph of its model; None where the bundle has none.
         request: What its worker is told.
     """
 
     name: str
     kind: str
-    config: ModelConfig
+    files: BundleFiles
+    model: ModelInfo
     target: Target | None
-    path: Path | None
-    prefill: Mapping[str, Any] | None
+    step: Path | None
     request: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Options with every default resolved, and the candidates.
+    """A bundle, the candidates, and the options with every default resolved.
 
     Attributes:
         files: The bundle.
-        config: Its model.
+        model: Its model.
         target: The target that is judged.
         candidates: The candidates, the target first.
-        threads: CPU threads.
-        positions, prompt_tokens, steps: As in the options.
-        methods: How prompts are fed; None is the candidate's own method and comes first.
+        threads: CPU threads, a number.
         text: Where prompts come from.
-        options: What they came from.
+        options: What is measured; nothing in it is left to a default.
     """
 
     files: BundleFiles
-    config: ModelConfig
+    model: ModelInfo
     target: Target
     candidates: tuple[CandidatePlan, ...]
     threads: int
-    positions: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    steps: int
-    methods: tuple[Passes, ...]
     text: PromptText
     options: BenchOptions
+
+    @property
+    def methods(self) -> tuple[Passes, ...]:
+        """How prompts are fed; None is the candidate's own method and comes first."""
+        return (None, *self.options.passes)
 
 
 def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
@@ -154,8 +149,8 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
         MissingDependencyError: The model's tokenizer needs a library that is not installed.
     """
     files = open_bundle(bundle, allow_unvalidated=True)
-    config = config_from_manifest(files)
-    target = target_from_manifest(files, options.target or _default_target(files), config)
+    model = model_from_manifest(files)
+    target = target_from_manifest(files, options.target or _default_target(files), model)
     threads = target.profile.threads if options.threads is None else options.threads
     threads = threads or int(machine()["cores"])
     steps = options.steps or max(1, min(_DEFAULT_STEPS, target.capacity // 3))
@@ -174,30 +169,34 @@ def plan_from_options(bundle: Path, options: BenchOptions) -> Plan:
     if problems:
         raise InputError(problem_list(f"{target.name} of {files.path}", problems))
     needed = options.batch * max(*positions, *prompts)
-    text = prompt_text(files, config, needed, text=options.text, tokens=options.tokens)
+    text = prompt_text(files, model, needed, text=options.text, tokens=options.tokens)
     capacity = max(max(positions) + steps, *prompts)
     room = _Room(batch=options.batch, threads=threads, capacity=capacity, text=text.ids)
-    candidates = [_target_candidate(files, target, config, room, name=target.name, kind=TARGET)]
+    candidates = [_target_candidate(files, target, model, room, name=target.name, kind=TARGET)]
     folders = [Path(name).name for name in options.against]
     for name, folder in zip(options.against, folders, strict=True):
         shown = name if folders.count(folder) > 1 else ""
-        candidates.append(_candidate(name, files, target, config, room, shown=shown))
+        candidates.append(_candidate(name, files, target, model, room, shown=shown))
     names = [candidate.name for candidate in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"measured against itself, or named twice: {', '.join(twice)}")
     return Plan(
         files=files,
-        config=config,
+        model=model,
         target=target,
         candidates=tuple(candidates),
         threads=threads,
-        positions=positions,
-        prompt_tokens=prompts,
-        steps=steps,
-        methods=(None, *_once(options.passes)),
         text=text,
-        options=options,
+        options=replace(
+            options,
+            target=target.name,
+            positions=positions,
+            prompt_tokens=prompts,
+            passes=_once(options.passes),
+            steps=steps,
+            threads=threads,
+        ),
     )
 
 
@@ -210,63 +209,65 @@ class _Room:
     capacity: int
     text: tuple[int, ...]
 
-    def request(self, kind: str, config: ModelConfig) -> dict[str, Any]:
+    def request(self, kind: str, model: ModelInfo) -> dict[str, Any]:
         """The part of a request that is about these.
 
         Raises:
             InputError: The candidate's model does not know a token of the text.
         """
-        if self.text and max(self.text) >= config.vocab_size:
+        if self.text and max(self.text) >= model.vocab_size:
             raise InputError(
-                f"prompts hold token id {max(self.text)}, and a model that is compared has {config.vocab_size} "
+                f"prompts hold token id {max(self.text)}, and a model that is compared has {model.vocab_size} "
                 "tokens: compare models of one tokenizer, or give ids that all know with --tokens"
             )
         return {"kind": kind, "batch": self.batch, "threads": self.threads, "text": self.text}
 
 
 def _candidate(
-    name: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, shown: str = ""
+    name: str, files: BundleFiles, target: Target, model: ModelInfo, room: _Room, *, shown: str = ""
 ) -> CandidatePlan:
     """What ``--against`` names; a bundle is shown by its folder's name unless ``shown`` says otherwise."""
     if name in BASELINES:
-        return _baseline_candidate(name, files, target, config, room)
+        return _baseline_candidate(name, files, target, model, room)
     if name in files.manifest["targets"]:
-        return _target_candidate(files, target_from_manifest(files, name, config), config, room, name=name, kind=TARGET)
+        return _target_candidate(files, target_from_manifest(files, name, model), model, room, name=name, kind=TARGET)
     if not is_folder(name):
         known = ", ".join((*BASELINES, *files.manifest["targets"]))
         raise InputError(f"--against {name[:200]!r} is neither a bundle's folder nor one of {known}")
     other = open_bundle(name, allow_unvalidated=True)
-    other_config = config_from_manifest(other)
-    same = target_from_manifest(other, target.name, other_config)
-    return _target_candidate(other, same, other_config, room, name=shown or other.path.name, kind=BUNDLE)
+    other_model = model_from_manifest(other)
+    same = target_from_manifest(other, target.name, other_model)
+    return _target_candidate(other, same, other_model, room, name=shown or other.path.name, kind=BUNDLE)
 
 
 def _target_candidate(
-    files: BundleFiles, target: Target, config: ModelConfig, room: _Room, *, name: str, kind: str
+    files: BundleFiles, target: Target, model: ModelInfo, room: _Room, *, name: str, kind: str
 ) -> CandidatePlan:
     if room.capacity > target.capacity:
         raise InputError(
             f"{target.name} of {files.path} holds {target.capacity} tokens, {room.capacity} are asked for: "
             "lower --position, --prompt-tokens or --steps"
         )
-    request = {**room.request(kind, config), "path": str(files.path), "target": target.name}
-    prefill = files.manifest["targets"][target.name].get("prefill")
-    return CandidatePlan(
-        name=name, kind=kind, config=config, target=target, path=files.path, prefill=prefill, request=request
-    )
+    request = {**room.request(kind, model), "path": str(files.path), "target": target.name}
+    step = _step_graph(files, target)
+    return CandidatePlan(name=name, kind=kind, files=files, model=model, target=target, step=step, request=request)
 
 
-def _baseline_candidate(
-    kind: str, files: BundleFiles, target: Target, config: ModelConfig, room: _Room
-) -> CandidatePlan:
+def _baseline_candidate(kind: str, files: BundleFiles, target: Target, model: ModelInfo, room: _Room) -> CandidatePlan:
     reference = files.path / "reference"
     request = {
-        **room.request(kind, config),
-        "config": config.to_dict(),
+        **room.request(kind, model),
+        "config": files.manifest["config"],
         "reference": str(reference) if reference.is_dir() else None,
         "capacity": target.capacity,
     }
-    return CandidatePlan(name=kind, kind=kind, config=config, target=None, path=None, prefill=None, request=request)
+    step = _step_graph(files, target)
+    return CandidatePlan(name=kind, kind=kind, files=files, model=model, target=None, step=step, request=request)
+
+
+def _step_graph(files: BundleFiles, target: Target) -> Path | None:
+    name = target.graphs.get("step")
+    return None if name is None else files.file(name)
 
 
 def _once(values: Sequence[_Value]) -> tuple[_Value, ...]:
@@ -278,8 +279,3 @@ def _default_target(files: BundleFiles) -> str:
     from crt_export.runtime.bundle import Bundle
 
     return Bundle(files).default_target()
-
-
-def passes_from_text(values: Sequence[str]) -> tuple[int | str, ...]:
-    """``--passes`` as given: a number, or a word that is checked later."""
-    return tuple(int(value) if value.isdecimal() else value for value in values)

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
-from crt_export.bench.prompts import prompt_rows
+from crt_export.bench.generic_model import GenericModel
 from crt_export.bench.report import KINDS
-from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start
-from crt_export.bench.static_model import Result, StaticModel, model_from_tensors
-from crt_export.checkpoint import find_weight_files, load_checkpoint, tensor_shapes
+from crt_export.bench.runner import CandidateInfo, Passes, StepTimes, block_start, prompt_rows
+from crt_export.bench.static_model import StaticModel, is_classic, model_from_tensors
+from crt_export.checkpoint import find_weight_files, load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
+from crt_export.models.presets import random_tensors
 
 _SEED = 1
 #: torch.compile compiles one graph for every so many tokens; attention reads them all, masked beyond the position.
 BUCKET = 128
 EAGER, COMPILE, DYNAMIC_INT8 = KINDS[1:4]
 
-Stepper = Callable[[Tensor, Tensor, int], Result]
+#: Recurrent state, whatever a model has: a tensor, or tensors by name.
+Carry = Any
+Stepper = Callable[[Tensor, Carry, int], tuple[Tensor, Tensor, Carry]]
+Model = StaticModel | GenericModel
 
 
 class PyTorchRunner:
@@ -55,7 +60,7 @@ class PyTorchRunner:
         torch.set_num_threads(threads)
         self._kind, self._config, self._reference = kind, config, reference
         self._batch, self._capacity, self._text = batch, capacity, text
-        self._prefixes: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
+        self._prefixes: dict[int, tuple[Tensor, Carry, tuple[Tensor, ...]]] = {}
         self._compiled: set[int] = set()
 
     def weight_path(self) -> Path | None:
@@ -68,7 +73,7 @@ class PyTorchRunner:
 
     @torch.inference_mode()
     def open(self) -> None:
-        model = model_from_tensors(self._config, self._tensors())
+        model = fastest_model(self._config, self._tensors())
         if self._kind == DYNAMIC_INT8:
             model = _quantized(model)
         self._model = model
@@ -104,17 +109,17 @@ class PyTorchRunner:
 
     @torch.inference_mode()
     def prefill(self, tokens: int, passes: Passes) -> float:
-        recurrent = self._config.recurrent
         if self._kind == COMPILE:
             raise UnsupportedError("only the step is compiled: every length of a prompt would be compiled anew")
-        if passes == "adaptive" or (passes is not None and passes != "exact" and not recurrent):
+        if passes == "adaptive" or (passes is not None and passes != "exact" and not self._config.carried.iterated):
             raise UnsupportedError(f"PyTorch runs no prefill with passes={passes!r} for this model")
         prompt = self._prompt(tokens)
         begin = time.perf_counter()
         if passes == "exact":
             self._feed(prompt)
         else:
-            self._model.prefill(prompt, self._caches, passes if isinstance(passes, int) else self._config.unroll_steps)
+            count = passes if isinstance(passes, int) else self._config.carried.passes
+            self._model.prefill(prompt, self._caches, count)
         return time.perf_counter() - begin
 
     @torch.inference_mode()
@@ -132,9 +137,7 @@ class PyTorchRunner:
     def _tensors(self) -> dict[str, Tensor]:
         if self._reference is not None:
             return dict(load_checkpoint(self._reference).tensors)
-        generator = torch.Generator().manual_seed(_SEED)
-        shapes = tensor_shapes(self._config)
-        return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        return random_tensors(self._config, _SEED)
 
     def _prompt(self, tokens: int) -> Tensor:
         model, batch = self._config, self._batch
@@ -154,7 +157,7 @@ class PyTorchRunner:
             self._token = torch.zeros(self._batch, 1, dtype=torch.int64)
             return
         if position not in self._prefixes:
-            passes = self._config.unroll_steps
+            passes = self._config.carried.passes
             _, token, state = self._model.prefill(self._prompt(position), self._caches, passes)
             held = tuple(cache[:, :, :, :position].clone() for cache in self._caches)
             self._prefixes[position] = (token, state, held)
@@ -178,20 +181,25 @@ class PyTorchRunner:
         return seconds
 
 
-def _stepper(model: StaticModel, capacity: int, caches: Callable[[], tuple[Tensor, ...]], *, compiled: bool) -> Stepper:
+def fastest_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Model:
+    """The model as fast as there is one in PyTorch, from the tensors of a checkpoint."""
+    return (model_from_tensors if is_classic(config) else GenericModel)(config, tensors)
+
+
+def _stepper(model: Model, capacity: int, caches: Callable[[], tuple[Tensor, ...]], *, compiled: bool) -> Stepper:
     if not compiled:
         return lambda ids, state, position: model.step(ids, state, caches(), position)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, capacity // BUCKET + 2)
     step = torch.compile(model.step_padded, fullgraph=True, dynamic=False)
 
-    def run(ids: Tensor, state: Tensor, position: int) -> Result:
+    def run(ids: Tensor, state: Carry, position: int) -> tuple[Tensor, Tensor, Carry]:
         end = min(capacity, (position // BUCKET + 1) * BUCKET)
         return step(ids, state, caches(), torch.tensor([position]), end)
 
     return run
 
 
-def _quantized(model: StaticModel) -> StaticModel:
+def _quantized(model: Model) -> Model:
     from torch.ao.quantization import quantize_dynamic
 
     with warnings.catch_warnings():

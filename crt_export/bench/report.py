@@ -59,19 +59,19 @@ class ModelSize:
 
     Attributes:
         name: The folder's name.
-        model_type: ``context_ready_transformer`` or ``transformer``.
+        model_type: Its architecture, such as ``context_ready_transformer``.
         hidden_size: Width of the residual stream.
-        num_hidden_layers: Number of layers.
+        caches: Number of caches of keys and values, one for each layer that attends.
         vocab_size: Number of tokens.
-        parameters: Number of weights, a tied head counted once.
+        parameters: Number of weights, a tied head counted once; None where the manifest does not say.
     """
 
     name: str
     model_type: str
     hidden_size: int
-    num_hidden_layers: int
+    caches: int
     vocab_size: int
-    parameters: int
+    parameters: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,14 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBytes:
-    """Bytes that one step has to read or write: weights once, keys and values of the used length, logits.
+    """Bytes that one step has to move: weights once, keys and values of the used length, states in and out, logits.
 
     ``total`` is their sum; the floor of a step is total / read bandwidth.
     """
 
     weights: int
     cache: int
+    states: int
     logits: int
     total: int
 
@@ -121,7 +122,6 @@ class StepFigures:
         floor_ms: bytes.total / 90th percentile of the read bandwidth.
         compute_floor_ms: flops / 90th percentile of the compute rate.
         over_floor: p50_ms / floor_ms.
-        over_floor_p10: p10_ms / floor_ms.
         over_floor_paired: p50_ms / (bytes.total / median bandwidth).
     """
 
@@ -141,7 +141,6 @@ class StepFigures:
     floor_ms: float | None = None
     compute_floor_ms: float | None = None
     over_floor: float | None = None
-    over_floor_p10: float | None = None
     over_floor_paired: float | None = None
 
 

@@ -18,6 +18,7 @@ from crt_export.errors import CrtExportError, InputError, UnsupportedError
 from crt_export.progress import Progress
 
 _PROBE_SAMPLES = 3
+_WARMUPS = 3  # steps before each block that are not counted
 
 
 @dataclass(kw_only=True)
@@ -87,7 +88,7 @@ def _opened(plan: Plan, measured: Measured, processes: ExitStack) -> WorkerProce
         measured.opened = worker.ask("open", **candidate.request)
         own, *others = plan.methods
         _try_method(plan, measured, worker, own)
-        longest = 0 if own in measured.refused else max(plan.prompt_tokens)
+        longest = 0 if own in measured.refused else max(plan.options.prompt_tokens)
         measured.memory = worker.ask("memory", tokens=longest)
         for method in others:
             _try_method(plan, measured, worker, method)
@@ -103,7 +104,7 @@ def _opened(plan: Plan, measured: Measured, processes: ExitStack) -> WorkerProce
 def _try_method(plan: Plan, measured: Measured, worker: WorkerProcess, method: Passes) -> None:
     """Find out whether it can feed a prompt this method, which loads what that takes."""
     try:
-        worker.ask("prefill", tokens=min(plan.prompt_tokens), passes=method)
+        worker.ask("prefill", tokens=min(plan.options.prompt_tokens), passes=method)
     except (UnsupportedError, InputError) as error:
         measured.refused[method] = str(error)
 
@@ -116,22 +117,22 @@ def _step_rounds(
     options = plan.options
     for number in range(options.rounds):
         progress("steps in turns", number, options.rounds)
-        for position in plan.positions:
+        for position in options.positions:
             rates = probe.ask("sample", samples=_PROBE_SAMPLES)
             read += rates["read_gb_s"]
             computed += rates["gflop_s"]
             for measured, worker in _rotated(running, number):
                 time.sleep(options.pause_s)
-                block = worker.ask("steps", position=position, warmups=options.warmups, count=plan.steps)
+                block = worker.ask("steps", position=position, warmups=_WARMUPS, count=options.steps)
                 measured.steps.setdefault(position, []).append(block)
     return read, computed
 
 
 def _prefill_rounds(plan: Plan, running: Sequence[tuple[Measured, WorkerProcess]], progress: Progress) -> None:
     rounds = plan.options.prefill_rounds
-    for place, tokens in enumerate(plan.prompt_tokens):
+    for place, tokens in enumerate(plan.options.prompt_tokens):
         for number in range(rounds):
-            progress("prompts in turns", place * rounds + number, rounds * len(plan.prompt_tokens))
+            progress("prompts in turns", place * rounds + number, rounds * len(plan.options.prompt_tokens))
             for measured, worker in _rotated(running, number):
                 for method in plan.methods:
                     if method in measured.refused:

@@ -26,11 +26,11 @@ from crt_export.bench.report import (
 )
 from crt_export.bench.rounds import Measured, Samples, paired_ratio, quantiles, samples_from_plan
 from crt_export.bench.runner import Passes
-from crt_export.bench.step_cost import step_bytes, step_flops
+from crt_export.bench.step_cost import step_bytes, step_flops, weights_from_graph
 from crt_export.bundle import BundleFiles
-from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.machine import machine
+from crt_export.models.declaration import ModelInfo
 from crt_export.progress import Progress, no_progress
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")
@@ -78,7 +78,7 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
         hardware=machine(),
         versions=installed_versions(_PACKAGES),
         bundle=_bundle(plan.files),
-        model=_model(plan.files.path.name, plan.config),
+        model=_model(plan.files.path.name, plan.files, plan.model),
         options=_options(plan),
         bandwidth=bandwidth if on_cpu else None,
         compute=compute if on_cpu else None,
@@ -90,11 +90,11 @@ def report_from_samples(plan: Plan, samples: Samples, *, created: str, command: 
 
 def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Compute) -> Candidate:
     candidate = measured.candidate
-    other = candidate.path is not None and candidate.path != plan.files.path
-    model = _model(candidate.name, candidate.config) if other else None
+    other = candidate.files.path != plan.files.path
+    model = _model(candidate.name, candidate.files, candidate.model) if other else None
     if measured.reason:
         return Candidate(name=candidate.name, kind=candidate.kind, status=NOT_RUN, reason=measured.reason, model=model)
-    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.positions]
+    steps = [_step(plan, measured, position, bandwidth, compute) for position in plan.options.positions]
     prefill = [_prefill(candidate, tokens, method, seconds) for (tokens, method), seconds in measured.prefill.items()]
     return Candidate(
         name=candidate.name,
@@ -114,13 +114,13 @@ def _candidate(plan: Plan, measured: Measured, bandwidth: Bandwidth, compute: Co
 
 
 def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, compute: Compute) -> StepFigures:
-    candidate, batch, blocks = measured.candidate, plan.options.batch, measured.steps[position]
+    blocks = measured.steps[position]
     seconds = np.concatenate([block["seconds"] for block in blocks])
     engine = np.concatenate([block["engine"] for block in blocks])
     p10, p50, p90, p99 = (np.percentile(seconds, (10, 50, 90, 99)) * 1e3).tolist()
-    figures = StepFigures(
+    return StepFigures(
         position=position,
-        batch=batch,
+        batch=plan.options.batch,
         samples=seconds.size,
         p10_ms=p10,
         p50_ms=p50,
@@ -128,53 +128,46 @@ def _step(plan: Plan, measured: Measured, position: int, bandwidth: Bandwidth, c
         p99_ms=p99,
         max_ms=float(seconds.max() * 1e3),
         mean_ms=float(seconds.mean() * 1e3),
-        tokens_per_s=float(batch / seconds.mean()),
+        tokens_per_s=float(plan.options.batch / seconds.mean()),
         runtime_overhead=float(np.median(1 - engine / seconds)) if engine.size else None,
+        **_floor(plan, measured, position + plan.options.steps // 2, p50, bandwidth, compute),  # the middle of a block
     )
-    return _with_floor(figures, plan, candidate, measured.opened["info"]["weights"], bandwidth, compute)
 
 
-def _with_floor(
-    figures: StepFigures,
-    plan: Plan,
-    candidate: CandidatePlan,
-    weights: int | None,
-    bandwidth: Bandwidth,
-    compute: Compute,
-) -> StepFigures:
-    """Add what memory and arithmetic allow at best; a GPU's own rates are not known here."""
-    if weights is None:
-        return figures
-    middle = figures.position + plan.steps // 2  # of the block's positions
-    target = candidate.target
-    moved = step_bytes(
-        candidate.config,
-        weights=weights,
-        position=middle,
-        batch=figures.batch,
-        cache_item_bytes=_FLOAT_BYTES["float32" if target is None else target.cache_dtype],
-    )
-    flops = step_flops(candidate.config, position=middle, batch=figures.batch)
-    values: dict[str, Any] = {"bytes": moved, "flops": flops}
-    if target is None or target.profile.device == "cpu":
-        floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
-        values |= {
-            "floor_ms": floor,
-            "compute_floor_ms": flops / compute.gflop_s.p90 / 1e6,
-            "over_floor": figures.p50_ms / floor,
-            "over_floor_p10": figures.p10_ms / floor,
-            "over_floor_paired": figures.p50_ms / (moved.total / bandwidth.read_gb_s.p50 / 1e6),
-        }
-    return StepFigures(**{**vars(figures), **values})
+def _floor(
+    plan: Plan, measured: Measured, position: int, p50_ms: float, bandwidth: Bandwidth, compute: Compute
+) -> dict[str, Any]:
+    """What memory and arithmetic allow at best; a GPU's own rates are not known here."""
+    candidate, batch = measured.candidate, plan.options.batch
+    model, target = candidate.model, candidate.target
+    weights = measured.opened["info"]["weights"]
+    if weights is None or candidate.step is None:
+        return {}
+    item = _FLOAT_BYTES["float32" if target is None else target.cache_dtype]
+    moved = step_bytes(model, weights=weights, position=position, batch=batch, cache_item_bytes=item)
+    multiplied = weights_from_graph(candidate.step).multiplied
+    flops = step_flops(model.carried, multiplied=multiplied, position=position, batch=batch)
+    if target is not None and target.profile.device != "cpu":
+        return {"bytes": moved, "flops": flops}
+    floor = moved.total / bandwidth.read_gb_s.p90 / 1e6
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "floor_ms": floor,
+        "compute_floor_ms": flops / compute.gflop_s.p90 / 1e6,
+        "over_floor": p50_ms / floor,
+        "over_floor_paired": p50_ms / (moved.total / bandwidth.read_gb_s.p50 / 1e6),
+    }
 
 
 def _prefill(candidate: CandidatePlan, tokens: int, method: Passes, seconds: Sequence[float]) -> PrefillFigures:
     name, passes = ("passes", method) if isinstance(method, int) else (method or "default", None)
     chunk = None
-    if method is None and candidate.prefill is not None:
-        passes, chunk = candidate.prefill["passes"], candidate.prefill["chunk"]
-    if method is None and candidate.target is None and candidate.config.recurrent:
-        passes = candidate.config.unroll_steps
+    if method is None and candidate.target is not None:
+        plan = candidate.files.manifest["targets"][candidate.target.name]["prefill"]
+        passes, chunk = plan["passes"], plan["chunk"]
+    elif method is None and candidate.model.carried.iterated:
+        passes = candidate.model.carried.passes
     return PrefillFigures(
         tokens=tokens,
         method=name,
@@ -232,18 +225,9 @@ def _notes(plan: Plan, everybody: Sequence[Measured]) -> Iterator[str]:
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    return {
-        **vars(plan.options),
-        "target": plan.target.name,
-        "against": list(plan.options.against),
-        "positions": list(plan.positions),
-        "prompt_tokens": list(plan.prompt_tokens),
-        "passes": list(plan.options.passes),
-        "steps": plan.steps,
-        "threads": plan.threads,
-        "text": plan.text.source,
-        "tokens": None if plan.options.tokens is None else str(plan.options.tokens),
-    }
+    """Every option of the run as JSON has it; the text by what it is called, not where it lay."""
+    tokens = plan.options.tokens
+    return {**vars(plan.options), "text": plan.text.source, "tokens": None if tokens is None else str(tokens)}
 
 
 def _bundle(files: BundleFiles) -> dict[str, Any]:
@@ -256,12 +240,12 @@ def _bundle(files: BundleFiles) -> dict[str, Any]:
     }
 
 
-def _model(name: str, config: ModelConfig) -> ModelSize:
+def _model(name: str, files: BundleFiles, model: ModelInfo) -> ModelSize:
     return ModelSize(
         name=name,
-        model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        parameters=config.parameter_count,
+        model_type=model.model_type,
+        hidden_size=model.hidden_size,
+        caches=len(model.carried.caches),
+        vocab_size=model.vocab_size,
+        parameters=files.manifest["checkpoint"].get("parameters"),
     )

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crt_export.bench.report import StepBytes
-from crt_export.config import ModelConfig
 from crt_export.errors import BundleError
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.protobuf import BYTES, VARINT, WireError, WireReader
 
-_LOGIT_BYTES = 4  # float32 in every precision
+_FLOAT_BYTES = 4  # logits and states are float32 in every precision
 _GRAPH = 7  # field numbers of onnx.proto
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OPERATOR = 1, 4
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 2, 4, 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 1, 3
 _TENSOR_DIMS, _TENSOR_DTYPE, _TENSOR_NAME = 1, 2, 8
 #: Bits of an element by TensorProto.DataType.
 _BITS = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
     17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4,
 }  # fmt: skip
+#: Operators that multiply with a weight; one whose weight is packed says its size itself; and those that hand one on.
+_PRODUCTS, _PACKED_PRODUCT = ("MatMul", "Gemm", "MatMulInteger"), "MatMulNBits"
+_HANDED_ON = ("DequantizeLinear", "Cast", "Transpose", "Reshape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,33 @@ class Initializer:
         return min(rows, self.dims[0]) * (self.bytes // self.dims[0])
 
 
-def initializers_from_graph(path: Path) -> tuple[Initializer, ...]:
-    """List the constants that the nodes of an ONNX graph read, in the file's order.
+@dataclass(frozen=True, kw_only=True)
+class GraphWeights:
+    """What a step graph does with its constants.
+
+    Attributes:
+        initializers: Those that its nodes read, in the file's order.
+        multiplied: Elements of weights that a token is multiplied with; one that several products read counts for each.
+    """
+
+    initializers: tuple[Initializer, ...]
+    multiplied: int
+
+    def bytes_read(self, batch: int) -> int:
+        """Bytes of weights that a step reads: all of them once, of tables (embedding, rotary) one entry a row."""
+        return sum(tensor.bytes_read(batch) for tensor in self.initializers)
+
+
+@dataclass(slots=True)
+class _Node:
+    operator: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    integers: dict[str, int] = field(default_factory=dict)
+
+
+def weights_from_graph(path: Path) -> GraphWeights:
+    """Find what an ONNX graph reads of its constants.
 
     Raises:
         BundleError: The file cannot be read or is no ONNX graph.
@@ -62,7 +91,7 @@ def initializers_from_graph(path: Path) -> tuple[Initializer, ...]:
     try:
         content = path.read_bytes()
         reader = WireReader(io.BytesIO(content))
-        graphs = [_initializers(reader, end) for number, end in _messages(reader, len(content)) if number == _GRAPH]
+        graphs = [_weights(reader, end) for number, end in _messages(reader, len(content)) if number == _GRAPH]
         if len(graphs) != 1:
             raise WireError(f"{len(graphs)} graphs")
     except OSError as error:
@@ -79,33 +108,64 @@ def _messages(reader: WireReader, end: int) -> Iterator[tuple[int, int]]:
             yield number, reader.offset + length
 
 
-def _initializers(reader: WireReader, end: int) -> tuple[Initializer, ...]:
-    tables: set[str] = set()
-    read: set[str] = set()
+def _weights(reader: WireReader, end: int) -> GraphWeights:
+    nodes: list[_Node] = []
     tensors: list[tuple[str, tuple[int, ...], int]] = []
     for number, stop in _messages(reader, end):
         if number == _GRAPH_NODE:
-            operator, inputs = _node(reader, stop)
-            table = inputs[:1] if operator == "Gather" else []
-            tables.update(table)
-            read.update(inputs[len(table) :])
+            nodes.append(_node(reader, stop))
         elif number == _GRAPH_INITIALIZER:
             tensors.append(_tensor(reader, stop))
-    return tuple(
-        Initializer(name=name, dims=dims, bytes=(math.prod(dims) * bits + 7) // 8, gathered=name not in read)
-        for name, dims, bits in tensors
-        if name in read or name in tables
+    tables = {node.inputs[0] for node in nodes if node.operator == "Gather" and node.inputs}
+    read = {name for node in nodes for name in node.inputs[node.operator == "Gather" :]}
+    return GraphWeights(
+        initializers=tuple(
+            Initializer(name=name, dims=dims, bytes=(math.prod(dims) * bits + 7) // 8, gathered=name not in read)
+            for name, dims, bits in tensors
+            if name in read or name in tables
+        ),
+        multiplied=_multiplied(nodes, {name: math.prod(dims) for name, dims, _ in tensors if len(dims) > 1}),
     )
 
 
-def _node(reader: WireReader, end: int) -> tuple[str, list[str]]:
-    operator, inputs = "", []
+def _multiplied(nodes: Sequence[_Node], sizes: dict[str, int]) -> int:
+    """Elements of the weights of every product; ``sizes`` are those of the constants of two dims or more."""
+    total = 0
+    for node in nodes:
+        if node.operator == _PACKED_PRODUCT:
+            total += node.integers.get("K", 0) * node.integers.get("N", 0)
+        elif node.operator in _PRODUCTS:
+            total += sum(sizes.get(name, 0) for name in node.inputs[:2])
+        elif node.operator in _HANDED_ON and node.inputs and node.inputs[0] in sizes:
+            sizes |= dict.fromkeys(node.outputs, sizes[node.inputs[0]])
+    return total
+
+
+def _node(reader: WireReader, end: int) -> _Node:
+    node = _Node()
     for number, kind, length in reader.fields(end):
-        if number == _NODE_INPUT and kind == BYTES:
-            inputs.append(reader.text(length))
-        elif number == _NODE_OPERATOR and kind == BYTES:
-            operator = reader.text(length)
-    return operator, inputs
+        if kind != BYTES:
+            continue
+        if number == _NODE_INPUT:
+            node.inputs.append(reader.text(length))
+        elif number == _NODE_OUTPUT:
+            node.outputs.append(reader.text(length))
+        elif number == _NODE_OPERATOR:
+            node.operator = reader.text(length)
+        elif number == _NODE_ATTRIBUTE:
+            node.integers |= _integer(reader, reader.offset + length)
+    return node
+
+
+def _integer(reader: WireReader, end: int) -> dict[str, int]:
+    """Name and value of an attribute that is an integer."""
+    name, found = "", None
+    for number, kind, value in reader.fields(end):
+        if number == _ATTRIBUTE_NAME and kind == BYTES:
+            name = reader.text(value)
+        elif number == _ATTRIBUTE_INTEGER and kind == VARINT:
+            found = value
+    return {} if found is None else {name: found}
 
 
 def _tensor(reader: WireReader, end: int) -> tuple[str, tuple[int, ...], int]:
@@ -126,37 +186,32 @@ def _tensor(reader: WireReader, end: int) -> tuple[str, tuple[int, ...], int]:
     return name, tuple(dims), bits
 
 
-def weight_bytes(initializers: Iterable[Initializer], batch: int) -> int:
-    """Bytes of weights that a step reads: all of them once, of tables (embedding, rotary) one entry a row."""
-    return sum(tensor.bytes_read(batch) for tensor in initializers)
-
-
-def step_bytes(config: ModelConfig, *, weights: int, position: int, batch: int, cache_item_bytes: int) -> StepBytes:
+def step_bytes(model: ModelInfo, *, weights: int, position: int, batch: int, cache_item_bytes: int) -> StepBytes:
     """Bytes that a step moves at least.
 
     Args:
-        config: The model.
-        weights: Bytes of weights, see :func:`weight_bytes`.
+        model: The model.
+        weights: Bytes of weights, see :meth:`GraphWeights.bytes_read`.
         position: Tokens in the cache before the step.
         batch: Rows.
         cache_item_bytes: Size of one element of the cache.
     """
-    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * cache_item_bytes
-    cache = batch * attended(config, position) * entry
-    logits = batch * config.vocab_size * _LOGIT_BYTES
-    return StepBytes(weights=weights, cache=cache, logits=logits, total=weights + cache + logits)
+    carried = model.carried
+    cache = batch * cache_item_bytes * sum(spec.attended(position) * spec.width for spec in carried.caches)
+    states = batch * _FLOAT_BYTES * sum(2 * spec.size for spec in carried.states)
+    logits = batch * _FLOAT_BYTES * model.vocab_size
+    total = weights + cache + states + logits
+    return StepBytes(weights=weights, cache=cache, states=states, logits=logits, total=total)
 
 
-def step_flops(config: ModelConfig, *, position: int, batch: int) -> int:
-    """Floating point operations of a step, two for each multiply-add of a matrix product; the rest is negligible."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention = 2 * config.num_attention_heads * config.head_dim * attended(config, position)
-    layer = 4 * hidden * hidden + 2 * hidden * inner + attention
-    correction = 2 * hidden * (config.correction_intermediate_size or 0) if config.recurrent else 0
-    return 2 * batch * (config.num_hidden_layers * layer + correction + hidden * config.vocab_size)
+def step_flops(carried: Carried, *, multiplied: int, position: int, batch: int) -> int:
+    """Floating point operations of a step, two for each multiply-add of a matrix product; the rest is negligible.
 
-
-def attended(config: ModelConfig, position: int) -> int:
-    """Tokens that the token at a position sees, itself included."""
-    used = position + 1
-    return used if config.sliding_window is None else min(used, config.sliding_window)
+    Args:
+        carried: What the model carries.
+        multiplied: Elements of weights that a token is multiplied with, see :class:`GraphWeights`.
+        position: Tokens in the cache before the step.
+        batch: Rows.
+    """
+    attention = sum(2 * spec.query_heads * spec.head_dim * spec.attended(position) for spec in carried.caches)
+    return 2 * batch * (multiplied + attention)

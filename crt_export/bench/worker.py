@@ -22,15 +22,15 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from crt_export import errors
 from crt_export.bench import process_memory
-from crt_export.bench.runner import Runner
-from crt_export.child_process import ChildEnd, answer_stream, start_module
-from crt_export.config import ModelConfig
+from crt_export.child_process import ChildEnd, Lifeline, answer_stream, start_module
 from crt_export.errors import BenchError, CrtExportError
-from crt_export.lifeline import Lifeline
+
+if TYPE_CHECKING:  # what a candidate imports is timed
+    from crt_export.bench.runner import Runner
 
 #: Kinds of candidates beside those of the report: the probe of bandwidth and compute.
 PROBE = "probe"
@@ -242,6 +242,7 @@ def runner_from_request(request: Request) -> Runner:
             text=request.get("text", ()),
         )
     from crt_export.bench.pytorch_runner import PyTorchRunner
+    from crt_export.config import ModelConfig
 
     return PyTorchRunner(
         request["kind"],

@@ -155,12 +155,13 @@ class _Positions(io.RawIOBase):
         return count
 
 
-def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
+def hash_file(path: Path, *, sync: bool = False, known: str | None = None) -> tuple[str, FileState]:
     """SHA-256 of a regular file.
 
     Args:
         path: The file; a link as its last component is refused.
         sync: Also force the content to the disk (``fsync``).
+        known: The digest, from whoever wrote the file: its content is not read then.
 
     Returns:
         The digest in lower-case hex, and the state of the very file that was hashed.
@@ -170,7 +171,7 @@ def hash_file(path: Path, *, sync: bool = False) -> tuple[str, FileState]:
     """
     held = HeldFile(open_regular(path))
     try:
-        found = held.digest()
+        found = held.digest() if known is None else (known, held.state())
         if sync and os.name == "posix":
             os.fsync(held.descriptor)
     finally:

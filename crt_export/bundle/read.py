@@ -9,8 +9,7 @@ from pathlib import Path
 
 from crt_export.bundle.files import BundleFiles
 from crt_export.bundle.held import HeldFolder
-from crt_export.bundle.integrity import files_are_as_written
-from crt_export.bundle.manifest import read_manifest_and_identity
+from crt_export.bundle.manifest import files_are_as_written, read_manifest_and_identity
 from crt_export.bundle.recovery import build_folders, parse_build_folder, restore_previous
 from crt_export.bundle.schema import MANIFEST_NAME
 from crt_export.errors import BundleError

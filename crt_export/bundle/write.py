@@ -142,19 +142,18 @@ class Staging:
     Attributes:
         path: Folder to write the bundle's files into.
         output: Where :meth:`commit` will put it.
+        committed: Whether the bundle is there.
+        digests: SHA-256 (hex) of files by name, from whoever hashed them while they were written: they are hashed again
+            when the bundle is opened, and not before.
     """
 
     def __init__(self, path: Path, output: Path) -> None:
         self.path = path
         self.output = output
-        self._committed = False
+        self.digests: dict[str, str] = {}
+        self.committed = False
         self._completed = False
         self._sealed: dict[str, tuple[FileState, str]] = {}
-
-    @property
-    def committed(self) -> bool:
-        """True once the bundle is at ``output``."""
-        return self._committed
 
     def complete(self, manifest: Mapping[str, Any]) -> BundleFiles:
         """Write the manifest and open the folder as applications open a bundle: what is checked is what ships.
@@ -185,14 +184,14 @@ class Staging:
             BundleError: The bundle is committed already, holds a link or an unportable file name, the
                 manifest breaks its schema, or the output cannot be replaced. The output is unchanged then.
         """
-        if self._committed:
+        if self.committed:
             raise BundleError(f"the bundle {self.output} is committed already; call stage_bundle again for another one")
         try:
             self._write(manifest)
             with folder_lock(self.output.parent):
                 check_target(self.output)  # minutes have passed since the first check
                 old = replace_folder(self.path, self.output, build_folder_path(self.output, "previous"))
-                self._committed = True
+                self.committed = True
                 if old is not None:
                     remove_or_warn(old)
         except OSError as error:
@@ -231,11 +230,12 @@ class Staging:
         return files
 
     def _seal(self, name: str) -> tuple[FileState, str]:
-        """State and digest of a file that is on the disk; hashed again only where it changed."""
+        """State and digest of a file that is on the disk; hashed where nobody has done so, or it changed since."""
         path = self.path / name
         sealed = self._sealed.get(name)
         if sealed is None or sealed[0] != file_state(path.lstat()):
-            digest, state = hash_file(path, sync=True)
+            known = self.digests.get(name) if sealed is None else None
+            digest, state = hash_file(path, sync=True, known=known)
             sealed = self._sealed[name] = (state, digest)
         return sealed
 

@@ -1,6 +1,6 @@
 """The command line: one small file per verb, no logic of its own.
 
-:mod:`~crt_export.cli.failures` decides what an error looks like and which exit code it gives;
+:mod:`~crt_export.cli.app` decides what an error looks like and which exit code it gives;
 :mod:`~crt_export.cli.console` is the only place that writes to the terminal. Verbs import what they need when
 they run, so that ``crt-export --help`` loads neither torch nor a runtime.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crt_export.cli.app import app
-from crt_export.cli.failures import run_app
+from crt_export.cli.app import app, run_app
 
 __all__ = ["app", "main"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from crt_export.cli.console import ProgressLine, reserved_stdout, write_json, write_table, write_text
-from crt_export.cli.options import PATH, command_line, json_option, now, require_one_text, text_options
+from crt_export.cli.options import PATH, PassesType, command_line, json_option, now, require_one_text, text_options
 
 
 @click.command()
@@ -28,6 +27,7 @@ from crt_export.cli.options import PATH, command_line, json_option, now, require
 @click.option(
     "--passes",
     multiple=True,
+    type=PassesType(),
     metavar="K|adaptive|exact",
     help="Also feed prompts in K parallel passes, in as many as they need, or exactly; may be repeated.",
 )
@@ -54,7 +54,7 @@ def bench(
     against: tuple[str, ...],
     positions: tuple[int, ...],
     prompt_tokens: tuple[int, ...],
-    passes: tuple[str, ...],
+    passes: tuple[int | str, ...],
     text: Path | None,
     tokens: Path | None,
     rounds: int,
@@ -71,16 +71,16 @@ def bench(
     are the beginning of --text, of the text of the demo without it, and random ids for a model without a tokenizer.
     """
     require_one_text(text, tokens)
-    from crt_export.bench.options import BenchOptions, passes_from_text
+    from crt_export.bench.options import BenchOptions
     from crt_export.bench.run import run_bench
-    from crt_export.report.output import check_outputs, write_output
+    from crt_export.report.output import ReportFiles
 
     options = BenchOptions(
         target=target,
         against=against,
         positions=positions,
         prompt_tokens=prompt_tokens,
-        passes=passes_from_text(passes),
+        passes=passes,
         rounds=rounds,
         steps=steps,
         batch=batch,
@@ -88,20 +88,11 @@ def bench(
         tokens=tokens,
         threads=threads,
     )
-    check_outputs([output, html], inputs=[bundle, text, tokens])
-    if html is not None:
-        from crt_export.report.html import require_renderer
-
-        require_renderer()
+    files = ReportFiles(report=output, html=html)
+    files.check(inputs=[bundle, text, tokens])
     with reserved_stdout(as_json), ProgressLine() as progress:
-        found = run_bench(bundle, options, created=now(), command=command_line(), progress=progress)
-    document = found.to_dict()
-    if output is not None:
-        write_output(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    if html is not None:
-        from crt_export.report.html import render_html
-
-        write_output(html, render_html(document))
+        document = run_bench(bundle, options, created=now(), command=command_line(), progress=progress).to_dict()
+    files.write(document)
     if as_json:
         write_json(document)
     else:

@@ -83,16 +83,21 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         _draw(line)
 
 
+#: Columns of a terminal as it comes.
+_NARROW = 80
+
+
 def _table_lines(names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Header and rows, columns padded with spaces, two between them."""
+    """Header and rows, columns padded with spaces, two between them; one where the table fits 80 columns only so."""
     widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
+    gap = " " if sum(widths) + 2 * len(widths) - 2 > _NARROW >= sum(widths) + len(widths) - 1 else "  "
 
     def line(cells: Sequence[str]) -> str:
         padded = (
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(cells, widths, right, strict=True)
         )
-        return "  ".join(padded).rstrip()
+        return gap.join(padded).rstrip()
 
     return [line(names), *map(line, rows)]
 

@@ -1,4 +1,4 @@
-"""``crt-export doctor``: what is installed, what is missing, and what that prevents."""
+"""``crt-export doctor`` and ``targets``: what is installed, what is missing, and what this machine can do with it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import click
 
 from crt_export import __version__
 from crt_export.cli.console import write_json, write_message, write_table, write_text
-from crt_export.cli.failures import EXIT_ENVIRONMENT
 from crt_export.cli.options import json_option
+from crt_export.errors import MissingDependencyError
+
+_MEANING = {"run": "builds and runs here", "compile": "builds here", "needs": "needs more"}
 
 
 @click.command()
@@ -24,7 +26,7 @@ def doctor(as_json: bool) -> None:
     else:
         _write_findings(findings)
     if findings["problems"]:
-        raise click.exceptions.Exit(EXIT_ENVIRONMENT)
+        raise click.exceptions.Exit(MissingDependencyError.exit_code)
 
 
 def _findings() -> dict[str, Any]:
@@ -83,3 +85,25 @@ def _write_findings(findings: dict[str, Any]) -> None:
     write_table(("target", "here", "needs"), targets)
     for problem in findings["problems"]:
         write_message(f"problem: {problem}")
+
+
+@click.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the targets a bundle can be built for."""
+    from crt_export.environment import target_status
+    from crt_export.profile import list_profiles
+
+    statuses = [target_status(profile) for profile in list_profiles()]
+    if as_json:
+        write_json(
+            {
+                "targets": [
+                    {"status": s.status, "needs": list(s.needs), "profile": s.profile.to_dict()} for s in statuses
+                ]
+            }
+        )
+        return
+    rows = [(s.profile.name, s.profile.precision, _MEANING[s.status], s.profile.title) for s in statuses]
+    write_table(("target", "precision", "here", "title"), rows)
+    write_text("A profile of your own: --target FILE.toml (see engines/README.md). What is missing: doctor.")

@@ -29,7 +29,7 @@ def selftest(bundle: Path, targets: tuple[str, ...], junit: Path | None, as_json
     from crt_export.report.junit import write_junit
     from crt_export.report.output import check_outputs
     from crt_export.selftest import run_selftest
-    from crt_export.selftest.report import junit_cases
+    from crt_export.selftest.results import junit_cases
 
     check_outputs([junit], inputs=[bundle])
     start = time.perf_counter()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.cli.console import write_sentence, write_table, write_text
-from crt_export.ladder import OWN_MODEL, WHEN_BUILT
+from crt_export.parity.levels import OWN_MODEL, WHEN_BUILT
 from crt_export.parity.metrics import WITHIN, Check
 from crt_export.parity.report import COMPILED, GAP, RUN, Comparison, LevelResult, ParityReport, held
 from crt_export.report.numbers import count_text
 from crt_export.report.reading import report_of_bundle
 from crt_export.report.verdict import gates_held, own_model_text, target_checks, verdict_of
 
-TARGET_COLUMNS = ("target", "perplexity>", "delta nll>", "top-1>", "gates>", "result", "size>")
+TARGET_COLUMNS = ("target", "perplexity>", "delta nll>", "top-1>", "gates>", "result", "size>", "ms>")
+GRAPH_COLUMNS = ("graph", "roles", "weights")
 REGIME_COLUMNS = (
     "target", "graph", "regime", "tokens>", "perplexity>", "reference>", "delta nll (95 %)>", "max error>",
     "mean KL>", "top-1>", "result",
@@ -28,11 +30,67 @@ _GAP_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a benchmark measured of a bundle's targets.
+
+    Attributes:
+        file: The benchmark.
+        created: When, ISO 8601, UTC.
+        hardware: The machine.
+        position: Tokens in the cache before the steps.
+        batch: Rows of a step.
+        ms: Median of a step by target, milliseconds.
+    """
+
+    file: str
+    created: str
+    hardware: Mapping[str, Any]
+    position: int
+    batch: int
+    ms: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        """Where and how the column was measured."""
+        machine = f"{self.hardware.get('processor', 'an unknown machine')}, {self.hardware.get('cores', '?')} cores"
+        return (
+            f"ms a token: median step, {self.position} tokens in the cache, batch {self.batch}, on {machine}, "
+            f"{self.created[:10]} ({self.file})"
+        )
+
+
+def speed_from_bench(document: Mapping[str, Any], path: Path) -> Speed | None:
+    """The first position of every target of the bundle that was measured; None where none was.
+
+    Args:
+        document: The benchmark, as :func:`crt_export.report.reading.bench_of_bundle` gives it.
+        path: Its file.
+    """
+    steps = {who["name"]: who["step"][0] for who in document["candidates"] if who["kind"] == "target" and who["step"]}
+    if not steps:
+        return None
+    first = next(iter(steps.values()))
+    return Speed(
+        file=str(path),
+        created=document["created"],
+        hardware=document["hardware"],
+        position=first["position"],
+        batch=first["batch"],
+        ms={name: step["p50_ms"] for name, step in steps.items()},
+    )
+
+
 def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
     """What ``build --json`` and ``inspect --json`` print: where the bundle is, its identity, and its manifest.
 
     Raises:
         InputError: The parity report that it holds is none.
+        BundleError: The manifest contradicts itself.
     """
     return {
         **bundle.manifest,
@@ -41,7 +99,25 @@ def bundle_document(bundle: BundleFiles) -> dict[str, Any]:
         "identity": bundle.identity,
         "bytes": bundle_bytes(bundle),
         "own_model": own_model_text(report_of_bundle(bundle)),
+        "memory": memory_of_rows(bundle),
     }
+
+
+def memory_of_rows(bundle: BundleFiles) -> dict[str, dict[str, int]]:
+    """By target: the capacity of a row, bytes of its states and of its caches.
+
+    Raises:
+        BundleError: The manifest contradicts itself.
+    """
+    from crt_export.runtime.opening import model_from_manifest, target_from_manifest
+
+    model, found = model_from_manifest(bundle), {}
+    for name in bundle.manifest["targets"]:
+        target = target_from_manifest(bundle, name, model)
+        sizes = model.carried.row_bytes(target.capacity)
+        caches = sizes[f"cache_bytes_{target.cache_dtype}"]
+        found[name] = {"capacity": target.capacity, "state_bytes": sizes["state_bytes"], "cache_bytes": caches}
+    return found
 
 
 def bundle_bytes(bundle: BundleFiles) -> int:
@@ -49,16 +125,18 @@ def bundle_bytes(bundle: BundleFiles) -> int:
     return sum(entry["size"] for entry in bundle.manifest["files"].values())
 
 
-def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None:
+def write_bundle(bundle: BundleFiles, path: Path, *, speed: Speed | None = None, full: bool = False) -> None:
     """Write what a bundle holds and how well it agrees with PyTorch.
 
     Args:
         bundle: The bundle.
         path: How the user calls it.
-        full: Every regime, every level, profiles and notes too.
+        speed: What was measured of it.
+        full: Every regime, every level, profiles, graphs with who opens them, and notes too.
 
     Raises:
         InputError: The parity report that it holds is none.
+        BundleError: The manifest contradicts itself.
     """
     manifest, report = bundle.manifest, report_of_bundle(bundle)
     verdict = (
@@ -69,7 +147,7 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
     write_sentence(verdict)
     write_sentence(f"identity {bundle.identity} (SHA-256 of manifest.json)")
     if report is not None:
-        write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]})
+        write_summary(report, {name: _target_bytes(manifest, name) for name in manifest["targets"]}, speed)
     if full or report is None:
         rows = [
             (
@@ -83,6 +161,12 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
             for name, target in manifest["targets"].items()
         ]
         write_table(("target", "precision", "capacity>", "unroll>", "parts", "title"), rows)
+        graphs = [(g["file"], ", ".join(g["roles"]), g["weights"] or "-") for g in manifest["graphs"]]
+        write_table(GRAPH_COLUMNS, graphs, title="graphs and who opens them")
+    for names, sizes in _alike(memory_of_rows(bundle)):
+        state, caches = readable_size(sizes["state_bytes"]), readable_size(sizes["cache_bytes"])
+        words = f"{state} of state, and {caches} of caches of {sizes['capacity']:,} tokens"
+        write_sentence(f"a row of {', '.join(names)} holds {words}")
     if full and report is not None:
         write_report_tables(report)
     write_next(
@@ -94,6 +178,15 @@ def write_bundle(bundle: BundleFiles, path: Path, *, full: bool = False) -> None
         write_verdict(report)
     else:
         write_sentence(f"parity: {'' if manifest['validated'] else 'NOT '}validated, {own_model_text(report)}")
+
+
+def _alike(memory: Mapping[str, dict[str, int]]) -> Iterator[tuple[list[str], dict[str, int]]]:
+    """Targets whose rows hold the same, together."""
+    shown: list[dict[str, int]] = []
+    for sizes in memory.values():
+        if sizes not in shown:
+            shown.append(sizes)
+            yield [name for name, other in memory.items() if other == sizes], sizes
 
 
 def _target_bytes(manifest: Mapping[str, Any], name: str) -> int:
@@ -118,18 +211,34 @@ def write_next(*commands: str) -> None:
         write_text(f"{label:<5} {command}")
 
 
-def write_summary(report: ParityReport, sizes: Mapping[str, int] | None = None, *, failures: bool = True) -> None:
+def write_summary(
+    report: ParityReport,
+    sizes: Mapping[str, int] | None = None,
+    speed: Speed | None = None,
+    *,
+    failures: bool = True,
+) -> None:
     """Write one row per target, and what failed, unless the caller says that itself.
 
     Args:
         report: The report.
         sizes: Bytes of a target by name, where they are known.
+        speed: What was measured of the targets, if anything was.
         failures: Whether to write what failed.
     """
-    rows = [_target_cells(report, name, sizes or {}) for name in report.targets if not name.startswith("pytorch-")]
-    columns = TARGET_COLUMNS if sizes else TARGET_COLUMNS[:-1]
+    known = {"size>": sizes is not None, "ms>": speed is not None}
+    kept = [index for index, name in enumerate(TARGET_COLUMNS) if known.get(name, True)]
+    ms = {} if speed is None else speed.ms
+    rows = [
+        _target_cells(report, name, (sizes or {}).get(name, 0), ms.get(name))
+        for name in report.targets
+        if not name.startswith("pytorch-")
+    ]
     if rows:
-        write_table(columns, [row[: len(columns)] for row in rows], title="step by step against PyTorch FP32")
+        columns, *shown = ([cells[index] for index in kept] for cells in (TARGET_COLUMNS, *rows))
+        write_table(columns, shown, title="step by step against PyTorch FP32")
+        if speed is not None:
+            write_sentence(speed.sentence)
     elif report.levels:  # nothing was built: the reference is not the user's own model
         write_table(LEVEL_COLUMNS, [_level_cells(result) for result in report.levels])
     if failures:
@@ -148,7 +257,7 @@ def write_report_tables(report: ParityReport) -> None:
     """Write every regime and every level, and below them what the report says about them."""
     rows = report.rows
     if rows:
-        write_table(REGIME_COLUMNS, [_regime_cells(row) for row in rows], title="agreement with PyTorch FP32")
+        write_table(REGIME_COLUMNS, [regime_cells(row) for row in rows], title="agreement with PyTorch FP32")
     notes = list(report.notes)
     if any(row.check("gap_delta_nll") for row in rows):
         notes.append(_GAP_NOTE)
@@ -167,7 +276,7 @@ def _write_failures(results: Sequence[LevelResult]) -> None:
 
 
 # --- one row per target
-def _target_cells(report: ParityReport, target: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def _target_cells(report: ParityReport, target: str, size: int, ms: float | None) -> tuple[str, ...]:
     rows = [row for row in report.rows if row.target == target]
     step = next((row for row in rows if row.regime == "step" and row.status == RUN and row.nll is not None), None)
     checks = target_checks(report, target)
@@ -182,7 +291,7 @@ def _target_cells(report: ParityReport, target: str, sizes: Mapping[str, int]) -
             _figure(step.value("top1_agreement"), ".2%"),
         )
     result = "FAILED" if passed is False else COMPILED if compiled else "passed" if passed else RUN
-    return (target, *figures, f"{good}/{gates}", result, readable_size(sizes.get(target, 0)))
+    return (target, *figures, f"{good}/{gates}", result, readable_size(size), _figure(ms, ".3g"))
 
 
 def _half_width(check: Check | None) -> str:
@@ -194,7 +303,8 @@ def _half_width(check: Check | None) -> str:
 
 
 # --- every regime
-def _regime_cells(row: Comparison) -> tuple[str, ...]:
+def regime_cells(row: Comparison) -> tuple[str, ...]:
+    """A regime's cells, one for each of ``REGIME_COLUMNS``."""
     return (
         row.target,
         row.graph,
@@ -262,9 +372,8 @@ def _value(check: Check) -> str:
 
 
 def readable_size(size: float) -> str:
-    """A byte count for people: 1,536 gives ``1.5 KiB``."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    """A byte count for people: 1,536 gives ``1.5 KiB``, 838,451 gives ``819 KiB``."""
+    units = ("bytes", "KiB", "MiB", "GiB")
+    unit = next((place for place in range(3) if size < 1024 ** (place + 1)), 3)
+    value = size / 1024**unit
+    return f"{value:.{1 if unit and value < 100 else 0}f} {units[unit]}"

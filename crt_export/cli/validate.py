@@ -21,7 +21,7 @@ from crt_export.cli.options import (
     validation_tokens_option,
 )
 from crt_export.cli.tables import write_next, write_report_tables, write_summary, write_verdict
-from crt_export.ladder import LEVELS, LONG_RUN, ONE_STEP, OWN_MODEL, VALIDATE_LEVELS
+from crt_export.parity.levels import LEVELS, LONG_RUN, ONE_STEP, OWN_MODEL, VALIDATE_LEVELS
 
 
 @click.command()

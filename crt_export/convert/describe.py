@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ from crt_export.convert import open_source
 from crt_export.convert.plan import plan_conversion
 from crt_export.convert.text import read_text
 from crt_export.errors import CheckpointError, InputError, UnsupportedError
-from crt_export.models.transformer import TransformerConfig
-
-_FLOAT32, _FLOAT16 = 4, 2
 
 
 def describe(source: Path, capacity: int) -> dict[str, Any]:
@@ -56,15 +52,6 @@ def describe(source: Path, capacity: int) -> dict[str, Any]:
         "tokenizer": text.keys["tokenizer"],
         "notes": list(text.notes),
         "capacity": capacity,
-        **_held(plan.config, capacity),
-    }
-
-
-def _held(config: TransformerConfig, capacity: int) -> dict[str, int]:
-    """Bytes that one row holds while it is decoded: the state of a CRT made of it, and keys and values."""
-    values = sum(2 * math.prod((spec.heads, capacity, spec.head_dim)) for spec in config.carried.caches)
-    return {
-        "state_bytes": config.hidden_size * _FLOAT32,
-        "cache_bytes_float32": values * _FLOAT32,
-        "cache_bytes_float16": values * _FLOAT16,
+        **plan.config.carried.row_bytes(capacity),
+        "state_bytes": 4 * plan.config.hidden_size,  # of a CRT made of it
     }

@@ -1,22 +1,24 @@
-"""ONNX Runtime on a CPU or a CUDA GPU: loads the graphs of a target, binds tensors by address, runs them."""
+"""ONNX Runtime on a CPU or a CUDA GPU: loads the graphs of a target, binds tensors by address, runs them.
+
+``fork`` copies no threads, and ONNX Runtime waits for its threads when a session ends. A child that only ends would
+therefore wait for ever for the threads of its parent's sessions; so it keeps them until the system takes them back.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from crt_export.bundle import HeldGraph
 from crt_export.engine.base import Buffer, BufferSlice
-from crt_export.engine.onnxruntime_loading import OrtSettings, open_session
-from crt_export.engine.ort import import_onnxruntime, survive_fork
-from crt_export.errors import (
-    ContractError,
-    UnsupportedError,
-    problem_list,
-)
+from crt_export.engine.ort import OrtSettings, import_onnxruntime, open_session
+from crt_export.errors import ContractError, UnsupportedError, problem_list
 from crt_export.exclusive import Exclusive
 from crt_export.profile_options import OrtOptions
 from crt_export.spec import TensorSpec
@@ -47,15 +49,12 @@ class OrtGraph:
         self._device = device
         self._threads = threads
         self._lost = False
-        survive_fork(self)
-
-    @property
-    def native(self) -> object:
-        """The InferenceSession, which must not end in a forked child."""
-        return self._session
+        _OPEN.add(self)
 
     def left_behind(self) -> None:
         """In a forked child: its threads, if it has any besides the caller's, stayed in the parent."""
+        # Never released, not even when the interpreter ends and clears every module.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
         self._lost = self._threads != 1
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -105,22 +104,32 @@ class OrtGraph:
             raise ContractError(f"ONNX Runtime failed in {self.path.name}: {error}") from error
 
 
-def load_graph(
-    path: str | Path, *, threads: int = 0, disabled_optimizers: Sequence[str] = (), device: str = "cpu"
-) -> OrtGraph:
+_OPEN: WeakSet[OrtGraph] = WeakSet()
+
+
+def _in_child() -> None:
+    for graph in list(_OPEN):
+        graph.left_behind()
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def load_graph(path: str | Path, *, threads: int = 0, device: str = "cpu") -> OrtGraph:
     """Load one ONNX file, to be run on host arrays.
 
     Args:
         path: The file; external data is read from its folder.
         threads: CPU threads, 0 for every core.
-        disabled_optimizers: Names of single graph rewrites to leave out, such as ``MatMulAddFusion``.
         device: ``cpu`` or ``cuda``.
 
     Raises:
         MissingDependencyError: ONNX Runtime or its GPU build is not installed, or installed twice.
         ContractError: The file is missing or ONNX Runtime refuses it.
     """
-    options = OrtOptions(disabled_optimizers=tuple(disabled_optimizers), huge_pages=False)
+    options = OrtOptions(huge_pages=False)
     settings = OrtSettings(device=device, threads=threads, options=options)
     return load_with_settings(import_onnxruntime(device), Path(path), settings, stop_spinning=True)
 

@@ -10,9 +10,10 @@ from crt_export.errors import ContractError, problem_list
 from crt_export.spec import GraphSpec, TensorSpec, interface_problems
 
 _OPERATORS = """
-    Abs Add And ArgMax Attention Cast Clip Concat DequantizeLinear Equal Expand Gather GatherElements Gelu Identity
-    IsNaN LayerNormalization Less LessOrEqual MatMul MatMulNBits Max Min Mul Neg QuantizeLinear Range ReduceMax
-    ReduceSum Reshape RotaryEmbedding Shape Slice Softmax Split Squeeze Sub TensorScatter Transpose Unsqueeze Where
+    Abs Add And ArgMax Attention Cast Clip Concat DequantizeLinear Div Equal Expand Gather GatherElements Gelu Identity
+    IsNaN LayerNormalization Less LessOrEqual MatMul MatMulNBits Max Min Mul Neg QuantizeLinear RMSNormalization Range
+    ReduceMax ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Slice Softmax Split Squeeze Sub Tanh TensorScatter
+    Transpose Unsqueeze Where
 """
 #: Operators every target was seen to parse and run; anything else must be a decision, not an accident of the exporter.
 OPERATORS = frozenset(_OPERATORS.split())

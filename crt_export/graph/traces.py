@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ from crt_export.child_process import ChildModule, answer_stream
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, CrtExportError
 from crt_export.folders import temporary_folder
-from crt_export.graph.export import GraphExporter
-from crt_export.model import Model
-from crt_export.rotary import rope_tables
+from crt_export.graph.export import GraphExporter, weights_of_model
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_class
 
 _MODULE = "crt_export.graph.traces"
 _DELIBERATE = {cls.__name__: cls for cls in (errors.BuildError, errors.ContractError, errors.UnsupportedError)}
@@ -59,7 +59,7 @@ class Traces:
         self._child, self._jobs, self._folder = child, jobs, folder
         self._finished = False
 
-    def of(self, model: Model) -> dict[str, ir.Model]:
+    def of(self, model: LanguageModel) -> dict[str, ir.Model]:
         """Wait for all jobs; the traces of the one for a model's dtypes, its weights put in.
 
         Without such a job it waits for nothing and returns nothing.
@@ -106,14 +106,14 @@ def start_traces(config: ModelConfig, jobs: Sequence[TraceJob]) -> Iterator[Trac
             yield Traces(child, jobs, folder)
 
 
-def _dtypes(model: Model) -> tuple[str, str]:
-    names = (str(dtype).removeprefix("torch.") for dtype in (model.final_norm.weight.dtype, model.residual_dtype))
+def _dtypes(model: LanguageModel) -> tuple[str, str]:
+    names = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, model.residual_dtype))
     return next(names), next(names)
 
 
-def _with_weights(file: Path, model: Model) -> ir.Model:
+def _with_weights(file: Path, model: LanguageModel) -> ir.Model:
     graph = ir.load(file)
-    for name, tensor in _weights(model).items():
+    for name, tensor in weights_of_model(model).items():
         value = graph.graph.initializers.get(name)
         if value is not None:
             found = value.const_value
@@ -124,18 +124,14 @@ def _with_weights(file: Path, model: Model) -> ir.Model:
     return graph
 
 
-def _weights(model: Model) -> Mapping[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def write_traces(model: Model, parts: Iterable[str], folder: Path) -> None:
+def write_traces(model: LanguageModel, parts: Iterable[str], folder: Path) -> None:
     """Trace the named parts of graphs; one ONNX file each, which names weights and holds none.
 
     Raises:
         BuildError: The exporter failed.
     """
     folder.mkdir()
-    exporter, weights = GraphExporter(model), _weights(model)
+    exporter, weights = GraphExporter(model), weights_of_model(model)
     for name in parts:
         graph = exporter.part(name)
         for initializer, value in graph.graph.initializers.items():
@@ -148,15 +144,14 @@ def write_traces(model: Model, parts: Iterable[str], folder: Path) -> None:
         ir.save(graph, folder / f"{name}.onnx")
 
 
-def model_without_weights(config: ModelConfig, dtype: torch.dtype, residual_dtype: torch.dtype) -> Model:
+def model_without_weights(config: ModelConfig, dtype: torch.dtype, residual_dtype: torch.dtype) -> LanguageModel:
     """A model whose weights have shape, dtype and address, and whatever values: nothing was ever written there."""
     with torch.device("meta"):
-        model = Model(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
-    model.rope_cos, model.rope_sin = (table.to(dtype) for table in tables)
+        model = model_class(config.model_type)(config)
+    model = model.to_empty(device="cpu")
+    model.reset_tables()
     model.residual_dtype = residual_dtype
-    return model.eval().requires_grad_(False)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def main() -> None:

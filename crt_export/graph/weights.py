@@ -9,19 +9,49 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from crt_export.errors import BuildError
-from crt_export.memo import memory_of
 
 _SCALAR_BYTES = 8
 #: Offsets are multiples of a page, so that runtimes can map a single tensor.
 _ALIGNMENT = 4096
+
+Arrays = tuple[NDArray[np.generic], ...]
+
+
+class SharedArrays:
+    """What was made of which arrays that several graphs have in common.
+
+    An array is known by the memory it lies in, which is kept as long as this is.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, tuple[Sequence[NDArray[np.generic]], Arrays]] = {}
+
+    def made(self, how: Hashable, sources: Sequence[NDArray[np.generic]], make: Callable[[], Arrays]) -> Arrays:
+        """The arrays that ``make`` makes of ``sources``; it is called once for the same ones.
+
+        Args:
+            how: Name of the function, and its other arguments.
+            sources: What it reads, and nobody writes to.
+            make: The function.
+        """
+        key = (how, *(memory_of(array) for array in sources))
+        if key not in self._made:
+            self._made[key] = (sources, make())
+        return self._made[key][1]
+
+
+def memory_of(array: NDArray[np.generic]) -> Hashable:
+    """Where an array lies and how it is read: equal for two that will always hold the same values."""
+    return (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,10 +58,14 @@ class LanguageModel(nn.Module, ABC):
         config_class: Class of its configuration.
         config: Its configuration.
         residual_dtype: Of the residual stream and of the states; None: that of the weights.
+        final_norm: What the head begins with.
+        lm_head: Its linear.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     config: ModelConfig
+    final_norm: nn.Module
+    lm_head: nn.Module
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,9 +84,14 @@ class LanguageModel(nn.Module, ABC):
             cache: Takes new keys and values of each cache and hands back what to attend over.
         """
 
-    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits, [..., hidden] -> [..., vocab]."""
+        """``logits = W_head N_f(h) + b_head``, [..., hidden] -> [..., vocab]."""
+        return self.lm_head(self.final_norm(hidden))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     def reset_tables(self) -> None:
         """Compute the buffers that no checkpoint stores."""
@@ -139,18 +148,28 @@ class LanguageModel(nn.Module, ABC):
         return {spec.name: shift(states[spec.name], iterate[spec.name]) for spec in self.carried.states}
 
     @torch.no_grad()
-    def sequential(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """The exact recurrence, one token at a time: ``hidden`` [batch, seq, hidden] and the state after it."""
+    def sequential(self, ids: Tensor, state: State | None = None) -> tuple[Pass, State]:
+        """The exact recurrence, one token at a time.
+
+        Args:
+            ids: Token ids, int64 [batch, seq].
+            state: Where to continue from; None starts a sequence.
+
+        Returns:
+            ``hidden`` [batch, seq, hidden] and the states after every token, and the state after the last.
+        """
         start = self.start(ids.shape[0]) if state is None else state
         cache = GrowingCache(self.carried.caches, start.keys, start.values, ids.shape[1])
-        states, position, hidden = start.states, start.position, []
+        states, position, passes = start.states, start.position, []
         for t in range(ids.shape[1]):
-            done = self.run_pass(ids[:, t : t + 1], states, position, cache)
-            states, position = done.states, position + 1
+            passes.append(self.run_pass(ids[:, t : t + 1], states, position, cache))
+            states, position = passes[-1].states, position + 1
             cache.advance()
-            hidden.append(done.hidden)
-        after = State(states=states, keys=tuple(cache.keys), values=tuple(cache.values), position=position)
-        return torch.cat(hidden, 1), after
+        done = Pass(
+            hidden=torch.cat([one.hidden for one in passes], 1),
+            states={name: torch.cat([one.states[name] for one in passes], 1) for name in states},
+        )
+        return done, State(states=states, keys=tuple(cache.keys), values=tuple(cache.values), position=position)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token of the recurrence, ids int64 [batch, 1]: the same function as one pass over a chunk of one."""

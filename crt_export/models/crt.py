@@ -26,7 +26,7 @@ from crt_export.cache import Cache
 from crt_export.config import MOST_PASSES, Key, count
 from crt_export.models.base import Pass
 from crt_export.models.declaration import HIDDEN, Carried, StateSpec
-from crt_export.models.layers import Activation, LayerNorm, Linear
+from crt_export.models.layers import Activation, DeclaresLinears, LayerNorm, Linear
 from crt_export.models.transformer import Transformer, TransformerConfig
 
 
@@ -39,6 +39,7 @@ class CrtConfig(TransformerConfig):
         "correction_intermediate_size": count(),
         "unroll_steps": count(most=MOST_PASSES),
     }
+    IGNORED: ClassVar[tuple[str, ...]] = ()
 
     correction_intermediate_size: int
     unroll_steps: int
@@ -50,11 +51,12 @@ class CrtConfig(TransformerConfig):
         return replace(super().carried, states=(state,), passes=self.unroll_steps)
 
 
-class Correction(nn.Module):
+class Correction(nn.Module, DeclaresLinears):
     """``c = W2 gelu(W1 LN_c(u) + b1) + b2`` of the sum ``u = h_{t-1} + x_t``."""
 
     #: An attribute, so that crt_export.parity.own_model_causes can try another form.
     activation: Activation = staticmethod(F.gelu)
+    one_sided = ("down",)
 
     def __init__(self, config: CrtConfig) -> None:
         super().__init__()

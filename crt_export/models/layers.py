@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -56,8 +57,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if gain.ndim == 1:
-            return F.layer_norm(x, x.shape[-1:], gain, bias, self.eps).to(self.weight.dtype)
-        return (F.layer_norm(x, x.shape[-1:], eps=self.eps) * gain + bias).to(self.weight.dtype)
+            return F.layer_norm(x, gain.shape, gain, bias, self.eps).to(self.weight.dtype)
+        size = gain.shape[-1:]  # the operator takes one gain for all heads
+        y = F.layer_norm(x, size, gain.new_ones(size), gain.new_zeros(size), self.eps)
+        return (y * gain + bias).to(self.weight.dtype)
 
 
 class RmsNorm(nn.Module):
@@ -71,14 +74,45 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain = self.weight.to(x.dtype)
         if gain.ndim == 1:
-            return F.rms_norm(x, x.shape[-1:], gain, self.eps).to(self.weight.dtype)
-        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * gain).to(self.weight.dtype)
+            return F.rms_norm(x, gain.shape, gain, self.eps).to(self.weight.dtype)
+        size = gain.shape[-1:]  # the operator takes one gain for all heads
+        return (F.rms_norm(x, size, gain.new_ones(size), self.eps) * gain).to(self.weight.dtype)
 
 
 NORMS: Mapping[str, type[LayerNorm] | type[RmsNorm]] = MappingProxyType({"layer": LayerNorm, "rms": RmsNorm})
 
 
-class Mlp(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """A linear whose output channels reach another one's input unmixed, so that the two may trade scale.
+
+    Attributes:
+        producer: Name of the linear, beside its reader.
+        heads: (Heads of the producer, heads of the reader's input): each block of the producer's channels is read
+            by as many blocks.
+        cached: Whether the channels lie in a cache on the way.
+    """
+
+    producer: str
+    heads: tuple[int, int] = (1, 1)
+    cached: bool = False
+
+
+class DeclaresLinears:
+    """What quantisation and audits may assume of a module's linears.
+
+    Attributes:
+        folds: Reader to what its input channels come from.
+        one_sided: Linears that read the output of an activation, which is hardly ever negative.
+        cached: Number of a cache to the linears whose results are its keys and its values.
+    """
+
+    folds: Mapping[str, Fold] = MappingProxyType({})
+    one_sided: tuple[str, ...] = ()
+    cached: Mapping[int, tuple[str, str]] = MappingProxyType({})
+
+
+class Mlp(nn.Module, DeclaresLinears):
     """``down(act(up x))``, or ``down(act(gate x) * up x)`` where it is gated, hidden -> inner -> hidden."""
 
     def __init__(
@@ -92,6 +126,10 @@ class Mlp(nn.Module):
         #: An attribute, so that crt_export.parity.own_model_causes can try another one.
         self.activation = activation
         self._gated = gated
+        if gated:
+            self.folds = {"down": Fold(producer="up")}
+        else:
+            self.one_sided = ("down",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._gated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError, problem_list
 from crt_export.models.base import LanguageModel
-from crt_export.models.layers import Linear
+from crt_export.models.layers import DeclaresLinears, Linear
 
 if TYPE_CHECKING:
     from crt_export.checkpoint import Checkpoint
@@ -38,14 +39,49 @@ def config_class(model_type: str) -> type[ModelConfig]:
 
 
 @cache
-def _meta_model(config: ModelConfig) -> LanguageModel:
+def meta_model(config: ModelConfig) -> LanguageModel:
+    """A model whose weights have names and shapes, and no memory; not to be changed."""
     with torch.device("meta"):
         return model_class(config.model_type)(config)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that ``model.safetensors`` must hold, linears as [out, in]."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(_meta_model(config)).items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors_from_model(meta_model(config)).items()}
+
+
+def tables_of(config: ModelConfig) -> dict[str, Tensor]:
+    """The tables that no checkpoint stores, float32 by the name of their buffer."""
+    with torch.device("meta"):
+        model = model_class(config.model_type)(config)
+    model.reset_tables()
+    return dict(model.named_buffers())
+
+
+def linear_weights(config: ModelConfig) -> frozenset[str]:
+    """Names of the weights of linears, which a checkpoint stores as [out, in] and a model holds as [in, out]."""
+    return frozenset(_linear_weights(meta_model(config)))
+
+
+def linears_of_caches(config: ModelConfig) -> dict[int, tuple[str, str]]:
+    """Number of a cache to the names of the linears that compute its keys and its values."""
+    found = {}
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, DeclaresLinears):
+            for index, (key, value) in module.cached.items():
+                found[index] = (f"{name}.{key}", f"{name}.{value}")
+    return found
+
+
+def with_positions(checkpoint: Checkpoint, positions: int) -> Checkpoint:
+    """The same model for sequences of another length: its tables have that many rows, learned ones at most as many."""
+    config = replace(checkpoint.config, max_position_embeddings=positions, training_sequence_length=None)
+    shapes = tensor_shapes(config)
+    return replace(
+        checkpoint,
+        config=config,
+        tensors={name: tensor[: shapes[name][0]] for name, tensor in checkpoint.tensors.items()},
+    )
 
 
 def model_from_checkpoint(
@@ -76,7 +112,7 @@ def model_from_checkpoint(
 def state_dict_from_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Checkpoint tensors -> parameters of the model; linears [out, in] become [in, out], a tied head a copy."""
     head = {} if "lm_head.weight" in tensors else {"lm_head.weight": tensors["embed.weight"]}
-    linears = _linear_weights(_meta_model(config))
+    linears = _linear_weights(meta_model(config))
     return {
         name: tensor.T.contiguous() if name in linears else tensor.clone()
         for name, tensor in {**tensors, **head}.items()

@@ -32,7 +32,7 @@ from crt_export.cache import Cache
 from crt_export.config import FLAG, MOST_LAYERS, Key, ModelConfig, count, is_finite_number, is_integer, number, one_of
 from crt_export.models.base import LanguageModel, Pass
 from crt_export.models.declaration import HALF, INTERLEAVED, CacheSpec, Carried, Rotary
-from crt_export.models.layers import ACTIVATIONS, NORMS, Linear, Mlp
+from crt_export.models.layers import ACTIVATIONS, NORMS, DeclaresLinears, Fold, Linear, Mlp
 from crt_export.rotary import Rope, frequencies_from_base, rope_at, rope_tables, rotate
 
 PLACEMENTS = ("pre", "post", "sandwich")
@@ -109,6 +109,7 @@ class TransformerConfig(ModelConfig):
     }
     DERIVED: ClassVar[tuple[str, ...]] = ("head_dim", "num_key_value_heads")
     OLDER_NAMES: ClassVar[Mapping[str, str]] = {"layer_norm_eps": "norm_eps"}
+    IGNORED: ClassVar[tuple[str, ...]] = ("correction_intermediate_size", "unroll_steps")
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -180,13 +181,16 @@ class TransformerConfig(ModelConfig):
     @cached_property
     def carried(self) -> Carried:
         """One cache a layer."""
-        return Carried(caches=tuple(map(self._cache, range(self.num_hidden_layers))))
+        return Carried(
+            caches=tuple(map(self._cache, range(self.num_hidden_layers))), relative=not self.learned_positions
+        )
 
     def _cache(self, layer: int) -> CacheSpec:
         window, chosen = self.attention(layer)
         return CacheSpec(
             name=f"layers.{layer}",
             heads=self.num_key_value_heads,
+            query_heads=self.num_attention_heads,
             head_dim=self.head_dim,
             window=window,
             rotary=None if chosen is None else self.rotaries[chosen],
@@ -213,7 +217,7 @@ def _position_problems(values: Mapping[str, Any], head_dim: int) -> Iterator[str
             yield f"layer_attention: rotary set {chosen} of {there}"
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, DeclaresLinears):
     """Causal attention of grouped queries over the keys that a cache provides."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -230,6 +234,8 @@ class Attention(nn.Module):
         self.q = Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k, self.v = (Linear(hidden, self.kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.o = Linear(self.heads * self.head_dim, hidden, bias=bias)
+        self.cached = {layer: ("k", "v")}
+        self.folds = {"o": Fold(producer="v", heads=(self.kv_heads, self.heads), cached=True)}
         if self.qk_norm != "none":
             per_head, norm = self.qk_norm == "head", NORMS[config.norm]
             self.q_norm, self.k_norm = (
@@ -343,7 +349,6 @@ class Transformer(LanguageModel):
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """``logits = W_head LN_f(h) + b_head``, [..., hidden] -> [..., vocab]."""
-        logits = self.lm_head(self.final_norm(hidden))
-        cap = self.config.logit_softcap
+        """Logits, [..., hidden] -> [..., vocab]; bounded where the configuration says so."""
+        logits, cap = super().head(hidden), self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -7,10 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crt_export.parity.bundle import validate_bundle
-    from crt_export.parity.case import ParityCase
-    from crt_export.parity.check import check_parity
+    from crt_export.parity.check import check_parity, validate_bundle
     from crt_export.parity.report import Comparison, ParityReport
+    from crt_export.parity.setup import ParityCase
     from crt_export.parity.tolerances import Tolerance, Tolerances, load_tolerances
     from crt_export.parity.windows import ParityOptions
 
@@ -27,14 +26,14 @@ __all__ = [
 ]
 _MODULES = {
     "Comparison": "report",
-    "ParityCase": "case",
+    "ParityCase": "setup",
     "ParityOptions": "windows",
     "ParityReport": "report",
     "Tolerance": "tolerances",
     "Tolerances": "tolerances",
     "check_parity": "check",
     "load_tolerances": "tolerances",
-    "validate_bundle": "bundle",
+    "validate_bundle": "check",
 }
 
 

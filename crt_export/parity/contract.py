@@ -1,8 +1,8 @@
 """Level L0: are the files what was agreed?
 
 Nothing is run. Every graph of the target is held against the contract of ``graphs/*.toml``, against a list of operators
-and opsets, and against the checkpoint, weight by weight; see :mod:`crt_export.parity.graph_audit`,
-:mod:`crt_export.parity.linear_audit` and :mod:`crt_export.parity.weight_audit`.
+and opsets, and against the checkpoint, weight by weight; see :mod:`crt_export.parity.graph_audit` and
+:mod:`crt_export.parity.weight_audit`.
 
 ``data`` of the result::
 
@@ -27,16 +27,15 @@ import onnx_ir as ir
 
 from crt_export.bundle.external_data import external_tensors
 from crt_export.bundle.paths import file_problem, name_problem
-from crt_export.engine.tensorrt.source_graph import source_graph_from_file
+from crt_export.engine.tensorrt.build import source_graph_from_file
 from crt_export.errors import BuildError, BundleError
 from crt_export.graph.contract import OPERATORS, interface_of
 from crt_export.graph.export import OPSET
-from crt_export.ladder import CONTRACT
-from crt_export.parity.case import ParityCase
-from crt_export.parity.graph_audit import attribute_problems, cache_problems, flow_problems
-from crt_export.parity.level import LevelResult, ParitySetup
-from crt_export.parity.linear_audit import linear_problems
-from crt_export.parity.metrics import Check, failed_check, measured
+from crt_export.parity.graph_audit import attribute_problems, cache_problems, flow_problems, linear_problems
+from crt_export.parity.levels import CONTRACT
+from crt_export.parity.metrics import Check, claim, failed_check, measured
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.parity.weight_audit import WeightAudit
 from crt_export.quantize.w8 import DOMAIN
 from crt_export.spec import graph_names, interface_problems
@@ -47,8 +46,8 @@ _WEIGHT_ONLY = "MatMulNBits"
 _QUANTISING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 #: Operators of the default domain in every precision: the contract's own list less those that only quantisation brings.
 _PLAIN = OPERATORS - _QUANTISING - {_WEIGHT_ONLY}
-#: In the contract's list, but in no form that was ever made for TensorRT to compile: both rope layouts and forms of
-#: attention, sliding window, tied head, plain transformer, FP16 and W8A8, one to three layers.
+#: In the contract's list, but in no graph variant that was ever made for TensorRT to compile: both rope layouts, both
+#: kinds of attention, sliding window, tied head, plain transformer, FP16 and W8A8, one to three layers.
 _NEVER_COMPILED = frozenset({"Equal", "Identity", "Max", "Neg"})
 
 
@@ -73,7 +72,7 @@ def check_contract_level(case: ParityCase, setup: ParitySetup) -> LevelResult:
     )
     checks: list[Check] = []
     data: dict[str, Any] = {}
-    names = graph_names(setup.config)
+    names = graph_names(setup.config.carried)
     for extra in sorted(set(case.graphs) - set(names)):
         checks.append(failed_check(f"{extra}: file", f"a {setup.config.model_type} model has no {extra} graph"))
     for name in names:
@@ -89,29 +88,30 @@ def _check_graph(
 ) -> tuple[list[Check], dict[str, Any]]:
     path = case.graphs.get(name)
     if path is None:
-        expected = ", ".join(graph_names(setup.config))
+        expected = ", ".join(graph_names(setup.config.carried))
         return [failed_check(f"{name}: file", f"target {case.target} has no {name} graph, expected {expected}")], {}
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
         return [failed_check(f"{name}: file", f"{path}: expected a readable ONNX file ({error})")], {}
     spec = case.spec(name, setup.config)
-    files, file_problems = external_files(path)
-    checks = [
-        _verdict(name, "interface", interface_problems(spec, interface_of(model))),
-        _verdict(name, "operators", policy_problems(model, case, path)),
-        _verdict(name, "external data", file_problems),
-        _verdict(name, "data flow", flow_problems(model)),
-        _verdict(name, "caches", cache_problems(model, spec)),
-        _verdict(name, "attributes", attribute_problems(model, setup.config)),
-        _verdict(name, "linears", linear_problems(model, setup.config, name, case.precision, case.unroll)),
-    ]
+    files, file_problems = _external_files(path)
+    problems = {
+        "interface": interface_problems(spec, interface_of(model)),
+        "operators": _policy_problems(model, case, path),
+        "external data": file_problems,
+        "data flow": flow_problems(model),
+        "caches": cache_problems(model, spec, setup.config),
+        "attributes": attribute_problems(model, setup.config),
+        "linears": linear_problems(model, setup.config, name, case.precision, case.unroll),
+    }
+    checks = [claim(f"{name}: {what}", found) for what, found in problems.items()]
     weights, checked = _check_weights(name, model, audit, file_problems)
     facts = {
         "file": path.name,
         "bytes": path.stat().st_size,
-        "opset": opsets(model),
-        "operators": operator_counts(model),
+        "opset": _opsets(model),
+        "operators": _operator_counts(model),
         "inputs": len(model.graph.inputs),
         "outputs": len(model.graph.outputs),
         "external_files": files,
@@ -136,13 +136,8 @@ def _check_weights(name: str, model: ir.Model, audit: WeightAudit, file_problems
     return check, checked
 
 
-def _verdict(graph: str, claim: str, problems: object) -> Check:
-    found = tuple(str(problem) for problem in problems)  # type: ignore[attr-defined]
-    return Check(name=f"{graph}: {claim}", passed=not found, failures=found)
-
-
-def allowed_operators(case: ParityCase) -> frozenset[str]:
-    """Names as :func:`operator_name` gives them.
+def _allowed_operators(case: ParityCase) -> frozenset[str]:
+    """Operators, those of another domain than ONNX's own with it in front.
 
     The source of the list is :data:`crt_export.graph.contract.OPERATORS`, what every runtime was seen to parse and run.
     ``com.microsoft::MatMulNBits`` is ONNX Runtime's own and belongs to ``w8`` alone; QuantizeLinear and
@@ -151,43 +146,40 @@ def allowed_operators(case: ParityCase) -> frozenset[str]:
     allowed = _PLAIN if case.runtime == "onnxruntime" else _PLAIN - _NEVER_COMPILED
     if case.precision == "w8a8":
         allowed |= _QUANTISING
-    if case.precision == "w8" and case.runtime == "onnxruntime":
-        allowed |= {f"{DOMAIN}::{_WEIGHT_ONLY}"}
-    return allowed
+    return allowed | {f"{DOMAIN}::{_WEIGHT_ONLY}"} if _has_contrib(case) else allowed
 
 
-def allowed_opsets(case: ParityCase) -> dict[str, int]:
-    """Version per domain: the exporter's opset, and ONNX Runtime's own operators for ``w8``."""
-    own = {DOMAIN: _CONTRIB_OPSET} if case.precision == "w8" and case.runtime == "onnxruntime" else {}
-    return {_DEFAULT_DOMAIN: OPSET, **own}
+def _has_contrib(case: ParityCase) -> bool:
+    return case.precision == "w8" and case.runtime == "onnxruntime"
 
 
-def operator_name(node: ir.Node) -> str:
+def _operator_name(node: ir.Node) -> str:
     """``MatMul`` in the default domain, ``com.microsoft::MatMulNBits`` in another."""
     return node.op_type if node.domain in ("", _DEFAULT_DOMAIN) else f"{node.domain}::{node.op_type}"
 
 
-def operator_counts(model: ir.Model) -> dict[str, int]:
+def _operator_counts(model: ir.Model) -> dict[str, int]:
     """How often each operator occurs, nested graphs included."""
-    return dict(sorted(Counter(operator_name(node) for node in model.graph.all_nodes()).items()))
+    return dict(sorted(Counter(map(_operator_name, model.graph.all_nodes())).items()))
 
 
-def opsets(model: ir.Model) -> dict[str, int]:
+def _opsets(model: ir.Model) -> dict[str, int]:
     """Version per domain that the file imports."""
     return {domain or _DEFAULT_DOMAIN: version for domain, version in model.opset_imports.items()}
 
 
-def policy_problems(model: ir.Model, case: ParityCase, path: Path) -> Iterator[str]:
+def _policy_problems(model: ir.Model, case: ParityCase, path: Path) -> Iterator[str]:
     """Foreign operators, wrong opsets, functions, and for a compiled target what TensorRT would compile wrongly."""
-    allowed = allowed_operators(case)
-    foreign = {name: count for name, count in operator_counts(model).items() if name not in allowed}
-    for name, count in foreign.items():
-        example = next(node for node in model.graph.all_nodes() if operator_name(node) == name)
-        yield (
-            f"operator {name} ({count} nodes, such as {example.name or '(unnamed)'}) is not allowed in a "
-            f"{case.precision} graph for {case.runtime}; allowed are {', '.join(sorted(allowed))}"
-        )
-    expected, found = allowed_opsets(case), opsets(model)
+    allowed = _allowed_operators(case)
+    for name, count in _operator_counts(model).items():
+        if name not in allowed:
+            example = next(node for node in model.graph.all_nodes() if _operator_name(node) == name)
+            yield (
+                f"operator {name} ({count} nodes, such as {example.name or '(unnamed)'}) is not allowed in a "
+                f"{case.precision} graph for {case.runtime}; allowed are {', '.join(sorted(allowed))}"
+            )
+    expected = {_DEFAULT_DOMAIN: OPSET, **({DOMAIN: _CONTRIB_OPSET} if _has_contrib(case) else {})}
+    found = _opsets(model)
     for domain in sorted(expected.keys() | found.keys()):
         # A graph without the domain's operators need not import it.
         if domain in expected and domain not in found and domain != _DEFAULT_DOMAIN:
@@ -197,10 +189,13 @@ def policy_problems(model: ir.Model, case: ParityCase, path: Path) -> Iterator[s
     for function in model.functions.values():
         yield f"function {function.domain}::{function.name} hides operators; graphs hold plain nodes only"
     if case.runtime != "onnxruntime":
-        yield from _dialect_problems(path)
+        try:
+            source_graph_from_file(path)
+        except BuildError as error:
+            yield str(error)
 
 
-def external_files(path: Path) -> tuple[list[str], list[str]]:
+def _external_files(path: Path) -> tuple[list[str], list[str]]:
     """Names of the files a graph's weights lie in, and what is wrong with them.
 
     A file must lie beside the graph, be regular and be reached through no link: nothing else is copied, hashed and
@@ -220,10 +215,3 @@ def external_files(path: Path) -> tuple[list[str], list[str]]:
         if problem:
             problems.append(f"tensor {tensor} points at {location!r:.200}, which {problem}")
     return sorted(locations), problems
-
-
-def _dialect_problems(path: Path) -> Iterator[str]:
-    try:
-        source_graph_from_file(path)
-    except BuildError as error:
-        yield str(error)

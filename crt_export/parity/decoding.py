@@ -32,16 +32,16 @@ class Decoding:
         refused: What a session would have ended at in the latest call: values that are not finite, unknown ids.
     """
 
-    def __init__(self, runner: Runner, rows: int, capacity: int, window: Window | None) -> None:
+    def __init__(self, runner: Runner, rows: int, capacity: int, windows: Sequence[Window] | None) -> None:
         """Allocate; :meth:`Runner.decoding` makes one."""
         target = runner.target
         self.runner = runner
         self._tap = Tap()
         self._decoder = _NotingDecoder(
             TappedEngine(runner.engine, self._tap),
-            target.sizes(runner.config, rows, capacity),
+            target.sizes(runner.config.info, rows, capacity),
             target=target.name,
-            window=window,
+            windows=windows,
             rows_are_independent=target.rows_are_independent,
             plan=target.prefill,
         )
@@ -94,7 +94,7 @@ class Decoding:
             UnsupportedError: The target has no graph of one pass.
         """
         self._begin(ids.shape[1])
-        rule = self._decoder.prefill_rule(passes if self.runner.config.recurrent else None, None)
+        rule = self._decoder.prefill_rule(passes if self.runner.config.carried.iterated else None, None)
         if pass_by_pass:
             rule = PrefillRule(passes=passes, bound=None, shortest=1, chunk=self._decoder.max_chunk)
         self._decoder.prefill(list(ids), rule)
@@ -136,22 +136,21 @@ class Decoding:
         self._decoder.reset()
 
     def empty_caches(self) -> None:
-        """Start again at position 0 with the state as it is, which no session does: the rule of chained windows."""
-        state = self._decoder.tensors.state()
-        kept = None if state is None else state.copy()
+        """Start again at position 0 with the states as they are, which no session does: the rule of chained windows."""
+        kept = self.states()
         self._decoder.reset()
         self._decoder.tensors.restore(self._decoder.tensors.caches(0), kept)
 
-    def place(self, position: int, state: np.ndarray | None, caches: Mapping[str, np.ndarray]) -> None:
+    def place(self, position: int, states: Mapping[str, np.ndarray], caches: Mapping[str, np.ndarray]) -> None:
         """Go on from another place, as from a snapshot.
 
         Args:
             position: Tokens in the cache of each row.
-            state: float32 [rows, 1, hidden]; None for a plain transformer.
+            states: By the name of the graphs' input, float32 [rows, 1, *shape].
             caches: ``0.key`` and so on to the entries, [rows, heads, position, head_dim].
         """
         self._decoder.reset()
-        self._decoder.tensors.restore(caches, state)
+        self._decoder.tensors.restore(caches, states)
         self._decoder.position = [position] * self.rows
         self._decoder.tensors.clear(self._decoder.position)
 
@@ -162,10 +161,9 @@ class Decoding:
         """
         return self._tap.output(name)
 
-    def state(self) -> np.ndarray | None:
-        """Recurrent state, float32 [rows, 1, hidden], a copy; None for a plain transformer."""
-        state = self._decoder.tensors.state()
-        return None if state is None else state.copy()
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of the recurrent states by the name of the graphs' input, float32 [rows, 1, *shape]."""
+        return {name: values.copy() for name, values in self._decoder.tensors.states().items()}
 
     def logits(self) -> np.ndarray:
         """Logits after each row's last token, float32 [rows, vocab]; may be the memory itself."""

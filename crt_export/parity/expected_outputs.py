@@ -1,4 +1,4 @@
-"""``--expect FILE.safetensors``: what the user's own PyTorch model gave for some token ids."""
+"""``--expect FILE.safetensors``: what the user's own PyTorch model gave for token ids, and how far ours is off."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from crt_export.config import MOST_PASSES, ModelConfig
 from crt_export.errors import InputError, problem_list
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 
 EXACT = "exact"
 Passes = str | int
 _ROWS = 256  # whose logits are made at once
 #: One token has no neighbour: attention over it alone looks at no position and no key but its own.
-FEWEST_POSITIONS = 2
+_FEWEST_POSITIONS = 2
 _KIND = "a safetensors file with input_ids int64 [n], logits float32 [n, vocab] and, if you like, hidden [n, hidden]"
-_KEYS = {"input_ids": "I64", "logits": "F32", "hidden": "F32"}
-_OPTIONAL = ("hidden",)
+_DTYPES = {"input_ids": "I64", "logits": "F32", "hidden": "F32"}
 _FIXES = {
     "I64": "save it with .to(torch.int64)",
     "F32": "run your model in float32, model.float(), on a CPU, and save what it gives: rounding of 16 bits would hide "
     "a wrong configuration",
 }
+_Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +37,6 @@ class ExpectedOutputs:
     """Outputs of the user's own model for one sequence from its start, read completely and found consistent.
 
     Attributes:
-        path: The file.
         sha256: Content hash of the file.
         input_ids: What the model was fed, all of it, int64 [n].
         logits: What it gave after each token, float32 [n, vocab].
@@ -47,12 +46,11 @@ class ExpectedOutputs:
             None where the file does not say.
     """
 
-    path: Path
     sha256: str
     input_ids: Tensor
     logits: Tensor
     hidden: Tensor | None
-    passes: str | int | None
+    passes: Passes | None
 
     @property
     def positions(self) -> int:
@@ -64,11 +62,26 @@ class ExpectedOutputs:
         """Standard deviation of a row of the logits, mean over the positions: the unit of differences."""
         return _spread(self.logits)
 
-    @cached_property
-    def hidden_deviation(self) -> float:
-        """The same of the hidden states."""
+    @torch.no_grad()
+    def logit_differences(self, model: LanguageModel, h: Tensor) -> Tensor:
+        """Largest |logit difference| at each position of h, in deviations of the expected logits; float64 [n]."""
+        parts = zip(h.split(_ROWS), self.logits[: len(h)].split(_ROWS), strict=True)
+        worst = [(model.head(part).double() - wanted.double()).abs().amax(dim=-1) for part, wanted in parts]
+        return torch.cat(worst) / self.deviation
+
+    def hidden_difference(self, h: Tensor) -> float:
+        """Largest |difference| of the hidden states at any position, in deviations of the expected ones."""
         assert self.hidden is not None
-        return _spread(self.hidden)
+        worst = (h.double() - self.hidden.double()).abs().amax(dim=-1) / _spread(self.hidden)
+        return float(worst.amax())
+
+
+@torch.no_grad()
+def run_model(model: LanguageModel, ids: Tensor, passes: Passes) -> Tensor:
+    """h of one sequence from its start, [n, hidden]: the exact recurrence, or that many parallel passes."""
+    if passes == EXACT and model.correction is not None:
+        return model.sequential(ids[None])[0].hidden[0]
+    return model.unroll(ids[None], 1 if passes == EXACT else int(passes))[0].hidden[0]
 
 
 def read_expected_outputs(path: Path, config: ModelConfig) -> ExpectedOutputs:
@@ -87,10 +100,10 @@ def read_expected_outputs(path: Path, config: ModelConfig) -> ExpectedOutputs:
         raise InputError(f"{path}: expected {_KIND}, found {found}")
     try:
         with safe_open(path, framework="pt") as reader:
-            metadata = reader.metadata() or {}
+            passes = (reader.metadata() or {}).get("passes")
             slices = {name: reader.get_slice(name) for name in sorted(reader.keys())}
             layout = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-            problems = [*_layout_problems(layout, config), *_passes_problems(metadata)]
+            problems = [*_layout_problems(layout, config), *_passes_problems(passes)]
             if problems:  # before gigabytes of them are read
                 raise InputError(problem_list(str(path), problems))
             tensors = {name: reader.get_tensor(name) for name in layout}
@@ -101,43 +114,29 @@ def read_expected_outputs(path: Path, config: ModelConfig) -> ExpectedOutputs:
         raise InputError(problem_list(str(path), problems))
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return ExpectedOutputs(
-        path=path,
-        sha256=sha256,
-        input_ids=tensors["input_ids"],
-        logits=tensors["logits"],
-        hidden=tensors.get("hidden"),
-        passes=_passes(metadata),
-    )
+    passes = passes if passes in (None, EXACT) else int(passes)
+    return ExpectedOutputs(sha256=sha256, passes=passes, **{"hidden": None, **tensors})
 
 
-def _layout_problems(layout: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig) -> Iterator[str]:
+def _layout_problems(layout: _Layout, config: ModelConfig) -> Iterator[str]:
     """Names, dtypes and shapes."""
-    for name in layout:
-        if name not in _KEYS:
-            yield f"unexpected tensor {name!r}; known: {', '.join(_KEYS)}"
-    count = _count(layout)
+    yield from (f"unexpected tensor {name!r}; known: {', '.join(_DTYPES)}" for name in layout if name not in _DTYPES)
+    sizes = layout.get("input_ids", ("", ()))[1]
+    count = sizes[0] if len(sizes) == 1 else None  # None where input_ids is no list of tokens
     widths = {"input_ids": (), "logits": (config.vocab_size,), "hidden": (config.hidden_size,)}
-    for name, wanted in _KEYS.items():
-        if name not in layout:
-            if name not in _OPTIONAL:
-                yield f"missing tensor {name!r}"
-            continue
-        dtype, shape = layout[name]
-        if dtype != wanted:
-            yield f"{name} has dtype {dtype}, expected {wanted}: {_FIXES[wanted]}"
-        if shape != (count, *widths[name]):
-            yield _shape_problem(name, shape, (count, *widths[name]))
-    if count is not None and count < FEWEST_POSITIONS:
-        yield f"input_ids has {count} tokens, expected at least {FEWEST_POSITIONS}; 64 or more say something"
+    for name, wanted in _DTYPES.items():
+        if name in layout:
+            dtype, shape = layout[name]
+            if dtype != wanted:
+                yield f"{name} has dtype {dtype}, expected {wanted}: {_FIXES[wanted]}"
+            if shape != (count, *widths[name]):
+                yield _shape_problem(name, shape, (count, *widths[name]))
+        elif name != "hidden":
+            yield f"missing tensor {name!r}"
+    if count is not None and count < _FEWEST_POSITIONS:
+        yield f"input_ids has {count} tokens, expected at least {_FEWEST_POSITIONS}; 64 or more say something"
     if count is not None and count > config.max_position_embeddings:
         yield f"input_ids has {count} tokens, above max_position_embeddings {config.max_position_embeddings}"
-
-
-def _count(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int | None:
-    """n, as input_ids has it; None where it is no list of tokens."""
-    _, shape = layout.get("input_ids", ("", ()))
-    return shape[0] if len(shape) == 1 else None
 
 
 def _shape_problem(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> str:
@@ -150,6 +149,15 @@ def _shape_problem(name: str, shape: tuple[int, ...], wanted: tuple[int | None, 
     elif len(shape) == len(wanted) and shape[1:] == wanted[1:]:
         fix = ": one row per token of input_ids"
     return f"{name} has shape {list(shape)}, expected [{words}]{fix}"
+
+
+def _passes_problems(found: str | None) -> Iterator[str]:
+    if found in (None, EXACT) or (re.fullmatch("[1-9][0-9]{0,3}", found) and int(found) <= MOST_PASSES):
+        return
+    yield (
+        f"metadata passes is {found!r:.60}, expected {EXACT!r} (token by token) or a number of parallel passes, "
+        f"1 to {MOST_PASSES}"
+    )
 
 
 def _value_problems(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[str]:
@@ -169,42 +177,6 @@ def _value_problems(tensors: Mapping[str, Tensor], config: ModelConfig) -> Itera
             yield f"{name} has rows of one value only: there is nothing to compare"
 
 
-def _passes_problems(metadata: Mapping[str, str]) -> Iterator[str]:
-    found = metadata.get("passes", EXACT)
-    if found != EXACT and not (re.fullmatch("[1-9][0-9]{0,3}", found) and int(found) <= MOST_PASSES):
-        yield (
-            f"metadata passes is {found!r:.60}, expected {EXACT!r} (token by token) or a number of parallel passes, "
-            f"1 to {MOST_PASSES}"
-        )
-
-
 def _spread(values: Tensor) -> float:
     """Mean over the positions of the standard deviation of a row: the unit of every difference."""
     return float(values.double().std(dim=-1, correction=0).mean())
-
-
-def _passes(metadata: Mapping[str, str]) -> str | int | None:
-    found = metadata.get("passes")
-    return found if found in (None, EXACT) else int(found)
-
-
-@torch.no_grad()
-def run_model(model: Model, ids: Tensor, passes: Passes) -> Tensor:
-    """h of one sequence from its start, [n, hidden]: the exact recurrence, or that many parallel passes."""
-    if passes == EXACT and model.correction is not None:
-        return model.sequential(ids[None])[0][0]
-    return model.unroll(ids[None], 1 if passes == EXACT else int(passes))[0][0]
-
-
-@torch.no_grad()
-def logit_differences(model: Model, h: Tensor, expected: ExpectedOutputs) -> Tensor:
-    """Largest |logit difference| at each position of h, in deviations of the expected logits; float64 [n]."""
-    parts = zip(h.split(_ROWS), expected.logits[: len(h)].split(_ROWS), strict=True)
-    worst = [(model.head(part).double() - wanted.double()).abs().amax(dim=-1) for part, wanted in parts]
-    return torch.cat(worst) / expected.deviation
-
-
-def hidden_differences(h: Tensor, expected: ExpectedOutputs) -> Tensor:
-    """The same of the hidden states, in deviations of the expected ones; float64 [n]."""
-    assert expected.hidden is not None
-    return (h.double() - expected.hidden[: len(h)].double()).abs().amax(dim=-1) / expected.hidden_deviation

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from crt_export.errors import ContractError
-from crt_export.ladder import FREE_RUNNING
-from crt_export.parity.case import ParityCase
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import FREE_RUNNING
 from crt_export.parity.metrics import Check, claim, measured
+from crt_export.parity.reference import Continuation
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
-from crt_export.parity.trace import Continuation, continue_greedily
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.text import begin_rows
 
 #: Longest prompt.
@@ -70,7 +70,7 @@ def check_free_running(case: ParityCase, setup: ParitySetup) -> LevelResult:
         ContractError: A graph differs from its contract, cannot be loaded, or fails.
     """
     prompts = _prompts(case, setup)
-    expected = continue_greedily(setup.reference, prompts.ids, _reference_tokens(prompts, setup))
+    expected = setup.reference.continuation(prompts.ids, _reference_tokens(prompts, setup))
     runner = setup.runner(case)
     run = _Run(tokens=np.zeros((len(prompts.ids), prompts.new_tokens), np.int64))
     rows = runner.most_rows(prompts.ids.shape[1] + prompts.new_tokens)

@@ -6,14 +6,15 @@ import torch
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import UnsupportedError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.comparison import compare
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.report import Comparison
-from crt_export.parity.scores import Scorer
+from crt_export.parity.scores import BLOCK_ELEMENTS, Scorer
 from crt_export.parity.tolerances import Tolerances
 from crt_export.progress import Progress
-from crt_export.quantize import W8A8Plan, emulate_fp16, emulate_w8a8, quantize_linears
+from crt_export.quantize.emulation import emulate_fp16, emulate_w8a8
+from crt_export.quantize.plan import W8A8Plan, quantize_linears
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 #: Half-precision attention is slow on a CPU, and every target is compared on all windows: larger models run fewer here.
@@ -64,7 +65,7 @@ def compare_half(
         return compare(row, scorer.scores(), tolerances, [str(error)], label=label), notes
     model = emulate_fp16(model) if plan is None else emulate_w8a8(model, quantize_linears(reference.model, plan))
     half = Reference(model, windows, batch=windows.count)
-    block = max(1, 2_000_000 // (windows.count * checkpoint.config.vocab_size))
+    block = max(1, BLOCK_ELEMENTS // (windows.count * checkpoint.config.vocab_size))
     for first in range(0, windows.length, block):
         last = min(first + block, windows.length)
         scorer.add(slice(0, windows.count), first, half.logits(STEP, 1, slice(0, windows.count), slice(first, last)))

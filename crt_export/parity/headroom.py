@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from crt_export.checkpoint import tensor_shapes
 from crt_export.config import ModelConfig
-from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch, Program
+from crt_export.engine.base import BufferSlice, Engine, Launch, Program
 from crt_export.engine.onnxruntime import HostBuffer, OrtGraph
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase
 from crt_export.parity.reference import PREFILL, STEP
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParityCase
+from crt_export.parity.tap import WatchedEngine
 from crt_export.parity.windows import Windows
 
 #: Graphs whose tensors are observed; prefill_pass has those of prefill and head is part of both.
@@ -103,13 +104,15 @@ def _affordable_windows(case: ParityCase, name: str, config: ModelConfig, length
     """Windows per call whose observed values, all alive at once in FP32, stay within ``_OBSERVED_BYTES``."""
     seq, passes = (1, 1) if name == STEP else (length, case.unroll)
     keys = (case.capacity or length) + (0 if name == STEP else seq)
-    # Per layer some twelve tensors as wide as the model, three as wide as its MLP and four of attention's scores.
-    values = 12 * config.hidden_size + 3 * config.intermediate_size + 4 * config.num_attention_heads * keys
-    return max(1, _OBSERVED_BYTES // (4 * values * config.num_hidden_layers * passes * seq))
+    # Activations: what linears read and write, a few times over for norms and activation functions, and the scores.
+    shapes = [shape for shape in tensor_shapes(config).values() if len(shape) == 2]
+    linears = 2 * sum(map(sum, shapes)) - 2 * config.vocab_size
+    scores = 4 * keys * sum(cache.query_heads for cache in config.carried.caches)
+    return max(1, _OBSERVED_BYTES // (4 * (linears + scores) * passes * seq))
 
 
-class ObservingEngine:
-    """A runner's engine with one graph that observes itself; see :class:`crt_export.engine.base.Engine`."""
+class ObservingEngine(WatchedEngine):
+    """A runner's engine with one graph that observes itself."""
 
     def __init__(self, engine: Engine, name: str, graph: OrtGraph, observed: Observed) -> None:
         """Take the place of an engine.
@@ -120,24 +123,12 @@ class ObservingEngine:
             graph: The graph with one more output.
             observed: What the entries of that output are.
         """
-        self._engine, self._name, self._observed = engine, name, observed
-        self._graph = _ObservingGraph(graph, observed.count)
-        self.max_tokens = engine.max_tokens
-        self.max_batch = engine.max_batch
-        self.fixed_capacity = engine.fixed_capacity
-        self.host_memory = engine.host_memory
-        self.one_graph = engine.one_graph
+        super().__init__(engine)
+        self._name, self._observed, self._graph = name, observed, _ObservingGraph(graph, observed.count)
 
     def program(self, graph: str) -> Program:
         """The loaded graph of this name."""
-        return self._graph if graph == self._name else self._engine.program(graph)
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """New zeroed memory where this engine computes."""
-        return self._engine.allocate(shape, dtype)
-
-    def close(self) -> None:
-        """The engine is the runner's."""
+        return self._graph if graph == self._name else super().program(graph)
 
     def largest(self) -> dict[str, float]:
         """Largest |value| by tensor of all launches so far, infinite where a value is NaN."""
@@ -168,7 +159,7 @@ class _ObservingGraph:
 
 
 def observing_engine(runner: Runner, case: ParityCase, name: str, threads: int) -> ObservingEngine:
-    """The runner's engine, one of whose graphs observes the FP16 values in it.
+    """The runner's engine, one of whose graphs has one more output: the largest |value| of each of its FP16 tensors.
 
     Args:
         runner: The target.
@@ -179,18 +170,7 @@ def observing_engine(runner: Runner, case: ParityCase, name: str, threads: int) 
     Raises:
         ContractError: The file cannot be read or loaded, or the type of a tensor cannot be told.
     """
-    return ObservingEngine(runner.engine, name, *load_observed(case.graphs[name], case, threads))
-
-
-def load_observed(path: Path, case: ParityCase, threads: int) -> tuple[OrtGraph, Observed]:
-    """Load a graph with one more output, the largest |value| of each of its FP16 tensors.
-
-    Returns:
-        The graph, and what the entries of that output are.
-
-    Raises:
-        ContractError: The file cannot be read or loaded, or the type of a tensor cannot be told.
-    """
+    path = case.graphs[name]
     try:
         model = onnx.load(path, load_external_data=False)
         model = onnx.shape_inference.infer_shapes(model)
@@ -211,7 +191,7 @@ def load_observed(path: Path, case: ParityCase, threads: int) -> tuple[OrtGraph,
         )
     except Exception as error:  # ONNX Runtime raises RuntimeError or one of a dozen classes of its own
         raise ContractError(f"{path}: ONNX Runtime cannot load it with observers ({error})") from error
-    return OrtGraph(path, session, "cpu", threads=threads), observed
+    return ObservingEngine(runner.engine, name, OrtGraph(path, session, "cpu", threads=threads), observed)
 
 
 def observe_fp16(model: onnx.ModelProto) -> Observed:

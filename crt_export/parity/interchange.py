@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import ContractError, UnsupportedError
+from crt_export.models.declaration import ITERATE, NEXT_ITERATE, NEXT_STATE, STATE
 from crt_export.parity.difference import relative_error
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.metrics import Check, failed_check, measured
 from crt_export.parity.one_step_calls import OneStepCalls
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP
 from crt_export.parity.runner import Runner
+from crt_export.parity.setup import ParitySetup
 from crt_export.spec import graph_spec
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -66,6 +67,8 @@ def session_outputs(runner: Runner, graph: str, inputs: Arrays) -> dict[str, NDA
     program = runner.engine.program(runner.graph_name(graph))
     assert isinstance(program, OrtGraph), "evidence runs on ONNX Runtime"
     passes = runner.target.unroll or 1 if graph == PREFILL and runner.one_graph else 1
+    specs = runner.config.carried.states
+    iterates = [(spec.tensor(NEXT_ITERATE), spec.tensor(ITERATE)) for spec in specs]
     count = len(inputs["input_ids"])
     size = count if runner.target.rows_are_independent else 1
     parts = []
@@ -73,7 +76,7 @@ def session_outputs(runner: Runner, graph: str, inputs: Arrays) -> dict[str, NDA
         given = {spec.name: inputs[spec.name][row : row + size] for spec in program.inputs}
         found = program.run(given)
         for _ in range(passes - 1):
-            found = program.run({**given, "hidden": found["next_hidden"]})
+            found = program.run({**given, **{source: found[output] for output, source in iterates}})
         parts.append(found)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -90,14 +93,14 @@ def interchange_checks(runner: Runner, setup: ParitySetup, calls: OneStepCalls) 
         One check per graph and rule; for what cannot run one that says so.
     """
     if not runner.one_graph:
-        other = PREFILL_PASS if runner.config.recurrent else PREFILL
+        other = PREFILL_PASS if runner.config.carried.iterated else PREFILL
         name = f"{STEP} against {other} of one token"
         pairs = _same_calls(runner, STEP, other, calls)
         return [_judged(name, lambda: closeness(name, pairs, runner, setup, "consistency"))]
     session, steps = runner.graph_name(STEP), min(TOKENS, runner.target.capacity)
     stepped = _pairs(partial(runner.load, STEP), _steps(runner, setup, steps))
     close = f"{STEP}: {steps} tokens are {steps} calls of {session}"
-    if not runner.config.recurrent:
+    if not runner.config.carried.iterated:
         return [_judged(close, lambda: closeness(close, stepped, runner, setup, "tensor_error"))]
     exact = f"{close}, bit by bit"
     return [_judged(exact, lambda: exactness(exact, stepped, steps)), *_prefill_checks(runner, setup, calls, session)]
@@ -192,10 +195,9 @@ def _steps(runner: Runner, setup: ParitySetup, steps: int) -> Iterator[Call]:
         inputs |= {"input_ids": np.array([[token]]), "position": np.array([position])}
         outputs = session_outputs(runner, STEP, inputs)
         yield f"at token {position}", inputs, outputs
-        pasts = {name: name.replace("present_", "past_") for name in outputs if name.startswith("present_")}
-        inputs |= {
-            name: outputs[output] for output, name in (pasts | {"next_state": "state"}).items() if name in inputs
-        }
+        pairs = {name: name.replace("present_", "past_") for name in outputs if name.startswith("present_")}
+        pairs |= {spec.tensor(NEXT_STATE): spec.tensor(STATE) for spec in runner.config.carried.states}
+        inputs |= {name: outputs[output] for output, name in pairs.items()}
 
 
 def _prompts(runner: Runner, setup: ParitySetup) -> Iterator[Call]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,7 @@ SHARED_LIMITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One claim, what was measured for it, and whether it holds.
+    """What was asked of a target, what was measured for it, and whether it holds.
 
     Attributes:
         name: What was checked, unique within its level and target: ``step: present_key_values.0.key``.
@@ -189,13 +189,9 @@ class Check:
             return (1 - value) / (1 - limit) if limit < 1 else 0.0 if value >= limit else math.inf
         return abs(value) / limit if self.relation == WITHIN else value / limit
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return json_value(vars(self))
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Check:
-        """Read what to_dict wrote."""
+        """Read what :func:`json_value` made of it."""
         fixed: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -254,14 +250,15 @@ def measured(
     )
 
 
-def claim(name: str, problems: Sequence[str] = ()) -> Check:
-    """A claim that no figure stands for: it holds where there are no problems."""
-    return Check(name=name, passed=not problems, failures=tuple(problems))
+def claim(name: str, problems: Iterable[str] = ()) -> Check:
+    """A check that no figure stands for: it holds where there are no problems."""
+    failures = tuple(problems)
+    return Check(name=name, passed=not failures, failures=failures)
 
 
 def failed_check(name: str, *failures: str) -> Check:
-    """A claim that does not hold, or could not be looked at, for reasons that no figure gives."""
-    return Check(name=name, passed=False, failures=failures)
+    """A check that does not hold, or could not be looked at, for reasons that no figure gives."""
+    return claim(name, failures)
 
 
 def json_value(value: Any) -> Any:

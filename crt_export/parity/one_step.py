@@ -14,13 +14,13 @@ be the argmax of the target's own logits and may differ from the reference's onl
     positions   tokens in the cache before the calls
     tensors     per graph and output: max_abs, mean_abs, relative (the error above), limit; integers have none of these
 
-Outputs of both sides are saved for Polygraphy's tools, see :mod:`crt_export.parity.polygraphy_results`; saved caches
+Outputs of both sides are saved for Polygraphy's tools, see :mod:`crt_export.parity.difference`; saved caches
 stop at the last slot written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,20 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crt_export.errors import ContractError, UnsupportedError
-from crt_export.ladder import ONE_STEP
-from crt_export.parity.case import ParityCase
-from crt_export.parity.difference import difference
+from crt_export.parity.difference import difference, save_outputs
 from crt_export.parity.interchange import interchange_checks, session_outputs
-from crt_export.parity.level import LevelResult, ParitySetup
+from crt_export.parity.levels import ONE_STEP
 from crt_export.parity.metrics import METRICS, Check, claim, failed_check, measured
 from crt_export.parity.one_step_calls import Call, OneStepCalls
-from crt_export.parity.polygraphy_results import save_outputs
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParityCase, ParitySetup
 from crt_export.spec import GraphSpec, graph_names
 
 Array = NDArray[Any]
 
 REFERENCE_RUN = "pytorch-fp32"
-_CACHE = "present_key_values."
+_CACHE, _POSITION = "present_key_values.", "next_position"
 
 
 def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
@@ -63,7 +62,7 @@ def check_one_step(case: ParityCase, setup: ParitySetup) -> LevelResult:
     calls = OneStepCalls(case, setup)
     checks: list[Check] = []
     tensors: dict[str, Any] = {}
-    for name in graph_names(setup.config):
+    for name in graph_names(setup.config.carried):
         comparison = _Comparison(case, setup, name)
         try:
             for call in calls.of(name):
@@ -98,7 +97,7 @@ class _Comparison:
     """All calls of one graph."""
 
     def __init__(self, case: ParityCase, setup: ParitySetup, name: str) -> None:
-        self.name, self._config = name, setup.config
+        self.name = name
         self._spec: GraphSpec = case.spec(name, setup.config)
         self._limit = setup.limits(case.precision).tensor_error
         self._precision = case.precision
@@ -111,70 +110,54 @@ class _Comparison:
         """Compare the outputs of one call."""
         sizes = {"batch": len(call.rows), "capacity": capacity}
         sizes["seq"] = next((v.shape[1] for k, v in call.inputs.items() if k in ("input_ids", "hidden")), 1)
-        sound = self._sound(whole, call, sizes)
-        expected = {name: call.expected[name] for name in sound}
-        self.outputs.append(sound)
+        found = self._comparable(whole, call, sizes)
+        expected = {name: call.expected[name] for name in found}
+        self.outputs.append(found)
         self.references.append(expected)
-        floats = [name for name, values in sound.items() if values.dtype.kind == "f"]
-        scales = {name: self._scale(name, call.expected) for name in floats}
-        for name in floats:
-            tensor, error = self._tensor(name), difference(sound[name], expected[name], self._limit * scales[name])
-            tensor.max_abs = float(np.maximum(tensor.max_abs, error.largest))
-            tensor.mean_abs = float(np.maximum(tensor.mean_abs, error.mean))
-            relative = error.largest / scales[name] if scales[name] else float(error.largest > 0)
-            tensor.relative = float(np.maximum(tensor.relative, relative))
-            if not error.passed:
-                tensor.failures.append(self._sentence(name, sound[name], expected[name], relative, call))
-        self._compare_integers(sound, expected, call)
-        for name in (name for name in sound if name.startswith(_CACHE)):
-            self._compare_slots(name, whole[name], call)
+        for name, values in found.items():
+            if values.dtype.kind == "f":
+                self._compare(name, values, expected[name], call)
+            if name.startswith(_CACHE):
+                self._compare_slots(name, whole[name], call)
+        if _POSITION in found:
+            positions, wanted = found[_POSITION], expected[_POSITION]
+            for row in np.flatnonzero(positions != wanted)[:1]:
+                self._fail(_POSITION, f"is {positions[row]}, expected {wanted[row]}", call, row)
+        if {"next_token", "logits"} <= found.keys():
+            self._compare_tokens(found["next_token"][:, 0], found["logits"], expected["logits"], call)
 
-    def checks(self) -> list[Check]:
+    def checks(self) -> Iterator[Check]:
         """One per output that was compared."""
-        checks = []
         for spec in self._spec.outputs:
-            found = self._found.get(spec.name)
+            found, name = self._found.get(spec.name), f"{self.name}: {spec.name}"
             if found is None:
                 continue
-            gated = spec.dtype != "int64"
-            name = f"{self.name}: {spec.name}"
-            checks.append(
-                measured(
-                    "tensor_error",
-                    name,
-                    found.relative,
-                    limit=self._limit,
-                    precision=self._precision,
-                    failures=found.failures,
-                )
-                if gated
-                else claim(name, found.failures)
-            )
-        return checks
+            if spec.dtype == "int64":
+                yield claim(name, found.failures)
+                continue
+            error, limit, failures = found.relative, self._limit, found.failures
+            yield measured("tensor_error", name, error, limit=limit, precision=self._precision, failures=failures)
 
     def data(self) -> dict[str, dict[str, float]]:
         """Per float output its figures."""
+        floats = [spec.name for spec in self._spec.outputs if spec.dtype != "int64" and spec.name in self._found]
+        keys = ("max_abs", "mean_abs", "relative")
         return {
-            spec.name: {
-                "max_abs": self._found[spec.name].max_abs,
-                "mean_abs": self._found[spec.name].mean_abs,
-                "relative": self._found[spec.name].relative,
-                "limit": self._limit,
-            }
-            for spec in self._spec.outputs
-            if spec.name in self._found and spec.dtype != "int64"
+            name: {**{key: getattr(self._found[name], key) for key in keys}, "limit": self._limit} for name in floats
         }
 
     def _tensor(self, name: str) -> _Tensor:
         return self._found.setdefault(name, _Tensor())
 
-    def _sound(self, whole: Mapping[str, Array], call: Call, sizes: Mapping[str, int]) -> dict[str, Array]:
+    def _fail(self, name: str, sentence: str, call: Call, row: int) -> None:
+        self._tensor(name).failures.append(f"{sentence} ({call.rows[row]}; {call.name})")
+
+    def _comparable(self, whole: Mapping[str, Array], call: Call, sizes: Mapping[str, int]) -> dict[str, Array]:
         """The outputs that can be compared at all, caches up to the last slot written; the others fail."""
-        sound = {}
+        comparable = {}
         for spec in self._spec.outputs:
+            found, tensor, problem = whole.get(spec.name), self._tensor(spec.name), ""
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
-            found = whole.get(spec.name)
-            problem = None
             if found is None:
                 problem = f"{self.name} delivers no {spec.name}"
             elif found.dtype != np.dtype(spec.dtype) or found.shape != shape or not found.size:
@@ -185,64 +168,53 @@ class _Comparison:
             elif found.dtype.kind == "f" and not np.isfinite(found).all():
                 row = int(np.argwhere(~np.isfinite(found))[0][0])
                 problem = f"{self.name}: {spec.name} is NaN or infinite at {call.rows[row]} ({call.name})"
-            if problem is None and found is not None:
-                self._tensor(spec.name)
-                used = found[:, :, : call.slots] if spec.name.startswith(_CACHE) else found
-                sound[spec.name] = np.ascontiguousarray(used)
             else:
-                self._tensor(spec.name).failures.append(str(problem))
-                self._tensor(spec.name).relative = float("nan")
-        return sound
+                used = found[:, :, : call.slots] if spec.name.startswith(_CACHE) else found
+                comparable[spec.name] = np.ascontiguousarray(used)
+            if problem:
+                tensor.failures.append(problem)
+                tensor.relative = float("nan")
+        return comparable
 
-    @staticmethod
-    def _scale(name: str, expected: Mapping[str, Array]) -> float:
-        """Largest |value| of the reference; a residual is a difference of hidden states and is off as they are."""
-        return float(np.abs(expected["next_hidden" if name == "residual" else name]).max())
+    def _compare(self, name: str, found: Array, expected: Array, call: Call) -> None:
+        # A residual is a difference of hidden states and is off as they are.
+        scale = float(np.abs(call.expected["next_hidden" if name == "residual" else name]).max())
+        tensor, error = self._tensor(name), difference(found, expected, self._limit * scale)
+        relative = error.largest / scale if scale else float(error.largest > 0)
+        for key, value in (("max_abs", error.largest), ("mean_abs", error.mean), ("relative", relative)):
+            setattr(tensor, key, float(np.maximum(getattr(tensor, key), value)))  # maximum, unlike max, keeps NaN
+        if not error.passed:
+            off = np.abs(found.astype(np.float64) - expected)
+            place = tuple(int(index) for index in np.unravel_index(int(off.argmax()), off.shape))
+            tensor.failures.append(
+                f"{METRICS['tensor_error'].figure} is {relative:.3g}, expected at most {self._limit:g} "
+                f"({self._precision}.tensor_error); at {list(place)} "
+                f"expected {expected[place]:.6g}, found {found[place]:.6g} ({call.rows[place[0]]}; {call.name})"
+            )
 
-    def _sentence(self, name: str, found: Array, expected: Array, relative: float, call: Call) -> str:
-        error = np.abs(found.astype(np.float64) - expected)
-        place = tuple(int(index) for index in np.unravel_index(int(error.argmax()), error.shape))
-        return (
-            f"{METRICS['tensor_error'].figure} is {relative:.3g}, expected at most {self._limit:g} "
-            f"({self._precision}.tensor_error); at {list(place)} "
-            f"expected {expected[place]:.6g}, found {found[place]:.6g} ({call.rows[place[0]]}; {call.name})"
-        )
-
-    def _compare_integers(self, found: Mapping[str, Array], expected: Mapping[str, Array], call: Call) -> None:
-        if "next_position" in found:
-            wrong = np.flatnonzero(found["next_position"] != expected["next_position"])
-            for row in wrong[:1]:
-                self._tensor("next_position").failures.append(
-                    f"is {found['next_position'][row]}, expected {expected['next_position'][row]} "
-                    f"({call.rows[row]}; {call.name})"
-                )
-        if "next_token" in found and "logits" in found:
-            self._compare_tokens(found, expected, call)
-
-    def _compare_tokens(self, found: Mapping[str, Array], expected: Mapping[str, Array], call: Call) -> None:
-        own, due = found["logits"], expected["logits"]
-        allowed = max(self._near_tie, 2 * self._limit * float(np.abs(due).max()))
-        for row, token in enumerate(found["next_token"][:, 0]):
-            where = f"({call.rows[row]}; {call.name})"
+    def _compare_tokens(self, tokens: Array, own: Array, expected: Array, call: Call) -> None:
+        """Each is the argmax of the graph's own logits, and the reference's but for near ties."""
+        allowed = max(self._near_tie, 2 * self._limit * float(np.abs(expected).max()))
+        for row, token in enumerate(tokens):
             if not 0 <= token < own.shape[1] or own[row, token] != own[row].max():
-                sentence = f"is {token}, the argmax of the graph's own logits is {own[row].argmax()} {where}"
-                self._tensor("next_token").failures.append(sentence)
+                sentence = f"is {token}, the argmax of the graph's own logits is {own[row].argmax()}"
+                self._fail("next_token", sentence, call, row)
                 continue
-            margin = float(due[row].max() - due[row, token])
+            margin = float(expected[row].max() - expected[row, token])
             if margin > allowed:
-                self._tensor("next_token").failures.append(
-                    f"is {token}, expected {due[row].argmax()}, whose logit is {margin:.3g} larger in the reference: "
-                    f"no near tie, which ends at {allowed:.3g} {where}"
+                sentence = (
+                    f"is {token}, expected {expected[row].argmax()}, whose logit is {margin:.3g} larger in the "
+                    f"reference: no near tie, which ends at {allowed:.3g}"
                 )
+                self._fail("next_token", sentence, call, row)
 
     def _compare_slots(self, name: str, cache: Array, call: Call) -> None:
         """The past is as it was given, and what was not written is zero."""
         past = call.inputs[name.replace("present", "past")]
         for row, (start, stop) in enumerate(call.written):
             if not np.array_equal(cache[row, :, :start], past[row, :, :start]):
-                sentence = f"slots before {start} were changed ({call.rows[row]}; {call.name})"
-                self._tensor(name).failures.append(sentence)
+                self._fail(name, f"slots before {start} were changed", call, row)
             touched = np.flatnonzero(cache[row, :, stop:].any(axis=(0, 2)))
             if len(touched):
                 sentence = f"slot {stop + touched[0]} is not zero, slots from {stop} on are unused"
-                self._tensor(name).failures.append(f"{sentence} ({call.rows[row]}; {call.name})")
+                self._fail(name, sentence, call, row)

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crt_export.model import Carry, Model
-from crt_export.parity.case import ParityCase
-from crt_export.parity.level import ParitySetup
+from crt_export.models.base import LanguageModel, State
+from crt_export.models.declaration import HIDDEN, ITERATE, NEXT_ITERATE, NEXT_STATE, STATE
 from crt_export.parity.reference import PREFILL, STEP
-from crt_export.parity.trace import computed_once
+from crt_export.parity.setup import ParityCase, ParitySetup
 
 Arrays = dict[str, NDArray[np.generic]]
+#: State name to a tensor of it.
+States = Mapping[str, Tensor]
 
 #: Tokens of a prefill call, and the most tokens that are in the cache before it.
 _SEQ = 16
@@ -70,12 +71,12 @@ class OneStepCalls:
         self.past = max(past, 1)
         # Windows repeat where the text has fewer: rows then differ in position and length alone.
         chosen = [row % windows.count for row in range(_ROWS)]
-        self._ids = torch.from_numpy(windows.inputs[chosen][:, : self.past + self.seq])
-        self._hidden, carry = setup.reference.decode(self._ids)
-        self._keys = [self._as_cached(keys) for keys in carry.keys]
+        trace = setup.reference.trace(windows.inputs[chosen][:, : self.past + self.seq])
+        self._ids, self._hidden, self._states = torch.from_numpy(trace.ids), trace.hidden, trace.states
+        self._keys = [self._as_cached(keys) for keys in trace.keys]
         # A cache of values is smoothed in some precisions: both what goes in and what is expected to come out.
         self._smoothing = [torch.from_numpy(factor) for factor in case.value_divisors(setup.config)]
-        smoothed = [values / factor for values, factor in zip(carry.values, self._smoothing, strict=True)]
+        smoothed = [values / factor for values, factor in zip(trace.values, self._smoothing, strict=True)]
         self._values = [self._as_cached(values) for values in smoothed]
         self.capacity = case.capacity or self.past + self.seq + _SPARE
 
@@ -90,13 +91,13 @@ class OneStepCalls:
         if graph == "head":
             yield self._head_call()
         elif graph == STEP:
-            yield self._call("empty cache", self._first_tokens(), 1, 1, None)
-            yield self._call("middle of the text", self._middle_tokens(), 1, 1, None)
+            yield self._call("empty cache", self._first_tokens(), 1, 1)
+            yield self._call("middle of the text", self._middle_tokens(), 1, 1)
         else:
             passes = self._case.unroll if graph == PREFILL else 1
             rows = self._chunks()
-            yield self._call("first iterate zero", rows, self.seq, passes, self._first_iterate(rows) * 0)
-            if self._config.recurrent:
+            yield self._call("first iterate zero", rows, self.seq, passes)
+            if self._config.carried.iterated:
                 yield self._call("first iterate of another text", rows, self.seq, passes, self._first_iterate(rows))
 
     def _first_tokens(self) -> list[Row]:
@@ -117,22 +118,27 @@ class OneStepCalls:
             Row(window=3, position=max(1, self.past // 2), length=0),
         ]
 
-    def _first_iterate(self, rows: list[Row]) -> Tensor:
-        """True hidden states, but of the next row's text: as large as real ones, and wrong."""
-        size = self._hidden.shape[0]
-        parts = [self._hidden[(row.window + 1) % size, row.position : row.position + self.seq].clone() for row in rows]
-        return torch.stack(parts)
+    def _first_iterate(self, rows: list[Row]) -> States:
+        """True states, but of the next row's text: as large as real ones, and wrong."""
+        return {
+            name: torch.stack(
+                [values[(row.window + 1) % len(values), row.position : row.position + self.seq] for row in rows]
+            )
+            for name, values in self._states.items()
+        }
 
     def _as_cached(self, tensor: Tensor) -> Tensor:
         """Rounded to the dtype of the target's caches: both sides then start from the same values."""
         return tensor.to(getattr(torch, self._case.cache_dtype)).float()
 
-    def _carry(self, rows: list[Row]) -> Carry:
+    def _state(self, rows: list[Row]) -> State:
         """What rows of one position continue from."""
         windows, position = [row.window for row in rows], rows[0].position
-        state = self._hidden[windows, position - 1 : position] if position else self._hidden[windows, :1] * 0
-        return Carry(
-            state=state,
+        return State(
+            states={
+                name: values[windows, position - 1 : position] if position else values[windows, :1] * 0
+                for name, values in self._states.items()
+            },
             keys=tuple(keys[windows, :, :position] for keys in self._keys),
             values=tuple(
                 values[windows, :, :position] * factor
@@ -141,20 +147,21 @@ class OneStepCalls:
             position=torch.full((len(rows),), position),
         )
 
-    def _tokens(self, row: Row, seq: int) -> Tensor:
-        ids = self._ids[row.window, row.position : row.position + seq].clone()
-        ids[row.length :] = _PADDING_TOKEN
-        return ids
-
-    def _call(self, name: str, rows: list[Row], seq: int, passes: int, hidden: Tensor | None) -> Call:
-        ids = torch.stack([self._tokens(row, seq) for row in rows])
-        iterate = torch.zeros(len(rows), seq, self._config.hidden_size) if hidden is None else hidden
+    def _call(self, name: str, rows: list[Row], seq: int, passes: int, iterate: States | None = None) -> Call:
+        ids = torch.stack([self._ids[row.window, row.position : row.position + seq] for row in rows])
+        for own, row in zip(ids, rows, strict=True):
+            own[row.length :] = _PADDING_TOKEN
+        if iterate is None:
+            iterate = {
+                name: values.new_zeros(len(rows), seq, *values.shape[2:]) for name, values in self._states.items()
+            }
         expected: Arrays = {}
         inputs = self._inputs(rows, ids, iterate)
         slots = max(row.position for row in rows) + seq
         for group in _by_position(rows):
             part = [rows[index] for index in group]
-            outputs = self._outputs(ids[group], self._carry(part), iterate[group], part, passes)
+            first = {state: values[group] for state, values in iterate.items()}
+            outputs = self._outputs(ids[group], self._state(part), first, part, passes)
             for output, values in outputs.items():
                 if output.endswith(".value"):
                     values = values / self._smoothing[int(output.split(".")[1])].numpy()
@@ -170,31 +177,29 @@ class OneStepCalls:
             written=tuple((row.position, row.position + seq) for row in rows),
         )
 
-    def _outputs(self, ids: Tensor, carry: Carry, iterate: Tensor, rows: list[Row], passes: int) -> Arrays:
+    def _outputs(self, ids: Tensor, state: State, iterate: States, rows: list[Row], passes: int) -> Arrays:
         """:func:`reference_outputs`, once for all targets and checks that call with the very same values."""
-        given = (ids, carry.state, carry.position, iterate, *carry.keys, *carry.values)
+        given = (ids, *state.states.values(), state.position, *iterate.values(), *state.keys, *state.values)
         digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in given))
         shapes = tuple(tensor.shape for tensor in given)
         key = ("one-step", digest.digest(), shapes, tuple(row.length for row in rows), passes)
-        return computed_once(
-            self._reference, key, lambda: reference_outputs(self._model, ids, carry, iterate, rows, passes)
-        )
+        return self._reference.once(key, lambda: reference_outputs(self._model, ids, state, iterate, rows, passes))
 
-    def _inputs(self, rows: list[Row], ids: Tensor, iterate: Tensor) -> Arrays:
-        position = np.array([row.position for row in rows])
-        states = [self._carry([row]).state for row in rows]
+    def _inputs(self, rows: list[Row], ids: Tensor, iterate: States) -> Arrays:
         inputs: Arrays = {
             "input_ids": ids.numpy(),
-            "position": position,
+            "position": np.array([row.position for row in rows]),
             "length": np.array([row.length for row in rows]),
-            "state": torch.cat(states).numpy(),
-            "hidden": iterate.numpy(),
         }
-        for layer in range(self._config.num_hidden_layers):
+        started = [self._state([row]).states for row in rows]
+        for spec in self._config.carried.states:
+            inputs[spec.tensor(STATE)] = torch.cat([states[spec.name] for states in started]).numpy()
+            inputs[spec.tensor(ITERATE)] = iterate[spec.name].numpy()
+        for index in range(len(self._config.carried.caches)):
             for kind, cached in (("key", self._keys), ("value", self._values)):
-                parts = [cached[layer][row.window : row.window + 1, :, : row.position].numpy() for row in rows]
+                parts = [cached[index][row.window : row.window + 1, :, : row.position].numpy() for row in rows]
                 placed = np.concatenate([self._placed(part, self.capacity) for part in parts])
-                inputs[f"past_key_values.{layer}.{kind}"] = placed.astype(self._case.cache_dtype)
+                inputs[f"past_key_values.{index}.{kind}"] = placed.astype(self._case.cache_dtype)
         return inputs
 
     def _placed(self, cache: NDArray[np.generic], slots: int) -> NDArray[np.generic]:
@@ -215,45 +220,55 @@ class OneStepCalls:
 
 
 @torch.no_grad()
-def reference_outputs(model: Model, ids: Tensor, carry: Carry, iterate: Tensor, rows: list[Row], passes: int) -> Arrays:
+def reference_outputs(
+    model: LanguageModel, ids: Tensor, state: State, iterate: States, rows: list[Row], passes: int
+) -> Arrays:
     """Every output of the contract for rows of one position, from the equations alone.
 
     Args:
         model: PyTorch FP32.
         ids: int64 [batch, seq], right-padded.
-        carry: What the rows continue from.
-        iterate: First iterate, float32 [batch, seq, hidden].
+        state: What the rows continue from.
+        iterate: State name to the first iterate, float32 [batch, seq, *shape].
         rows: Their real lengths.
-        passes: K.
+        passes: K, of a model that is iterated.
 
     Returns:
         float32 and int64 arrays by output name; caches hold position + seq slots.
     """
-    recurrent = model.config.recurrent
-    passes = passes if recurrent else 1
-    before = model.unroll(ids, passes - 1, carry, iterate)[0] if passes > 1 else iterate
-    h, after, _ = model.unroll(ids, 1, carry, before)
-    states = torch.cat([carry.state, h], dim=1)
-    last = torch.stack(
-        [states[index, row.length] if recurrent else h[index, max(row.length - 1, 0)] for index, row in enumerate(rows)]
-    )[:, None]
-    logits = model.head(last)[:, 0]
-    outputs: Mapping[str, Tensor] = {
+    carried, lengths = model.carried, [row.length for row in rows]
+    before = iterate
+    if carried.iterated and passes > 1:
+        before = model.unroll(ids, passes - 1, state, iterate)[0].states
+    done, after, _ = model.unroll(ids, 1, state, before)
+    last = {name: _at(torch.cat([state.states[name], done.states[name]], dim=1), lengths) for name in done.states}
+    hidden = last[HIDDEN] if HIDDEN in last else _at(done.hidden, [max(length - 1, 0) for length in lengths])
+    logits = model.head(hidden)[:, 0]
+    outputs: dict[str, Tensor] = {
         "logits": logits,
         "next_token": logits.argmax(dim=-1, keepdim=True),
-        "next_position": carry.position + torch.tensor([row.length for row in rows]),
-        "next_state": last,
-        "next_hidden": h,
-        "residual": torch.stack(
-            [
-                (h - before)[index, : row.length].abs().amax() if row.length else h.new_zeros(())
-                for index, row in enumerate(rows)
-            ]
-        ),
+        "next_position": state.position + torch.tensor(lengths),
+        "next_hidden": done.hidden,
     }
-    for layer, (keys, values) in enumerate(zip(after.keys, after.values, strict=True)):
-        outputs = {**outputs, f"present_key_values.{layer}.key": keys, f"present_key_values.{layer}.value": values}
+    for spec in carried.states:
+        outputs[spec.tensor(NEXT_STATE)] = last[spec.name]
+        outputs[spec.tensor(NEXT_ITERATE)] = done.states[spec.name]
+    if carried.iterated:
+        changes = [(done.states[name] - before[name]).abs().flatten(2).amax(-1) for name in done.states]
+        change = torch.stack(changes).amax(0)
+        largest = [
+            values[:length].amax() if length else values.new_zeros(())
+            for values, length in zip(change, lengths, strict=True)
+        ]
+        outputs["residual"] = torch.stack(largest)
+    for index, (keys, values) in enumerate(zip(after.keys, after.values, strict=True)):
+        outputs |= {f"present_key_values.{index}.key": keys, f"present_key_values.{index}.value": values}
     return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def _at(values: Tensor, indices: list[int]) -> Tensor:
+    """Of every row one token's values, [batch, 1, *shape]."""
+    return torch.stack([row[index] for row, index in zip(values, indices, strict=True)])[:, None]
 
 
 def _by_position(rows: list[Row]) -> list[list[int]]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from crt_export.environment import installed_versions
 from crt_export.errors import InputError, problem_list
-from crt_export.ladder import CORPUS
 from crt_export.machine import machine
+from crt_export.parity.levels import CORPUS
 from crt_export.parity.metrics import Check, json_value
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Comparison:
         better_than_chance: Whether the reference predicts the text better than a uniform guess. Where it does not,
             delta_nll is reported and not gated: errors cancel to first order only in a model that fits the text.
         checks: Every gate and every figure that is only reported.
-        statistics: Distributions, see :mod:`crt_export.parity.corpus_statistics`; empty where the regime did not run to
+        statistics: Distributions, see :mod:`crt_export.parity.comparison`; empty where the regime did not run to
             its end, or is a regime gap.
     """
 
@@ -143,9 +143,9 @@ class LevelResult:
     """What one level found about one target.
 
     Attributes:
-        level: ``own-model`` to ``long-run``, see :mod:`crt_export.parity.level`.
+        level: ``own-model`` to ``long-run``, see :mod:`crt_export.parity.levels`.
         target: Name of the engine profile, or ``pytorch-fp32`` and ``pytorch-half`` for the reference models.
-        checks: Every claim; at least one.
+        checks: What was judged or reported; at least one.
         data: Curves and tables of the level, JSON-ready; its keys are documented in the level's module.
         notes: Sentences on what was shortened or left out, and why.
     """
@@ -180,24 +180,14 @@ class LevelResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {
-            "level": self.level,
-            "target": self.target,
-            "passed": self.passed,
-            "checks": [check.to_dict() for check in self.checks],
-            "data": json_value(self.data),
-            "notes": list(self.notes),
-        }
+        return {"level": self.level, "target": self.target, "passed": self.passed, **json_value(vars(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LevelResult:
         """Read what to_dict wrote."""
+        checks = tuple(Check.from_dict(check) for check in values["checks"])
         return cls(
-            level=values["level"],
-            target=values["target"],
-            checks=tuple(Check.from_dict(check) for check in values["checks"]),
-            data=values["data"],
-            notes=tuple(values["notes"]),
+            checks=checks, notes=tuple(values["notes"]), **{key: values[key] for key in ("level", "target", "data")}
         )
 
 

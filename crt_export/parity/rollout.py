@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from crt_export.errors import ContractError
-from crt_export.parity.case import ParityCase
 from crt_export.parity.decoding import Decoding
+from crt_export.parity.difference import relative_error
 from crt_export.parity.reference import HANDOVER, PREFILL, PREFILL_PASS, STEP
-from crt_export.parity.runner import Runner
-from crt_export.parity.scores import Scorer
+from crt_export.parity.runner import BATCH_BYTES, Runner
+from crt_export.parity.scores import BLOCK_ELEMENTS, Scorer
+from crt_export.parity.setup import ParityCase
 from crt_export.parity.windows import Windows
-
-#: Logits compared at a time: enough to amortise the calls, little enough for any vocabulary.
-_BLOCK_ELEMENTS = 2_000_000
-_BATCH_BYTES = 512 * 2**20
 
 
 class Rollout:
@@ -32,7 +29,7 @@ class Rollout:
             window_batch: Most windows per call; fewer where memory is short.
         """
         self.runner, self.case, self.windows = runner, case, windows
-        self.batch = max(1, min(window_batch, _BATCH_BYTES // self._bytes_per_window()))
+        self.batch = max(1, min(window_batch, BATCH_BYTES // runner.prefill_bytes(windows.length)))
         self.inconsistency: dict[str, float] = {}
         self._hidden: dict[int, np.ndarray] = {}
 
@@ -47,7 +44,8 @@ class Rollout:
         Raises:
             ContractError: A graph broke its contract; what ran until then is in the scorer.
         """
-        for rows in self._window_slices():
+        for start in range(0, self.windows.count, self.batch):
+            rows = slice(start, min(start + self.batch, self.windows.count))
             ids = self.windows.inputs[rows]
             decoding = self.runner.decoding(len(ids), self.windows.length)
             if regime == STEP:
@@ -98,30 +96,14 @@ class Rollout:
 
     def _note(self, name: str, found: np.ndarray, expected: np.ndarray) -> None:
         """Remember the largest relative difference between two forms of the same computation, NaN above all."""
-        with np.errstate(invalid="ignore"):
-            scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-            difference = float(np.abs(found - expected).max()) / scale
-        # maximum, unlike max, keeps NaN, and NaN is within no limit.
-        self.inconsistency[name] = float(np.maximum(self.inconsistency.get(name, 0.0), difference))
+        largest = np.maximum(self.inconsistency.get(name, 0.0), relative_error(found, expected))
+        self.inconsistency[name] = float(largest)  # maximum, unlike max, keeps NaN, and NaN is within no limit
 
     def _new_block(self, rows: slice) -> np.ndarray:
         """Room for the logits of some positions, float32 [windows, positions, vocab]."""
         batch, vocab = rows.stop - rows.start, self.runner.config.vocab_size
-        positions = min(self.windows.length, max(1, _BLOCK_ELEMENTS // (batch * vocab)))
+        positions = min(self.windows.length, max(1, BLOCK_ELEMENTS // (batch * vocab)))
         return np.empty((batch, positions, vocab), np.float32)
-
-    def _window_slices(self) -> Iterator[slice]:
-        for start in range(0, self.windows.count, self.batch):
-            yield slice(start, min(start + self.batch, self.windows.count))
-
-    def _bytes_per_window(self) -> int:
-        config, length = self.runner.config, self.windows.length
-        capacity = self.runner.capacity or length
-        item = np.dtype(self.case.cache_dtype).itemsize
-        cache = 2 * config.num_hidden_layers * config.num_attention_heads * capacity * config.head_dim * item
-        # Scores of one layer's attention in prefill, and about as much again for its mask and softmax.
-        scores = 2 * 4 * config.num_attention_heads * length * (capacity + length)
-        return max(1, cache + scores)
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Runner: the deployed engine and decoder of one target, with a tap on every call that the engine makes.
 
-Every level that decodes, prefills or hands over does it here, so what it measures is what an application gets: the
+Every level decodes, prefills and goes on from a handover here, so what it measures is what an application gets: the
 files are opened as a session opens them (:func:`crt_export.runtime.opening.engine_from_target`), with the profile's
 options, and tokens go through :class:`crt_export.runtime.decoder.Decoder` with its batching rule, caches and passes.
 
@@ -12,10 +12,10 @@ as there, and FP16 multiplied in FP32 (``fp32-emulated``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from crt_export.bundle import BundleFiles, HeldGraph
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import OrtEngine, OrtGraph, OrtSettings
-from crt_export.errors import BundleError, ContractError, UnsupportedError
+from crt_export.errors import BundleError, ContractError, CrtExportError, UnsupportedError
 from crt_export.parity.decoding import Decoding
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
@@ -32,14 +32,14 @@ from crt_export.runtime.opening import (
     SESSION_GRAPHS,
     Target,
     check_contract,
-    config_from_manifest,
     engine_from_target,
+    model_from_manifest,
     target_from_manifest,
 )
 from crt_export.runtime.slide import Window
 
 if TYPE_CHECKING:
-    from crt_export.parity.case import ParityCase
+    from crt_export.parity.setup import ParityCase
 
 #: With static shapes ONNX Runtime's MatMulAddFusion turns quantised MatMuls into FP32 Gemms, or cannot load the graph.
 _STATIC_DISABLED = ("MatMulAddFusion",)
@@ -48,7 +48,7 @@ _HEAD = "head"
 #: Up to so many parameters all targets of a bundle stay loaded; a larger model has one at a time.
 _SMALL_PARAMETERS = 20_000_000
 #: Memory that the caches of one decoding may take.
-_BATCH_BYTES = 512 * 2**20
+BATCH_BYTES = 512 * 2**20
 
 
 class Runner:
@@ -84,7 +84,7 @@ class Runner:
 
     def graph_name(self, graph: str) -> str:
         """The graph that makes this step or prefill: ``prefill_pass`` where one graph makes all."""
-        return (_PASS if self.config.recurrent else "prefill") if self.one_graph else graph
+        return (_PASS if self.config.carried.iterated else "prefill") if self.one_graph else graph
 
     def over(self, engine: Engine) -> Runner:
         """The same target on another engine that offers the same graphs."""
@@ -92,21 +92,32 @@ class Runner:
         other.engine = engine
         return other
 
-    def decoding(self, rows: int, capacity: int, window: Window | None = None) -> Decoding:
+    def decoding(self, rows: int, capacity: int, windows: Sequence[Window] | None = None) -> Decoding:
         """A decoder for some rows, empty.
 
         Args:
             rows: How many.
             capacity: Most tokens of a row; a target with a fixed capacity has that one instead.
-            window: Given where full rows slide.
+            windows: Given where full rows slide, per cache.
         """
-        return Decoding(self, rows, self.capacity or capacity, window)
+        return Decoding(self, rows, self.capacity or capacity, windows)
 
     def most_rows(self, capacity: int) -> int:
         """How many rows of that capacity keep the caches of a decoding within half a gigabyte; at least one."""
-        sizes = self.target.sizes(self.config, 1, self.capacity or capacity)
-        items = 2 * sizes.layers * sizes.heads * sizes.capacity * sizes.head_dim
-        return max(1, _BATCH_BYTES // (items * np.dtype(sizes.cache_dtype).itemsize))
+        return max(1, BATCH_BYTES // self.cache_bytes(capacity))
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Memory of one row's caches with room for so many tokens."""
+        sizes = self.target.sizes(self.config.info, 1, self.capacity or tokens)
+        items = sum(spec.heads * spec.head_dim for spec in sizes.caches.values())
+        return items * sizes.capacity * np.dtype(sizes.cache_dtype).itemsize
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Memory of one row that takes so many tokens at once: its caches, and what one layer's attention needs."""
+        # Scores, and about as much again for mask and softmax.
+        heads = max(cache.query_heads for cache in self.config.carried.caches)
+        scores = 2 * 4 * heads * tokens * ((self.capacity or tokens) + tokens)
+        return self.cache_bytes(tokens) + scores
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """Logits of hidden states through the validation graph ``head``.
@@ -150,6 +161,28 @@ class Runner:
         return self.load(_HEAD)
 
 
+def config_of_bundle(files: BundleFiles) -> ModelConfig:
+    """The configuration that a bundle was built of.
+
+    Raises:
+        BundleError: It is unusable, or declares another model than the manifest does.
+    """
+    try:
+        config = ModelConfig.from_dict(files.manifest["config"])
+    except CrtExportError as error:
+        raise BundleError(f"{files.path}: the manifest's config is unusable: {error}") from error
+    declared = model_from_manifest(files)
+    if _rounded(config.info.to_dict()) != _rounded(declared.to_dict()):
+        raise BundleError(f"{files.path}: the manifest's model is not that of its config; build it again")
+    return config
+
+
+def _rounded(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of a manifest; processors differ in the last bit of a frequency."""
+    rotaries = [{**one, "frequencies": [f"{value:.12g}" for value in one["frequencies"]]} for one in model["rotaries"]]
+    return {**model, "rotaries": rotaries}
+
+
 def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
     """Open a target of a bundle for evidence.
 
@@ -164,8 +197,8 @@ def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
         ContractError: A graph cannot be loaded or breaks the contract.
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    config = config_from_manifest(files)
-    target = target_from_manifest(files, name, config)
+    config = config_of_bundle(files)
+    target = target_from_manifest(files, name, config.info)
     missing = [graph for graph in SESSION_GRAPHS if graph not in target.graphs]
     if missing:
         raise BundleError(f"{files.path}: target {name} has no {' and no '.join(missing)} graph; build it again")
@@ -173,7 +206,7 @@ def open_runner(files: BundleFiles, name: str, threads: int) -> Runner:
     def graph_file(graph: str) -> HeldGraph:
         return files.held_graph(target.graphs[graph])
 
-    engine = engine_from_target(files, target, config, threads) if target.profile.device == "cpu" else None
+    engine = engine_from_target(files, target, config.info, threads) if target.profile.device == "cpu" else None
     return runner_of_files(target, config, graph_file, threads, engine)
 
 
@@ -201,7 +234,7 @@ def runner_of_files(
     settings = _settings(target, threads)
 
     def check(graph: str, program: OrtGraph) -> None:
-        check_contract({graph: program}, target, config)
+        check_contract({graph: program}, target, config.info)
 
     def load(graph: str) -> OrtGraph:
         if graph not in target.graphs:

@@ -101,7 +101,12 @@ class Scorer:
         positions = slice(position, position + found.shape[1])
         expected = self.reference.logits(self.regime, self.passes, windows, positions)
         targets = self._targets[windows, positions].unsqueeze(-1)
-        self._note_non_finite(found, windows, position)
+        bad = ~torch.isfinite(found).all(dim=-1)
+        if bad.any() and not self.problems:
+            window, offset = (int(index) for index in bad.nonzero()[0])
+            self.problems.append(
+                f"logits are NaN or infinite, first in window {windows.start + window} at position {position + offset}"
+            )
         columns = slice(positions.start - self.start, positions.stop - self.start)
         for name, values in token_scores(found, expected, targets, self._near_tie).items():
             self._arrays[name][windows, columns] = values.numpy()
@@ -114,14 +119,6 @@ class Scorer:
         return Scores(
             start=self.start, vocab=config.vocab_size, trained=config.training_sequence_length, **self._arrays
         )
-
-    def _note_non_finite(self, found: Tensor, windows: slice, position: int) -> None:
-        bad = ~torch.isfinite(found).all(dim=-1)
-        if bad.any() and not self.problems:
-            window, offset = (int(index) for index in bad.nonzero()[0])
-            self.problems.append(
-                f"logits are NaN or infinite, first in window {windows.start + window} at position {position + offset}"
-            )
 
 
 def reference_nll(reference: Reference, regime: str, passes: int) -> np.ndarray:

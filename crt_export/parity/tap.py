@@ -94,25 +94,38 @@ def _contradictions(ran: _Ran, positions: Sequence[int], place: str) -> Iterator
             yield "next_state is not next_hidden of the last token"
 
 
-class TappedEngine:
-    """An engine whose launches are seen by a tap; see :class:`crt_export.engine.base.Engine`."""
+class WatchedEngine:
+    """A runner's engine under another's eyes; see :class:`crt_export.engine.base.Engine`."""
 
-    def __init__(self, engine: Engine, tap: Tap) -> None:
-        self._engine, self._tap = engine, tap
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.max_tokens = engine.max_tokens
         self.max_batch = engine.max_batch
         self.fixed_capacity = engine.fixed_capacity
         self.host_memory = engine.host_memory
         self.one_graph = engine.one_graph
 
-    def program(self, graph: str) -> _TappedProgram:
-        return _TappedProgram(graph, self._engine.program(graph), self._tap)
+    def program(self, graph: str) -> Program:
+        """The loaded graph of this name."""
+        return self._engine.program(graph)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """New zeroed memory where this engine computes."""
         return self._engine.allocate(shape, dtype)
 
     def close(self) -> None:
         """The engine is the runner's."""
+
+
+class TappedEngine(WatchedEngine):
+    """An engine whose launches are seen by a tap."""
+
+    def __init__(self, engine: Engine, tap: Tap) -> None:
+        super().__init__(engine)
+        self._tap = tap
+
+    def program(self, graph: str) -> Program:
+        return _TappedProgram(graph, super().program(graph), self._tap)
 
 
 class _TappedProgram:

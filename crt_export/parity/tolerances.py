@@ -115,39 +115,22 @@ def load_tolerances(path: Path | None = None) -> Tolerances:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{source}: expected a TOML file of tolerances, found none ({error})") from None
-    limits, reasons, problems = _limits_from_tables(values)
-    if problems:
-        raise InputError(problem_list(str(source), problems))
-    precisions = {
-        name: Tolerance(**{key: value for (table, key), value in limits.items() if table == name})
-        for name in PRECISIONS
-    }
-    return Tolerances(
-        **{name: limits["shared", name] for name in SHARED_LIMITS},
-        precisions=precisions,
-        reasons=reasons,
-    )
-
-
-def _limits_from_tables(
-    values: Mapping[str, Any],
-) -> tuple[dict[tuple[str, str], float], dict[str, str], list[str]]:
-    """Limits by (table, key), reasons by ``table.key``, and what is wrong with the file."""
-    keys = tuple(field.name for field in fields(Tolerance))
-    known = {"shared": SHARED_LIMITS, **dict.fromkeys(PRECISIONS, keys)}
+    known = {"shared": SHARED_LIMITS, **dict.fromkeys(PRECISIONS, tuple(field.name for field in fields(Tolerance)))}
     problems = [f"unknown table [{table}]; known: {', '.join(known)}" for table in values if table not in known]
-    limits: dict[tuple[str, str], float] = {}
+    limits: dict[str, dict[str, float]] = {table: {} for table in known}
     reasons: dict[str, str] = {}
     for table, names in known.items():
         entries = values.get(table, {})
         problems += [f"[{table}] unknown key {key!r}" for key in entries if key not in names]
         problems += [f"[{table}] has no {key}" for key in names if key not in entries and key not in _OPTIONAL]
         for key in (name for name in names if name in entries):
-            problems += _entry_problems(f"{table}.{key}", entries[key])
-            if isinstance(entries[key], dict):
-                limits[table, key] = entries[key].get("limit")
-                reasons[f"{table}.{key}"] = entries[key].get("reason")
-    return limits, reasons, problems
+            problems += (found := _entry_problems(f"{table}.{key}", entries[key]))
+            if not found:
+                limits[table][key], reasons[f"{table}.{key}"] = entries[key]["limit"], entries[key]["reason"]
+    if problems:
+        raise InputError(problem_list(str(source), problems))
+    precisions = {name: Tolerance(**limits[name]) for name in PRECISIONS}
+    return Tolerances(**limits["shared"], precisions=precisions, reasons=reasons)
 
 
 def _entry_problems(label: str, entry: object) -> list[str]:

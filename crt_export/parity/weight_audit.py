@@ -14,30 +14,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crt_export.checkpoint import Checkpoint, tensor_shapes
-from crt_export.parity.case import HALF_PRECISIONS
-from crt_export.parity.linear_audit import BlockWeight, ColumnWeight, StoredWeight, deviation
+from crt_export.models.registry import linear_weights, tables_of
+from crt_export.parity.setup import HALF_PRECISIONS
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
-from crt_export.quantize.plan import W8A8Plan
-from crt_export.rotary import rope_tables
+from crt_export.quantize.plan import LARGEST_SCALE, LEVELS, SMALLEST_SCALE, SMALLEST_STEP, W8A8Plan
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 
 #: Anonymous constants of a graph (axes, shapes, an attention scale) are smaller than this; weights are larger.
 _LARGEST_CONSTANT = 16
 #: Cosines of one angle may differ by a unit in the last place between processors.
 _TABLE_ERROR = {"float32": 1.2e-7, "float16": 9.8e-4}
-_TABLES = ("rope_cos", "rope_sin")
+#: What a graph holds of the plan: how the activation that several linears read becomes INT8.
+_RANGES = (".input_scale", ".input_shift")
 _ROWS = 256
 #: A bias with a folded shift is a sum in float64, rounded to float32 once.
 _BIAS_ERROR = 1e-6
-_PARTS = ("weight", "bias")
+#: A step is a quotient of two float32 values.
+_STEP_ERROR = 1e-5
+_ZERO = 128
+#: Values compared at a time.
+_CHUNK = 2**21
 
 #: Names of initializers that belong together, and what says what is wrong with them.
 _Part = tuple[tuple[str, ...], Callable[[], list[str]]]
@@ -47,10 +54,10 @@ class Weights:
     """The initializers of one file as arrays; external data stays mapped until it is read."""
 
     def __init__(self, model: ir.Model) -> None:
-        self._tensors = {
+        self.tensors = {
             name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
         }
-        self.names = frozenset(self._tensors)
+        self.names = self.tensors.keys()
 
     def array(self, name: str) -> Array:
         """One initializer.
@@ -58,21 +65,15 @@ class Weights:
         onnx_ir refuses a weight file with several hard links, as a copy of a bundle may have; what lies in this one was
         compared with the manifest.
         """
-        tensor = self._tensors[name]
+        tensor = self.tensors[name]
         if not isinstance(tensor, ir.ExternalTensor) or tensor.size == 0:
             return tensor.numpy()
         place = (tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))
         return np.asarray(np.memmap(tensor.path, *place))
 
-    def size(self, name: str) -> int:
-        """Number of its values."""
-        return int(self._tensors[name].size)
-
     def identity(self, name: str) -> tuple[object, ...]:
         """Equal for equal bytes: the place in a weight file, or a hash of what the graph itself holds."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            return (name,)
+        tensor = self.tensors[name]
         kind = (name, tensor.dtype, tuple(tensor.shape))
         if isinstance(tensor, ir.ExternalTensor):
             return (*kind, str(tensor.path), tensor.offset, tensor.length)
@@ -112,69 +113,58 @@ class WeightAudit:
         Returns:
             Sentences, empty if nothing is wrong, and the number of weights looked at.
         """
-        weights = Weights(model)
-        parts = [*self._parts(graph, weights)]
+        parts = [*self._parts(graph, weights := Weights(model))]
         expected = {name for names, _ in parts for name in names}
         problems = [f"weight {name} is missing" for name in sorted(expected - weights.names)]
-        problems += [
-            f"constant {name} of {weights.size(name)} values is no weight of the checkpoint"
-            for name in sorted(weights.names - expected)
-            if weights.size(name) > _LARGEST_CONSTANT
-        ]
-        problems += [
-            f"{name} is no range of the plan"
-            for name in sorted(weights.names - expected)
-            if name.endswith((".input_scale", ".input_shift"))
-        ]
+        for name in sorted(weights.names - expected):
+            if (size := weights.tensors[name].size) > _LARGEST_CONSTANT:
+                problems.append(f"constant {name} of {size} values is no weight of the checkpoint")
+            if name.endswith(_RANGES):
+                problems.append(f"{name} is no range of the plan")
         for names, check in parts:
-            if weights.names.issuperset(names):
-                problems += self._once((names, *map(weights.identity, names)), check)
+            if weights.names >= {*names}:
+                # Shared weights are read once, and what is wrong with them is said of every graph that has them.
+                key = (names, *map(weights.identity, names))
+                if key not in self._known:
+                    self._known[key] = check()
+                problems += self._known[key]
         return problems, len(expected & weights.names)
-
-    def _once(self, key: tuple[object, ...], check: Callable[[], list[str]]) -> list[str]:
-        """Shared weights are read once, and what is wrong with them is said of every graph that has them."""
-        if key not in self._known:
-            self._known[key] = check()
-        return self._known[key]
 
     def _parts(self, graph: str, weights: Weights) -> Iterator[_Part]:
         """What a graph must hold."""
         config = self.checkpoint.config
-        plain = {*tensor_shapes(config), f"{HEAD}.weight", *_TABLES}
+        plain = {*tensor_shapes(config), f"{HEAD}.weight", *self._tables}
         if graph == "head":
             plain = {name for name in plain if name.startswith(("final_norm.", f"{HEAD}."))}
         groups = [group for group in linear_inputs(config) if graph != "head" or group.name == HEAD]
         for group in groups if self.precision in ("w8", "w8a8") else []:
             joined = _is_joined(group, weights)
-            plain -= {*_norms(group), *(f"{linear}.weight" for linear in group.linears)}
+            plain -= {*self._norms(group), *(f"{linear}.weight" for linear in group.linears)}
             if self.plan is not None or joined:
                 plain -= {f"{linear}.bias" for linear in group.linears}
             if joined:
-                yield self._joined_bias(group, weights)
+                yield from self._joined_bias(group, weights)
             yield self._planned(group, self.plan, weights) if self.plan else self._weight_only(group, weights)
         for name in sorted(plain):
-            yield (name,), lambda name=name: self._plain(weights, name)
+            yield (name,), partial(self._plain, name, weights)
 
-    def _plain(self, weights: Weights, name: str) -> list[str]:
+    def _plain(self, name: str, weights: Weights) -> list[str]:
         """The checkpoint's own values, rounded to the precision at most."""
         dtype = np.float16 if self.precision in HALF_PRECISIONS else np.float32
-        if name in _TABLES:
-            return [*self._table_problems(name, weights.array(name), np.dtype(dtype))]
+        if name in self._tables:
+            return self._table_problems(name, weights.array(name), np.dtype(dtype))
         expected = self._original(name)
-        if expected.ndim == 2 and name != "embed.weight":
-            expected = expected.T
-        return self._differences(name, weights.array(name), expected, dtype)
+        transposed = name in linear_weights(self.checkpoint.config)
+        return self._differences(name, weights, expected.T if transposed else expected, dtype)
 
-    def _joined_bias(self, group: LinearInput, weights: Weights) -> _Part:
-        name, parts = f"{group.name}.bias", [f"{linear}.bias" for linear in group.linears]
-        return (name,), lambda: self._differences(
-            name, weights.array(name), np.concatenate([*map(self._original, parts)]), np.float32
-        )
+    def _joined_bias(self, group: LinearInput, weights: Weights) -> Iterator[_Part]:
+        if f"{group.linears[0]}.bias" in self.checkpoint.tensors:
+            biases = np.concatenate([self._original(f"{linear}.bias") for linear in group.linears])
+            yield (f"{group.name}.bias",), partial(self._differences, f"{group.name}.bias", weights, biases)
 
     def _weight_only(self, group: LinearInput, weights: Weights) -> _Part:
         """``w8``: blocks of the linears of one activation, which may be stored side by side under its name."""
-        norms = _norms(group)
-        joined = _is_joined(group, weights)
+        norms, joined = self._norms(group), _is_joined(group, weights)
         stored = (group.name,) if joined else group.linears
 
         def check() -> list[str]:
@@ -198,18 +188,21 @@ class WeightAudit:
     def _planned(self, group: LinearInput, plan: W8A8Plan, weights: Weights) -> _Part:
         """``w8a8``: the ranges of one activation and the linears that read it, by the plan."""
         config, given = self.checkpoint.config, plan.inputs[group.name]
-        norms = _norms(group)
-        has_bias = {linear: linear != HEAD or not config.tie_word_embeddings for linear in group.linears}
-        ranges = {f"{group.name}.input_scale": given.scale}
-        if given.shift:
-            ranges[f"{group.name}.input_shift"] = given.shift
+        norms = self._norms(group)
+        has_bias = {linear: f"{linear}.bias" in self.checkpoint.tensors for linear in group.linears}
+        values = (given.scale, given.shift) if given.shift else (given.scale,)
+        ranges = {f"{group.name}{part}": value for part, value in zip(_RANGES, values, strict=False)}
         # v hands its output to o, whose factor its own columns are divided by.
-        divisors = {other.producer: plan.inputs[other.name].factor for other in linear_inputs(config)}
+        divisors = {
+            other.producer: other.of_producer(plan.inputs[other.name].factor)
+            for other in linear_inputs(config)
+            if other.producer is not None
+        }
 
         def check() -> list[str]:
             problems = self._folded(norms, weights, given.factor, np.float16)
             for name, value in ranges.items():
-                problems += self._differences(name, weights.array(name), np.asarray(value), np.float32, of="plan")
+                problems += self._differences(name, weights, np.asarray(value))
             for linear in group.linears:
                 integers, scales = (weights.array(f"{linear}.weight_{part}") for part in ("q", "scale"))
                 stored, divisor = ColumnWeight(integers=integers, scales=scales), divisors.get(linear)
@@ -224,37 +217,32 @@ class WeightAudit:
 
     def _folded(self, norms: Sequence[str], weights: Weights, factor: Array, dtype: type) -> list[str]:
         """Gain and bias of a LayerNorm, divided by the factors."""
-        return [
-            problem
-            for name in norms
-            for problem in self._differences(name, weights.array(name), self._original(name) / factor, dtype)
-        ]
+        folded = {name: self._original(name) / factor for name in norms}
+        return [line for name, wanted in folded.items() for line in self._differences(name, weights, wanted, dtype)]
 
     def _deviation(self, linear: str, stored: StoredWeight, factor: Array, divisor: Array | None = None) -> list[str]:
         weight = self._original(f"{linear}.weight")
-        if stored.shape != weight.shape or len(factor) != weight.shape[1]:
-            return [f"weight {linear}: expected [out, in] {list(weight.shape)}, found {list(stored.shape)}"]
-        distance, problem = deviation(stored, weight, factor, divisor, limit=self.rounding)
-        self.deviation = max(self.deviation, distance)
+        problem = f"expected [out, in] {list(weight.shape)}, found {list(stored.shape)}"
+        if stored.shape == weight.shape and len(factor) == weight.shape[1]:
+            distance, problem = deviation(stored, weight, factor, divisor, limit=self.rounding)
+            self.deviation = max(self.deviation, distance)
         return [f"weight {linear}: {problem}"] if problem else []
 
     def _bias(
         self, linear: str, weights: Weights, stored: ColumnWeight, shift: np.float32, divisor: Array | None
     ) -> list[str]:
         """The checkpoint's bias plus what the shift of the activation adds to every output."""
-        expected = self._original(f"{linear}.bias").astype(np.float64)
-        if divisor is not None:
-            expected = expected / divisor
-        error = 0.0
+        expected = self._original(f"{linear}.bias").astype(np.float64) / (1.0 if divisor is None else divisor)
         if shift:
-            expected, error = expected + float(shift) * stored.column_sums(), _BIAS_ERROR
-        name = f"{linear}.bias_fp32"
-        return self._differences(name, weights.array(name), expected, np.float32, error=error)
+            sums = stored.integers.sum(axis=0, dtype=np.int64) * stored.scales.astype(np.float64)
+            expected = expected + float(shift) * sums
+        return self._differences(f"{linear}.bias_fp32", weights, expected, error=_BIAS_ERROR if shift else 0.0)
 
     def _differences(
-        self, name: str, found: Array, expected: Array, dtype: type, *, error: float = 0.0, of: str = "checkpoint"
+        self, name: str, weights: Weights, expected: Array, dtype: type = np.float32, *, error: float = 0.0
     ) -> list[str]:
         """A sentence on the values that are not the expected ones in ``dtype``, to a relative error."""
+        found = weights.array(name)
         if found.dtype != dtype or found.shape != expected.shape:
             wanted = f"{np.dtype(dtype)} {list(expected.shape)}"
             return [f"{name}: expected {wanted}, found {found.dtype} {list(found.shape)}"]
@@ -272,28 +260,31 @@ class WeightAudit:
                     where = [int(place[0]) + start, *map(int, place[1:])]
                     example = f"at {where} expected {wanted[place]:.6g}, found {part[place]:.6g}"
         self.different += count
+        of = "plan" if name.endswith(_RANGES) else "checkpoint"
         return [f"{name}: {count} of {found.size} values differ from the {of}'s, {example}"] if count else []
 
-    def _table_problems(self, name: str, found: Array, dtype: np.dtype) -> Iterator[str]:
-        config = self.checkpoint.config
-        tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        expected = tables[_TABLES.index(name)][: max(len(found), self.positions)].numpy()
+    def _table_problems(self, name: str, found: Array, dtype: np.dtype) -> list[str]:
+        expected = self._tables[name][: max(len(found), self.positions)].numpy()
         if found.dtype != dtype or found.shape != expected.shape:
-            yield f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"
-            return
+            return [f"{name}: expected {dtype} {list(expected.shape)}, found {found.dtype} {list(found.shape)}"]
         error = float(np.abs(found.astype(np.float32) - expected).max())
-        if not error <= _TABLE_ERROR[str(dtype)]:
-            yield f"{name}: differs from position x theta^(-2j/head_dim) by up to {error:.3g}"
+        if error <= _TABLE_ERROR[str(dtype)]:
+            return []
+        return [f"{name}: differs from what position x frequency gives by up to {error:.3g}"]
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """What no checkpoint stores."""
+        return tables_of(self.checkpoint.config)
+
+    def _norms(self, group: LinearInput) -> list[str]:
+        """Gain and bias of the norm that produces an activation, as far as it has them; nothing where none does."""
+        names = (f"{group.norm}.weight", f"{group.norm}.bias") if group.norm is not None else ()
+        return [name for name in names if name in self.checkpoint.tensors]
 
     def _original(self, name: str) -> Array:
         tensors = self.checkpoint.tensors
-        # A tied head is the embedding.
-        return tensors[name if name in tensors else "embed.weight"].numpy()
-
-
-def _norms(group: LinearInput) -> list[str]:
-    """Gain and bias of the LayerNorm that produces an activation; nothing where none does."""
-    return [f"{group.norm}.{part}" for part in _PARTS] if group.norm is not None else []
+        return tensors[name if name in tensors else "embed.weight"].numpy()  # a tied head is the embedding
 
 
 def _is_joined(group: LinearInput, weights: Weights) -> bool:
@@ -309,3 +300,111 @@ def _divisor(originals: Sequence[Array], stored: Sequence[Array]) -> Array:
             usable = (ratio == 1) & (original != 0) & (found != 0) & np.isfinite(found)
             ratio[usable] = np.abs(original[usable].astype(np.float64) / found[usable])
     return np.exp2(np.clip(np.rint(np.log2(ratio)), -126, 126)).astype(np.float32)
+
+
+# --- quantised linears
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockWeight:
+    """One linear of ``w8``: blocks uint8 [out, blocks, block_size] with zero at 128, scales float32 [out, blocks]."""
+
+    blocks: NDArray[np.uint8]
+    scales: Floats
+    into: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), as in the checkpoint."""
+        return self.blocks.shape[0], self.into
+
+    def part(self, outs: slice) -> tuple[Floats, Floats, Floats]:
+        """Values [outs, in], their quantisation steps, and steps that saturation may add to the rounding error."""
+        size = self.blocks.shape[2]
+        levels = self.blocks[outs].reshape(-1, self.blocks.shape[1] * size)[:, : self.into]
+        scale = self.scales[outs][:, np.arange(self.into) // size]
+        values = (levels.astype(np.float32) - np.float32(_ZERO)) * scale
+        # +128 does not exist: what would round there is stored as 127.
+        return values, np.abs(scale), (levels == 255).astype(np.float32) / np.float32(2)
+
+    def steps(self, outs: slice) -> Floats:
+        """The stored steps of some outputs, of either sign in the file, [outs, steps per output]."""
+        return np.abs(self.scales[outs])
+
+    def expected_steps(self, weight: Floats) -> Floats:
+        """The steps that a weight [outs, in] needs, [outs, steps per output]."""
+        starts = np.arange(0, self.into, self.blocks.shape[2])
+        expected: Floats = (np.maximum.reduceat(np.abs(weight), starts, axis=1) / np.float32(_ZERO)).astype(np.float32)
+        return np.where(expected < SMALLEST_STEP, np.float32(0), expected)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnWeight:
+    """One linear of ``w8a8``: int8 [in, out], scales float32 [out]; its methods are those of :class:`BlockWeight`."""
+
+    integers: NDArray[np.int8]
+    scales: Floats
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.integers.shape[1], self.integers.shape[0]
+
+    def part(self, outs: slice) -> tuple[Floats, Floats, Floats]:
+        scale = self.scales[outs][:, None]
+        return self.integers[:, outs].T.astype(np.float32) * scale, scale, np.zeros((1, 1), np.float32)
+
+    def steps(self, outs: slice) -> Floats:
+        return self.scales[outs][:, None]
+
+    def expected_steps(self, weight: Floats) -> Floats:
+        largest = np.abs(weight).max(axis=1, keepdims=True)
+        expected = np.clip(largest / np.float32(LEVELS), SMALLEST_SCALE, LARGEST_SCALE)
+        return np.where(largest > 0, expected, np.float32(1)).astype(np.float32)
+
+
+StoredWeight = BlockWeight | ColumnWeight
+
+
+def deviation(
+    stored: StoredWeight, weight: Floats, factor: Floats, divisor: Floats | None = None, *, limit: float
+) -> tuple[float, str | None]:
+    """How far a stored weight is from what it must stand for.
+
+    Args:
+        stored: The weight in the file.
+        weight: The checkpoint's, [out, in].
+        factor: What smoothing multiplied each input by, [in].
+        divisor: What smoothing divided each output by, [out]; None for nothing.
+        limit: Largest distance, quantisation steps.
+
+    Returns:
+        The largest distance in quantisation steps, less what saturation explains, and a sentence on the worst value
+        if it is more than the limit or if a step is not the one its largest value asks for.
+    """
+    worst, problem = 0.0, None
+    rows = max(1, _CHUNK // stored.shape[1])
+    for outs in (slice(start, start + rows) for start in range(0, stored.shape[0], rows)):
+        expected = weight[outs] * factor
+        expected = expected if divisor is None else expected / divisor[outs, None]
+        values, step, excess = stored.part(outs)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = np.abs(values - expected) / step - excess
+        # A block of zeros, or of what is none (SMALLEST_STEP), has step 0: anything else is infinitely far from it.
+        nothing = (values == expected) | ((values == 0) & (step == 0) & (np.abs(expected) < _ZERO * SMALLEST_STEP))
+        distance = np.where(nothing, np.float32(0), np.nan_to_num(distance, nan=np.inf, posinf=np.inf))
+        largest = float(distance.max())
+        if largest > max(worst, limit):
+            place = row, column = np.unravel_index(int(distance.argmax()), distance.shape)
+            problem = (
+                f"value [out {outs.start + row}, in {column}] is {values[place]:.6g}, the checkpoint's is "
+                f"{expected[place]:.6g}: {largest:.3g} quantisation steps apart, expected at most {limit:g}"
+            )
+        worst = max(worst, largest)
+        found, needed = stored.steps(outs), stored.expected_steps(expected)
+        with np.errstate(invalid="ignore"):
+            wrong = ~(np.abs(found - needed) <= _STEP_ERROR * needed)
+        if wrong.any() and problem is None:
+            place = row, block = np.unravel_index(int(wrong.argmax()), wrong.shape)
+            problem = (
+                f"scale of output {outs.start + row}, block {block} is {found[place]:.6g}, its largest weight needs "
+                f"{needed[place]:.6g}"
+            )
+    return worst, problem

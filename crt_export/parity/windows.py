@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.errors import InputError, problem_list
-from crt_export.ladder import LEVELS
+from crt_export.parity.levels import LEVELS
 from crt_export.text import VALIDATION_TOKENS, TokenText, cut_sequences
 
 DEFAULT_WINDOW = 256
@@ -39,7 +39,7 @@ class ParityOptions:
         window_batch: Most windows per call.
         short_reason: Why fewer than 4,096 tokens or windows below 256 tokens are enough; part of the report.
         threads: CPU threads of ONNX Runtime, 0 for as many as PyTorch uses.
-        levels: Which levels of the ladder run, of ``LEVELS``.
+        levels: Which levels run, of ``LEVELS``.
         chain_windows: Windows of the chain level, each of ``chain_steps`` teacher-forced steps.
         chain_steps: Steps of the chain level.
         prompts: Prompts of the free-running level.
@@ -69,7 +69,8 @@ class ParityOptions:
             for name, low in _SMALLEST.items()
             if type(getattr(self, name)) is not int or getattr(self, name) < low
         ]
-        problems += [f"level must be one of {', '.join(LEVELS)}, found {name!r}" for name in self._unknown_levels()]
+        unknown = [name for name in self.levels if name not in LEVELS]
+        problems += [f"level must be one of {', '.join(LEVELS)}, found {name!r}" for name in unknown]
         if not self.levels:
             problems.append("at least one level is needed, found none")
         if not problems and not self.short_reason.strip():
@@ -84,9 +85,6 @@ class ParityOptions:
             ]
         if problems:
             raise InputError(problem_list("parity options", problems))
-
-    def _unknown_levels(self) -> list[str]:
-        return [name for name in self.levels if name not in LEVELS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,7 +131,7 @@ def windows_from_text(text: TokenText, options: ParityOptions, *, longest: int, 
     Args:
         text: Held-out text.
         options: How much of it.
-        longest: Most tokens any form under test can take from position 0.
+        longest: Most tokens that every target can take from position 0.
         longest_reason: What sets that limit, for the report.
 
     Raises:

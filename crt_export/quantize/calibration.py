@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from crt_export.checked import Checked, Rules, whole
 from crt_export.errors import InputError
-from crt_export.model import Carry, Model
+from crt_export.models.base import LanguageModel, Pass, State
 from crt_export.progress import Progress, no_progress
 from crt_export.quantize.linears import HEAD, LinearInput, linear_inputs
-from crt_export.quantize.text import TextEvidence, check_is_text
+from crt_export.quantize.text_evidence import TextEvidence, check_is_text
 from crt_export.text import begin_rows
 
 _STAGE = "calibrate w8a8"
@@ -115,7 +115,7 @@ def calibration_windows(
 
 @torch.no_grad()
 def calibrate(
-    model: Model,
+    model: LanguageModel,
     tokens: NDArray[np.int64],
     *,
     unroll: int,
@@ -127,7 +127,7 @@ def calibrate(
     Args:
         model: The FP32 reference model.
         tokens: Real text, int64 [windows, seq].
-        unroll: Passes K of the prefill that will be deployed; a plain transformer always runs one.
+        unroll: Passes K of the prefill that will be deployed; a model that is not iterated always runs one.
         options: How much to observe.
         progress: Told how many tokens went through the model.
 
@@ -151,7 +151,7 @@ def calibrate(
             f"text too short to calibrate on: expected at least {options.minimum_tokens} tokens, found {tokens.size}"
         )
     evidence = check_is_text(tokens, model.config.vocab_size)
-    passes = unroll if model.config.recurrent else 1
+    passes = unroll if model.carried.iterated else 1
     observer = _Observer(model)
     done = 0
     progress(_STAGE, done, tokens.size)
@@ -169,31 +169,31 @@ def _batches(tokens: NDArray[np.int64]) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(np.ascontiguousarray(tokens[start : start + windows], dtype=np.int64))
 
 
-def _run_regimes(model: Model, ids: torch.Tensor, passes: int, windows: int, observer: _Observer) -> None:
+def _run_regimes(model: LanguageModel, ids: torch.Tensor, passes: int, windows: int, observer: _Observer) -> None:
     """First pass, later passes, decoding; each regime is told how many rows it will deliver in total."""
     regimes, seq = 3 if passes > 1 else 2, ids.shape[1]
-    hidden, after = None, None
+    done, after = None, None
     for k in range(passes):
         observer.expect(windows * seq * (1 if k == 0 else passes - 1), regimes)
-        hidden, after, _ = model.unroll(ids, 1, hidden=hidden)
-        observer.observe(HEAD, model.final_norm(hidden))
-    assert hidden is not None
+        done, after, _ = model.unroll(ids, 1, iterate=None if done is None else done.states)
+        observer.observe(HEAD, model.final_norm(done.hidden))
+    assert done is not None
     assert after is not None
-    if seq <= 2 * _DECODED_TOKENS:
-        pieces: list[tuple[torch.Tensor, Carry | None]] = [(ids, None)]
+    if seq <= 2 * _DECODED_TOKENS or not model.carried.parallel:
+        pieces: list[tuple[torch.Tensor, State | None]] = [(ids, None)]
     else:
-        last = _carry_at(seq - _DECODED_TOKENS, hidden, after)
+        last = _state_at(seq - _DECODED_TOKENS, done, after)
         pieces = [(ids[:, :_DECODED_TOKENS], None), (ids[:, -_DECODED_TOKENS:], last)]
     observer.expect(windows * sum(piece.shape[1] for piece, _ in pieces), regimes)
-    for piece, carry in pieces:
-        states, _ = model.sequential(piece, carry)
-        observer.observe(HEAD, model.final_norm(states))
+    for piece, state in pieces:
+        decoded, _ = model.sequential(piece, state)
+        observer.observe(HEAD, model.final_norm(decoded.hidden))
 
 
-def _carry_at(position: int, hidden: torch.Tensor, after: Carry) -> Carry:
+def _state_at(position: int, done: Pass, after: State) -> State:
     """What decoding would continue from had the passes ended before ``position``: every pass is causal."""
-    return Carry(
-        state=hidden[:, position - 1 : position],
+    return State(
+        states={name: values[:, position - 1 : position] for name, values in done.states.items()},
         keys=tuple(keys[:, :, :position] for keys in after.keys),
         values=tuple(values[:, :, :position] for values in after.values),
         position=torch.full_like(after.position, position),
@@ -203,7 +203,7 @@ def _carry_at(position: int, hidden: torch.Tensor, after: Carry) -> Carry:
 class _Observer:
     """Extremes of all rows, and a seeded random sample of them with equal shares for the regimes."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._generator = torch.Generator().manual_seed(_SEED)
         self._inputs = {group.name: group for group in linear_inputs(model.config)}
         self._rows: dict[str, list[torch.Tensor]] = {name: [] for name in self._inputs}
@@ -216,7 +216,7 @@ class _Observer:
         self._total, self._regimes = total, regimes
 
     @contextmanager
-    def watching(self, model: Model) -> Iterator[None]:
+    def watching(self, model: LanguageModel) -> Iterator[None]:
         """Observe the input of one linear per activation; the head's is observed without computing its product."""
         handles = [self._hook(model, group) for group in self._inputs.values() if group.name != HEAD]
         try:
@@ -225,7 +225,7 @@ class _Observer:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, model: Model, group: LinearInput) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, model: LanguageModel, group: LinearInput) -> torch.utils.hooks.RemovableHandle:
         def before_forward(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             self.observe(group.name, inputs[0])
 

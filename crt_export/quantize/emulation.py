@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from crt_export.model import Linear, Model
+from crt_export.models.base import LanguageModel
+from crt_export.models.layers import Linear
 from crt_export.quantize.plan import LEVELS, QuantizedInput, QuantizedLinear, QuantizedLinears
 
 
@@ -64,7 +65,7 @@ class EmulatedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
-def emulate_fp16(model: Model) -> Model:
+def emulate_fp16(model: LanguageModel) -> LanguageModel:
     """The model itself with its linears replaced, one at a time.
 
     Args:
@@ -76,7 +77,7 @@ def emulate_fp16(model: Model) -> Model:
     return _with_linears(model, lambda _, linear: WideLinear(linear))
 
 
-def emulate_w8a8(model: Model, quantized: QuantizedLinears) -> Model:
+def emulate_w8a8(model: LanguageModel, quantized: QuantizedLinears) -> LanguageModel:
     """A copy of the model with folded LayerNorms and quantised linears.
 
     Args:
@@ -94,7 +95,7 @@ def emulate_w8a8(model: Model, quantized: QuantizedLinears) -> Model:
     return _with_linears(emulated, lambda name, _: EmulatedLinear(inputs[linears[name].input], linears[name]))
 
 
-def _with_linears(model: Model, made: Callable[[str, Linear], nn.Module]) -> Model:
+def _with_linears(model: LanguageModel, made: Callable[[str, Linear], nn.Module]) -> LanguageModel:
     for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:
         parent, _, attribute = name.rpartition(".")
         linear = model.get_submodule(name)

@@ -24,7 +24,7 @@ from safetensors.numpy import load, save
 from crt_export.checkpoint import tensor_shapes
 from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, UnsupportedError, problem_list
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
 from crt_export.quantize.calibration import ActivationStatistics, InputStatistics
 from crt_export.quantize.linears import LinearInput, linear_inputs
 from crt_export.quantize.smoothing import FP16_LIMIT, fold, smoothing_factors
@@ -61,7 +61,7 @@ class QuantizedInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class W8A8Plan:
-    """What every activation that enters a linear becomes, by name (:func:`crt_export.quantize.linear_inputs`)."""
+    """What every activation that enters a linear becomes, by name (:mod:`crt_export.quantize.linears`)."""
 
     inputs: Mapping[str, QuantizedInput]
 
@@ -80,10 +80,12 @@ class W8A8Plan:
         return save(tensors)
 
     def value_divisors(self, config: ModelConfig) -> tuple[Array, ...]:
-        """What smoothing divides the channels of v by, and with them the value caches, per layer [heads, head_dim]."""
-        shape = (config.num_attention_heads, config.head_dim)
-        groups = [group for group in linear_inputs(config) if group.producer is not None]
-        return tuple(self.inputs[group.name].factor.reshape(shape) for group in groups)
+        """What smoothing divides the channels of v by, and with them the value caches, per cache [heads, head_dim]."""
+        groups = [group for group in linear_inputs(config) if group.cached]
+        return tuple(
+            group.of_producer(self.inputs[group.name].factor).reshape(cache.heads, cache.head_dim)
+            for group, cache in zip(groups, config.carried.caches, strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +112,7 @@ class QuantizedLinears:
     Attributes:
         plan: What they were made by.
         linears: Quantised linears by checkpoint name.
-        norms: LayerNorm gains and biases with the smoothing folded in, float32 by checkpoint name.
+        norms: Gains and biases of norms with the smoothing folded in, float32 by checkpoint name.
     """
 
     plan: W8A8Plan
@@ -118,7 +120,7 @@ class QuantizedLinears:
     norms: Mapping[str, Array]
 
 
-def plan_w8a8(model: Model, statistics: ActivationStatistics) -> W8A8Plan:
+def plan_w8a8(model: LanguageModel, statistics: ActivationStatistics) -> W8A8Plan:
     """Choose every factor, scale and shift.
 
     Args:
@@ -138,8 +140,8 @@ def plan_w8a8(model: Model, statistics: ActivationStatistics) -> W8A8Plan:
     )
 
 
-def quantize_linears(model: Model, plan: W8A8Plan) -> QuantizedLinears:
-    """The INT8 weights, FP32 biases and folded LayerNorms of a model.
+def quantize_linears(model: LanguageModel, plan: W8A8Plan) -> QuantizedLinears:
+    """The INT8 weights, FP32 biases and folded norms of a model.
 
     Args:
         model: The FP32 reference model.
@@ -155,7 +157,9 @@ def quantize_linears(model: Model, plan: W8A8Plan) -> QuantizedLinears:
             for group in groups
             for name in group.linears
         },
-        norms={f"{norm}.{part}": folded[f"{norm}.{part}"] for norm in norms for part in ("weight", "bias")},
+        norms={
+            name: folded[name] for norm in norms for part in ("weight", "bias") if (name := f"{norm}.{part}") in folded
+        },
     )
 
 
@@ -239,7 +243,7 @@ def quantize_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDA
     return np.clip(np.rint(weight / scale), -LEVELS, LEVELS).astype(np.int8), scale
 
 
-def _tensors(model: Model) -> dict[str, Array]:
+def _tensors(model: LanguageModel) -> dict[str, Array]:
     return {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
 
 

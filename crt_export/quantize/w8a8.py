@@ -92,13 +92,13 @@ class _Quantizer:
         )
         node.replace_input_with(0, self._quantized[key])
         node.replace_input_with(1, weight)
-        node.outputs[0].dtype = _FLOAT
+        node.outputs[0].type = ir.TensorType(_FLOAT)  # a new one: clones of a graph share theirs
         result, last = node.outputs[0], node
         if bias_add is not None and linear.bias is not None:
             old = self._graph.initializers[f"{name}.bias"]
             index = next(i for i, value in enumerate(bias_add.inputs) if value is old)
             bias_add.replace_input_with(index, constant(self._graph, f"{name}.bias_fp32", linear.bias))
-            bias_add.outputs[0].dtype = _FLOAT
+            bias_add.outputs[0].type = ir.TensorType(_FLOAT)
             result, last = bias_add.outputs[0], bias_add
         self._narrow(result, last)
 

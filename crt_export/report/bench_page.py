@@ -1,15 +1,43 @@
-"""A benchmark in words and tables of formatted figures, for its HTML section and the terminal; no markup."""
+"""A benchmark in words, tables of formatted figures and plots, for its HTML section and the terminal; no markup."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from crt_export.report.numbers import MISSING, interval_text, number_text, share_text
+from crt_export.report.numbers import (
+    MISSING,
+    count_text,
+    interval_text,
+    named_values,
+    number_text,
+    share_text,
+    time_text,
+)
+from crt_export.report.svg import (
+    GOOD,
+    INK,
+    SERIES,
+    DrawnPlot,
+    Plot,
+    add_legend,
+    add_line,
+    add_threshold,
+    drawn_plots,
+    log_axis,
+    new_plot,
+    set_margins,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MIB = 2**20
 _MEGABYTE = 10**6
+_NAMES_WIDTH = 132  # room for names left of the axes, in the units of svg.py
+_LONGEST_NAME = 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +68,19 @@ class BenchPage:
     subtitle: str
     tables: tuple[Table, ...]
     absent: tuple[tuple[str, str], ...]
-    plots: tuple[Any, ...]
+    plots: tuple[DrawnPlot, ...]
     facts: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     notes: tuple[str, ...]
     command: str
     created: str
 
 
-def page_from_bench(document: Mapping[str, Any], plots: Sequence[Any] = ()) -> BenchPage:
+def page_from_bench(document: Mapping[str, Any], plots: Sequence[DrawnPlot] = ()) -> BenchPage:
     """Put a benchmark into words.
 
     Args:
         document: The benchmark, as :func:`crt_export.report.reading.read_document` gives it.
-        plots: What :func:`crt_export.report.plots.bench.draw_bench_plots` gave.
+        plots: What :func:`draw_bench_plots` gave.
     """
     candidates = document["candidates"]
     tables = (_steps(candidates), _ratios(document), _prompts(candidates), _memory(candidates))
@@ -66,7 +94,7 @@ def page_from_bench(document: Mapping[str, Any], plots: Sequence[Any] = ()) -> B
         facts=_facts(document),
         notes=tuple(document["notes"]),
         command=document["command"],
-        created=document["created"].replace("T", " ").replace("+00:00", " UTC"),
+        created=time_text(document["created"]),
     )
 
 
@@ -91,10 +119,11 @@ def _summary(document: Mapping[str, Any]) -> str:
 
 def _subtitle(document: Mapping[str, Any]) -> str:
     model = document["model"]
-    kind = model["model_type"].replace("_", " ")
+    kind, count = model["model_type"].replace("_", " "), model["parameters"]
+    size = "" if count is None else f" of {count:,} parameters"
     return (
-        f"{model['name']}: a {kind} of {model['parameters']:,} parameters, {model['num_hidden_layers']} layers of "
-        f"{model['hidden_size']:,}, on {document['hardware'].get('processor', 'this machine')}"
+        f"{model['name']}: a {kind}{size}, {model['hidden_size']:,} wide, {count_text(model['caches'], 'cache')}, "
+        f"on {document['hardware'].get('processor', 'this machine')}"
     )
 
 
@@ -211,21 +240,114 @@ def _facts(document: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, str
             ends = (number_text(found[end]) for end in ("p10", "p50", "p90"))
             rates.append((f"{name}, {unit}", " / ".join(ends)))
     return (
-        ("Machine", _named(document["hardware"])),
+        ("Machine", named_values(document["hardware"])),
         ("Rates, p10 / p50 / p90", tuple(rates)),
-        ("Versions", (("crt-export", document["crt_export"]), *_named(document["versions"]))),
-        ("Bundle", _named(document["bundle"])),
-        ("Options", _named(document["options"])),
+        ("Versions", (("crt-export", document["crt_export"]), *named_values(document["versions"]))),
+        ("Bundle", named_values(document["bundle"])),
+        ("Options", named_values(document["options"])),
     )
 
 
-def _named(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    def shown(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return ", ".join(str(key) for key in value)
-        if isinstance(value, list | tuple):
-            return ", ".join(map(str, value))
-        return f"{value:,}" if type(value) is int else str(value)
+# --- plots
+def draw_bench_plots(document: Mapping[str, Any], identity: str) -> list[DrawnPlot]:
+    """Every plot that a benchmark has data for.
 
-    named = ((key.replace("_", " "), shown(value)) for key, value in values.items() if value is not None)
-    return tuple((key, text) for key, text in named if text)
+    Args:
+        document: The benchmark.
+        identity: Unique within the page, letters, digits and hyphens.
+    """
+    plots = (plot_steps, plot_ratios, plot_prompts, plot_bandwidth)
+    return drawn_plots([partial(draw, document) for draw in plots], identity)
+
+
+def plot_steps(document: Mapping[str, Any]) -> Plot | None:
+    """One row a candidate and position: 10th to 90th percentile, median, and the floor."""
+    steps = [(who["name"], step) for who in document["candidates"] for step in who["step"]]
+    if not steps:
+        return None
+    several = len({step["position"] for _name, step in steps}) > 1
+    figure, axes = new_plot("milliseconds a token", "")
+    names = []
+    for row, (name, step) in enumerate(steps):
+        color = SERIES[row % len(SERIES)]
+        axes.plot([step["p10_ms"], step["p90_ms"]], [row, row], color=color, linewidth=4, alpha=0.3)
+        axes.plot([step["p50_ms"]], [row], color=color, marker="o", linestyle="", markersize=5)
+        if step["floor_ms"] is not None:
+            axes.plot([step["floor_ms"]], [row], color=GOOD, marker="|", linestyle="", markersize=14, mew=2)
+        names.append(_shortened(name) + (f", {step['position']}" if several else ""))
+    _named_rows(axes, names)
+    log_axis(axes, "x")
+    set_margins(figure, left=_NAMES_WIDTH)
+    caption = (
+        "One step: the median as a point, the 10th to 90th percentile as a bar, and as an upright line the floor: the "
+        "bytes a step has to move, at the 90th percentile of the read rate that was sampled in the same rounds."
+    )
+    caption += " After the name the tokens in the cache." if several else ""
+    return Plot(title="Step and floor", caption=caption, figure=figure)
+
+
+def plot_ratios(document: Mapping[str, Any]) -> Plot | None:
+    """One row a comparison, with its interval."""
+    ratios = document["ratios"]
+    if not ratios:
+        return None
+    figure, axes = new_plot("times as long as the target", "")
+    for row, ratio in enumerate(ratios):
+        color = SERIES[row % len(SERIES)]
+        axes.plot([ratio["low"], ratio["high"]], [row, row], color=color, linewidth=2)
+        axes.plot([ratio["ratio"]], [row], color=color, marker="o", linestyle="", markersize=5)
+    _named_rows(axes, [f"{_shortened(ratio['against'])}, {ratio_place(ratio)}" for ratio in ratios])
+    log_axis(axes, "x")
+    low, high = axes.get_xlim()
+    if low <= 1 <= high:
+        add_threshold(axes, 1.0, "equal", vertical=True)
+    set_margins(figure, left=_NAMES_WIDTH)
+    caption = "How many times longer each took than the target, round by round, with the 95 % interval over rounds."
+    return Plot(title="Against others", caption=caption, figure=figure)
+
+
+def plot_prompts(document: Mapping[str, Any]) -> Plot | None:
+    """Time to first token over the length of the prompt, a line for each candidate and method."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for who in document["candidates"]:
+        for prompt in who["prefill"]:
+            label = f"{_shortened(who['name'])}, {prefill_method(prompt)}"
+            lines.setdefault(label, []).append((prompt["tokens"], prompt["p50_s"]))
+    if not lines:
+        return None
+    figure, axes = new_plot("tokens of the prompt", "seconds to the first token")
+    for index, (label, points) in enumerate(lines.items()):
+        tokens, seconds = zip(*sorted(points), strict=True)
+        add_line(axes, tokens, seconds, label, index)
+    for which in ("x", "y"):
+        log_axis(axes, which)
+    add_legend(figure, axes, columns=1)
+    caption = "From an empty cache to the logits after the prompt, the median of the rounds."
+    return Plot(title="Time to first token", caption=caption, figure=figure)
+
+
+def plot_bandwidth(document: Mapping[str, Any]) -> Plot | None:
+    """The read rate over the run: how steady the machine was."""
+    rates = (document["bandwidth"] or {}).get("read_gb_s")
+    if not rates or not rates["samples"]:
+        return None
+    figure, axes = new_plot("sample", "GB/s read from memory")
+    samples = rates["samples"]
+    axes.plot(range(1, len(samples) + 1), samples, color=SERIES[0], linestyle="", marker=".", markersize=4)
+    axes.set_ylim(bottom=0)
+    add_threshold(axes, rates["p90"], f"90th percentile {number_text(rates['p90'])}")
+    axes.axhline(rates["p50"], color=INK, linewidth=0.6)
+    caption = (
+        f"Sampled in turns with the steps: from {number_text(rates['p10'])} (10th percentile) over "
+        f"{number_text(rates['p50'])} (median, the thin line) to {number_text(rates['p90'])}."
+    )
+    return Plot(title="Memory's read rate", caption=caption, figure=figure)
+
+
+def _named_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

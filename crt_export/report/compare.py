@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.errors import InputError
-from crt_export.ladder import CERTIFICATE, CHAIN, FREE_RUNNING, LONG_RUN, ONE_STEP
+from crt_export.parity.levels import CERTIFICATE, CHAIN, FREE_RUNNING, LONG_RUN, ONE_STEP
 from crt_export.parity.metrics import AT_LEAST, AT_MOST, WITHIN, Check
 from crt_export.parity.report import GAP, LevelResult, ParityReport
 from crt_export.report.junit import JUnitCase

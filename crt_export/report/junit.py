@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.parity.metrics import Check
 from crt_export.parity.report import COMPILED, ParityReport
 from crt_export.report.output import write_output
@@ -58,12 +58,11 @@ def _case(suite: str, check: Check, reason: str) -> JUnitCase:
     return JUnitCase(suite=suite, name=check.name, failures=failures, skipped=skipped)
 
 
-def junit_xml(cases: Iterable[JUnitCase], *, name: str = "crt-export") -> bytes:
+def junit_xml(cases: Iterable[JUnitCase]) -> bytes:
     """The cases as JUnit XML, UTF-8.
 
     Args:
         cases: In the order to be shown; suites stand in the order of their first case.
-        name: Of the whole document.
 
     Returns:
         ``<testsuites>`` of ``<testsuite>`` of ``<testcase>``, with the counts that CI systems read. Characters that XML
@@ -73,7 +72,7 @@ def junit_xml(cases: Iterable[JUnitCase], *, name: str = "crt-export") -> bytes:
     for case in cases:
         suites.setdefault(case.suite, []).append(case)
     everything = [case for members in suites.values() for case in members]
-    root = ElementTree.Element("testsuites", {"name": _legal(name), **_counts(everything)})
+    root = ElementTree.Element("testsuites", {"name": "crt-export", **_counts(everything)})
     for suite, members in suites.items():
         element = ElementTree.SubElement(root, "testsuite", {"name": _legal(suite), **_counts(members)})
         for case in members:

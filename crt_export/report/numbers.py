@@ -1,9 +1,10 @@
-"""Numbers as readers of a report want them: few digits, powers of ten spelled out, what is missing as a dash."""
+"""Numbers, times and named values as readers of a report want them; what is missing is a dash."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MISSING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -46,3 +47,20 @@ def share_text(value: float | None, digits: int = 3) -> str:
 def count_text(count: int, noun: str) -> str:
     """``1 gate``, ``2 gates``, ``1,024 gates``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def time_text(created: str) -> str:
+    """A time of a report, ISO 8601 in UTC: ``2026-11-22 21:40:00 UTC``."""
+    return created.replace("T", " ").replace("+00:00", " UTC")
+
+
+def named_values(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Names and values in words; what is None or empty is left out."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping | list | tuple):
+            return ", ".join(map(str, value))
+        return f"{value:,}" if type(value) is int else str(value)
+
+    named = ((key.replace("_", " "), shown(value)) for key, value in values.items() if value is not None)
+    return tuple((key, text) for key, text in named if text)

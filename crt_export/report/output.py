@@ -1,4 +1,7 @@
-"""The files a report is written to: checked before any work, complete or not written at all."""
+"""The files a report is written to: checked before any work, complete or not written at all.
+
+The one for readers is a single HTML file with everything in it, made of the document of ``report.json``.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from crt_export.environment import require_extra
 from crt_export.errors import InputError, OutputError, problem_list
 from crt_export.user_files import kind_of, write_file
+from crt_export.visible import visible
 
 if TYPE_CHECKING:  # an old report can be read where torch is not installed
     from crt_export.parity.report import ParityReport
+    from crt_export.report.bench_page import BenchPage
 
 #: What is wrong with the place and would be with any other name there.
 _NOT_THE_NAME = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -26,7 +33,7 @@ class ReportFiles:
     """Where a report goes; None writes none of that kind.
 
     Attributes:
-        report: JSON, the whole report.
+        report: JSON, the whole report or benchmark.
         html: For readers, one file with plots.
         junit: JUnit XML, a test case per check.
     """
@@ -47,22 +54,21 @@ class ReportFiles:
         """
         check_outputs([self.report, self.html, self.junit], inputs=inputs)
         if self.html is not None:
-            from crt_export.report.html import require_renderer
-
             require_renderer()
 
-    def write(self, report: ParityReport, *, bundle: str = "") -> None:
-        """Write every file that was asked for; the page names the bundle."""
+    def write(
+        self, report: ParityReport | Mapping[str, Any], bench: Mapping[str, Any] | None = None, *, bundle: str = ""
+    ) -> None:
+        """Write every file that was asked for; arguments as of :func:`render_html`, a benchmark has no JUnit XML."""
         if self.report is not None:
-            write_output(self.report, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+            document = report if isinstance(report, Mapping) else report.to_dict()
+            write_output(self.report, json.dumps(document, indent=1, allow_nan=False) + "\n")
         if self.html is not None:
-            from crt_export.report.html import render_html
+            write_output(self.html, render_html(report, bench, bundle=bundle))
+        if self.junit is not None and not isinstance(report, Mapping):
+            from crt_export.report.junit import junit_cases, write_junit
 
-            write_output(self.html, render_html(report, bundle=bundle))
-        if self.junit is not None:
-            from crt_export.report.junit import junit_cases, junit_xml
-
-            write_output(self.junit, junit_xml(junit_cases(report)))
+            write_junit(self.junit, junit_cases(report))
 
 
 def check_outputs(
@@ -137,3 +143,71 @@ def _place(path: Path) -> Path:
 def _overwriting(path: Path, source: Path) -> str:
     what = "lies in" if source.is_dir() else "is"
     return f"{path} {what} {source}, which is read: write it somewhere else"
+
+
+# --- the page for readers
+def require_renderer() -> None:
+    """Refuse to begin where the packages that render are missing.
+
+    Raises:
+        MissingDependencyError: jinja2, matplotlib or jsonschema is not installed or too old; names the extra.
+    """
+    require_extra(("jinja2", "matplotlib", "jsonschema"), "the HTML report")
+
+
+def render_html(
+    report: ParityReport | Mapping[str, Any], bench: Mapping[str, Any] | None = None, *, bundle: str = ""
+) -> str:
+    """The report as one HTML page.
+
+    Args:
+        report: Of a validation, or the document of a benchmark, as
+            :func:`crt_export.report.reading.read_document` gives them.
+        bench: A benchmark that becomes a section of a validation's page.
+        bundle: Name of the bundle that was validated, for the header; empty where it is not known.
+
+    Returns:
+        The page. It needs no network, no script and no other file, and is the same text for the same report and
+        versions of jinja2 and matplotlib.
+
+    Raises:
+        MissingDependencyError: The extra ``report`` is not installed.
+    """
+    require_renderer()
+    if isinstance(report, Mapping):
+        return _rendered("bench.html.jinja", speed=_bench_page(report))
+    from crt_export.report.page import page_from_report
+    from crt_export.report.plots import draw_plots
+
+    plots = {}
+    for number, target in enumerate(report.targets, start=1):
+        results = [result for result in report.levels if result.target == target]
+        plots[target] = draw_plots(results, report.tolerances, f"plot-{number}")
+    speed = None if bench is None else _bench_page(bench)
+    return _rendered("report.html.jinja", page=page_from_report(report, plots, bundle=bundle), speed=speed)
+
+
+def _bench_page(document: Mapping[str, Any]) -> BenchPage:
+    from crt_export.report.bench_page import draw_bench_plots, page_from_bench
+
+    return page_from_bench(document, draw_bench_plots(document, "bench"))
+
+
+def _rendered(name: str, **values: Any) -> str:
+    import jinja2
+    import markupsafe
+
+    templates = resources.files("crt_export.report") / "templates"
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda file: (templates / file).read_text(encoding="utf-8")),
+    )
+    style = (templates / "report.css").read_text(encoding="utf-8")
+    # The style sheet and the SVG are this package's own; matplotlib and svg.py escape every text in a plot.
+    page = environment.get_template(name).render(style=markupsafe.Markup(style), own=markupsafe.Markup, **values)
+    page = visible(page)
+    # File names that are no UTF-8 reach Python as lone surrogates, which no file can hold.
+    return page.encode("utf-8", errors="replace").decode("utf-8")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from crt_export.catalog import definition_path
-from crt_export.ladder import CERTIFICATE, CORPUS, FREE_RUNNING, LONG_RUN
+from crt_export.parity.levels import CERTIFICATE, CORPUS, FREE_RUNNING, LONG_RUN
 from crt_export.parity.metrics import AT_LEAST, AT_MOST, METRICS, WITHIN, Check, Metric
 from crt_export.parity.report import GAP, RUN, Comparison, LevelResult, ParityReport, held
-from crt_export.report.numbers import MISSING, interval_text, number_text, share_text
+from crt_export.report.numbers import MISSING, interval_text, named_values, number_text, share_text, time_text
 from crt_export.report.verdict import (
     FAILED,
     NOT_RUN,
@@ -137,7 +137,7 @@ def page_from_report(report: ParityReport, plots: Mapping[str, Sequence[Any]], *
         notes=tuple(report.notes),
         method=report.method,
         command=report.command,
-        created=report.created.replace("T", " ").replace("+00:00", " UTC"),
+        created=time_text(report.created),
         bundle=bundle,
         model=_model(report.model),
         subtitle=_subtitle(report.text),
@@ -320,18 +320,11 @@ def _facts(report: ParityReport) -> tuple[tuple[str, tuple[tuple[str, str], ...]
         key: value for key, value in (model.get("config") or {}).items() if isinstance(value, str | int | float | bool)
     }
     return (
-        ("Model", (*_named({key: model.get(key) for key in ("checkpoint", "parameters")}), *_named(shape))),
-        ("Text", _named(report.text)),
-        ("Machine", _named(report.environment)),
-        ("Versions", _named(report.versions)),
+        ("Model", (*named_values({key: model.get(key) for key in ("checkpoint", "parameters")}), *named_values(shape))),
+        ("Text", named_values(report.text)),
+        ("Machine", named_values(report.environment)),
+        ("Versions", named_values(report.versions)),
     )
-
-
-def _named(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    def shown(value: Any) -> str:
-        return f"{value:,}" if type(value) is int else str(value)
-
-    return tuple((key.replace("_", " "), shown(value)) for key, value in values.items() if value is not None)
 
 
 def _limits(tolerances: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:

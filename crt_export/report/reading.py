@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from crt_export.catalog import definition_path
 from crt_export.environment import find_dependency, require_extra
@@ -26,31 +27,49 @@ if TYPE_CHECKING:
 
     from crt_export.bundle import BundleFiles
 
-BENCH_FORMAT = "crt-export-bench"
 _MAX_BYTES = 256 << 20
 _SHOWN_PROBLEMS = 10
-_KIND = "a parity report (crt-export validate --report FILE.json, or report.json of a bundle)"
-_BENCH_KIND = "a benchmark (crt-export bench BUNDLE --output FILE.json)"
+
+
+class _Format(NamedTuple):
+    """A kind of document: its schema's file, its name, how one is made, and the verb that makes another."""
+
+    schema: str
+    name: str
+    source: str
+    verb: str
+
+
+_REPORT = _Format(
+    "report.schema.json",
+    "a parity report",
+    "crt-export validate --report FILE.json, or report.json of a bundle",
+    "validate",
+)
+_BENCH = _Format("bench.schema.json", "a benchmark", "crt-export bench BUNDLE --output FILE.json", "measure")
 
 
 @cache
+def _schema(name: str) -> dict[str, Any]:
+    return json.loads(definition_path("validate", name).read_text(encoding="utf-8"))
+
+
 def report_schema() -> dict[str, Any]:
     """The schema of parity reports as it is published; treat it as read-only.
 
     Raises:
         MissingDependencyError: The installation lacks the file.
     """
-    return json.loads(definition_path("validate", "report.schema.json").read_text(encoding="utf-8"))
+    return _schema(_REPORT.schema)
 
 
-@cache
 def bench_schema() -> dict[str, Any]:
     """Likewise the schema of benchmarks.
 
     Raises:
         MissingDependencyError: The installation lacks the file.
     """
-    return json.loads(definition_path("validate", "bench.schema.json").read_text(encoding="utf-8"))
+    return _schema(_BENCH.schema)
 
 
 def read_document(path: Path) -> ParityReport | dict[str, Any]:
@@ -66,7 +85,7 @@ def read_document(path: Path) -> ParityReport | dict[str, Any]:
     if path.is_dir():
         return read_report(path)
     document = _json_of_file(path)
-    if isinstance(document, dict) and document.get("format") == BENCH_FORMAT:
+    if isinstance(document, dict) and document.get("format") == bench_schema()["properties"]["format"]["const"]:
         return checked_bench(document, str(path))
     return checked_report(document, str(path))
 
@@ -77,7 +96,7 @@ def read_bench(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read, is no benchmark, or is one of another version.
     """
-    return checked_bench(_json_of_file(path, _BENCH_KIND), str(path))
+    return checked_bench(_json_of_file(path, _BENCH), str(path))
 
 
 def checked_bench(document: object, where: str) -> dict[str, Any]:
@@ -92,16 +111,31 @@ def checked_bench(document: object, where: str) -> dict[str, Any]:
         MissingDependencyError: jsonschema is not installed.
     """
     require_extra(("jsonschema",), "reading a benchmark")
-    found = document.get("format") if isinstance(document, dict) else type(document).__name__
-    if not isinstance(document, dict) or found != BENCH_FORMAT:
-        raise InputError(f"{where}: expected {_BENCH_KIND}, found {found!r:.60}")
-    version, expected = document.get("format_version"), bench_schema()["properties"]["format_version"]["const"]
-    if version != expected or isinstance(version, bool):
+    checked = _of_this_version(document, _BENCH, where)
+    _refuse_problems(checked, _BENCH, where)
+    return checked
+
+
+def bench_path(bundle: Path) -> Path:
+    """Where the benchmark of a bundle is looked for: beside it, with ``.bench.json`` after its name."""
+    place = Path(os.path.realpath(bundle))
+    return place.with_name(f"{place.name}.bench.json")
+
+
+def bench_of_bundle(files: BundleFiles, path: Path) -> dict[str, Any]:
+    """The benchmark in a file, if it measured this very bundle.
+
+    Raises:
+        InputError: As :func:`read_bench`, or it measured another bundle, such as an earlier build of this one.
+        MissingDependencyError: jsonschema is not installed.
+    """
+    document = read_bench(path)
+    measured = document["bundle"].get("sha256")
+    if measured != files.identity:
         raise InputError(
-            f"{where} is a benchmark of version {version!r:.60}; this crt-export reads version {expected}: use the "
-            "crt-export that wrote it, or measure again with this one"
+            f"{path} measured another bundle than {files.path}: expected identity {files.identity}, found "
+            f"{measured!r:.80}; measure this one: crt-export bench {files.path} --output {path}"
         )
-    _refuse_problems(document, bench_schema(), f"{where}: a benchmark that is damaged or of a newer crt-export")
     return document
 
 
@@ -141,7 +175,7 @@ def report_of_bundle(files: BundleFiles) -> ParityReport | None:
     name = parity["report"]
     if not isinstance(name, str):
         raise InputError(f"{files.path}: parity.report must be the name of a file, found {name!r:.60}")
-    return checked_report(_parsed(bytes(files.content(name)), f"{files.path}/{name}", _KIND), f"{files.path}/{name}")
+    return checked_report(_parsed(bytes(files.content(name)), f"{files.path}/{name}", _REPORT), f"{files.path}/{name}")
 
 
 def checked_report(document: object, where: str) -> ParityReport:
@@ -154,24 +188,32 @@ def checked_report(document: object, where: str) -> ParityReport:
     Raises:
         InputError: It is none; lists what is wrong.
     """
+    checked = _of_this_version(document, _REPORT, where)
+    if find_dependency("jsonschema").usable:
+        _refuse_problems(checked, _REPORT, where)
+    try:
+        return ParityReport.from_dict(checked)
+    except InputError as error:
+        raise InputError(f"{_damaged(_REPORT, where)}: {error}") from None
+
+
+def _of_this_version(document: object, form: _Format, where: str) -> dict[str, Any]:
     if not isinstance(document, dict):
-        raise InputError(f"{where}: expected {_KIND}, found {type(document).__name__}")
-    expected = {key: report_schema()["properties"][key]["const"] for key in ("format", "format_version")}
+        raise InputError(f"{where}: expected {form.name} ({form.source}), found {type(document).__name__}")
+    expected = {key: _schema(form.schema)["properties"][key]["const"] for key in ("format", "format_version")}
     found = {key: document.get(key) for key in expected}
     if found["format"] != expected["format"]:
-        raise InputError(f"{where}: expected {_KIND}, found format {found['format']!r:.60}")
+        raise InputError(f"{where}: expected {form.name} ({form.source}), found format {found['format']!r:.60}")
     if found["format_version"] != expected["format_version"] or isinstance(found["format_version"], bool):
         raise InputError(
-            f"{where} is a parity report of version {found['format_version']!r:.60}; this crt-export reads version "
-            f"{expected['format_version']}: use the crt-export that wrote it, or validate again with this one"
+            f"{where} is {form.name} of version {found['format_version']!r:.60}; this crt-export reads version "
+            f"{expected['format_version']}: use the crt-export that wrote it, or {form.verb} again with this one"
         )
-    heading = f"{where}: a parity report that is damaged or of a newer crt-export"
-    if find_dependency("jsonschema").usable:
-        _refuse_problems(document, report_schema(), heading)
-    try:
-        return ParityReport.from_dict(document)
-    except InputError as error:
-        raise InputError(f"{heading}: {error}") from None
+    return document
+
+
+def _damaged(form: _Format, where: str) -> str:
+    return f"{where}: {form.name} that is damaged or of a newer crt-export"
 
 
 def schema_problems(document: Any, schema: Mapping[str, Any], where: str = "report") -> Iterator[str]:
@@ -215,29 +257,29 @@ def _words(value: Any) -> list[str]:
     return list(value) if isinstance(value, Iterable) else []
 
 
-def _refuse_problems(document: dict[str, Any], schema: Mapping[str, Any], heading: str) -> None:
-    problems = list(itertools.islice(schema_problems(document, schema), _SHOWN_PROBLEMS + 1))
+def _refuse_problems(document: dict[str, Any], form: _Format, where: str) -> None:
+    problems = list(itertools.islice(schema_problems(document, _schema(form.schema)), _SHOWN_PROBLEMS + 1))
     if problems:
         if len(problems) > _SHOWN_PROBLEMS:
             problems[-1] = "and more"
-        raise InputError(problem_list(heading, problems))
+        raise InputError(problem_list(_damaged(form, where), problems))
 
 
-def _json_of_file(path: Path, kind: str = _KIND) -> object:
+def _json_of_file(path: Path, form: _Format = _REPORT) -> object:
     try:
         content = read_input(path, most=_MAX_BYTES)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): expected {kind}") from None
-    return _parsed(content, str(path), kind)
+        raise InputError(f"{path} cannot be read ({error.strerror}): expected {form.name} ({form.source})") from None
+    return _parsed(content, str(path), form)
 
 
-def _parsed(content: bytes, where: str, kind: str) -> object:
+def _parsed(content: bytes, where: str, form: _Format) -> object:
     try:
         return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
     except RecursionError:
-        raise InputError(f"{where} is nested too deeply: expected {kind}") from None
+        raise InputError(f"{where} is nested too deeply: expected {form.name} ({form.source})") from None
     except ValueError as error:  # of JSON, of UTF-8, of numbers
-        raise InputError(f"{where} is not JSON ({error}): expected {kind}") from None
+        raise InputError(f"{where} is not JSON ({error}): expected {form.name} ({form.source})") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,4 +1,7 @@
-"""Plots as SVG inside an HTML page: the page's own colours and fonts, and the same bytes for the same data."""
+"""Plots as SVG inside an HTML page: the page's own colours and fonts, and the same bytes for the same data.
+
+Lines and bands are of data with gaps: what is null, or missing at the end of a list, is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from crt_export.folders import temporary_folder
@@ -18,6 +22,10 @@ from crt_export.report.numbers import power_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Numbers = Sequence[float | None]
+Intervals = Sequence[Sequence[float | None] | None]
+
 
 #: In units of 1/72 inch: about as wide as a phone, so that text keeps its size there.
 _WIDTH, _HEIGHT = 340, 232
@@ -105,6 +113,43 @@ def plot_style() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plot:
+    """A figure, its title, and what there is to see in it."""
+
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnPlot:
+    """A plot for the page: its heading, what there is to see, and the ``<svg>`` element."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def drawn_plots(draw: Sequence[Callable[[], Plot | None]], identity: str) -> list[DrawnPlot]:
+    """Call each function in the package's style and keep what had data.
+
+    Args:
+        draw: Gives a plot, or None where its data are missing.
+        identity: Unique within the page, letters, digits and hyphens.
+    """
+    drawn = []
+    with plot_style():
+        for number, function in enumerate(draw):
+            plot = function()
+            if plot is not None:
+                svg = svg_from_figure(
+                    plot.figure, identity=f"{identity}-{number}", title=plot.title, description=plot.caption
+                )
+                drawn.append(DrawnPlot(title=plot.title, caption=plot.caption, svg=svg))
+    return drawn
+
+
 def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """A figure with one set of axes; the label of the vertical axis stands above it, where it is read first."""
     from matplotlib.figure import Figure
@@ -137,6 +182,58 @@ def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
         )  # fmt: skip
 
 
+# --- lines and bands
+def add_line(axes: Axes, xs: Sequence[float], ys: Numbers, label: str, index: int, **style: Any) -> bool:
+    """A line of the series ``index``: colour, dash and marker of its own; False where there is no data."""
+    points = [(x, y) for x, y in zip(xs, ys, strict=False) if y is not None]
+    if not points:
+        return False
+    marker = MARKERS[index % len(MARKERS)] if len(points) <= 24 else ""
+    look = {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index % len(DASHES)], "marker": marker}
+    axes.plot(*zip(*points, strict=True), label=label, **{**look, **style})
+    return True
+
+
+def add_band(axes: Axes, xs: Sequence[float], intervals: Intervals, index: int, *, floor: float | None = None) -> None:
+    """The intervals around a line, in its colour; ``floor`` is the least that a logarithmic axis can show."""
+    points = []
+    for x, interval in zip(xs, intervals, strict=False):
+        low, high = interval if interval is not None and len(interval) == 2 else (None, None)
+        if low is not None and high is not None and (floor is None or high > floor):
+            points.append((x, low if floor is None else max(low, floor), high))
+    if points:
+        positions, lows, highs = zip(*points, strict=True)
+        axes.fill_between(positions, lows, highs, color=SERIES[index % len(SERIES)], alpha=0.16, linewidth=0)
+
+
+def add_threshold(axes: Axes, value: float, text: str, *, vertical: bool = False) -> None:
+    """A thin line with its meaning beside it."""
+    if vertical:
+        axes.axvline(value, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        place = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (3, -1), "va": "top"}
+    else:
+        axes.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        place = {
+            "xy": (1, value),
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (-1, 2),
+            "va": "bottom",
+            "ha": "right",
+        }
+    axes.annotate(text, textcoords="offset points", color=MUTED, fontsize=8.5, **place)
+
+
+def positive(values: Numbers) -> list[float | None]:
+    """What a logarithmic axis can show: the rest is left out."""
+    return [value if value is not None and value > 0 else None for value in values]
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """The values that are not null."""
+    return [value for value in values if value is not None]
+
+
+# --- axes
 def log_axis(axes: Axes, which: str) -> None:
     """Logarithmic, ticks as powers of ten, and 2 and 5 of each where there are few. To be called after plotting."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator

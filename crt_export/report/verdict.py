@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from crt_export.ladder import LEVELS, NOT_COMPARED, OWN_MODEL
+from crt_export.parity.levels import LEVELS, NOT_COMPARED, OWN_MODEL
 from crt_export.parity.metrics import Check
 from crt_export.parity.report import COMPILED, LevelResult, ParityReport
 from crt_export.report.numbers import count_text

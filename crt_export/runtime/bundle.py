@@ -10,20 +10,20 @@ from typing import Any
 
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.checked import shown, whole_number
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.exclusive import Exclusive
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.profile import MOST_THREADS
 from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.decoder import Decoder
-from crt_export.runtime.opening import Target, config_from_manifest, engine_from_target, target_from_manifest
-from crt_export.runtime.session import ModelInfo, Session
-from crt_export.runtime.slide import Window, window_from_config
+from crt_export.runtime.opening import Target, engine_from_target, model_from_manifest, target_from_manifest
+from crt_export.runtime.session import Session, SessionInfo
+from crt_export.runtime.slide import Window, windows_of_caches
 from crt_export.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-#: Loads the graphs of a target: files, target, configuration, threads.
-OpenEngine = Callable[[BundleFiles, Target, ModelConfig, int], Engine]
+#: Loads the graphs of a target: files, target, model, threads.
+OpenEngine = Callable[[BundleFiles, Target, ModelInfo, int], Engine]
 
 
 class Bundle:
@@ -36,7 +36,7 @@ class Bundle:
     def __init__(
         self, files: BundleFiles, open_engine: OpenEngine = engine_from_target, *, close_files: bool = False
     ) -> None:
-        """Read the configuration; nothing is loaded yet.
+        """Read the model's declaration; nothing is loaded yet.
 
         Args:
             files: The checked files.
@@ -46,7 +46,7 @@ class Bundle:
         self._close_files = close_files
         self._files = files
         self._open_engine = open_engine
-        self._config = config_from_manifest(files)
+        self._model = model_from_manifest(files)
         self._tokenizer: Tokenizer | None = None
         self._engines: dict[tuple[str, int], Engine] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -69,9 +69,9 @@ class Bundle:
         return self._files.manifest
 
     @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        return self._config
+    def model(self) -> ModelInfo:
+        """The model: its sizes, tokens, states and caches."""
+        return self._model
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -87,8 +87,8 @@ class Bundle:
             BundleError: Its file is missing or differs from what was built.
         """
         if self._tokenizer is None:
-            content = self._files.content(TOKENIZER_FILE) if self._config.tokenizer == TOKENIZER_FILE else None
-            self._tokenizer = load_tokenizer(self._files.path, self._config, content)
+            content = self._files.content(TOKENIZER_FILE) if self._model.tokenizer == TOKENIZER_FILE else None
+            self._tokenizer = load_tokenizer(self._files.path, self._model, content)
         return self._tokenizer
 
     def target(self, name: str) -> Target:
@@ -97,7 +97,7 @@ class Bundle:
         Raises:
             InputError: The bundle has no such target.
         """
-        return target_from_manifest(self._files, name, self._config)
+        return target_from_manifest(self._files, name, self._model)
 
     def default_target(self) -> str:
         """The first target of the bundle that a session of this version can run on a CPU, else on a GPU.
@@ -182,18 +182,18 @@ class Bundle:
         if threads is not None:
             count = whole_number("threads", threads, least=0, most=MOST_THREADS)
         size = chosen.capacity if capacity is None else _checked_capacity(chosen, capacity)
-        window = _checked_window(on_full, self._config, size, chosen.cache_dtype)
+        windows = _checked_windows(on_full, self._model.carried, size, chosen.cache_dtype)
         engine = self._engine(chosen, count)
         _check_limits(chosen, engine, rows, size)
-        sizes = chosen.sizes(self._config, rows, size)
-        info = ModelInfo(
+        sizes = chosen.sizes(self._model, rows, size)
+        info = SessionInfo(
             bundle=self._files.identity,
             target=target,
-            eos_token_ids=self._config.eos_token_ids,
-            tokenizer=lambda: None if self._config.tokenizer == "none" else self.tokenizer,
+            eos_token_ids=self._model.eos_token_ids,
+            tokenizer=lambda: None if self._model.tokenizer == "none" else self.tokenizer,
             reopen=lambda: self.session(target, rows, count, size, on_full),
         )
-        session = Session(_decoder(engine, sizes, chosen, window), info)
+        session = Session(_decoder(engine, sizes, chosen, windows), info)
         self._sessions.add(session)
         return session
 
@@ -203,7 +203,7 @@ class Bundle:
     def _engine(self, target: Target, threads: int) -> Engine:
         key = (target.name, 0 if target.profile.compiled else threads)  # compiled engines have no CPU threads
         if key not in self._engines:
-            self._engines[key] = self._open_engine(self._files, target, self._config, threads)
+            self._engines[key] = self._open_engine(self._files, target, self._model, threads)
         return self._engines[key]
 
 
@@ -231,13 +231,13 @@ def load_bundle(path: str | os.PathLike[str], allow_unvalidated: bool = False, i
     return Bundle(files, close_files=True)
 
 
-def _decoder(engine: Engine, sizes: TensorSizes, target: Target, window: Window | None) -> Decoder:
+def _decoder(engine: Engine, sizes: TensorSizes, target: Target, windows: tuple[Window, ...] | None) -> Decoder:
     try:
         return Decoder(
             engine,
             sizes,
             target=target.name,
-            window=window,
+            windows=windows,
             rows_are_independent=target.rows_are_independent,
             plan=target.prefill,
         )
@@ -260,18 +260,19 @@ def _check_limits(target: Target, engine: Engine, batch: int, capacity: int) -> 
         raise InputError(f"{target.name} was compiled for a batch of at most {engine.max_batch}, found {batch}")
 
 
-def _checked_window(on_full: str, config: ModelConfig, capacity: int, cache_dtype: str) -> Window | None:
-    """What rows evict; None where they do not."""
+def _checked_windows(on_full: str, carried: Carried, capacity: int, cache_dtype: str) -> tuple[Window, ...] | None:
+    """What rows evict, per cache; None where they do not."""
     if not isinstance(on_full, str) or on_full not in ("error", "evict", "slide"):  # slide: an older word for evict
         raise InputError(f"on_full must be 'error' or 'evict', found {shown(on_full)}")
     if on_full == "error":
         return None
-    window = window_from_config(config)
-    if window is None:
+    windows = windows_of_caches(carried)
+    if windows is None:
         raise InputError(
-            "on_full='evict' needs a model with an attention window; this one's tokens see all earlier ones "
-            "(its config has no sliding_window): use on_full='error'"
+            "on_full='evict' needs a model with an attention window; this one's tokens see all earlier ones, or know "
+            "where they stand (its config has no sliding_window, or learned positions): use on_full='error'"
         )
+    window = windows[0]
     least = window.least_capacity(cache_dtype)
     if capacity < least:
         more = " and an eighth more, since keys are rounded to float16 at every eviction" if least > window.size else ""
@@ -279,4 +280,4 @@ def _checked_window(on_full: str, config: ModelConfig, capacity: int, cache_dtyp
             f"on_full='evict' needs a capacity of at least {least}, the attention window of {window.size}{more}; "
             f"found {capacity}"
         )
-    return window
+    return windows

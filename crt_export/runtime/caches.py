@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt_export.engine.base import Buffer, BufferSlice, Engine
+from crt_export.models.declaration import CacheSpec, ModelInfo
 from crt_export.runtime.slide import Window
 
 #: Tokens that a cache in host memory grows by.
@@ -32,26 +33,27 @@ class TensorSizes:
     Attributes:
         batch: Rows.
         capacity: Most tokens of a row.
-        vocab: Logits of a row.
-        hidden: Hidden size.
-        layers: Layers with a key and a value cache each.
-        heads: Heads of a cache.
-        head_dim: Size of a head.
+        model: Vocabulary, hidden size, states and caches.
         cache_dtype: ``float32`` or ``float16``.
-        recurrent: Whether there is a recurrent state.
-        unroll: Passes that prefill makes where nobody asks for a number; None for a plain transformer.
+        unroll: Passes that prefill makes where nobody asks for a number; None for a model that is not iterated.
     """
 
     batch: int
     capacity: int
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    head_dim: int
+    model: ModelInfo
     cache_dtype: str
-    recurrent: bool
     unroll: int | None = None
+
+    @property
+    def vocab(self) -> int:
+        """Logits of a row."""
+        return self.model.vocab_size
+
+    @property
+    def caches(self) -> dict[str, CacheSpec]:
+        """What each cache is, by number and kind such as ``0.key``."""
+        specs = enumerate(self.model.carried.caches)
+        return {f"{index}.{kind}": spec for index, spec in specs for kind in ("key", "value")}
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class _CacheGroup:
 
 
 class Caches:
-    """Every cache of a session, by the name of layer and kind such as ``0.key``."""
+    """Every cache of a session, by number and kind such as ``0.key``."""
 
     def __init__(
         self, engine: Engine, sizes: TensorSizes, *, rows_are_independent: bool, on_move: Callable[[], object]
@@ -83,10 +85,10 @@ class Caches:
         self._sizes = sizes
         self._block = BLOCK if engine.host_memory and engine.fixed_capacity is None else sizes.capacity
         self._rows_of_group = sizes.batch if rows_are_independent else 1
-        names = [f"{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")]
+        self._specs = sizes.caches
         rows, length = self._rows_of_group, self._length(1)
         self._groups = [
-            _CacheGroup(start, start + rows, length, {name: self._allocate(rows, length) for name in names})
+            _CacheGroup(start, start + rows, length, {name: self._allocate(name, rows, length) for name in self._specs})
             for start in range(0, sizes.batch, rows)
         ]
 
@@ -103,9 +105,10 @@ class Caches:
 
     def read(self, length: int) -> dict[str, np.ndarray]:
         """Copies of the first ``length`` entries, [batch, heads, length, head_dim]; zeros where none are kept."""
-        sizes = self._sizes
-        shape = (sizes.batch, sizes.heads, length, sizes.head_dim)
-        found = {name: np.zeros(shape, sizes.cache_dtype) for name in self._groups[0].buffers}
+        found = {
+            name: np.zeros((self._sizes.batch, spec.heads, length, spec.head_dim), self._sizes.cache_dtype)
+            for name, spec in self._specs.items()
+        }
         for group in self._groups:
             for name, buffer in group.buffers.items():
                 kept = min(length, buffer.shape[2])
@@ -122,16 +125,17 @@ class Caches:
                 content[:, :, : given.shape[2]] = given
                 buffer.write(content)
 
-    def evict(self, positions: Mapping[int, int], window: Window) -> None:
-        """Forget what the window no longer sees of some rows: their latest tokens move to the front.
+    def evict(self, positions: Mapping[int, int], windows: Sequence[Window]) -> None:
+        """Forget what no window sees any longer of some rows: their latest tokens move to the front.
 
         Args:
             positions: Row to the tokens in its cache.
-            window: What to keep and how keys are turned.
+            windows: Per cache what to keep, the same number of tokens, and how keys are turned.
         """
         for group in self._groups:
             full = {row: position for row, position in positions.items() if group.start <= row < group.stop}
             for name, buffer in group.buffers.items() if full else ():
+                window = windows[int(name.partition(".")[0])]
                 values = np.array(buffer.read())
                 for row, position in full.items():
                     index = row - group.start
@@ -164,10 +168,10 @@ class Caches:
             kept = min(buffer.shape[2], length)
             if buffer.shape[2] != length:
                 self._on_move()
-                group.buffers[name] = self._allocate(buffer.shape[0], length)
+                group.buffers[name] = self._allocate(name, buffer.shape[0], length)
                 group.buffers[name].read()[:, :, :kept] = buffer.read()[:, :, :kept]  # host memory: nothing else grows
         group.length = length
 
-    def _allocate(self, rows: int, length: int) -> Buffer:
-        sizes = self._sizes
-        return self._engine.allocate((rows, sizes.heads, length, sizes.head_dim), sizes.cache_dtype)
+    def _allocate(self, name: str, rows: int, length: int) -> Buffer:
+        spec = self._specs[name]
+        return self._engine.allocate((rows, spec.heads, length, spec.head_dim), self._sizes.cache_dtype)

@@ -34,7 +34,7 @@ class Decoder:
         sizes: TensorSizes,
         *,
         target: str,
-        window: Window | None,
+        windows: Sequence[Window] | None,
         rows_are_independent: bool = True,
         plan: PrefillPlan | None = None,
     ) -> None:
@@ -44,7 +44,8 @@ class Decoder:
             engine: Where it computes.
             sizes: Sizes of the tensors.
             target: Name of the target, for messages.
-            window: Given where full rows evict what it no longer sees; at most as large as the capacity.
+            windows: Per cache, where full rows evict what none of them sees any longer; at most as large as the
+                capacity.
             rows_are_independent: Whether rows may share a call of the engine.
             plan: How prompts are taken unless a call says otherwise; None: in the passes it was built with.
         """
@@ -55,12 +56,12 @@ class Decoder:
         # What an eviction keeps and a chunk always fit together. The limit holds from the first chunk on, so that
         # chunks are cut alike however full a row is.
         self.max_chunk = engine.max_tokens
-        if window is not None:
-            self.max_chunk = min(engine.max_tokens, sizes.capacity - (window.size - 1))
+        if windows is not None:
+            self.max_chunk = min(engine.max_tokens, sizes.capacity - (windows[0].size - 1))
         self._engine = engine
         self._host_memory = engine.host_memory
         self._target = target
-        self._window = window
+        self._windows = windows
         self._rows_are_independent = rows_are_independent
         self._plan = PrefillPlan() if plan is None else plan
         # A row without any token yet has no logits; NaN makes a use of them an error instead of a wrong token.
@@ -74,7 +75,7 @@ class Decoder:
         Raises:
             InputError: Lists every row whose tokens exceed the capacity.
         """
-        if self._window is not None:
+        if self._windows is not None:
             return
         problems = capacity_problems(self.position, lengths, self.sizes.capacity)
         if problems:
@@ -86,7 +87,7 @@ class Decoder:
         Raises:
             InputError: ``passes`` is neither a whole number of at least 1 nor a word that is known, or ``chunk`` is out
                 of range.
-            UnsupportedError: A plain transformer, or a target without such a graph or without a bound.
+            UnsupportedError: A model that is not iterated, or a target without such a graph or without a bound.
             BundleError: Its file is missing or differs from what was built.
             ContractError: It cannot be loaded or breaks the contract.
         """
@@ -95,7 +96,7 @@ class Decoder:
             passes,
             chunk,
             most=self.max_chunk,
-            recurrent=self.sizes.recurrent,
+            iterated=self.sizes.model.carried.iterated,
             unroll=self.sizes.unroll,
             target=self._target,
         )
@@ -153,13 +154,12 @@ class Decoder:
 
     def contents(self) -> dict[str, np.ndarray]:
         """Copies of what the next call depends on, under the names of a snapshot."""
-        state = self.tensors.state()
         caches = self.tensors.caches(max(self.position))
         return {
             "position": np.array(self.position, np.int64),
             "next_tokens": np.array(self.next_tokens, np.int64),
             "logits": self.logits(),
-            **({} if state is None else {"state": np.array(state)}),
+            **{name: np.array(values) for name, values in self.tensors.states().items()},
             **{f"past_key_values.{name}": cache for name, cache in caches.items()},
         }
 
@@ -167,7 +167,7 @@ class Decoder:
         """Take everything from checked contents; rows without tokens come out as new."""
         prefix = "past_key_values."
         caches = {name.removeprefix(prefix): values for name, values in contents.items() if name.startswith(prefix)}
-        self.tensors.restore(caches, contents.get("state"))
+        self.tensors.restore(caches, contents)
         filled = contents["position"] > 0
         self.position = contents["position"].tolist()
         self.tensors.clear(self.position)
@@ -176,7 +176,7 @@ class Decoder:
         self._logits_on_device = [False] * self.sizes.batch
 
     def reset(self) -> None:
-        """Forget every token; zero caches and state."""
+        """Forget every token; zero caches and states."""
         self.position = [0] * self.sizes.batch
         self.next_tokens = [NO_TOKEN] * self.sizes.batch
         self._logits[:] = np.nan
@@ -191,16 +191,16 @@ class Decoder:
     def _batches(self, lengths: Sequence[int], *, rows_are_independent: bool | None = None) -> list[Batch]:
         """Rows that run together, after making room where rows evict."""
         rows_are_independent = self._rows_are_independent if rows_are_independent is None else rows_are_independent
-        if self._window is not None:
+        if self._windows is not None:
             full = {
                 row: self.position[row]
                 for row, length in enumerate(lengths)
                 if length and self.position[row] + length > self.sizes.capacity
             }
             if full:
-                self.tensors.evict(full, self._window)
+                self.tensors.evict(full, self._windows)
                 for row, position in full.items():
-                    self.position[row] = self._window.kept(position)
+                    self.position[row] = self._windows[0].kept(position)
         pads = not self._host_memory  # on a device a call per row costs more than padding
         return batches_from_lengths(
             self.position, lengths, self.sizes.capacity, rows_are_independent=rows_are_independent, pads=pads
@@ -208,12 +208,13 @@ class Decoder:
 
     def _finish(self, batches: Sequence[Batch], lengths: Sequence[int], *, read_logits: bool) -> None:
         """Check what the engine wrote, then count the tokens and keep the results."""
-        state = self.tensors.state()
+        states = self.tensors.states()
         logits = self.tensors.logits() if read_logits or self._host_memory else None
         chosen = self.tensors.next_tokens()
         for batch in batches:
             rows = slice(batch.start, batch.stop)
-            self._refuse_non_finite("state", None if state is None else state[rows], batch, lengths)
+            for name, values in states.items():
+                self._refuse_non_finite(name, values[rows], batch, lengths)
             self._refuse_non_finite("logits", None if logits is None else logits[rows], batch, lengths)
             self._refuse_unknown_tokens(chosen[rows], batch)
         for batch in batches:

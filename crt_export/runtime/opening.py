@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from crt_export.bundle import BundleFiles
 from crt_export.checked import shown
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine, Program
 from crt_export.environment import gpus, run_obstacles
-from crt_export.errors import BundleError, ContractError, CrtExportError, InputError, problem_list
+from crt_export.errors import BundleError, ContractError, InputError, problem_list
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.profile import EngineProfile
 from crt_export.profile_options import OrtOptions
 from crt_export.runtime.caches import TensorSizes
@@ -22,7 +22,7 @@ from crt_export.runtime.prefill import PrefillPlan, plan_from_entry
 from crt_export.spec import GraphSpec, TensorSpec, compatible_sizes, graph_names, graph_spec, interface_problems
 
 if TYPE_CHECKING:
-    from crt_export.engine.tensorrt.loading import Machine
+    from crt_export.engine.tensorrt.engine import Machine
 
 #: Without these there is no session; further engines of a compiled target are loaded too.
 SESSION_GRAPHS = ("step", "prefill")
@@ -67,38 +67,33 @@ class Target:
         """Whether a session can be opened: ONNX Runtime, or the packages and the GPU that a compiled target needs."""
         return not self.profile.compiled or not run_obstacles(self.profile, gpus())
 
-    def one_graph(self, config: ModelConfig) -> str | None:
+    def one_graph(self, carried: Carried) -> str | None:
         """The graph that a session on a CPU loads for steps and prefill alike; None where each has its own."""
-        graph = self.profile.one_graph(config.recurrent)
+        graph = self.profile.one_graph(carried.iterated)
         return graph if graph in self.graphs else None
 
-    def sizes(self, config: ModelConfig, batch: int, capacity: int) -> TensorSizes:
+    def sizes(self, model: ModelInfo, batch: int, capacity: int) -> TensorSizes:
         """Sizes of the tensors of a session."""
         return TensorSizes(
             batch=batch,
             capacity=capacity,
-            vocab=config.vocab_size,
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.head_dim,
+            model=model,
             cache_dtype=self.cache_dtype,
-            recurrent=config.recurrent,
-            unroll=self.unroll if config.recurrent else None,
+            unroll=self.unroll if model.carried.iterated else None,
         )
 
 
-def config_from_manifest(files: BundleFiles) -> ModelConfig:
-    """The model's configuration.
+def model_from_manifest(files: BundleFiles) -> ModelInfo:
+    """The model, as the manifest declares it.
 
     Raises:
-        BundleError: The manifest holds none that this version understands, or a contract of other tensors.
+        BundleError: The manifest contradicts itself, or its contract is not one of its model.
     """
     try:
-        config = ModelConfig.from_dict(files.manifest["config"])
-    except CrtExportError as error:
-        raise BundleError(f"{files.path}: the manifest's config is unusable: {error}") from error
-    expected = {name: _tensors(graph_spec(name, config, "float32")) for name in graph_names(config)}
+        model = ModelInfo.from_dict(files.manifest["model"])
+    except ValueError as error:
+        raise BundleError(f"{files.path}: the manifest's model is unusable: {error}") from error
+    expected = {name: _tensors(graph_spec(name, model, "float32")) for name in graph_names(model.carried)}
     found = {name: _tensors(GraphSpec.from_dict(name, entry)) for name, entry in files.manifest["contract"].items()}
     named = {*found, *(name for target in files.manifest["targets"].values() for name in target["graphs"])}
     problems = [name for name in sorted(named) if name not in expected or found.get(name) != expected[name]]
@@ -106,16 +101,16 @@ def config_from_manifest(files: BundleFiles) -> ModelConfig:
         raise BundleError(
             f"{files.path}: the manifest's contract is unusable: of its model it is not for {', '.join(problems)}"
         )
-    return config
+    return model
 
 
 def _tensors(graph: GraphSpec) -> str:
     """What two contracts are compared by: JSON, in which true is not 1, whatever the order of the tensors."""
     inputs, outputs = (sorted(map(TensorSpec.to_dict, side), key=str) for side in (graph.inputs, graph.outputs))
-    return json.dumps([inputs, outputs, graph.aliases])
+    return json.dumps([inputs, outputs, graph.aliases, sorted(graph.continues)])
 
 
-def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> Target:
+def target_from_manifest(files: BundleFiles, name: str, model: ModelInfo) -> Target:
     """Read one target.
 
     Raises:
@@ -135,20 +130,20 @@ def target_from_manifest(files: BundleFiles, name: str, config: ModelConfig) -> 
         name=name,
         profile=profile,
         graphs=dict(entry["graphs"]),
-        capacity=min(entry["capacity"], config.max_position_embeddings),
+        capacity=min(entry["capacity"], model.max_position_embeddings),
         unroll=entry["unroll"],
         cache_dtype=entry["cache_dtype"],
-        prefill=plan_from_entry(entry, recurrent=config.recurrent),
+        prefill=plan_from_entry(entry, iterated=model.carried.iterated),
     )
 
 
-def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+def engine_from_target(files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
     """Check the target's files, load its graphs and compare them with the contract.
 
     Args:
         files: The opened bundle.
         target: The target.
-        config: The model's configuration.
+        model: The model.
         threads: CPU threads, 0 for every core.
 
     Raises:
@@ -158,9 +153,9 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
     """
     options = target.profile.options
     if not isinstance(options, OrtOptions):
-        return compiled_engine(files, target, config)
+        return compiled_engine(files, target, model)
     _refuse_missing(files, target, target.graphs, "graph")
-    one_graph = target.one_graph(config)
+    one_graph = target.one_graph(model.carried)
     loaded = SESSION_GRAPHS if one_graph is None else (one_graph,)
     graphs = {graph: files.held_graph(target.graphs[graph]) for graph in loaded}
     on_demand = {
@@ -169,7 +164,7 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         if graph in target.graphs and graph not in loaded
     }
     from crt_export.engine.onnxruntime import OrtEngine
-    from crt_export.engine.onnxruntime_loading import OrtSettings
+    from crt_export.engine.ort import OrtSettings
 
     settings = OrtSettings(device=target.profile.device, threads=threads, options=options)
     engine = OrtEngine(
@@ -178,13 +173,13 @@ def engine_from_target(files: BundleFiles, target: Target, config: ModelConfig, 
         max_tokens=target.profile.seq.max,
         one_graph=one_graph,
         on_demand=on_demand,
-        check=lambda graph, program: check_contract({graph: program}, target, config),
+        check=lambda graph, program: check_contract({graph: program}, target, model),
     )
-    check_contract({graph: engine.program(graph) for graph in loaded}, target, config)
+    check_contract({graph: engine.program(graph) for graph in loaded}, target, model)
     return engine
 
 
-def check_contract(programs: Mapping[str, Program], target: Target, config: ModelConfig) -> None:
+def check_contract(programs: Mapping[str, Program], target: Target, model: ModelInfo) -> None:
     """Compare loaded graphs with the contract of ``graphs/*.toml``.
 
     Raises:
@@ -193,19 +188,19 @@ def check_contract(programs: Mapping[str, Program], target: Target, config: Mode
     problems = [
         f"{graph}: {problem}"
         for graph, program in programs.items()
-        for problem in interface_problems(graph_spec(graph, config, target.cache_dtype), program, compatible_sizes)
+        for problem in interface_problems(graph_spec(graph, model, target.cache_dtype), program, compatible_sizes)
     ]
     if problems:
         raise ContractError(problem_list(f"the graphs of {target.name} break the contract", problems))
 
 
-def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, machine: Machine | None = None) -> Engine:
+def compiled_engine(files: BundleFiles, target: Target, model: ModelInfo, machine: Machine | None = None) -> Engine:
     """Check this machine, then the target's files, then load its engines.
 
     Args:
         files: The opened bundle.
         target: The target.
-        config: The model's configuration.
+        model: The model.
         machine: Where the engines run; None: on this machine.
 
     Raises:
@@ -226,7 +221,7 @@ def compiled_engine(files: BundleFiles, target: Target, config: ModelConfig, mac
             sidecar=files.path / (sidecar := str(PurePosixPath(name).with_suffix(".json"))),
             read_plan=partial(files.content, name),
             read_sidecar=partial(files.content, sidecar),
-            contract=graph_spec(graph, config, target.cache_dtype, target.profile.capacity),
+            contract=graph_spec(graph, model, target.cache_dtype, target.profile.capacity),
             unroll=(target.unroll or 1) if graph == "prefill" else 1,
         )
         for graph, name in entries.items()

@@ -20,7 +20,7 @@ from crt_export.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelInfo:
+class SessionInfo:
     """What a session knows of its bundle and of the model in it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Session:
             step() or advance() is seen, and takes the place of a pending token.
     """
 
-    def __init__(self, decoder: Decoder, info: ModelInfo) -> None:
+    def __init__(self, decoder: Decoder, info: SessionInfo) -> None:
         """Take over a decoder; applications call ``bundle.session()``."""
         sizes = decoder.sizes
         self.target = info.target

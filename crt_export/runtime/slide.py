@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import HALF, CacheSpec, Carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,16 @@ class Window:
     Attributes:
         size: Keys that a token sees, itself included.
         head_dim: Rotated channels of a head; a cache may hold more, which are padding.
-        rope_theta: Rotary base.
         rope_layout: ``interleaved`` (pairs 2j, 2j+1) or ``half`` (pairs j, j + head_dim/2).
+        rope_theta: Rotary base, where there are no ``frequencies``.
+        frequencies: Radians per position of each pair.
     """
 
     size: int
     head_dim: int
-    rope_theta: float
     rope_layout: str
+    rope_theta: float = 10000.0
+    frequencies: tuple[float, ...] = ()
 
     def least_capacity(self, cache_dtype: str) -> int:
         """Smallest capacity to evict in: the window, and an eighth more where keys are rounded to float16."""
@@ -78,7 +80,8 @@ class Window:
             float64 of the same shape, not rounded: evict() rounds once, when it stores them.
         """
         half = self.head_dim // 2
-        angles = shift * self.rope_theta ** (-2.0 * np.arange(half, dtype=np.float64) / self.head_dim)
+        from_base = self.rope_theta ** (-2.0 * np.arange(half, dtype=np.float64) / self.head_dim)
+        angles = shift * (np.array(self.frequencies) if self.frequencies else from_base)
         cos, sin = np.cos(angles), np.sin(angles)
         first, second = self._pairs()
         turned = keys.astype(np.float64)
@@ -95,13 +98,21 @@ class Window:
         return slice(0, half), slice(half, self.head_dim)
 
 
-def window_from_config(config: ModelConfig) -> Window | None:
-    """The attention window of a model; None where a token sees every key."""
-    if config.sliding_window is None:
+def windows_of_caches(carried: Carried) -> tuple[Window, ...] | None:
+    """What each cache keeps of a full row and how its keys are turned: as much as the widest window needs.
+
+    None where rows cannot be moved: a cache whose tokens see every key, or positions that enter otherwise than by
+    rotation.
+    """
+    sizes = [cache.window for cache in carried.caches]
+    if not carried.relative or None in sizes:
         return None
-    return Window(
-        size=config.sliding_window,
-        head_dim=config.head_dim,
-        rope_theta=config.rope_theta,
-        rope_layout=config.rope_layout,
-    )
+    widest = max(size for size in sizes if size is not None)
+    return tuple(_window(cache, widest) for cache in carried.caches)
+
+
+def _window(cache: CacheSpec, size: int) -> Window:
+    if cache.rotary is None:
+        return Window(size=size, head_dim=cache.head_dim, rope_layout=HALF, frequencies=(0.0,) * (cache.head_dim // 2))
+    rotary = cache.rotary
+    return Window(size=size, head_dim=cache.head_dim, rope_layout=rotary.layout, frequencies=rotary.frequencies)

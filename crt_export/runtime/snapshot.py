@@ -15,7 +15,7 @@ little-endian bytes of all tensors in order of their sorted names. Its tensors, 
                                                                     is none or a stop token ended the text
 ``held``                             int64 [batch]                  characters of the text not given out, because they
                                                                     may become a stop string
-``state``                            float32 [batch, 1, hidden]     recurrent state; not for a plain transformer
+``state``, ``state.{name}``          float32 [batch, 1, *shape]     recurrent states, if the model has any
 ``past_key_values.{i}.key|value``    float32 or float16             cache [batch, heads, length, head_dim];
                                                                     length is the largest position, and entries at
                                                                     and beyond a row's own position are zero
@@ -34,6 +34,7 @@ import numpy as np
 
 from crt_export.checked import shown
 from crt_export.errors import BundleError, CrtExportError, InputError, problem_list
+from crt_export.models.declaration import STATE
 from crt_export.runtime.caches import TensorSizes
 from crt_export.runtime.history import RECENT_TOKENS
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
@@ -50,10 +51,19 @@ _TENSORS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "recent": ("int64", ("batch", RECENT_TOKENS)),
     "logits": ("float32", ("batch", "vocab")),
     "seen": ("uint8", ("batch", "vocab")),
-    "state": ("float32", ("batch", 1, "hidden")),
 }
-_CACHE_DIMS = ("batch", "heads", "tokens", "head_dim")
-_CACHE_NAME = re.compile(r"past_key_values\.[0-9]+\.(key|value)")
+_CACHE_NAME = re.compile(r"past_key_values\.([0-9]+)\.(key|value)")
+_STATE_NAME = re.compile(r"state(\.[a-z0-9_]+)?")
+
+
+def _layout(name: str, rank: int) -> tuple[str, tuple[str | int, ...]] | None:
+    """Dtype, "cache" for that of caches, and dims of a session's tensor; sizes of each state and cache are its own."""
+    cache = _CACHE_NAME.fullmatch(name)
+    if cache is not None:
+        return "cache", ("batch", f"heads of {cache[1]}", "tokens", f"head_dim of {cache[1]}")
+    if _STATE_NAME.fullmatch(name):
+        return "float32", ("batch", 1, *(f"{name} {axis}" for axis in range(2, max(rank, 3))))
+    return _TENSORS.get(name)
 
 
 def _tensor_problems(
@@ -65,20 +75,22 @@ def _tensor_problems(
     problems = []
     sizes: dict[str | int, int] = dict(known or {})
     for name, (dtype, shape) in found.items():
-        if _CACHE_NAME.fullmatch(name):
-            dtypes, dims = cache_dtypes, _CACHE_DIMS
-        elif name in _TENSORS:
-            dtypes, dims = _TENSORS[name][:1], _TENSORS[name][1]
-        else:
+        layout = _layout(name, sizes.get(f"rank of {name}", len(shape)))
+        if layout is None:
             problems.append(f"{name!r:.80} is unknown")
             continue
+        dtypes, dims = cache_dtypes if layout[0] == "cache" else layout[:1], layout[1]
         fitting = [
             sizes.setdefault(dim, dim if isinstance(dim, int) else size) for dim, size in zip(dims, shape, strict=False)
         ]
         if dtype not in dtypes or len(shape) != len(dims) or fitting != list(shape):
-            wanted = ", ".join(str(sizes.get(dim, dim)) for dim in dims)
+            wanted = ", ".join(_dim(dim, sizes) for dim in dims)
             problems.append(f"{name} must be {' or '.join(dtypes)} [{wanted}], found {dtype} {list(shape)}")
     return problems
+
+
+def _dim(dim: str | int, sizes: Mapping[str | int, int]) -> str:
+    return str(sizes.get(dim, dim)).partition(" of ")[0]
 
 
 SNAPSHOT = TensorFileKind(
@@ -202,8 +214,8 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
         for row in outside:
             yield f"row {row} holds {position[row]} tokens, this session has a capacity of {sizes.capacity}"
         return
-    names = [name for name in _TENSORS if name != "state" or sizes.recurrent]
-    names += [f"past_key_values.{layer}.{kind}" for layer in range(sizes.layers) for kind in ("key", "value")]
+    states = {spec.tensor(STATE): spec for spec in sizes.model.carried.states}
+    names = [*_TENSORS, *states, *(f"past_key_values.{name}" for name in sizes.caches)]
     yield from (f"{name} is missing" for name in names if name not in tensors)
     yield from (f"{name} is unknown" for name in tensors if name not in names)
     there = {name: tensors[name] for name in names if name in tensors}
@@ -213,11 +225,13 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], sizes: TensorSizes) -> It
     known: dict[str | int, int] = {
         "batch": sizes.batch,
         "vocab": sizes.vocab,
-        "hidden": sizes.hidden,
-        "heads": sizes.heads,
-        "head_dim": sizes.head_dim,
         "tokens": int(position.max()),
     }
+    for index, cache in enumerate(sizes.model.carried.caches):
+        known |= {f"heads of {index}": cache.heads, f"head_dim of {index}": cache.head_dim}
+    for name, spec in states.items():
+        known |= {f"{name} {axis}": size for axis, size in enumerate(spec.shape, start=2)}
+        known[f"rank of {name}"] = 2 + len(spec.shape)
     yield from _tensor_problems(found, known, (sizes.cache_dtype,))
 
 

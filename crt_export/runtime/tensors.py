@@ -1,10 +1,11 @@
 """The tensors of one session: allocated once and bound to the engine's graphs.
 
-What a call passes on to the next lives in two sets: token ids, positions and recurrent state. A call reads one
-set and writes the other (``input_ids`` to ``next_token``, ``position`` to ``next_position``, ``state`` to
-``next_state``, which may never alias), then the two swap roles. So the engine's own choice and its positions
-are where the next step reads them, and a greedy loop uploads nothing. Caches are bound as input and output at
-the same address, so they are updated in place; they grow with their rows (:mod:`crt_export.runtime.caches`).
+What a call passes on to the next lives in two sets: token ids, positions and recurrent states. A call reads one
+set and writes the other, as the contract pairs them (``input_ids`` with ``next_token``, ``position`` with
+``next_position``, a state with its ``next_state``; none may alias), then the two swap roles. So the engine's own choice
+and its positions are where the next step reads them, and a greedy loop uploads nothing. Caches are bound as input and
+output at the same address, so they are updated in place; they grow with their rows
+(:mod:`crt_export.runtime.caches`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from crt_export.engine.base import Buffer, BufferSlice, Engine, Launch
+from crt_export.models.declaration import STATE
 from crt_export.runtime.caches import Caches, TensorSizes
-from crt_export.runtime.prefill import PrefillCall, bind_by_name
+from crt_export.runtime.prefill import PrefillCall, bind_by_name, own_tensors
 from crt_export.runtime.rows import Batch
 from crt_export.runtime.slide import Window
+from crt_export.spec import graph_spec
 
 # A batch of n rows has n(n+1)/2 slices; only the few that recur are worth keeping: at least each row, for both sets.
 _MOST_KEPT_LAUNCHES = 64
@@ -30,7 +33,12 @@ class _Side:
     def __init__(self, engine: Engine, sizes: TensorSizes) -> None:
         self.ids = engine.allocate((sizes.batch, 1), "int64")
         self.position = engine.allocate((sizes.batch,), "int64")
-        self.state = engine.allocate((sizes.batch, 1, sizes.hidden), "float32") if sizes.recurrent else None
+        self.states = {
+            spec.tensor(STATE): engine.allocate((sizes.batch, 1, *spec.shape), spec.dtype)
+            for spec in sizes.model.carried.states
+        }
+        #: By the name of the input.
+        self.tensors = {"input_ids": self.ids, "position": self.position, **self.states}
         # Lists: comparing a few numbers takes numpy longer than the step of a small model can spare.
         self.known_ids = [_UNKNOWN] * sizes.batch
         self.known_position = [_UNKNOWN] * sizes.batch
@@ -62,6 +70,7 @@ class SessionTensors:
         self._logits = engine.allocate((sizes.batch, sizes.vocab), "float32")
         self._sides = (_Side(engine, sizes), _Side(engine, sizes))
         self._current = 0
+        self._continued = dict(graph_spec("step", sizes.model, sizes.cache_dtype).continues)
         self._step_launches: dict[tuple[int, int, int], Launch] = {}
         self._caches = Caches(
             engine, sizes, rows_are_independent=rows_are_independent, on_move=self._step_launches.clear
@@ -103,7 +112,7 @@ class SessionTensors:
             bound: Residual at which passes end, for batches of one row; None: after all of them.
 
         Returns:
-            Per batch its residual, float32 [rows of the batch]; None for a plain transformer.
+            Per batch its residual, float32 [rows of the batch]; None for a model that is not iterated.
         """
         if passes is None and self._engine.one_graph:
             passes = self._sizes.unroll
@@ -116,8 +125,7 @@ class SessionTensors:
                 tokens=rows[batch.start : batch.stop],
                 positions=positions[batch.start : batch.stop],
                 seq=batch.seq,
-                hidden=self._sizes.hidden,
-                recurrent=self._sizes.recurrent,
+                model=self._sizes.model,
                 passes=passes,
                 bound=bound,
             )
@@ -134,40 +142,35 @@ class SessionTensors:
         """The engine's argmax of the last call; other rows than those of that call are stale."""
         return self._sides[self._current].known_ids
 
-    def state(self) -> np.ndarray | None:
-        """Current recurrent state, float32 [batch, 1, hidden]; None for a plain transformer."""
-        state = self._sides[self._current].state
-        return None if state is None else state.read()
+    def states(self) -> dict[str, np.ndarray]:
+        """Current recurrent states by the name of the graphs' input, [batch, 1, *shape]."""
+        return {name: buffer.read() for name, buffer in self._sides[self._current].states.items()}
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
         """Copies of the first ``length`` entries of every cache, [batch, heads, length, head_dim]."""
         return self._caches.read(length)
 
-    def restore(self, caches: Mapping[str, np.ndarray], state: np.ndarray | None) -> None:
-        """Replace caches (shorter ones leave zeros behind) and state."""
+    def restore(self, caches: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> None:
+        """Replace caches (shorter ones leave zeros behind) and states."""
         self._forget()
         self._caches.write(caches)
-        target = self._sides[self._current].state
-        if target is not None and state is not None:
-            target.write(state)
+        for name, buffer in self._sides[self._current].states.items():
+            buffer.write(states[name])
 
-    def evict(self, positions: Mapping[int, int], window: Window) -> None:
-        """Forget what the window no longer sees of some rows: their latest tokens move to the front.
-
-        Args:
-            positions: Row to the tokens in its cache.
-            window: What to keep and how keys are turned.
-        """
-        self._caches.evict(positions, window)
+    def evict(self, positions: Mapping[int, int], windows: Sequence[Window]) -> None:
+        """Forget what no window sees any longer of some rows, see :meth:`crt_export.runtime.caches.Caches.evict`."""
+        self._caches.evict(positions, windows)
 
     def clear(self, positions: Sequence[int]) -> None:
-        """Zero every cache entry beyond the positions, and the state of rows at position 0."""
+        """Zero every cache entry beyond the positions, and the states of rows at position 0."""
         self._forget()
         self._caches.trim(positions)
         fresh = np.array(positions) == 0
         for side in self._sides:
-            if side.state is not None:
-                side.state.write(np.where(fresh[:, None, None], np.float32(0), side.state.read()))
+            for buffer in side.states.values():
+                values = np.array(buffer.read())
+                values[fresh] = 0
+                buffer.write(values)
 
     def _forget(self) -> None:
         """Trust nothing that an earlier call left in the two sets."""
@@ -191,19 +194,18 @@ class SessionTensors:
         sizes, allocate = self._sizes, self._engine.allocate
         length = allocate((sizes.batch,), "int64")
         length.write(np.ones(sizes.batch, np.int64))
-        tensors = {"length": length, "next_hidden": allocate((sizes.batch, 1, sizes.hidden), "float32")}
-        if sizes.recurrent:
-            tensors["hidden"] = allocate((sizes.batch, 1, sizes.hidden), "float32")
-            tensors["residual"] = allocate((sizes.batch,), "float32")
+        tensors = {"length": length}
+        for name, (shape, dtype) in own_tensors(sizes.model, sizes.batch, 1).items():
+            tensors[name] = allocate(shape, dtype)
         return tensors
 
     def _swap(self, batches: Sequence[Batch], next_positions: list[int]) -> None:
-        """Make the written set the current one, after carrying over the state of the rows that did not run."""
+        """Make the written set the current one, after carrying over the states of the rows that did not run."""
         source, target = self._sides[self._current], self._sides[1 - self._current]
         begin = 0
         for batch in (*batches, Batch(self._sizes.batch, self._sizes.batch, 0)):
-            if begin < batch.start and target.state is not None and source.state is not None:
-                target.state.copy_rows(source.state, slice(begin, batch.start))
+            for name, buffer in target.states.items() if begin < batch.start else ():
+                buffer.copy_rows(source.states[name], slice(begin, batch.start))
             begin = batch.stop
         chosen = target.ids.read()[:, 0].tolist()
         for batch in batches:
@@ -229,16 +231,10 @@ class SessionTensors:
         family, _, rest = name.partition(".")
         if family in ("past_key_values", "present_key_values"):
             return self._caches.rows(rest, batch.start, batch.stop)
-        now, then = self._sides[self._current], self._sides[1 - self._current]
-        tensors: dict[str, Buffer | None] = {
-            "input_ids": now.ids,
-            "position": now.position,
-            "state": now.state,
-            "next_token": then.ids,
-            "next_position": then.position,
-            "next_state": then.state,
-            "logits": self._logits,
-        }
-        buffer = tensors[name]
-        assert buffer is not None  # the contract of a plain transformer has no state
+        if name == "logits":
+            buffer = self._logits
+        elif name in self._continued:
+            buffer = self._sides[1 - self._current].tensors[self._continued[name]]
+        else:
+            buffer = self._sides[self._current].tensors[name]
         return BufferSlice(buffer, batch.start, batch.stop)

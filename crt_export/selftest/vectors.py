@@ -10,7 +10,7 @@ chunk among the targets. Index 0 is after the prompt, index i after step i, so a
 ``{run}.logits.{i}``                     float32 [columns]            logits; after the prompt and after the last step
                                                                       all columns, at the steps between every
                                                                       ``logit_stride``-th from ``i % logit_stride`` on
-``{run}.state``                          float32 [S + 1, hidden]      recurrent state; not for a plain transformer
+``{run}.state``, ``{run}.state.{name}``  float32 [S + 1, *shape]      recurrent states, if the model has any
 ``{run}.next_tokens``                    int64 [S + 1]                argmax of all logits
 ``{run}.margins``                        float32 [S + 1]              how far the second best logit is below the best
 ``{run}.past_key_values.{l}.key|value``  float32 [heads, P + S,       keys and values of all tokens
@@ -38,8 +38,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, problem_list
+from crt_export.models.declaration import STATE, ModelInfo
 from crt_export.runtime.tensor_file import TensorFileKind, read_tensor_file, tensor_file_bytes
 
 VECTORS_FILE = "selftest/vectors.safetensors"
@@ -58,9 +58,9 @@ def prefill_run(unroll: int, chunk: int) -> str:
     return f"prefill.k{unroll}.chunk{chunk}"
 
 
-def divisor_name(precision: str, layer: int) -> str:
-    """Name of the tensor that says what a precision divides the values of a layer by."""
-    return f"value_divisors.{precision}.{layer}"
+def divisor_name(precision: str, cache: int) -> str:
+    """Name of the tensor that says what a precision divides the values of a cache by."""
+    return f"value_divisors.{precision}.{cache}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,12 +123,12 @@ class Vectors:
         return tensor_file_bytes(VECTORS, self.metadata, self.tensors)
 
 
-def load_vectors(file: Path, config: ModelConfig, checkpoint: str, content: bytes | None = None) -> Vectors:
+def load_vectors(file: Path, model: ModelInfo, checkpoint: str, content: bytes | None = None) -> Vectors:
     """Read and check a file.
 
     Args:
         file: The file.
-        config: The model it must be for.
+        model: The model it must be for.
         checkpoint: Content hash of the checkpoint it must be made of.
         content: Its content, where that was read and checked before; None opens the file.
 
@@ -140,7 +140,7 @@ def load_vectors(file: Path, config: ModelConfig, checkpoint: str, content: byte
     metadata, tensors = read_tensor_file(VECTORS, file, content)
     vectors = Vectors(metadata=metadata, tensors=tensors)
     problems = [*_metadata_problems(metadata, checkpoint)]
-    problems = problems or [*_shape_problems(vectors, config)] or [*_value_problems(vectors, config)]
+    problems = problems or [*_shape_problems(vectors, model)] or [*_value_problems(vectors, model)]
     if problems:
         raise BundleError(
             problem_list(f"the self-test vectors {file} cannot be used; build the bundle again", problems)
@@ -170,13 +170,13 @@ def _is_limit(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
 
 
-def _shape_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
+def _shape_problems(vectors: Vectors, model: ModelInfo) -> Iterator[str]:
     if RECURRENCE not in vectors.runs:
         yield f"they hold no run {RECURRENCE!r}"
     if vectors.steps > len(vectors.tensors):  # names of that many steps would fill the memory
         yield f"metadata steps is {vectors.steps}, but the file has {len(vectors.tensors)} tensors"
         return
-    expected = _expected(vectors, config)
+    expected = _expected(vectors, model)
     yield from (f"{name} is missing" for name in expected if name not in vectors.tensors)
     yield from (f"{name} is unknown" for name in vectors.tensors if name not in expected)
     for name, (dtype, shape) in expected.items():
@@ -185,33 +185,35 @@ def _shape_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
             yield f"{name} must be {dtype} {list(shape)}, found {found.dtype} {list(found.shape)}"
 
 
-def _expected(vectors: Vectors, config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    steps, tokens, vocab = vectors.steps, vectors.prompt + vectors.steps, config.vocab_size
+def _expected(vectors: Vectors, model: ModelInfo) -> dict[str, tuple[str, tuple[int, ...]]]:
+    steps, tokens, vocab = vectors.steps, vectors.prompt + vectors.steps, model.vocab_size
     expected: dict[str, tuple[str, tuple[int, ...]]] = {"input_ids": ("int64", (tokens,))}
     for precision in vectors.limits:
         if divisor_name(precision, 0) in vectors.tensors:
-            divisors = ("float32", (config.num_attention_heads, config.head_dim))
-            expected |= {divisor_name(precision, layer): divisors for layer in range(config.num_hidden_layers)}
+            expected |= {
+                divisor_name(precision, index): ("float32", (cache.heads, cache.head_dim))
+                for index, cache in enumerate(model.carried.caches)
+            }
     for run in vectors.runs:
         for index in range(steps + 1):
             columns = len(range(vocab)[vectors.columns(index)])
             expected[f"{run}.logits.{index}"] = ("float32", (columns,))
-        if config.recurrent:
-            expected[f"{run}.state"] = ("float32", (steps + 1, config.hidden_size))
+        for spec in model.carried.states:
+            expected[f"{run}.{spec.tensor(STATE)}"] = ("float32", (steps + 1, *spec.shape))
         expected[f"{run}.next_tokens"] = ("int64", (steps + 1,))
         expected[f"{run}.margins"] = ("float32", (steps + 1,))
-        for layer in range(config.num_hidden_layers):
+        for index, cache in enumerate(model.carried.caches):
             for kind in ("key", "value"):
-                shape = (config.num_attention_heads, tokens, config.head_dim)
-                expected[f"{run}.past_key_values.{layer}.{kind}"] = ("float32", shape)
+                shape = (cache.heads, tokens, cache.head_dim)
+                expected[f"{run}.past_key_values.{index}.{kind}"] = ("float32", shape)
     return expected
 
 
-def _value_problems(vectors: Vectors, config: ModelConfig) -> Iterator[str]:
+def _value_problems(vectors: Vectors, model: ModelInfo) -> Iterator[str]:
     for name, values in vectors.tensors.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             yield f"{name} is not finite"
         if name.startswith("value_divisors.") and not (values > 0).all():
             yield f"{name} must be above 0"
-        if values.dtype.kind == "i" and ((values < 0) | (values >= config.vocab_size)).any():
-            yield f"{name} holds tokens outside the vocabulary (0 to {config.vocab_size - 1})"
+        if values.dtype.kind == "i" and ((values < 0) | (values >= model.vocab_size)).any():
+            yield f"{name} holds tokens outside the vocabulary (0 to {model.vocab_size - 1})"

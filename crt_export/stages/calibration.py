@@ -9,15 +9,14 @@ from typing import Any
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.folders import temporary_folder
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.windows import windows_from_text
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8, read_plan
-from crt_export.quantize.calibration import CalibrationOptions
-from crt_export.stages.keys import stage_key
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, read_plan
 from crt_export.stages.options import BuildOptions
-from crt_export.stages.store import NO_STORE, StageStore
+from crt_export.stages.store import NO_STORE, StageStore, stage_key
 from crt_export.text import TokenText, read_text, split_text
 from crt_export.tokenizer import Tokenizer
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,33 +19,114 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter, check_contract, parts_of_graphs, save_graph, write_graph, write_weights
-from crt_export.graph.passes.decompose_attention import decompose_attention
+from crt_export.graph.contract import check_contract
+from crt_export.graph.export import GraphExporter, parts_of_graphs
+from crt_export.graph.passes.decompose_attention import attention_of_profile, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
 from crt_export.graph.traces import TraceJob, Traces, start_traces
-from crt_export.memo import Memo
-from crt_export.model import model_from_checkpoint
-from crt_export.profile import EngineProfile
+from crt_export.graph.weights import SharedArrays, save_graph, write_graph, write_weights
+from crt_export.models.registry import model_from_checkpoint, with_positions
+from crt_export.profile import EngineProfile, cache_dtype
 from crt_export.progress import Progress
-from crt_export.quantize import (
-    PLAN_FILE,
-    QuantizedLinears,
-    W8A8Plan,
-    expected_matmuls,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-)
-from crt_export.spec import graph_spec
-from crt_export.stages.keys import stage_key
-from crt_export.stages.store import NO_STORE, StageStore
-from crt_export.stages.variants import GraphFile, GraphVariant, variants_of_profile
+from crt_export.quantize.linears import expected_matmuls
+from crt_export.quantize.plan import PLAN_FILE, QuantizedLinears, W8A8Plan, quantize_linears
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
+from crt_export.spec import graph_names, graph_spec
+from crt_export.stages.store import NO_STORE, StageStore, stage_key
 
 GRAPHS_FOLDER = "graphs"
 _STAGE = "graphs"
 #: Exported precision -> the precision that a pass makes of it, and the dtype it is exported in.
 _DERIVED = {"fp32": ("w8", torch.float32), "fp16": ("w8a8", torch.float16)}
+
+
+@dataclass(frozen=True, order=True)
+class GraphVariant:
+    """Which graph: the same model function in one precision, with its passes and residual stream chosen.
+
+    Attributes:
+        target: The target that it is rewritten for; empty where it is shared.
+        capacity: Cache length that it is fixed to; 0 where that is open.
+        attention: ``fused`` or ``decomposed``.
+    """
+
+    graph: str
+    precision: str
+    unroll: int
+    residual_dtype: str
+    target: str = ""
+    capacity: int = 0
+    attention: str = "fused"
+
+    def shared(self, precision: str) -> GraphVariant:
+        """What it is rewritten from, in this precision or another one."""
+        return GraphVariant(self.graph, precision, self.unroll, self.residual_dtype)
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of its caches."""
+        return cache_dtype(self.precision)
+
+    def filename(self, config: ModelConfig) -> str:
+        """``prefill.fp32.onnx``; what differs from the checkpoint's and precision's default is spelled out."""
+        if self.target:
+            return f"{self.graph}.{self.target}.onnx"
+        passes = "" if self.graph != "prefill" or self.unroll == _default_unroll(config) else f"-k{self.unroll}"
+        half = self.precision in ("fp16", "w8a8")
+        residual = "-residual32" if half and self.residual_dtype == "float32" else ""
+        return f"{self.graph}{passes}{residual}.{self.precision}.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphFile:
+    """A written graph.
+
+    Attributes:
+        variant: What it is.
+        file: Its path in the bundle, as is ``weights``.
+        sha256: Of the file, lower-case hex; ``weights_sha256`` likewise.
+        quantized_matmuls: MatMuls whose weight is INT8.
+    """
+
+    variant: GraphVariant
+    file: str
+    sha256: str
+    weights: str
+    weights_sha256: str
+    quantized_matmuls: int
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of its two files by name, as they were hashed while they were written."""
+        return {self.file: self.sha256, self.weights: self.weights_sha256}
+
+
+def variants_of_profile(profile: EngineProfile, config: ModelConfig) -> dict[str, GraphVariant]:
+    """The graphs one target is made of, by name.
+
+    Raises:
+        UnsupportedError: The profile insists on fused attention, and there is no kernel.
+    """
+    unroll, attention = profile.unroll or 1, attention_of_profile(profile, config.carried)
+    shared = {
+        name: GraphVariant(name, profile.precision, unroll if name == "prefill" else 1, profile.residual_dtype)
+        for name in graph_names(config.carried)
+    }
+    if not profile.compiled:
+        return shared
+    own = {"target": profile.name, "capacity": profile.capacity, "attention": attention}
+    return {name: variant if name == "head" else replace(variant, **own) for name, variant in shared.items()}
+
+
+def _graph_file(values: Mapping[str, Any]) -> GraphFile:
+    """What was stored of one."""
+    return GraphFile(**{**values, "variant": GraphVariant(**values["variant"])})
+
+
+def _default_unroll(config: ModelConfig) -> int:
+    return config.carried.passes
 
 
 def write_graphs(
@@ -78,8 +160,9 @@ def write_graphs(
     config = checkpoint.config
     wanted = {variant for profile in profiles for variant in variants_of_profile(profile, config).values()}
     positions = max(profile.capacity for profile in profiles)
-    cut = replace(config, max_position_embeddings=positions, training_sequence_length=None)
-    writer = _Writer(replace(checkpoint, config=cut), plan, folder, store, progress)
+    shortened = with_positions(checkpoint, positions)
+    cut = shortened.config
+    writer = _Writer(shortened, plan, folder, store, progress)
     written: dict[GraphVariant, GraphFile] = {}
     missing: list[GraphVariant] = []
     for precision in (name for exported, (derived, _) in _DERIVED.items() for name in (exported, derived)):
@@ -118,7 +201,7 @@ def _trace_jobs(missing: Iterable[GraphVariant], config: ModelConfig) -> list[Tr
                 key = (str(dtype).removeprefix("torch."), variant.residual_dtype)
                 graphs.setdefault(key, set()).add((variant.graph, variant.unroll))
     return [
-        TraceJob(parts=parts_of_graphs(config, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
+        TraceJob(parts=parts_of_graphs(config.carried, sorted(found)), dtype=dtype, residual_dtype=residual_dtype)
         for (dtype, residual_dtype), found in [*graphs.items()][1:]
     ]
 
@@ -135,7 +218,7 @@ class _Writer:
     def stored(self, variants: Sequence[GraphVariant]) -> dict[GraphVariant, GraphFile]:
         """The graphs of one precision, if the same ones were made before; else nothing."""
         files = self._store.restore_as(
-            _STAGE, self._key(variants), self._folder, lambda answer: [*map(GraphFile.from_dict, answer["graphs"])]
+            _STAGE, self._key(variants), self._folder, lambda answer: [*map(_graph_file, answer["graphs"])]
         )
         if files is None:
             return {}
@@ -147,18 +230,18 @@ class _Writer:
     ) -> dict[GraphVariant, GraphFile]:
         """Quantise the shared graphs in place, where a pass makes their precision; rewrite, write and store."""
         config, precision = self.checkpoint.config, variants[0].precision
-        counts, memo, quantized = dict.fromkeys(shared, 0), Memo(), None
+        counts, made, quantized = dict.fromkeys(shared, 0), SharedArrays(), None
         if precision == "w8a8" and self._plan is not None:
             quantized = quantize_linears(model_from_checkpoint(self.checkpoint), self._plan)
         for done, variant in enumerate(shared if precision not in _DERIVED else []):
             self.progress(f"quantise {precision}", done, len(shared))
-            counts[variant] = _quantize(variant, shared[variant], quantized, config, memo)
+            counts[variant] = _quantize(variant, shared[variant], quantized, config, made)
         self.progress(f"write {precision}", 0, 0)
         graphs = {variant: _rewritten(shared[variant.shared(precision)], variant, config) for variant in variants}
         written = _write(graphs, counts, config, self._folder)
-        names = sorted({name for file in written for name in (file.file, file.weights)})
-        answer = {"graphs": [file.to_dict() for file in written]}
-        self._store.keep(_STAGE, self._key(variants), self._folder, names, answer)
+        digests = {name: digest for file in written for name, digest in file.digests.items()}
+        answer = {"graphs": [*map(dataclasses.asdict, written)]}
+        self._store.keep(_STAGE, self._key(variants), self._folder, sorted(digests), answer, digests)
         return {file.variant: file for file in written}
 
     def _key(self, variants: Sequence[GraphVariant]) -> str:
@@ -192,10 +275,14 @@ def _export(
 
 
 def _quantize(
-    variant: GraphVariant, graph: ir.Model, quantized: QuantizedLinears | None, config: ModelConfig, memo: Memo
+    variant: GraphVariant,
+    graph: ir.Model,
+    quantized: QuantizedLinears | None,
+    config: ModelConfig,
+    made: SharedArrays,
 ) -> int:
     if variant.precision == "w8":
-        count = quantize_w8(graph, memo)
+        count = quantize_w8(graph, made)
     elif quantized is not None:
         count = quantize_w8a8(graph, quantized)
     else:

@@ -13,7 +13,7 @@ from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.environment import installed_versions
 from crt_export.parity import ParityReport
-from crt_export.quantize import PLAN_FILE
+from crt_export.quantize.plan import PLAN_FILE
 from crt_export.runtime.prefill import PrefillPlan
 from crt_export.spec import graph_names, graph_spec
 from crt_export.stages.options import BuildOptions
@@ -44,13 +44,18 @@ def manifest_from_build(
         "libraries": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
         "validated": report is not None and report.passed,
         "config": config.to_dict(),
-        "checkpoint": {"sha256": checkpoint.sha256, "dtypes": list(checkpoint.stored_dtypes)},
+        "model": config.info.to_dict(),
+        "checkpoint": {
+            "sha256": checkpoint.sha256,
+            "dtypes": list(checkpoint.stored_dtypes),
+            "parameters": config.parameter_count,
+        },
         "options": _resolved_options(options, text, calibration, targets),
-        "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config)},
+        "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graph_names(config.carried)},
         "graphs": _graph_entries(targets, config),
         "quantization": {"w8a8": PLAN_FILE} if any(target.profile.precision == "w8a8" for target in targets) else {},
         "targets": {
-            target.profile.name: {**target.to_dict(config), "prefill": prefills[target.profile.name].to_dict()}
+            target.profile.name: {**target.to_dict(), "prefill": prefills[target.profile.name].to_dict()}
             for target in targets
         },
         "parity": None if report is None else {"passed": report.passed, "report": REPORT_FILE},
@@ -80,7 +85,7 @@ def _graph_entries(targets: Sequence[BuiltTarget], config: ModelConfig) -> list[
     roles: dict[str, set[str]] = {name: set() for name in files}
     for target in targets:
         for graph, file in target.graphs.items():
-            roles[file.file].update(target.profile.graph_roles(graph, config.recurrent))
+            roles[file.file].update(target.profile.graph_roles(graph, config.carried.iterated))
     return [
         {
             "file": name,

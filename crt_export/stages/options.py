@@ -137,5 +137,5 @@ def _default_profiles() -> list[EngineProfile]:
 
 def _resolved(profile: EngineProfile, options: BuildOptions, config: ModelConfig) -> EngineProfile:
     capacity = options.capacity or min(profile.capacity, config.max_position_embeddings)
-    unroll = options.unroll or profile.unroll or config.unroll_steps
-    return profile.with_capacity(capacity).with_unroll(unroll if config.recurrent else 1)
+    unroll = options.unroll or profile.unroll or config.carried.passes
+    return profile.with_capacity(capacity).with_unroll(unroll if config.carried.iterated else 1)

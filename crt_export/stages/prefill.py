@@ -26,7 +26,8 @@ from torch import Tensor
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import UnsupportedError
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.certificate.curves import Stopping, perplexity_gap_interval, smallest_passes, stopping_bound
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
@@ -89,7 +90,7 @@ def pass_limits(
     """Measure when passes may stop, with PyTorch FP32.
 
     Args:
-        checkpoint: A recurrent model.
+        checkpoint: A model that is iterated.
         text: Its end is used, which validation sees last.
         chunk: Tokens of a chunk.
         progress: Told how many passes are done.
@@ -121,22 +122,25 @@ def _last_windows(text: TokenText, count: int, chunk: int) -> Sequences | None:
 
 
 @torch.no_grad()
-def _predicts(model: Model, inputs: Tensor, targets: Tensor, learnt_share: float) -> bool:
+def _predicts(model: LanguageModel, inputs: Tensor, targets: Tensor, learnt_share: float) -> bool:
     """Whether a few passes over one window predict it clearly better than a uniform guess."""
-    hidden, _, _ = model.unroll(inputs[:1], _FIRST_LOOK)
-    return float(_nll(model, hidden, targets[:1]).mean()) < learnt_share * math.log(model.config.vocab_size)
+    done, _, _ = model.unroll(inputs[:1], _FIRST_LOOK)
+    return float(_nll(model, done.hidden, targets[:1]).mean()) < learnt_share * math.log(model.config.vocab_size)
 
 
 @torch.no_grad()
-def _measured(model: Model, inputs: Tensor, targets: Tensor, limit: float, progress: Progress) -> PassLimits | None:
+def _measured(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, limit: float, progress: Progress
+) -> PassLimits | None:
     label, most = "measure when passes of a prefill may stop", min(_MOST_PASSES, inputs.shape[1])
     progress(label, 0, most)
-    sequential = _nll(model, model.sequential(inputs)[0], targets)
-    hidden, residuals, nlls, gaps = None, [], [], []
+    sequential = _nll(model, model.sequential(inputs)[0].hidden, targets)
+    iterate, residuals, nlls, gaps = None, [], [], []
     for done in range(1, most + 1):
-        hidden, _, residual = model.unroll(inputs, 1, hidden=hidden)
+        last, _, residual = model.unroll(inputs, 1, iterate=iterate)
+        iterate = last.states
         residuals.append(residual.double().numpy())
-        nlls.append(_nll(model, hidden, targets))
+        nlls.append(_nll(model, last.hidden, targets))
         gaps.append(perplexity_gap_interval(nlls[-1], sequential))
         progress(label, done, most)
         if len(gaps) >= _SETTLED and all(gap.within(limit) for gap in gaps[-_SETTLED:]):
@@ -150,7 +154,7 @@ def _measured(model: Model, inputs: Tensor, targets: Tensor, limit: float, progr
     return PassLimits(chunk=inputs.shape[1], passes=smallest, stopping=stopping)
 
 
-def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
+def _nll(model: LanguageModel, hidden: Tensor, targets: Tensor) -> np.ndarray:
     """Negative log-likelihood of the next tokens, nats, float64 [windows, positions]; by window, to save memory."""
     found = [
         -torch.log_softmax(model.head(states).double(), dim=-1).gather(-1, wanted[:, None])[:, 0]
@@ -161,12 +165,12 @@ def _nll(model: Model, hidden: Tensor, targets: Tensor) -> np.ndarray:
 
 def _has_bound(profile: EngineProfile, config: ModelConfig) -> bool:
     """Whether it can look at the residual between passes."""
-    return config.recurrent and profile.device == "cpu"
+    return config.carried.iterated and profile.device == "cpu"
 
 
 def _plan(profile: EngineProfile, config: ModelConfig, limits: PassLimits | None) -> PrefillPlan:
     unroll = profile.unroll or 1
-    if not config.recurrent:
+    if not config.carried.iterated:
         return PrefillPlan(passes=1)
     known = limits if _has_bound(profile, config) else None
     if known is None and profile.prefill == ADAPTIVE:

@@ -15,11 +15,13 @@ from crt_export.bundle import TOOL_NAME
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, InputError, problem_list
-from crt_export.model import Carry, Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel, Pass, State
+from crt_export.models.declaration import STATE
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import EngineProfile
 from crt_export.progress import Progress, no_progress
-from crt_export.quantize import W8A8Plan
+from crt_export.quantize.plan import W8A8Plan
 from crt_export.selftest.vectors import RECURRENCE, VECTORS_FILE, Vectors, divisor_name, prefill_run
 from crt_export.text import TokenText, begin_rows, read_text
 from crt_export.tokenizer import Tokenizer
@@ -139,7 +141,7 @@ def _ids(
 
 
 @torch.no_grad()
-def _run(model: Model, vectors: Vectors, run: str, passes: tuple[int, int] | None) -> dict[str, np.ndarray]:
+def _run(model: LanguageModel, vectors: Vectors, run: str, passes: tuple[int, int] | None) -> dict[str, np.ndarray]:
     """The tensors of one run.
 
     Args:
@@ -150,33 +152,35 @@ def _run(model: Model, vectors: Vectors, run: str, passes: tuple[int, int] | Non
     """
     prompt, steps = vectors.prompt, vectors.steps
     ids = torch.from_numpy(vectors.input_ids)[None]
-    last, carry = _prompt(model, ids[:, :prompt], passes)
-    states = last
+    last, state = _prompt(model, ids[:, :prompt], passes)
+    hidden, states = last.hidden, last.states
     if steps:
-        rest, carry = model.sequential(ids[:, prompt:], carry)
-        states = torch.cat([last, rest], dim=1)
-    logits = model.head(states)[0].float()
+        rest, state = model.sequential(ids[:, prompt:], state)
+        hidden = torch.cat([hidden, rest.hidden], dim=1)
+        states = {name: torch.cat([values, rest.states[name]], dim=1) for name, values in states.items()}
+    logits = model.head(hidden)[0].float()
     best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
     tensors = {
         f"{run}.next_tokens": logits.argmax(dim=-1).numpy(),
         f"{run}.margins": (best[:, 0] - best[:, -1]).numpy(),
         **{f"{run}.logits.{index}": logits[index].numpy()[vectors.columns(index)] for index in range(steps + 1)},
     }
-    if model.config.recurrent:
-        tensors[f"{run}.state"] = states[0].float().numpy()
-    for layer, (keys, values) in enumerate(zip(carry.keys, carry.values, strict=True)):
+    for spec in model.carried.states:
+        tensors[f"{run}.{spec.tensor(STATE)}"] = states[spec.name][0].float().numpy()
+    for layer, (keys, values) in enumerate(zip(state.keys, state.values, strict=True)):
         tensors[f"{run}.past_key_values.{layer}.key"] = keys[0].float().numpy()
         tensors[f"{run}.past_key_values.{layer}.value"] = values[0].float().numpy()
     return tensors
 
 
-def _prompt(model: Model, ids: Tensor, passes: tuple[int, int] | None) -> tuple[Tensor, Carry]:
-    """h of the prompt's last token, [1, 1, hidden], and what decoding continues from."""
+def _prompt(model: LanguageModel, ids: Tensor, passes: tuple[int, int] | None) -> tuple[Pass, State]:
+    """What the prompt's last token gives, [1, 1, ...], and what decoding continues from."""
     if passes is None:
-        hidden, carry = model.sequential(ids)
-        return hidden[:, -1:], carry
-    unroll, chunk = passes
-    carry = model.start(1)
-    for piece in ids.split(chunk, dim=1):
-        _, carry, _ = model.unroll(piece, unroll, carry)
-    return carry.state, carry
+        done, state = model.sequential(ids)
+    else:
+        unroll, chunk = passes
+        state = model.start(1)
+        for piece in ids.split(chunk, dim=1):
+            done, state, _ = model.unroll(piece, unroll, state)
+    last = {name: values[:, -1:] for name, values in done.states.items()}
+    return Pass(hidden=done.hidden[:, -1:], states=last), state

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from crt_export import __version__
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import CrtExportError
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 
 PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 16)
 NORMAL_95 = 1.96
@@ -55,18 +56,19 @@ def windows_without_repeats(ids: torch.Tensor, train: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def losses_by_regime(model: Model, ids: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def losses_by_regime(model: LanguageModel, ids: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Mean loss of each window in nat per byte, float64 [windows], by K and for ``sequential``."""
-    losses, h = {}, None
+    losses, iterate = {}, None
     for passes in range(1, max(PASSES) + 1):
-        h, _, _ = model.unroll(ids, 1, hidden=h)
+        done, _, _ = model.unroll(ids, 1, iterate=iterate)
+        iterate = done.states
         if passes in PASSES:
-            losses[str(passes)] = _losses(model, h, targets)
-    return losses | {"sequential": _losses(model, model.sequential(ids)[0], targets)}
+            losses[str(passes)] = _losses(model, done.hidden, targets)
+    return losses | {"sequential": _losses(model, model.sequential(ids)[0].hidden, targets)}
 
 
-def _losses(model: Model, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = model.head(h).double()
+def _losses(model: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model.head(hidden).double()
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
 
 

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 
 from crt_export.checkpoint import write_checkpoint
 from crt_export.errors import CrtExportError, InputError
-from crt_export.model import LayerNorm, Model, tensors_from_model
+from crt_export.models.base import LanguageModel
+from crt_export.models.layers import LayerNorm
+from crt_export.models.registry import model_class, tensors_from_model
 
 SAVE_EVERY = 100
 FILE = click.Path(path_type=Path)
@@ -38,7 +40,8 @@ class Training:
     def __init__(self, recipe: Recipe, schedule: Schedule) -> None:
         self.recipe, self.schedule, self.step = recipe, schedule, 0
         self.generator = torch.Generator().manual_seed(schedule.seed)
-        self.model = Model(recipe.config)
+        self.model = model_class(recipe.config.model_type)(recipe.config)
+        self.model.reset_tables()
         initialise(self.model, schedule.initial_deviation, self.generator)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -59,9 +62,9 @@ class Training:
         ids, targets = windows[:, :-1], windows[:, 1:]
 
         before, _, _ = model.unroll(ids, int(passes) - 1)
-        h, _, _ = model.unroll(ids, 1, hidden=before)
-        entropy = F.cross_entropy(model.head(h).flatten(0, 1), targets.flatten())
-        change = F.mse_loss(h, before.detach())
+        last, _, _ = model.unroll(ids, 1, iterate=before.states)
+        entropy = F.cross_entropy(model.head(last.hidden).flatten(0, 1), targets.flatten())
+        change = F.mse_loss(last.hidden, before.hidden.detach())
 
         self.optimizer.zero_grad(set_to_none=True)
         (entropy + schedule.convergence_weight * change).backward()
@@ -113,7 +116,7 @@ class Training:
         return {"recipe": self.recipe.sha256, "schedule": asdict(self.schedule)}
 
 
-def initialise(model: Model, deviation: float, generator: torch.Generator) -> None:
+def initialise(model: LanguageModel, deviation: float, generator: torch.Generator) -> None:
     """Normal weights, zero biases, LayerNorm gains of one, as GPT-2 starts."""
     with torch.no_grad():
         for module in model.modules():

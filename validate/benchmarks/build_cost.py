@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crt_export.presets import PRESETS
+from crt_export.models.presets import PRESETS
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "examples" / "demo" / "heldout.txt"
 TARGETS = ("ort-cpu-fp32", "ort-cpu-int8", "rtx-sm80-fp16", "rtx-sm80-int8")
@@ -77,7 +77,7 @@ def prepare(preset: str, folder: Path) -> None:
     """The checkpoint and the token ids."""
     import numpy as np
 
-    from crt_export.presets import write_preset
+    from crt_export.models.presets import write_preset
 
     config = write_preset(preset, folder / "checkpoint")
     words = re.findall(r"\w+|[^\w\s]", HELD_OUT.read_text(encoding="utf-8"))

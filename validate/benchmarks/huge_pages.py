@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crt_export.bench.options import BenchOptions
 from crt_export.bench.run import run_bench
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 
 MANIFEST = "manifest.json"
 

@@ -16,7 +16,7 @@ from crt_export.bench.static_model import model_from_tensors
 from crt_export.bundle import open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.presets import random_tensors
+from crt_export.models.presets import random_tensors
 
 _DTYPES: dict[str, Any] = {"tensor(int64)": np.int64, "tensor(float16)": np.float16, "tensor(float)": np.float32}
 _SMALL = {
@@ -44,7 +44,7 @@ class _Counting(TorchDispatchMode):
 def operators_of_pytorch(config: ModelConfig) -> int:
     """Operators of one eager step; they do not depend on the sizes, so a narrow model of as many layers tells."""
     changes: dict[str, Any] = {**_SMALL, "hidden_size": 2 * config.num_attention_heads, "head_dim": 2}
-    if config.recurrent:
+    if config.carried.iterated:
         changes["correction_intermediate_size"] = 16
     narrow = dataclasses.replace(config, **changes)
     model = model_from_tensors(narrow, random_tensors(narrow, 0))

@@ -44,7 +44,7 @@ def side_of(preset: str, place: PresetFolder, backend: str, *, capacity: int, th
         request["reference"] = str(place.checkpoint)
     else:
         request |= {"kind": "bundle", "path": str(place.bundle), "target": ONNXRUNTIME[backend]}
-    return Side(name=f"{preset}, {backend}", request=request, config=config)
+    return Side(name=f"{preset}, {backend}", request=request, model=config.info)
 
 
 def launches_of(backend: str, place: PresetFolder) -> int | None:

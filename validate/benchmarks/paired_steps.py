@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from crt_export.bench.report import StepBytes
 from crt_export.bench.rounds import Interval, paired_ratio, quantiles
 from crt_export.bench.step_cost import step_bytes
 from crt_export.bench.worker import WorkerProcess
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import ModelInfo
 
 #: Far beyond the caches.
 PROBED_BYTES = 256 << 20
@@ -28,12 +28,12 @@ class Side:
     Attributes:
         name: For messages.
         request: What its worker is told to open.
-        config: Its model.
+        model: Its model.
     """
 
     name: str
     request: Mapping[str, Any]
-    config: ModelConfig
+    model: ModelInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def measure_pair(
                     time.sleep(_PAUSE)
                     answer = workers[index].ask("steps", position=position, warmups=3, count=steps)
                     times[index].append(answer["seconds"])
-            costs = [_bytes(side.config, fact["weights"], position) for side, fact in zip(sides, facts, strict=True)]
+            costs = [_bytes(side.model, fact["weights"], position) for side, fact in zip(sides, facts, strict=True)]
             found.append(
                 PairedSteps(
                     position=position,
@@ -114,15 +114,15 @@ def side_figures(blocks: Sequence[Sequence[float]], cost: StepBytes | None, rate
     figures |= {"tokens_per_s": _short(1e3 / float(milliseconds.mean()))}
     if cost is not None:
         floor = cost.total / quantiles(rates).p90 / 1e6
-        figures |= {"bytes": {"weights": cost.weights, "cache": cost.cache, "logits": cost.logits, "total": cost.total}}
+        figures |= {"bytes": asdict(cost)}
         figures |= {"floor_ms": _short(floor), "over_floor": _short(p50 / floor)}
     return figures
 
 
-def _bytes(config: ModelConfig, weights: int | None, position: int) -> StepBytes | None:
+def _bytes(model: ModelInfo, weights: int | None, position: int) -> StepBytes | None:
     if weights is None:
         return None
-    return step_bytes(config, weights=weights, position=position, batch=1, cache_item_bytes=4)
+    return step_bytes(model, weights=weights, position=position, batch=1, cache_item_bytes=4)
 
 
 def _short(value: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import Carried
 
 HOLDS, FALLS_SHORT, REPORTED, NOT_JUDGED = "holds", "falls short", "reported", "not judged"
 FP32, INT8 = "ort-cpu-fp32", "ort-cpu-int8"
@@ -63,13 +63,13 @@ class Line:
         return f"{self.size:9} {self.figure:52} {value:>8}  {limit:13} {self.verdict}{reason}"
 
 
-def step_lines(size: str, document: Mapping[str, Any], config: ModelConfig, capacity: int) -> Iterator[Line]:
+def step_lines(size: str, document: Mapping[str, Any], carried: Carried, capacity: int) -> Iterator[Line]:
     """Steps, load and memory of a run of the int8 target against the fp32 one.
 
     Args:
         size: Model that was measured.
         document: The benchmark.
-        config: Its model.
+        carried: What its model carries.
         capacity: Tokens that a session's caches may hold.
     """
     everybody = {who["name"]: who for who in document["candidates"]}
@@ -90,7 +90,7 @@ def step_lines(size: str, document: Mapping[str, Any], config: ModelConfig, capa
     first = load["first_token_s"]
     yield Line(size=size, figure=f"{INT8}: open to first token, s", value=first, limit=FIRST_TOKEN_S, reason=reason)
     for target in OVER_FLOOR:
-        yield from memory_lines(size, target, everybody[target]["memory"], config, capacity)
+        yield from memory_lines(size, target, everybody[target]["memory"], carried, capacity)
 
 
 def pytorch_lines(size: str, document: Mapping[str, Any]) -> Iterator[Line]:
@@ -110,9 +110,7 @@ def _ratio_line(size: str, figure: str, document: Mapping[str, Any], name: str, 
     return Line(size=size, figure=figure, value=ratio["ratio"], limit=limit, at_most=False, reason=reason)
 
 
-def memory_lines(
-    size: str, target: str, memory: Mapping[str, Any], config: ModelConfig, capacity: int
-) -> Iterator[Line]:
+def memory_lines(size: str, target: str, memory: Mapping[str, Any], carried: Carried, capacity: int) -> Iterator[Line]:
     """What the bundle added to the process over its weight file, and a second session over its caches."""
     for when, limit, kinds in (
         ("steps alone", MEMORY_STEP, ("pss_step", "anonymous_step")),
@@ -124,7 +122,7 @@ def memory_lines(
             share = None if None in (before, after, file) else (after - before) / file
             figure = f"{target}: {name} / weight file, {when}"
             yield Line(size=size, figure=figure, value=share, limit=limit)
-    caches = 2 * config.num_hidden_layers * config.hidden_size * capacity * 4
+    caches = sum(spec.width for spec in carried.caches) * capacity * 4
     second = memory["second_session"]
     share = None if second is None else second / caches
     yield Line(size=size, figure=f"{target}: second session / its caches", value=share, limit=1.0)

@@ -46,16 +46,16 @@ CPP = Path(__file__).resolve().parents[2] / "build" / "cpp" / "benchmarks" / "be
 
 def measured_lines(size: str, place: PresetFolder, options: argparse.Namespace) -> Iterator[Line]:
     """Every target of one size, as it is measured."""
-    config = load_config(place.checkpoint)
+    carried = load_config(place.checkpoint).carried
     into_page_cache(place.bundle / "graphs")
     # Two runs: one with PyTorch takes longer, and the read rate drifts meanwhile.
-    yield from step_lines(size, steps(place.bundle, (FP32,), options.rounds), config, CAPACITY)
+    yield from step_lines(size, steps(place.bundle, (FP32,), options.rounds), carried, CAPACITY)
     yield from pytorch_lines(size, steps(place.bundle, tuple(FASTER), options.rounds))
     for target in (FP32, INT8):
         yield language(size, target, place)
     for target in (FP32, INT8):
         for lengths, rounds in PROMPTS:
-            document = prompts(place.bundle, target, (config.unroll_steps, "exact"), lengths, rounds)
+            document = prompts(place.bundle, target, (carried.passes, "exact"), lengths, rounds)
             yield from prefill_lines(size, target, document)
 
 

@@ -30,7 +30,7 @@ TARGETS = ("ort-cpu-fp32", "ort-cpu-int8")
 SELFTEST = "selftest"
 LEVELS = ("contract", "one-step", "chain", "corpus", "free-running", "certificate")
 #: What the names of the checks on likelihoods hold, which gate where a model predicts the text better than chance.
-LIKELIHOODS = ("delta_nll", "mean_kl", "probability_change", "regime gap beyond FP32's", "hand-over beyond FP32's")
+LIKELIHOODS = ("delta_nll", "mean_kl", "probability_change", "regime gap beyond FP32's", "handover beyond FP32's")
 HELD_OUT = Path(__file__).resolve().parents[2] / "examples" / "demo" / "heldout.txt"
 MODEL: dict[str, Any] = {
     "model_type": "context_ready_transformer", "vocab_size": 32_000, "hidden_size": 1120, "num_hidden_layers": 5,
@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path) -> None:
 
     from crt_export.checkpoint import write_checkpoint as write
     from crt_export.config import ModelConfig
-    from crt_export.presets import random_tensors
+    from crt_export.models.presets import random_tensors
 
     config = ModelConfig.from_dict(MODEL)
     write(folder / "checkpoint", config, random_tensors(config, seed=0))

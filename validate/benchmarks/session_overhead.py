@@ -27,8 +27,8 @@ PROGRAM = Path(__file__).resolve().parents[2] / "build" / "cpp" / "benchmarks" /
 def python_figures(bundle: Bundle, name: str) -> dict[str, float]:
     """Median microseconds per token of every loop."""
     target = bundle.target(name)
-    engine = engine_from_target(bundle.files, target, bundle.config, 1)
-    tensors = SessionTensors(engine, target.sizes(bundle.config, 1, CAPACITY))
+    engine = engine_from_target(bundle.files, target, bundle.model, 1)
+    tensors = SessionTensors(engine, target.sizes(bundle.model, 1, CAPACITY))
     launch = tensors._step_launch(Batch(0, 1, 1))  # the very launch that a session makes
     options = GenerationOptions(max_new_tokens=TOKENS, ignore_eos=True)
 

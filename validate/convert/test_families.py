@@ -48,7 +48,7 @@ def test_a_zero_correction_computes_the_same_bits(
         logits = plain.head(plain.unroll(token_ids, 1)[0].hidden)
         for passes in (1, 3):
             assert torch.equal(crt.head(crt.unroll(token_ids, passes)[0].hidden), logits)
-        assert float((plain.head(plain.sequential(token_ids)[0]) - expected).abs().max()) <= gate
+        assert float((plain.head(plain.sequential(token_ids)[0].hidden) - expected).abs().max()) <= gate
     assert float((logits - expected).abs().max()) <= gate
 
 

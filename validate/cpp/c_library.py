@@ -22,60 +22,32 @@ class CrtError(Exception):
         self.message = message
 
 
-class BundleOptions(ctypes.Structure):
-    """crt_bundle_options."""
-
-    _fields_ = [("struct_size", c_size_t), ("allow_unvalidated", c_int32), ("identity", c_char_p)]
-
-
-class SessionOptions(ctypes.Structure):
-    """crt_session_options."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("batch", c_int64),
-        ("capacity", c_int64),
-        ("threads", c_int32),
-        ("on_full", c_int32),
-    ]
+def _options(name: str, **fields: Any) -> Any:
+    """crt_NAME: its size, then these fields in their order."""
+    return type(name, (ctypes.Structure,), {"_fields_": [("struct_size", c_size_t), *fields.items()]})
 
 
-class PrefillOptions(ctypes.Structure):
-    """crt_prefill_options."""
-
-    _fields_ = [("struct_size", c_size_t), ("passes", c_int64), ("chunk", c_int64)]
-
-
-class SamplingOptions(ctypes.Structure):
-    """crt_sampling_options."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("temperature", c_double),
-        ("top_p", c_double),
-        ("min_p", c_double),
-        ("repetition_penalty", c_double),
-        ("top_k", c_int64),
-        ("seed", c_uint32),
-    ]
-
-
-class GenerationOptions(ctypes.Structure):
-    """crt_generation_options."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("max_new_tokens", c_int64),
-        ("passes", c_int64),
-        ("sampling", POINTER(SamplingOptions)),
-        ("stop_tokens", POINTER(c_int64)),
-        ("stop_token_count", c_size_t),
-        ("stop_strings", POINTER(c_char_p)),
-        ("stop_string_count", c_size_t),
-        ("ignore_eos", c_int32),
-        ("callback", c_void_p),
-        ("user", c_void_p),
-    ]
+BundleOptions = _options("bundle_options", allow_unvalidated=c_int32, identity=c_char_p)
+SessionOptions = _options("session_options", batch=c_int64, capacity=c_int64, threads=c_int32, on_full=c_int32)
+PrefillOptions = _options("prefill_options", passes=c_int64, chunk=c_int64)
+SamplingOptions = _options(
+    "sampling_options",
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), c_double),
+    top_k=c_int64,
+    seed=c_uint32,
+)
+GenerationOptions = _options(
+    "generation_options",
+    **dict.fromkeys(("max_new_tokens", "passes"), c_int64),
+    sampling=POINTER(SamplingOptions),
+    stop_tokens=POINTER(c_int64),
+    stop_token_count=c_size_t,
+    stop_strings=POINTER(c_char_p),
+    stop_string_count=c_size_t,
+    ignore_eos=c_int32,
+    callback=c_void_p,
+    user=c_void_p,
+)
 
 
 class Library:

@@ -59,7 +59,7 @@ def in_c(library: Any, tiny: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def demo(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, shared_traces: None) -> Path:
     """The trained demo for both CPU targets."""
     output = tmp_path_factory.mktemp("demo") / "bundle"
     targets = ("ort-cpu-fp32", "ort-cpu-int8")

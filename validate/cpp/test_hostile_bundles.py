@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError
 from crt_export.runtime import load_bundle
 
@@ -160,9 +160,20 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         _set("targets", TARGET, "cache_dtype", "int64"),
         "'cache_dtype' must be 'float32' or 'float16'",
     ),
-    "unknown model": (_set("config", "model_type", "rwkv"), "config is unusable: .*model_type must be one of"),
-    "newer config": (_set("config", "format_version", 2), "config is unusable: .*format_version 2"),
-    "model of no layers": (_set("config", "num_hidden_layers", 0), "num_hidden_layers must be greater than 0"),
+    "model without a vocabulary": (_set("model", "vocab", 0), "'vocab' must be 1 or more, found 0"),
+    "end token outside": (_set("model", "eos_token_ids", [256]), r"a token must be in \[0, vocab = 256\), found 256"),
+    "state that fills the memory": (_set("model", "states", 0, "shape", [2**20] * 3), "larger than any model's"),
+    "state of another size": (_set("model", "states", 0, "shape", [7]), r"what the head reads, so its shape is \[32\]"),
+    "states of one name": (
+        manifest(lambda content: content["model"].update(states=2 * content["model"]["states"])),
+        "two states have one name",
+    ),
+    "rotation that is not there": (_set("model", "caches", 0, "rotary", 9), "names rotation 9 of 1"),
+    "rotation of other heads": (
+        manifest(lambda content: content["model"]["rotaries"][0]["frequencies"].pop()),
+        "its rotation not as many pairs",
+    ),
+    "model that is said not to iterate": (_set("model", "iterated", False), "iterated is False, its states say True"),
     "contract of other dims": (_set("contract", "step", "inputs", 0, "dims", ["batch", 2]), "contract is unusable"),
     "contract with true for 1": (_set("contract", "step", "inputs", 0, "dims", ["batch", True]), "is unusable"),
     "contract of another dtype": (_set("contract", "step", "inputs", 3, "dtype", "float16"), "contract is unusable"),
@@ -172,6 +183,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         "contract is unusable: .* step",
     ),
     "contract of other aliases": (_set("contract", "prefill", "aliases", []), "contract is unusable: .* prefill"),
+    "contract of other continues": (_set("contract", "step", "continues", []), "contract is unusable: .* step"),
     "contract without a graph": (manifest(lambda content: content["contract"].pop("prefill_pass")), "prefill_pass"),
     "contract of an unknown graph": (
         manifest(lambda content: content["contract"].update(x=content["contract"]["step"])),

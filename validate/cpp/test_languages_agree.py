@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, load_bundle
+from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, Snapshot, load_bundle
 
 TARGET = "ort-cpu-fp32"
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -44,6 +44,32 @@ def test_greedy_steps_give_the_same_logits_and_tokens(in_python: Bundle, in_c: A
     tokens, logits = greedy(in_c.session(TARGET, capacity=64), PROMPTS[0], 59)
     assert tokens == expected
     np.testing.assert_allclose(logits, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["context_ready_transformer", "transformer"])
+def test_caches_of_their_own_windows_and_rotations_give_the_same_logits(
+    library: Any, tiny_bundle: Callable[..., tuple[Path, Any]], tmp_path: Path, kind: str
+) -> None:
+    path, _ = tiny_bundle(
+        f"patterned-{kind}",
+        model_type=kind,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        rope_theta=None,
+        rope_frequencies=[[1.0, 0.3, 0.1, 0.03], [0.5, 0.05, 0.005, 0.0]],
+        layer_attention=[[4, 0], [7, 1], [5, None]],
+    )
+    in_c = library.bundle(path)
+    with load_bundle(path, allow_unvalidated=True) as bundle:
+        here, there = bundle.session(TARGET, capacity=10, on_full="evict"), in_c.session(TARGET, capacity=10, on_full=1)
+        expected, wanted = greedy(here, PROMPTS[0], 40)
+        tokens, logits = greedy(there, PROMPTS[0], 40)
+        assert tokens == expected
+        np.testing.assert_allclose(logits, wanted, **CLOSE)
+        assert there.position == list(here.position)
+        there.save(tmp_path / "state")
+        here.restore(Snapshot.load(tmp_path / "state"))
+        np.testing.assert_allclose(here.step([77]), there.step([77]), **CLOSE)
 
 
 @pytest.mark.evidence  # the tiny model above says the same in seconds; this is the trained one, for 512 steps
@@ -142,13 +168,13 @@ def test_every_end_token_ends_a_row_in_both_languages(
     ends = [next(token for token in range(256) if token not in tokens), tokens[4]]
     folder = Path(shutil.copytree(tiny, tmp_path / "several"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["config"]["eos_token_id"] = ends
+    manifest["model"]["eos_token_ids"] = ends
     (folder / "manifest.json").write_text(json.dumps(manifest))
     sign_again(folder)
     expected = tokens[: tokens.index(ends[1])]
     in_c = library.bundle(folder)
     with load_bundle(folder, allow_unvalidated=True) as bundle:
-        assert bundle.config.eos_token_ids == tuple(ends)
+        assert bundle.model.eos_token_ids == tuple(ends)
         for ignore, wanted in ((False, (expected, "stop_token")), (True, (tokens, "max_new_tokens"))):
             options = GenerationOptions(max_new_tokens=12, ignore_eos=ignore)
             found = bundle.session(TARGET).generate([PROMPTS[0]], options)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError, UnsupportedError
 from crt_export.runtime import GenerationOptions, load_bundle
 

@@ -11,9 +11,10 @@ import torch
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.graph import export_graph, write_graph, write_weights
-from crt_export.model import model_from_checkpoint
-from crt_export.presets import random_tensors
+from crt_export.graph.export import export_graph
+from crt_export.graph.weights import write_graph, write_weights
+from crt_export.models.presets import random_tensors
+from crt_export.models.registry import model_from_checkpoint
 
 _DTYPES: dict[str, Any] = {"tensor(int64)": np.int64, "tensor(float16)": np.float16, "tensor(float)": np.float32}
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}

@@ -14,7 +14,7 @@ from bound_step import BoundStep, write_step
 from static_step import StaticStep, random_model
 
 from crt_export.bench.static_model import StaticModel
-from crt_export.presets import PRESETS
+from crt_export.models.presets import PRESETS
 
 EAGER, CUDA_GRAPH, ONNXRUNTIME = "pytorch-eager", "pytorch-cuda-graph", "onnxruntime-cuda-graph"
 BACKENDS = (EAGER, CUDA_GRAPH, ONNXRUNTIME)

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crt_export.bench.static_model import StaticModel, model_from_tensors
-from crt_export.bench.step_cost import attended, step_flops
+from crt_export.bench.step_cost import step_flops
 from crt_export.config import ModelConfig
-from crt_export.presets import random_tensors
+from crt_export.models.presets import random_tensors
+from crt_export.models.registry import linear_weights, meta_model
 
 _ALIGNMENT = 8
 
@@ -56,12 +57,13 @@ def step_cost(config: ModelConfig, *, batch: int, position: int, bytes_per_numbe
         0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     )  # a tied one is read as the head
     read = config.parameter_count - table + batch * config.hidden_size
-    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    multiplied = sum(meta_model(config).get_parameter(name).numel() for name in linear_weights(config))
+    caches = sum(spec.width * spec.attended(position) for spec in config.carried.caches)
     return StepCost(
         weights=read * bytes_per_number,
-        cache=2 * heads * batch * attended(config, position) * bytes_per_number,
+        cache=batch * caches * bytes_per_number,
         logits=batch * config.vocab_size * bytes_per_number,
-        flops=step_flops(config, position=position, batch=batch),
+        flops=step_flops(config.carried, multiplied=multiplied, position=position, batch=batch),
     )
 
 
@@ -86,8 +88,8 @@ class StaticStep:
         config, like = model.config, model.final_norm.weight
         self.model, self.batch, self.context, self.masked = model, batch, context, masked
         self._layers: list[Any] = list(model.layers)
-        self._width = -(-config.head_dim // _ALIGNMENT) * _ALIGNMENT
-        shape = (config.num_hidden_layers, 2, batch, config.num_attention_heads, context, self._width)
+        self._width = -(-model.spec.head_dim // _ALIGNMENT) * _ALIGNMENT
+        shape = (len(self._layers), 2, batch, model.spec.heads, context, self._width)
         self._caches = like.new_zeros(shape)
         self._slots = torch.arange(context, device=like.device)
         self._used = 0
@@ -108,7 +110,7 @@ class StaticStep:
         """Decode one token at the position, without moving on."""
         model = self.model
         z = model.embed(self.ids)
-        if model.config.recurrent:
+        if model.config.carried.iterated:
             z = z + model.correction(model.correction_norm(self.state + z))
         rope = (model.cos[self.position], model.sin[self.position])
         mask = (self._slots <= self.position)[None, None, None] if self.masked else None
@@ -123,8 +125,7 @@ class StaticStep:
         self, layer: Any, cache: Tensor, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
         """Attention of one layer; ``cache`` is [2, batch, heads, context, width], ``x`` [batch, 1, hidden]."""
-        config = self.model.config
-        heads, size = config.num_attention_heads, config.head_dim
+        heads, size = self.model.spec.heads, self.model.spec.head_dim
         qkv = layer.qkv(x).view(self.batch, 3, heads, 1, size)
         turned = torch.addcmul(qkv[:, :2] * rope[0], qkv[:, :2].roll(size // 2, -1), rope[1])
         cache[0, ..., :size].index_copy_(2, self.position, turned[:, 1])

@@ -10,7 +10,7 @@ import torch
 from gpu_candidates import CapturedStep, Grid
 from static_step import StaticStep, random_model
 
-from crt_export.presets import PRESETS
+from crt_export.models.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no NVIDIA GPU on this machine")
 

@@ -16,25 +16,26 @@ from static_step import StaticStep, random_model, step_cost
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.presets import random_tensors
+from crt_export.models.base import LanguageModel
+from crt_export.models.presets import random_tensors
+from crt_export.models.registry import model_from_checkpoint
 
 TOKENS = 9
 
 
-def reference(config: ModelConfig) -> Model:
+def reference(config: ModelConfig) -> LanguageModel:
     """The reference model with the weights of random_model()."""
     tensors = random_tensors(config, 0)
     checkpoint = Checkpoint(path=Path("none"), config=config, tensors=tensors, stored_dtypes=("F32",), sha256="")
     return model_from_checkpoint(checkpoint)
 
 
-def decoded(model: Model, first: int) -> tuple[list[int], list[torch.Tensor]]:
+def decoded(model: LanguageModel, first: int) -> tuple[list[int], list[torch.Tensor]]:
     """Tokens and logits of a greedy run of the reference."""
-    carry, token, tokens, logits = model.start(1), first, [], []
+    state, token, tokens, logits = model.start(1), first, [], []
     for _ in range(TOKENS):
-        h, carry = model.step(torch.tensor([[token]]), carry)
-        logits.append(model.head(h)[0, 0])
+        hidden, state = model.step(torch.tensor([[token]]), state)
+        logits.append(model.head(hidden)[0, 0])
         token = int(logits[-1].argmax())
         tokens.append(token)
     return tokens, logits
@@ -66,7 +67,7 @@ def test_a_position_outside_the_caches_is_refused(tiny_config: Callable[..., Mod
         step.seek(4)
 
 
-def check_bound(path: Path, model: Model) -> None:
+def check_bound(path: Path, model: LanguageModel) -> None:
     """A batch of two on a CPU, fed by hand, against the reference."""
     tokens, logits = decoded(model, 65)
     step = BoundStep(path, device="cpu", batch=2, context=TOKENS, captured=False)
@@ -79,7 +80,7 @@ def check_bound(path: Path, model: Model) -> None:
         torch.testing.assert_close(found, expected.expand(2, -1), atol=2e-5, rtol=1e-4)
 
 
-def test_the_bound_graph_decodes_as_the_reference_does(tiny_bundle: Callable[..., tuple[Path, Model]]) -> None:
+def test_the_bound_graph_decodes_as_the_reference_does(tiny_bundle: Callable[..., tuple[Path, LanguageModel]]) -> None:
     folder, model = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)
     check_bound(folder / "graphs" / "step.fp32.onnx", model)
 

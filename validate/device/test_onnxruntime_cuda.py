@@ -15,7 +15,7 @@ from crt_export import load_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.environment import target_status
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import load_tolerances
 from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
@@ -31,9 +31,9 @@ def test_prefill_and_steps_agree_with_pytorch(demo_checkpoint: Path, heldout_tex
     build(BuildOptions(checkpoint=demo_checkpoint, output=tmp_path / "demo", targets=(TARGET,), text=heldout_text))
     ids = np.frombuffer(heldout_text.read_bytes()[-192:], np.uint8).astype(np.int64)
     model = model_from_checkpoint(load_checkpoint(demo_checkpoint))
-    h, carry, _ = model.unroll(torch.from_numpy(ids[None, :128]), model.config.unroll_steps)
-    rest, _ = model.sequential(torch.from_numpy(ids[None, 128:]), carry)
-    expected = model.head(torch.cat([h[:, -1:], rest], dim=1))[0].numpy()
+    prompt, state, _ = model.unroll(torch.from_numpy(ids[None, :128]), model.carried.passes)
+    rest, _ = model.sequential(torch.from_numpy(ids[None, 128:]), state)
+    expected = model.head(torch.cat([prompt.hidden[:, -1:], rest.hidden], dim=1))[0].numpy()
     with load_bundle(tmp_path / "demo") as bundle:
         session = bundle.session(TARGET)
         found = [session.prefill([ids[:128].tolist()]), *(session.step([int(token)]) for token in ids[128:])]

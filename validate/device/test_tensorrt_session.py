@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
-from crt_export.engine.tensorrt import calls
-from crt_export.engine.tensorrt.api import Log, logger_from_log
+from crt_export.engine.tensorrt.api import Log, create_runtime, logger_from_log, plan_validity_rtx
 from crt_export.engine.tensorrt.device import CudaDevice
-from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.engine import Machine
 from crt_export.environment import gpus, run_obstacles, target_status
 from crt_export.errors import CrtExportError
 from crt_export.machine import Gpu
@@ -82,9 +81,9 @@ def test_what_tensorrt_rtx_says_to_an_engine_for_sm_80(
     files = open_bundle(tmp_path / "demo")
     log = Log()
     logger = logger_from_log(rtx, log)
-    runtime = calls.create_runtime(rtx, logger, version_compatible=False)
+    runtime = create_runtime(rtx, logger, version_compatible=False)
     plan = files.file(f"engines/{name}/step.engine").read_bytes()
-    verdict = calls.plan_validity_rtx(runtime, plan)
+    verdict = plan_validity_rtx(runtime, plan)
     machine = Machine(api=rtx, device=CudaDevice(), gpu=Gpu(name="pretended", compute_capability=80))
     outcome = "ran"
     difference = None

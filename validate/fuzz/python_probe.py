@@ -26,7 +26,6 @@ from stages import Finding, Stages
 
 from crt_export import cli
 from crt_export.bundle import external_tensors
-from crt_export.config import ModelConfig
 from crt_export.engine.tensorrt.sidecar import EngineFile, read_sidecar
 from crt_export.errors import CrtExportError
 from crt_export.profile import load_profile
@@ -51,7 +50,7 @@ class PythonProbe:
     def __init__(self, seeds: Path) -> None:
         self._sound: Bundle = load_bundle(seeds / BUNDLE)
         self._session = self._sound.session(TARGET, threads=1)
-        self._config = self._sound.config
+        self._model = self._sound.model
         self._count = 0
 
     def probe(self, kind: str, folder: Path, ids: list[int]) -> Stages:
@@ -72,7 +71,7 @@ class PythonProbe:
         }
         probes.get(kind, _bundle)(stages, folder)
         if kind == "tokenizer":
-            stages.give("decode", ByteTokenizer(self._config).decode(ids))
+            stages.give("decode", ByteTokenizer(self._model).decode(ids))
         if kind in OF_BUNDLES:
             self._count += 1
             if self._count % CLI_EVERY == 0:
@@ -92,7 +91,7 @@ class PythonProbe:
         stages.run("step", lambda: _finite("step", session.step([STEP])))
 
     def _sidecar(self, stages: Stages, folder: Path) -> None:
-        profile, contract = sidecar_contract(self._config)
+        profile, contract = sidecar_contract(self._model)
         path = folder / SIDECAR
         readers = {"read_plan": lambda: b"", "read_sidecar": path.read_bytes}
         known = {field.name for field in dataclasses.fields(EngineFile)}
@@ -103,9 +102,8 @@ class PythonProbe:
         stages.run("sidecar", lambda: read_sidecar(file, profile, SIDECAR_GPU, SIDECAR_VERSION))
 
     def _tokenizer(self, stages: Stages, folder: Path) -> None:
-        values = {**self._config.to_dict(), "tokenizer": "tokenizer.json", "vocab_size": 400}
-        config = ModelConfig.from_dict(values)
-        tokenizer = stages.run("tokenizer", lambda: load_tokenizer(folder / TOKENIZER, config))
+        model = dataclasses.replace(self._model, tokenizer="tokenizer.json", vocab_size=400)
+        tokenizer = stages.run("tokenizer", lambda: load_tokenizer(folder / TOKENIZER, model))
         if tokenizer is None:
             return
         stages.run("encode", lambda: tokenizer.encode_prompt("the quick <end> café\n\U0001f600 "))

@@ -49,7 +49,7 @@ def signed_text(manifest: dict[str, Any]) -> str:
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the digests that the package's reader asks for, where it asks for any."""
     try:
-        integrity = importlib.import_module("crt_export.bundle.integrity")
+        integrity = importlib.import_module("crt_export.bundle.manifest")
         return integrity.sealed(manifest)
     except (ImportError, TypeError, ValueError, OverflowError, RecursionError):
         return manifest

@@ -11,8 +11,8 @@ from typing import Any
 from resign import signed_text
 
 from crt_export.bundle import MANIFEST_NAME, open_bundle
-from crt_export.config import ModelConfig
 from crt_export.machine import Gpu
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime import Snapshot
 from crt_export.spec import GraphSpec, graph_spec
@@ -40,17 +40,17 @@ def write_seeds(folder: Path) -> None:
     snapshot = Snapshot.load(GOLDEN / "bundle-v1.recorded" / "session.snapshot")
     dataclasses.replace(snapshot, bundle=opened.identity).save(folder / SNAPSHOT)
     shutil.copytree(bundle / "reference", folder / CHECKPOINT)
-    config = ModelConfig.from_dict(opened.manifest["config"])
-    (folder / SIDECAR).write_text(json.dumps(_sidecar(config), indent=1), "utf-8")
+    model = ModelInfo.from_dict(opened.manifest["model"])
+    (folder / SIDECAR).write_text(json.dumps(_sidecar(model), indent=1), "utf-8")
     shutil.copy(ROOT / "engines" / f"{TARGET}.toml", folder / PROFILE)
     (folder / TOKENIZER).mkdir()
     (folder / TOKENIZER / "tokenizer.json").write_text(tokenizer_texts()[0], "utf-8")
 
 
-def sidecar_contract(config: ModelConfig) -> tuple[EngineProfile, GraphSpec]:
+def sidecar_contract(model: ModelInfo) -> tuple[EngineProfile, GraphSpec]:
     """The profile of the engine that the sidecar describes, and its contract."""
     profile = load_profile(SIDECAR_PROFILE)
-    return profile, graph_spec("step", config, profile.cache_dtype, profile.capacity)
+    return profile, graph_spec("step", model, profile.cache_dtype, profile.capacity)
 
 
 def _shorten(bundle: Path) -> None:
@@ -66,8 +66,8 @@ def _shorten(bundle: Path) -> None:
     path.write_text(signed_text(manifest), "utf-8")
 
 
-def _sidecar(config: ModelConfig) -> dict[str, Any]:
-    profile, contract = sidecar_contract(config)
+def _sidecar(model: ModelInfo) -> dict[str, Any]:
+    profile, contract = sidecar_contract(model)
     values = contract.to_dict()
     for tensor in values["inputs"]:
         for limit, size in (("min", profile.batch.min), ("opt", profile.batch.opt), ("max", profile.batch.max)):

@@ -60,37 +60,18 @@ def test_a_few_inputs_of_every_kind_break_nothing(tmp_path: Path) -> None:
     assert len(counts) == 8
 
 
-def test_without_clang_and_package_manager_the_reason_is_kept(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "validate" / "fuzz" / "prepare_clang.py"), str(tmp_path / "clang")]
-    environment = {**os.environ, "PATH": str(tmp_path)}
-    ran = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
-    assert (ran.returncode, ran.stderr) == (3, (tmp_path / "clang" / "missing.txt").read_text("utf-8"))
-    assert "apt-get install clang libclang-rt-dev" in ran.stderr
-
-
 @pytest.mark.evidence
 @pytest.mark.timeout(0)
-def test_both_languages_for_a_minute_each(cpp_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT / "build" / "fuzz"
-    options = ("--library", str(cpp_build / "libcrt_runtime.so"), "--seconds", SECONDS, "--seed", SEED)
-    ran = fuzz(folder, "--language", "both", *options, "--output", str(folder / "counts.json"))
-    with capsys.disabled():
-        sys.stdout.write(f"\n{ran.stdout}")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-@pytest.mark.evidence
-@pytest.mark.timeout(0)
-def test_cpp_under_the_sanitizers(cpp_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    library = ROOT / "build" / "cpp-sanitize" / "libcrt_runtime.so"
+@pytest.mark.parametrize(("language", "counts"), [("both", "counts.json"), ("cpp", "counts-sanitized.json")])
+def test_every_language_for_a_minute_and_cpp_under_the_sanitizers(
+    cpp_build: Path, capsys: pytest.CaptureFixture[str], language: str, counts: str
+) -> None:
+    build = ROOT / "build" / "cpp-sanitize" if "sanitized" in counts else cpp_build
+    library, folder = build / "libcrt_runtime.so", ROOT / "build" / "fuzz"
     if not library.is_file():
         pytest.skip(f"there is no {library}: make evidence builds it")
-    folder = ROOT / "build" / "fuzz"
-    options = ("--library", str(library), "--seconds", SECONDS, "--seed", SEED)
-    ran = fuzz(folder, "--language", "cpp", *options, "--output", str(folder / "counts-sanitized.json"))
-    with capsys.disabled():
-        sys.stdout.write(f"\n{ran.stdout}")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    options = ("--library", str(library), "--seconds", SECONDS, "--seed", SEED, "--output", str(folder / counts))
+    _say_and_pass(fuzz(folder, "--language", language, *options), capsys)
 
 
 @pytest.mark.evidence
@@ -108,6 +89,10 @@ def test_libfuzzer_on_the_parsers(capsys: pytest.CaptureFixture[str]) -> None:
     ran = subprocess.run(
         [*command, "--seconds", seconds, "--seed", SEED], capture_output=True, encoding="utf-8", check=False
     )
+    _say_and_pass(ran, capsys)
+
+
+def _say_and_pass(ran: subprocess.CompletedProcess[str], capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         sys.stdout.write(f"\n{ran.stdout}")
     assert ran.returncode == 0, ran.stdout + ran.stderr

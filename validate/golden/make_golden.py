@@ -27,7 +27,7 @@ from crt_export.bundle import SCHEMA_VERSION
 from crt_export.bundle.manifest import manifest_text
 from crt_export.checkpoint import tensor_shapes, write_checkpoint
 from crt_export.config import ModelConfig
-from crt_export.graph import write_weights
+from crt_export.graph.weights import write_weights
 from crt_export.parity.metrics import Check, measured
 from crt_export.parity.report import Comparison, LevelResult, ParityReport, corpus_result
 from crt_export.profile import load_profile
@@ -74,7 +74,7 @@ def numbers(*shape: int, start: int = 0) -> np.ndarray:
 def manifest(folder: Path) -> None:
     """``manifest.json`` of a bundle of one target."""
     config = model_config()
-    graphs = {name: f"graphs/{name}.fp32.onnx" for name in graph_names(config)}
+    graphs = {name: f"graphs/{name}.fp32.onnx" for name in graph_names(config.carried)}
     files = [*graphs.values(), "graphs/fp32.weights"]
     entry = {"precision": "fp32", "unroll": 2, "weights": "graphs/fp32.weights", "quantized_matmuls": 0}
     profile = load_profile("ort-cpu-fp32").with_capacity(64).with_unroll(2)
@@ -83,11 +83,12 @@ def manifest(folder: Path) -> None:
         "libraries": {"python": "3.11.0", "torch": "2.13.0"},
         "validated": False,
         "config": config.to_dict(),
+        "model": config.info.to_dict(),
         "checkpoint": {"sha256": "c" * 64, "dtypes": ["F32"]},
         "options": {"targets": ["ort-cpu-fp32"], "text": None, "validated": False, "reference": False},
         "contract": {name: graph_spec(name, config, "float32").to_dict() for name in graphs},
         "graphs": [
-            {"file": file, "graph": name, **entry, "roles": list(profile.graph_roles(name, config.recurrent))}
+            {"file": file, "graph": name, **entry, "roles": list(profile.graph_roles(name, config.carried.iterated))}
             for name, file in graphs.items()
         ],
         "quantization": {},

@@ -25,7 +25,7 @@ if str(Path(__file__).parent) not in sys.path:  # for faults.py; pytest's import
 
 
 @pytest.fixture(scope="session")
-def parity_checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+def parity_checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Checkpoint:
     """Two layers, K = 2."""
     return load_checkpoint(make_checkpoint(hidden_size=16, intermediate_size=32, unroll_steps=2))
 

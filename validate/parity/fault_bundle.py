@@ -14,10 +14,10 @@ import onnx
 from fault_edits import Edit, set_tensor, stored_tensor
 
 from crt_export.bundle import open_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.config import ModelConfig
-from crt_export.parity.bundle import case_from_manifest
-from crt_export.parity.case import ParityCase
+from crt_export.parity.check import case_from_manifest
+from crt_export.parity.setup import ParityCase
 
 
 class SpoiledBundle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +14,10 @@ from faults_of_graphs import Fault
 
 from crt_export.environment import installed_versions
 from crt_export.errors import CrtExportError
-from crt_export.ladder import CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
 from crt_export.machine import machine
 from crt_export.parity import ParityOptions, validate_bundle
-from crt_export.parity.level import Check
+from crt_export.parity.levels import CHAIN, CONTRACT, CORPUS, FREE_RUNNING, ONE_STEP
+from crt_export.parity.metrics import Check
 from crt_export.selftest import run_selftest
 
 #: The levels of the gate that take less than a minute. Before them stands ``opening``: a bundle or text is refused;
@@ -150,15 +149,13 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write the table as Markdown, and as JSON beside it."""
+    """Write the table as a page in Markdown."""
     environment = {
         **machine(),
         **installed_versions(("torch", "onnx", "onnxruntime", "numpy")),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    document = {"command": COMMAND, "environment": environment, "faults": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     path.write_text(_markdown(rows, environment, path), encoding="utf-8")
 
 

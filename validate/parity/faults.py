@@ -157,7 +157,7 @@ def _other_reference_with_its_hash(bundle: SpoiledBundle) -> None:
 def _other_vectors(bundle: SpoiledBundle) -> None:
     """One logit of one step is another, and the file's own checksum says so."""
     file = bundle.path / VECTORS_FILE
-    vectors = load_vectors(file, bundle.config, bundle.manifest["checkpoint"]["sha256"])
+    vectors = load_vectors(file, bundle.config.info, bundle.manifest["checkpoint"]["sha256"])
     name = f"{RECURRENCE}.logits.{VECTOR_STEP}"
     changed = vectors.tensors[name].copy()
     changed[TOKEN % len(changed)] += np.abs(changed).max()

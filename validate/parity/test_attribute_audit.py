@@ -12,7 +12,7 @@ from crt_export.parity.graph_audit import attribute_problems
 
 def _problems(checkpoint: Checkpoint, operator: str, attributes: dict[str, float]) -> list[str]:
     """Of one node in a model with eps 1e-6."""
-    config = dataclasses.replace(checkpoint.config, layer_norm_eps=1e-6)
+    config = dataclasses.replace(checkpoint.config, norm_eps=1e-6)
     node = ir.node(operator, [ir.val("x")], attributes=attributes, name="it")
     graph = ir.Graph([], [], nodes=[node], opset_imports={"": 24})
     return [*attribute_problems(ir.Model(graph, ir_version=10), config)]

@@ -19,10 +19,11 @@ from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.ladder import LEVELS
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityOptions, validate_bundle
 from crt_export.parity.decoding import Decoding
+from crt_export.parity.levels import LEVELS
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.scores import reference_nll
 from crt_export.parity.windows import windows_from_text
@@ -75,7 +76,7 @@ def _write_weights(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Checkpoint:
     """A recurrent model of one layer whose correction is zero."""
     return load_checkpoint(
         make_checkpoint(
@@ -109,7 +110,7 @@ def _text(count: int, bos: int | None = BOS) -> TokenText:
     return TokenText(ids=np.arange(count) % CHAIN, source="a chain", bos_token_id=bos)
 
 
-def _nll(model: Model, text: TokenText) -> float:
+def _nll(model: LanguageModel, text: TokenText) -> float:
     windows = windows_from_text(text, SHORT, longest=LENGTH, longest_reason="a test")
     return float(reference_nll(Reference(model, windows, batch=8), STEP, 1).mean())
 
@@ -126,9 +127,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert (starts[:, 0] == BOS).all(), f"{what} fed {starts[:, :4].tolist()} from position 0"
             assert not (starts[:, 1:2] == BOS).any(), f"{what} fed the token twice"
 
-    run_pass, step, prefill = Model.run_pass, Decoding.step, Decoding.prefill
+    run_pass, step, prefill = LanguageModel.run_pass, Decoding.step, Decoding.prefill
 
-    def recorded_pass(self: Model, ids: Any, previous: Any, position: Any, cache: Any) -> Any:
+    def recorded_pass(self: LanguageModel, ids: Any, previous: Any, position: Any, cache: Any) -> Any:
         look("pytorch", ids, position)
         return run_pass(self, ids, previous, position, cache)
 
@@ -140,7 +141,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         look("target", ids, np.array(self.position))
         prefill(self, ids, passes, **options)
 
-    monkeypatch.setattr(Model, "run_pass", recorded_pass)
+    monkeypatch.setattr(LanguageModel, "run_pass", recorded_pass)
     monkeypatch.setattr(Decoding, "step", recorded_step)
     monkeypatch.setattr(Decoding, "prefill", recorded_prefill)
     return seen

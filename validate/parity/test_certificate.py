@@ -14,23 +14,20 @@ import onnx
 import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_value, shift_input
+from short_setup import check_of, short_setup
 
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
-from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
-from crt_export.parity.bundle import case_from_manifest
 from crt_export.parity.certificate import certify, measurement, runs
 from crt_export.parity.certificate.curves import residual_curve
 from crt_export.parity.certificate.measurement import compare_states, coverage_of
 from crt_export.parity.certificate.runs import ReferenceRun
-from crt_export.parity.level import Check, LevelResult, ParitySetup
-from crt_export.parity.reference import Reference
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
+from crt_export.parity.check import case_from_manifest
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.pipeline import BuildOptions, build
-from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 WINDOW, TRAINED, UNROLL, COUNT = 48, 32, 2, 6
@@ -40,15 +37,7 @@ CPU, GPU = "ort-cpu-fp32", "ort-cuda-fp16"
 def _setup(checkpoint: Checkpoint, text: TokenText, **changes: Any) -> ParitySetup:
     values: dict[str, Any] = {"validation_tokens": COUNT * WINDOW, "window": WINDOW, "short_reason": "test of a level"}
     options = ParityOptions(**{**values, **changes}, threads=1)
-    windows = windows_from_text(text, options, longest=10_000, longest_reason="nothing")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=options.window_batch),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +57,6 @@ def sound(case: ParityCase, setup: ParitySetup) -> LevelResult:
 
 def _case(bundle: Path, target: str = CPU) -> ParityCase:
     return case_from_manifest(open_bundle(bundle, allow_unvalidated=True), target)
-
-
-def _check(result: LevelResult, start: str) -> Check:
-    return next(check for check in result.checks if check.name.startswith(start))
 
 
 # --- sound graphs
@@ -141,7 +126,7 @@ def test_the_target_gives_the_figures_of_the_reference(sound: LevelResult) -> No
 
 def test_a_model_worse_than_chance_is_judged_by_its_states_only(sound: LevelResult) -> None:
     assert any("worse than a uniform guess" in note for note in sound.notes)
-    likelihoods = [c for c in sound.checks if c.name.startswith(("regime gap", "hand-over"))]
+    likelihoods = [c for c in sound.checks if c.name.startswith(("regime gap", "handover"))]
     assert len(likelihoods) == 6
     assert all(check.passed is None and check.interval is not None for check in likelihoods)
     assert all(check.passed for check in sound.checks if check.name.startswith(("anchor", "prefix", "step", "prefill")))
@@ -193,7 +178,7 @@ def test_a_target_without_single_passes_is_refused(spoiled: SpoiledBundle, setup
 
 
 def test_windows_are_as_long_as_the_target_takes_at_once(case: ParityCase, setup: ParitySetup) -> None:
-    short = measurement.coverage_of(case, setup, WINDOW - 8)
+    short = measurement.coverage_of(setup.runner(case), setup, WINDOW - 8)
     assert (short.length, short.whole) == (WINDOW - 8, False)
     assert any(f"the first {WINDOW - 8} of the {WINDOW} tokens" in note for note in short.notes)
 
@@ -205,13 +190,13 @@ def test_windows_are_left_out_where_they_take_too_long(
     per_window = (config.parameter_count + 150 * config.vocab_size) * WINDOW * 2 * UNROLL
     monkeypatch.setattr(measurement, "MOST_WORK", 3 * per_window)
     setup = _setup(parity_checkpoint, real_text)
-    assert coverage_of(case, setup, WINDOW).windows == 3
+    assert coverage_of(setup.runner(case), setup, WINDOW).windows == 3
     result = certify(case, setup)
     assert result.passed, result.failures
     assert result.data["windows"] == 3
     assert any("3 of 6 windows" in note and "reported and not gated" in note for note in result.notes)
     monkeypatch.setattr(measurement, "MOST_WORK", 1)
-    assert coverage_of(case, setup, WINDOW).windows == 2, "an interval needs two"
+    assert coverage_of(setup.runner(case), setup, WINDOW).windows == 2, "an interval needs two"
 
 
 @pytest.mark.evidence  # builds one more model
@@ -300,7 +285,7 @@ def test_a_fault_in_the_passes_is_named(
     for name in failed:
         failure = next(failure for failure in result.failures if failure.startswith(name))
         assert "expected at most" in failure
-    assert _check(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
+    assert check_of(result, "anchor: 1 passes").passed, "one token needs neither state nor shift"
 
 
 def test_one_pass_too_few_in_prefill_is_named(three_targets: Path, setup: ParitySetup, tmp_path: Path) -> None:
@@ -347,7 +332,7 @@ def test_residual_figures_of_made_windows(case: ParityCase, setup: ParitySetup) 
         sequential_nll=nothing, nll=nothing, kl=nothing, prefix_error=nothing[0], continuations=(),
         residual=residual, error=error,
     )  # fmt: skip
-    falling, rising, flat, still = residual_curve(made, coverage_of(case, setup, WINDOW))
+    falling, rising, flat, still = residual_curve(made, coverage_of(setup.runner(case), setup, WINDOW))
     assert (falling["ratio_median"], falling["ratio_p95"], falling["correlation"]) == (0.5, 0.5, pytest.approx(1))
     assert rising["correlation"] == pytest.approx(-1)
     assert rising["error_max"] == 4

@@ -7,11 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from crt_export.parity.certificate import smallest_passes
-from crt_export.parity.certificate.curves import perplexity_gap_interval
-from crt_export.parity.certificate.gates import excess_check
+from crt_export.parity.certificate.curves import perplexity_gap_interval, smallest_passes
 from crt_export.parity.certificate.runs import Chain
 from crt_export.parity.difference import relative_error
+from crt_export.parity.metrics import Check, measured
 from crt_export.parity.statistics import Interval
 
 
@@ -56,15 +55,19 @@ def test_a_perplexity_beyond_numbers_has_no_gap() -> None:
     assert math.isnan(perplexity_gap_interval(np.full((4, 2), 800.0), np.full((4, 2), 1.0)).mean)
 
 
+def _excess(found: Interval, limit: float | None) -> Check:
+    return measured("gap_excess", "a", found.mean, interval=found.ends, limit=limit, precision="w8")
+
+
 def test_an_interval_gate_needs_the_whole_interval() -> None:
     inside, outside = _intervals(0.001)[0], _intervals(0.009)[0]
-    assert excess_check("gap_excess", "a", inside, 0.01, "w8").passed is True
-    failed = excess_check("gap_excess", "a", outside, 0.01, "w8")
+    assert _excess(inside, 0.01).passed is True
+    failed = _excess(outside, 0.01)
     assert failed.passed is False
     assert "expected within +-0.01 (w8.gap_delta_nll)" in failed.failures[0]
-    assert excess_check("gap_excess", "a", outside, None, "w8").passed is None
+    assert _excess(outside, None).passed is None
     nothing = Interval(mean=math.nan, low=math.nan, high=math.nan)
-    assert excess_check("gap_excess", "a", nothing, 1, "w8").passed is False
+    assert _excess(nothing, 1).passed is False
 
 
 def test_relative_errors_see_nan_and_shapes() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from crt_export.ladder import CERTIFICATE
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
-from crt_export.parity.level import LevelResult
+from crt_export.parity.levels import CERTIFICATE
+from crt_export.parity.report import LevelResult
 from crt_export.pipeline import BuildOptions, build
 
 pytestmark = [pytest.mark.evidence, pytest.mark.timeout(1800)]
@@ -57,8 +57,8 @@ def test_k_passes_are_the_recurrence_below_the_training_length(report: ParityRep
 @pytest.mark.parametrize("target", TARGETS)
 def test_likelihoods_are_gated_below_the_training_length(report: ParityReport, target: str) -> None:
     checks = _level(report, target).checks
-    gated = [check for check in checks if check.name.startswith(("regime gap", "hand-over")) and check.limit]
-    assert len(gated) == 3, "K and 2 K below the training length, and the hand-over there"
+    gated = [check for check in checks if check.name.startswith(("regime gap", "handover")) and check.limit]
+    assert len(gated) == 3, "K and 2 K below the training length, and the handover there"
     assert all(check.passed for check in gated)
 
 

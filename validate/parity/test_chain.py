@@ -9,17 +9,14 @@ import onnx
 import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_output, replace_value, times_zero
+from short_setup import check_of, short_setup
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.model import model_from_checkpoint
 from crt_export.parity.chain import check_chain
-from crt_export.parity.chain_errors import ChainErrors, ChainText
+from crt_export.parity.chain_errors import ChainErrors
 from crt_export.parity.decoding import Decoding
-from crt_export.parity.level import Check, LevelResult, ParitySetup
-from crt_export.parity.reference import Reference
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import ParityOptions, windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.setup import ParitySetup
+from crt_export.parity.windows import ParityOptions
 from crt_export.text import TokenText
 
 LENGTH, STEPS, WINDOWS = 24, 16, 3
@@ -36,19 +33,7 @@ OPTIONS = ParityOptions(
 
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
-    windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
-    return ParitySetup(
-        checkpoint=parity_checkpoint,
-        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=4),
-        text=real_text,
-        options=OPTIONS,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
-
-
-def check_of(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
+    return short_setup(parity_checkpoint, real_text, OPTIONS)
 
 
 def where_position_is(position: int, value: object, kept: str, result: str) -> list[onnx.NodeProto | onnx.TensorProto]:
@@ -159,7 +144,7 @@ def test_a_chain_that_ends_early_fails_with_the_steps_it_took(spoiled: SpoiledBu
     assert "ONNX Runtime failed in prefill_pass.fp32.onnx" in steps.failures[1]
     assert check_of(result, "first divergence").passed is False
     assert check_of(result, "reset").passed is False
-    assert check_of(result, "hand-over").passed is False
+    assert check_of(result, "handover").passed is False
 
 
 def test_what_prefill_hands_over_is_compared(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
@@ -175,7 +160,7 @@ def test_what_prefill_hands_over_is_compared(spoiled: SpoiledBundle, setup: Pari
         ),
     )
     result = check_chain(spoiled.case(), setup)
-    handover = check_of(result, "hand-over")
+    handover = check_of(result, "handover")
     assert check_of(result, "first divergence").passed is True
     assert handover.passed is False
     assert f"{GRAPH} graph at step 7 of window 0: next_state" in handover.failures[0]
@@ -210,8 +195,7 @@ def test_what_is_shortened_is_noted(spoiled: SpoiledBundle, setup: ParitySetup) 
 
 
 def test_the_earliest_step_comes_before_the_largest_error() -> None:
-    texts = [ChainText(window=3), ChainText(window=7, after_reset=True)]
-    errors = ChainErrors(["key", "logits"], texts, range(4), 0.1)
+    errors = ChainErrors(["key", "logits"], [3, 7], range(4), 0.1, fresh=1)
     for step in range(4):
         errors.add(0, step, {"key": np.array([0.0, 0.0]), "logits": np.array([0.0, 0.05])}, {})
     assert errors.first_divergence() is None
@@ -220,6 +204,6 @@ def test_the_earliest_step_comes_before_the_largest_error() -> None:
     first, after = errors.first_divergence(), errors.first_divergence(after_reset=True)
     assert first is not None
     assert after is not None
-    assert (first.step, first.tensor, first.text.window, first.error) == (2, "key", 3, 0.2)
-    assert (after.step, after.tensor, after.text.window, after.error) == (2, "logits", 7, 0.3)
+    assert (first.step, first.tensor, first.window, first.error) == (2, "key", 3, 0.2)
+    assert (after.step, after.tensor, after.window, after.error) == (2, "logits", 7, 0.3)
     assert errors.largest("logits") == np.inf

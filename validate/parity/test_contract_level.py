@@ -33,28 +33,20 @@ from contract_edits import (
 )
 from onnx import helper, numpy_helper
 from safetensors.numpy import load, save
+from short_setup import short_setup
 
 from crt_export.checkpoint import Checkpoint
-from crt_export.graph import GraphExporter, write_graph, write_weights
-from crt_export.model import model_from_checkpoint
+from crt_export.graph.export import GraphExporter
+from crt_export.graph.weights import write_graph, write_weights
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
-from crt_export.parity.level import LevelResult, ParitySetup
-from crt_export.parity.reference import Reference
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
-from crt_export.progress import no_progress
-from crt_export.quantize import (
-    CalibrationOptions,
-    W8A8Plan,
-    calibrate,
-    calibration_windows,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-    read_plan,
-)
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, quantize_linears, read_plan
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
 from crt_export.text import TokenText
 
 LENGTH = 32
@@ -65,15 +57,7 @@ FORMS = ("fp32", "fp16", "w8", "w8a8")
 @pytest.fixture(scope="session")
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
     options = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="a test of levels", threads=1)
-    windows = windows_from_text(real_text, options, longest=LENGTH, longest_reason="a test")
-    return ParitySetup(
-        checkpoint=parity_checkpoint,
-        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=8),
-        text=real_text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(parity_checkpoint, real_text, options)
 
 
 @pytest.fixture(scope="session")

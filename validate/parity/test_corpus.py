@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from short_setup import short_setup
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.ladder import CORPUS
-from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityOptions, ParityReport, load_tolerances, validate_bundle
-from crt_export.parity.level import LevelResult, ParitySetup
-from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.corpus import check_text
+from crt_export.parity.levels import CORPUS
+from crt_export.parity.reference import STEP
+from crt_export.parity.report import LevelResult
 from crt_export.parity.scores import reference_nll
-from crt_export.parity.text_gate import check_text
-from crt_export.parity.windows import windows_from_text
-from crt_export.progress import no_progress
 from crt_export.text import TokenText
 
 WINDOW = 16
@@ -181,16 +179,7 @@ def _judge(checkpoint_folder: Path, ids: np.ndarray, recorded: float | None) -> 
     checkpoint = load_checkpoint(checkpoint_folder)
     text = TokenText(ids=ids.astype(np.int64), source="test")
     options = ParityOptions(validation_tokens=512, window=64, short_reason="test of the text gate")
-    windows = windows_from_text(text, options, longest=1024, longest_reason="")
-    setup = ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-        recorded_nll=recorded,
-    )
+    setup = short_setup(checkpoint, text, options, recorded_nll=recorded)
     return check_text(setup, float(reference_nll(setup.reference, STEP, 1).mean()))
 
 

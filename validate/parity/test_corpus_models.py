@@ -16,30 +16,22 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from loose_runner import loose_runner
+from loose_step import DTYPES, compare_step
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.graph.export import export_graph
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
-from crt_export.parity.comparison import compare
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.parity import Comparison, ParityOptions
 from crt_export.parity.reference import STEP, Reference
-from crt_export.parity.rollout import Rollout
-from crt_export.parity.scores import Scorer
 from crt_export.parity.windows import windows_from_text
-from crt_export.quantize import (
-    W8A8Plan,
-    calibrate,
-    calibration_windows,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, quantize_linears
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
 from crt_export.text import TokenText
 
 _log = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "w8": torch.float32, "w8a8": torch.float16}
 CALIBRATION = 4096
 WIDE: dict[str, Any] = {"max_position_embeddings": 256, "training_sequence_length": 256}
 MODELS: dict[str, dict[str, Any]] = {
@@ -68,7 +60,7 @@ CASES = [(name, precision) for name in MODELS for precision in DTYPES if precisi
 
 
 @torch.no_grad()
-def _written(model: Model, count: int, length: int) -> np.ndarray:
+def _written(model: LanguageModel, count: int, length: int) -> np.ndarray:
     """What a model writes by sampling, int64 [count * length]: ``count`` texts one behind the other."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count, 1), generator=generator)
@@ -94,24 +86,13 @@ def _step_graph(
 
 
 def _compared(checkpoint: Checkpoint, precision: str, folder: Path) -> Comparison:
-    config, model, limits = checkpoint.config, model_from_checkpoint(checkpoint), load_tolerances()
-    length = min(256, config.max_position_embeddings)
+    model = model_from_checkpoint(checkpoint)
+    length = min(256, checkpoint.config.max_position_embeddings)
     ids = _written(model, -(-2 * (CALIBRATION + length) // length), length)
     text = TokenText(ids=ids[-(-CALIBRATION // length) * length :], source="its own samples")
     windows = windows_from_text(text, ParityOptions(), longest=length, longest_reason="test")
     graph, plan = _step_graph(checkpoint, precision, ids[:CALIBRATION], length)
-    ir.save(graph, folder / "step.onnx")
-    graphs = {STEP: folder / "step.onnx"}
-    case = ParityCase(
-        target="random", runtime="onnxruntime", precision=precision, graphs=graphs, unroll=2,
-        cache_dtype=str(DTYPES[precision]).removeprefix("torch."), plan=plan,
-    )  # fmt: skip
-    runner = loose_runner(graphs, config, precision, unroll=2)
-    reference = Reference(model, windows, batch=windows.count)
-    scorer = Scorer(reference, STEP, 2, near_tie_margin=limits.near_tie_margin)
-    Rollout(runner, case, windows, window_batch=windows.count).run(STEP, scorer, lambda done: None)
-    row = Comparison(target="random", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
-    return compare(row, scorer.scores(), limits, scorer.problems)
+    return compare_step(graph, precision, Reference(model, windows, batch=windows.count), folder, unroll=2, plan=plan)
 
 
 @pytest.mark.evidence

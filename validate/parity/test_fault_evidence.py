@@ -116,8 +116,9 @@ def test_the_rotation_that_is_injected_is_that_of_the_other_layout(
     import dataclasses
 
     from crt_export.engine.onnxruntime import load_graph
-    from crt_export.graph import export_graph, write_graph, write_weights
-    from crt_export.model import model_from_checkpoint
+    from crt_export.graph.export import export_graph
+    from crt_export.graph.weights import write_graph, write_weights
+    from crt_export.models.registry import model_from_checkpoint
 
     half = dataclasses.replace(
         parity_checkpoint, config=dataclasses.replace(parity_checkpoint.config, rope_layout="half")

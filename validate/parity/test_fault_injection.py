@@ -11,7 +11,7 @@ import pytest
 from fault_bundle import SpoiledBundle
 from faults import FAULTS, Fault
 
-from crt_export.ladder import OWN_MODEL
+from crt_export.parity.levels import OWN_MODEL
 
 #: Short windows of a tiny model: 8 of 32 tokens, what is needed to see a fault and not to measure one; the chain ends
 #: before the windows do.

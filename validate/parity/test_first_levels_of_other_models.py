@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 from loose_runner import loose_runner
+from short_setup import short_setup
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions
 from crt_export.parity.contract import check_contract_level
-from crt_export.parity.level import ParitySetup
 from crt_export.parity.one_step import check_one_step
-from crt_export.parity.reference import Reference
 from crt_export.parity.runner import disabled_optimizers
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
+from crt_export.parity.setup import ParitySetup
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.progress import no_progress
-from crt_export.quantize import W8A8Plan, calibrate, calibration_windows, plan_w8a8
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.variants import variants_of_profile
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8
+from crt_export.stages.graphs import variants_of_profile, write_graphs
 from crt_export.text import TokenText
 
 TARGETS = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cuda-fp16", "rtx-sm80-fp16", "rtx-sm80-int8")
@@ -71,21 +69,13 @@ def test_sound_exports_pass(
 
 def _setup(checkpoint: Checkpoint, text: TokenText) -> ParitySetup:
     options = ParityOptions(validation_tokens=8 * LENGTH, window=LENGTH, short_reason="a test of levels", threads=1)
-    windows = windows_from_text(text, options, longest=LENGTH, longest_reason="a test")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options)
 
 
 def _cases(checkpoint: Checkpoint, text: TokenText, folder: Path) -> list[ParityCase]:
     """The graphs of every target as a build writes them, without compiling engines."""
     config = checkpoint.config
-    unroll = config.unroll_steps if config.recurrent else 1
+    unroll = config.carried.passes
     capacity = config.max_position_embeddings
     profiles = [load_profile(name).with_capacity(capacity).with_unroll(unroll) for name in TARGETS]
     # Decomposed attention and an FP32 residual stream: the other form of each choice.

@@ -9,18 +9,15 @@ import pytest
 from fault_bundle import SpoiledBundle
 from fault_edits import constant, nan_at, node, replace_output, times_zero
 from faults_of_graphs import ROPE
+from short_setup import check_of, short_setup
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import ContractError
-from crt_export.model import model_from_checkpoint
 from crt_export.parity import free_running
 from crt_export.parity.free_running import check_free_running
-from crt_export.parity.level import Check, LevelResult, ParitySetup
-from crt_export.parity.reference import Reference
 from crt_export.parity.runner import Runner
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import ParityOptions, windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.setup import ParitySetup
+from crt_export.parity.windows import ParityOptions
 from crt_export.text import TokenText
 
 LENGTH, PROMPTS, NEW = 24, 6, 20
@@ -37,19 +34,7 @@ OPTIONS = ParityOptions(
 
 @pytest.fixture
 def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
-    windows = windows_from_text(real_text, OPTIONS, longest=LENGTH, longest_reason="the test")
-    return ParitySetup(
-        checkpoint=parity_checkpoint,
-        reference=Reference(model_from_checkpoint(parity_checkpoint), windows, batch=4),
-        text=real_text,
-        options=OPTIONS,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
-
-
-def check_of(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
+    return short_setup(parity_checkpoint, real_text, OPTIONS)
 
 
 def test_a_sound_target_says_the_same(spoiled: SpoiledBundle, setup: ParitySetup) -> None:
@@ -64,11 +49,11 @@ def test_a_sound_target_says_the_same(spoiled: SpoiledBundle, setup: ParitySetup
 
 def test_the_tokens_are_those_of_the_model(setup: ParitySetup) -> None:
     prompts = setup.windows.inputs[:2, :5]
-    continuation = free_running.continue_greedily(setup.reference, prompts, 4)
+    continuation = setup.reference.continuation(prompts, 4)
     whole = np.concatenate([prompts, continuation.tokens[:, :-1]], axis=1)
     import torch
 
-    hidden, _ = setup.model.sequential(torch.from_numpy(whole))
+    (hidden, _), _ = setup.model.sequential(torch.from_numpy(whole))
     expected = setup.model.head(hidden[:, 4:]).argmax(dim=-1).numpy()
     assert np.array_equal(continuation.tokens, expected)
 

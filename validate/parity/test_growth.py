@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from crt_export.parity.long_run.growth import SMALLEST_UNITS, growth_from_units
+from crt_export.parity.long_run.figures import SMALLEST_UNITS, growth_from_units
 
 
 def test_growth_is_the_slope_of_a_line() -> None:

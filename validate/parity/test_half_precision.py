@@ -16,17 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import ContractError
-from crt_export.graph import export_graph, write_graph, write_weights
+from crt_export.graph.export import GraphExporter
 from crt_export.graph.passes.decompose_attention import decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.model import model_from_checkpoint
+from crt_export.graph.weights import write_graph, write_weights
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import Comparison, ParityCase, ParityOptions, ParityReport, check_parity, load_tolerances
 from crt_export.parity.half import compare_half
 from crt_export.parity.headroom import observe_fp16
 from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
 from crt_export.progress import no_progress
-from crt_export.quantize import CalibrationOptions, W8A8Plan, calibrate, calibration_windows, plan_w8a8
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8
 from crt_export.text import TokenText
 
 OPTIONS = ParityOptions(validation_tokens=128, window=16, short_reason="overflow test", threads=1)
@@ -34,17 +36,12 @@ CAPACITY = 24
 
 
 @pytest.fixture(scope="module")
-def parity_checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
-    """One layer: what is looked for here does not depend on their number."""
-    return load_checkpoint(make_checkpoint(num_hidden_layers=1, hidden_size=16, intermediate_size=32, unroll_steps=2))
-
-
-@pytest.fixture(scope="module")
 def built(parity_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Step, prefill (one pass) and head in FP16 as a TensorRT target has them: capacity fixed, attention decomposed."""
     folder = tmp_path_factory.mktemp("built")
     model = model_from_checkpoint(parity_checkpoint, torch.float16)
-    graphs = {name: export_graph(model, name) for name in ("step", "prefill_pass", "head")}
+    exporter = GraphExporter(model)
+    graphs = {name: exporter.graph(name) for name in ("step", "prefill_pass", "head")}
     for name in ("step", "prefill_pass"):
         fix_capacity(graphs[name], CAPACITY)
     decompose_attention(graphs["prefill_pass"])
@@ -151,7 +148,7 @@ def test_a_mask_fill_and_a_cache_are_not_mistaken_for_activations(built: Path) -
 def test_scores_inside_a_fused_attention_are_bounded_by_norms(built: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(built / "step.onnx", load_external_data=False))
     observed = observe_fp16(model)
-    assert [scale for _, scale in observed.scores] == [pytest.approx(0.5)]  # head_dim 4
+    assert [scale for _, scale in observed.scores] == [pytest.approx(0.5)] * 2  # head_dim 4, two layers
     values = np.ones(observed.count, np.float32)
     values[-2:] = 3.0, 5.0
     assert list(observed.largest(values).values())[-1] == pytest.approx(7.5)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from crt_export.config import ModelConfig
-from crt_export.model import Linear, Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.layers import Linear
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.reference import STEP, Reference
 from crt_export.parity.windows import ParityOptions, windows_from_text
 from crt_export.quantize.emulation import WideLinear, emulate_fp16
@@ -78,7 +80,7 @@ def _reference(checkpoint) -> Reference:
 def test_first_windows_do_not_compute_again(parity_checkpoint, monkeypatch) -> None:
     reference = _reference(parity_checkpoint)
     whole = reference.hidden(STEP, 1)
-    monkeypatch.setattr(Model, "sequential", lambda *_: pytest.fail("the recurrence ran again"))
+    monkeypatch.setattr(LanguageModel, "sequential", lambda *_: pytest.fail("the recurrence ran again"))
     part = reference.first_windows(2)
     assert part.windows.count == 2
     assert torch.equal(part.hidden(STEP, 1), whole[:2])

@@ -16,43 +16,36 @@ from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, node, replace_output, replace_value
 from faults_of_graphs import ROPE
 from loose_runner import loose_runner
+from short_setup import check_of, short_setup
 
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError
-from crt_export.graph import export_graph, write_graph, write_weights
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.graph.export import export_graph
+from crt_export.graph.weights import write_graph, write_weights
+from crt_export.models.base import LanguageModel
 from crt_export.parity import ParityCase, ParityOptions, check_parity, load_tolerances
-from crt_export.parity.bundle import case_from_manifest
-from crt_export.parity.level import Check, LevelResult, ParitySetup
-from crt_export.parity.long_run import check_long_run
-from crt_export.parity.long_run.gates import growth_checks, why_not_gated
-from crt_export.parity.long_run.growth import Growth, growth_from_units
-from crt_export.parity.long_run.headroom import layers_of_tensors
-from crt_export.parity.long_run.reference import long_reference
-from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, schedules
-from crt_export.parity.reference import Reference
-from crt_export.parity.windows import windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.check import case_from_manifest
+from crt_export.parity.long_run import check_long_run, growth_checks, why_not_gated
+from crt_export.parity.long_run.figures import Growth, growth_from_units
+from crt_export.parity.long_run.run import layers_of_tensors
+from crt_export.parity.long_run.schedule import CHAINED, SINGLE, Schedule, long_reference, schedules
+from crt_export.parity.reference import STEP
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.text import TokenText
 
 #: The fewest tokens whose growth is gated.
 TOKENS, WINDOW, POSITIONS = 12_000, 32, 64
 
 
-def _setup(checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: Model | None = None) -> ParitySetup:
+def _setup(
+    checkpoint: Checkpoint, text: TokenText, tokens: int = TOKENS, model: LanguageModel | None = None
+) -> ParitySetup:
     options = ParityOptions(
         validation_tokens=64, window=32, long_run_tokens=tokens, short_reason="tiny models", threads=1
     )
-    windows = windows_from_text(text, options, longest=32, longest_reason="tiny models")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model or model_from_checkpoint(checkpoint), windows, batch=2),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options, model=model)
 
 
 def _case(checkpoint: Checkpoint, step: Path, **changes: Any) -> ParityCase:
@@ -88,10 +81,6 @@ def spoiled(setup: ParitySetup, parity_bundle: Path, tmp_path: Path) -> Callable
     return run
 
 
-def _check(result: LevelResult, name: str) -> Check:
-    return next(check for check in result.checks if check.name == name)
-
-
 def _run(result: LevelResult, kind: str) -> dict[str, Any]:
     return next(run for run in result.to_dict()["data"]["runs"] if run["kind"] == kind)
 
@@ -111,7 +100,7 @@ def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
     assert growth["gated"]
     assert growth["ci"][0] < growth["per_1000_tokens"] < growth["ci"][1] <= growth["limit"]
     assert growth["over_run_ci"][0] < growth["over_run"] < growth["over_run_ci"][1] <= growth["over_run_limit"]
-    gate, rate = _check(sound, "chained: growth"), _check(sound, "chained: growth per 1,000 tokens")
+    gate, rate = check_of(sound, "chained: growth"), check_of(sound, "chained: growth per 1,000 tokens")
     assert (gate.value, gate.limit, gate.passed) == (growth["over_run"], growth["over_run_limit"], True)
     assert (rate.value, rate.interval, rate.passed) == (growth["per_1000_tokens"], tuple(growth["ci"]), None)
     assert any("64 of 12,000 tokens, max_position_embeddings of the model is 64" in note for note in sound.notes)
@@ -120,17 +109,17 @@ def test_a_sound_target_passes_both_runs(sound: LevelResult) -> None:
 def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParitySetup, sound: LevelResult) -> None:
     """The documented rule, written out: position 0, nothing cached, h of the token before."""
     model, ids = setup.model, torch.from_numpy(setup.text.ids[None, : 3 * WINDOW])
-    state, expected = model.start(1).state, []
+    states, expected = model.start(1).states, []
     for start in range(0, 3 * WINDOW, WINDOW):
-        carry = model.start(1)
+        state = dataclasses.replace(model.start(1), states=states)
         for t in range(start, start + WINDOW):
-            h, carry = model.step(ids[:, t : t + 1], type(carry)(**{**vars(carry), "state": state}))
-            state = h
+            h, state = model.step(ids[:, t : t + 1], state)
             expected.append(h[0, 0])
+        states = {"hidden": h}
     _, chained = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
-    found = long_reference(setup, chained).states[: 3 * WINDOW]
+    found = long_reference(setup, chained).hidden(STEP, 1)[0, : 3 * WINDOW]
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)
-    assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0][0, 0], atol=1e-3)
+    assert not torch.allclose(found[WINDOW], model.sequential(ids[:, WINDOW : WINDOW + 1])[0].hidden[0, 0], atol=1e-3)
 
 
 def test_the_reference_is_computed_once_and_serves_shorter_runs(setup: ParitySetup, sound: LevelResult) -> None:
@@ -139,7 +128,7 @@ def test_the_reference_is_computed_once_and_serves_shorter_runs(setup: ParitySet
     whole, part = long_reference(setup, single), long_reference(setup, short)
     assert long_reference(setup, single) is whole
     assert (whole.windows.length, part.windows.length) == (64, 40)
-    assert torch.equal(part.states, whole.states[:40])
+    assert torch.equal(part.hidden(STEP, 1), whole.hidden(STEP, 1)[:, :40])
 
 
 def test_text_that_is_too_short_says_what_is_needed(parity_checkpoint: Checkpoint, real_text: TokenText) -> None:
@@ -172,7 +161,7 @@ def test_growth_that_cannot_be_given_is_a_check_without_a_verdict() -> None:
     growth = growth_from_units(np.ones(7), run.unit)
     (check,) = growth_checks(run, growth, None, "fp32")
     assert (check.name, check.value, check.passed) == ("chained: growth", None, None)
-    assert why_not_gated(run, growth, recurrent=True) == "it cannot be given, 7 tokens are too few for 8 observations"
+    assert why_not_gated(run, growth, stateful=True) == "it cannot be given, 7 tokens are too few for 8 observations"
 
 
 # --- faults in the file
@@ -182,7 +171,7 @@ def test_a_state_scaled_by_one_in_two_thousand_is_a_wrong_norm(spoiled: Callable
             "next_state", constant("gain", 1.0005, np.float32), node("Mul", ["before", "gain"], "next_state")
         )
     )
-    check = _check(result, "chained: state norm")
+    check = check_of(result, "chained: state norm")
     assert check.passed is False
     assert check.value == pytest.approx(math.log(1.0005), rel=0.2)
     assert "in tokens" in check.failures[0]
@@ -212,7 +201,7 @@ def test_an_error_that_accumulates_is_growth(spoiled: Callable[[Edit], LevelResu
         )(model)
 
     result = spoiled(edit)
-    check = _check(result, "chained: growth")
+    check = check_of(result, "chained: growth")
     assert check.passed is False
     assert check.value == pytest.approx(2, abs=0.3)  # a straight line that began at nothing
     assert "in units of 32; its upper end is expected to be at most 0.5 (fp32.growth)" in check.failures[0]
@@ -231,7 +220,7 @@ def test_nan_at_one_late_step_is_named(spoiled: Callable[[Edit], LevelResult], s
     step = _only_time(setup.text.ids, 3000)
     axes = [1, 2] if tensor == "next_state" else [1]
     result = spoiled(_nan_once(tensor, step % WINDOW, int(setup.text.ids[step]), axes))
-    check = _check(result, "chained: NaN and infinity")
+    check = check_of(result, "chained: NaN and infinity")
     assert check.passed is False
     assert check.failures == (f"first at step {step} (position {step % WINDOW}), tensor {tensor}",)
     if tensor == "logits":
@@ -272,7 +261,7 @@ def test_a_graph_that_stops_is_a_failed_run_with_its_step(
 # --- other models
 @pytest.mark.evidence  # exports one more model
 def test_a_full_cache_slides_where_the_model_has_an_attention_window(
-    tiny_bundle: Callable[..., tuple[Path, Model]], tiny_checkpoint: Path, real_text: TokenText
+    tiny_bundle: Callable[..., tuple[Path, LanguageModel]], tiny_checkpoint: Path, real_text: TokenText
 ) -> None:
     """The single run goes past the 64 positions of the model; PyTorch counts on with longer tables."""
     bundle, model = tiny_bundle("windowed", num_hidden_layers=2, unroll_steps=2, sliding_window=6)
@@ -287,7 +276,7 @@ def test_a_full_cache_slides_where_the_model_has_an_attention_window(
     assert model.rope_cos.shape[0] == 64
     # Too few tokens for an interval worth gating.
     assert chained["growth"]["gated"] is False
-    assert _check(result, "chained: growth").passed is None
+    assert check_of(result, "chained: growth").passed is None
     assert any("growth of the chained run is not gated: 2,000 tokens, it takes 12,000" in n for n in result.notes)
 
 
@@ -311,7 +300,7 @@ def test_a_plain_transformer_has_no_state_to_judge(
     assert chained["blocks"][0]["state_norm"] is None
     assert not any("state norm" in check.name for check in result.checks)
     assert chained["growth"]["gated"] is False
-    assert _check(result, "chained: growth").passed is None
+    assert check_of(result, "chained: growth").passed is None
     assert any("growth of the chained run is not gated: no state is carried over" in note for note in result.notes)
     assert any("training length is not known" in note for note in result.notes)
 
@@ -363,8 +352,8 @@ def test_an_error_that_doubles_over_the_run_is_growth_at_every_precision(precisi
 def test_the_growth_of_a_plain_transformer_is_not_gated() -> None:
     run = Schedule(kind=CHAINED, tokens=20_480, capacity=128, unit=128, trained=128)
     growth = _made_growth(1, 1e-7)
-    assert why_not_gated(run, growth, recurrent=True) == ""
-    assert "windows are independent" in why_not_gated(run, growth, recurrent=False)
+    assert why_not_gated(run, growth, stateful=True) == ""
+    assert "windows are independent" in why_not_gated(run, growth, stateful=False)
 
 
 @pytest.mark.parametrize(("trained", "window", "unit"), [(128, 128, 128), (2561, 2561, 640), (8192, 8192, 640)])
@@ -378,4 +367,4 @@ def test_long_windows_are_cut_so_that_growth_can_be_told(
     assert (chained.window, chained.unit) == (window, unit)
     growth = growth_from_units(np.ones(chained.tokens // chained.unit), chained.unit)
     assert growth is not None
-    assert why_not_gated(chained, growth, recurrent=True) == ""
+    assert why_not_gated(chained, growth, stateful=True) == ""

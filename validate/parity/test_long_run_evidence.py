@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from crt_export.ladder import LONG_RUN
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
-from crt_export.parity.level import LevelResult
+from crt_export.parity.levels import LONG_RUN
+from crt_export.parity.report import LevelResult
 from crt_export.pipeline import BuildOptions, build
 
 pytestmark = [pytest.mark.evidence, pytest.mark.timeout(1800)]

@@ -16,24 +16,21 @@ from fault_edits import Edit, constant, node, replace_output, replace_value, tim
 from onnx import TensorProto
 from polygraphy import comparator
 from polygraphy.logger import G_LOGGER
+from short_setup import short_setup
 
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import Checkpoint
 from crt_export.engine import onnxruntime
 from crt_export.engine.onnxruntime import OrtGraph
 from crt_export.errors import BundleError, ContractError
-from crt_export.model import model_from_checkpoint
 from crt_export.parity import ParityCase, ParityOptions, one_step_calls
-from crt_export.parity.bundle import case_from_manifest
+from crt_export.parity.check import case_from_manifest
 from crt_export.parity.difference import difference
-from crt_export.parity.level import LevelResult, ParitySetup
 from crt_export.parity.metrics import METRICS
 from crt_export.parity.one_step import check_one_step
 from crt_export.parity.one_step_calls import OneStepCalls
-from crt_export.parity.reference import Reference
-from crt_export.parity.tolerances import load_tolerances
-from crt_export.parity.windows import windows_from_text
-from crt_export.progress import no_progress
+from crt_export.parity.report import LevelResult
+from crt_export.parity.setup import ParitySetup
 from crt_export.text import TokenText
 
 FIGURE = METRICS["tensor_error"].figure
@@ -51,15 +48,7 @@ def setup(parity_checkpoint: Checkpoint, real_text: TokenText) -> ParitySetup:
 
 def _setup(checkpoint: Checkpoint, text: TokenText, length: int) -> ParitySetup:
     options = ParityOptions(validation_tokens=8 * length, window=length, short_reason="a test of levels", threads=1)
-    windows = windows_from_text(text, options, longest=length, longest_reason="a test")
-    return ParitySetup(
-        checkpoint=checkpoint,
-        reference=Reference(model_from_checkpoint(checkpoint), windows, batch=8),
-        text=text,
-        options=options,
-        tolerances=load_tolerances(),
-        progress=no_progress,
-    )
+    return short_setup(checkpoint, text, options)
 
 
 def _check(bundle: Path, setup: ParitySetup, target: str = "ort-cpu-fp32") -> LevelResult:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.errors import InputError, ParityError
-from crt_export.ladder import OWN_MODEL
-from crt_export.parity.level import LevelResult
+from crt_export.parity.levels import OWN_MODEL
 from crt_export.parity.own_model import check_own_model, require_own_model
+from crt_export.parity.report import LevelResult
 
 TANH = partial(F.gelu, approximate="tanh")
 #: More than the tiny model's 32 hidden values, one and the spare rows, to tell a wrong head by itself.
@@ -180,7 +180,7 @@ def test_a_cause_in_the_weights_or_the_file_is_named(
 
 def test_a_wrong_word_fails_below_the_limit_too(compared: Compared) -> None:
     """An eps that moves normal activations by less than the limit is still another model."""
-    result = compared("crt", Habits(eps=1e-3), layer_norm_eps=1.04e-3)
+    result = compared("crt", Habits(eps=1e-3), norm_eps=1.04e-3)
     assert result.checks[0].passed
     assert 3e-5 < (result.checks[0].value or 0) < 1e-3
     (failure,) = result.failures

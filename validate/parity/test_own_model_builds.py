@@ -17,15 +17,15 @@ from own_torch_model import Habits, OwnModel
 from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
 from crt_export.errors import InputError
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityOptions, validate_bundle
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.parity.own_model import check_own_model
 from crt_export.parity.report import ParityReport
 from crt_export.pipeline import BuildOptions
 from crt_export.report.compare import compare_reports
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "compare-with-your-model.md"
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "unroll_steps": 2}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "unroll_steps": 2}
 AGREES = "agrees with your own model (largest difference of logits "
 
 
@@ -48,7 +48,7 @@ def write_as_documented(folder: Path, checkpoint: Path, heldout_text: Path, habi
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+def checkpoint(make_checkpoint: Callable[..., Path], shared_traces: None) -> Path:
     return make_checkpoint(**SMALL)
 
 

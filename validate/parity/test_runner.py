@@ -12,10 +12,8 @@ from fault_bundle import SpoiledBundle
 from fault_edits import Edit, constant, nan_at, node, replace_output, times_zero
 
 from crt_export.bundle import BundleFiles, open_bundle
-from crt_export.checkpoint import Checkpoint
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.runner import Runner, open_runner, runner_of_files
-from crt_export.pipeline import BuildOptions, build
 from crt_export.profile import load_profile
 from crt_export.runtime import Bundle, Session
 from crt_export.text import TokenText
@@ -26,26 +24,14 @@ ROWS, LENGTH, CAPACITY = 3, 24, 64
 
 
 @pytest.fixture(scope="module")
-def bundle(parity_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of target: rows together, rows apart, and one of a GPU."""
-    output = tmp_path_factory.mktemp("runner") / "bundle"
-    build(
-        BuildOptions(
-            checkpoint=parity_checkpoint.path, output=output, targets=TARGETS, validated=False, capacity=CAPACITY
-        )
-    )
-    return output
-
-
-@pytest.fixture(scope="module")
 def ids(real_text: TokenText) -> np.ndarray:
     return real_text.ids[: ROWS * LENGTH].reshape(ROWS, LENGTH)
 
 
 @pytest.fixture
-def opened(bundle: Path) -> Callable[[str], tuple[BundleFiles, Runner]]:
+def opened(three_targets: Path) -> Callable[[str], tuple[BundleFiles, Runner]]:
     def open_it(target: str) -> tuple[BundleFiles, Runner]:
-        files = open_bundle(bundle, allow_unvalidated=True)
+        files = open_bundle(three_targets, allow_unvalidated=True)
         return files, open_runner(files, target, 1)
 
     return open_it
@@ -57,10 +43,10 @@ def _session(files: BundleFiles, target: str) -> Session:
 
 @pytest.mark.parametrize("target", CPU_TARGETS)
 def test_steps_prefill_and_handover_are_those_of_a_session(
-    opened: Callable[[str], tuple[BundleFiles, Runner]], bundle: Path, ids: np.ndarray, target: str
+    opened: Callable[[str], tuple[BundleFiles, Runner]], three_targets: Path, ids: np.ndarray, target: str
 ) -> None:
     files, runner = opened(target)
-    session = _session(open_bundle(bundle, allow_unvalidated=True), target)
+    session = _session(open_bundle(three_targets, allow_unvalidated=True), target)
     decoding = runner.decoding(ROWS, CAPACITY)
     decoding.prefill(ids[:, : LENGTH // 2], 2)
     expected = session.prefill(list(ids[:, : LENGTH // 2]), passes=2)
@@ -71,7 +57,7 @@ def test_steps_prefill_and_handover_are_those_of_a_session(
         assert (decoding.broken, decoding.refused) == ([], [])
     assert decoding.position == session.position.tolist() == [LENGTH] * ROWS
     np.testing.assert_array_equal(decoding.next_tokens(), session.next_tokens)
-    found = {"state": decoding.state(), **{f"past_key_values.{k}": v for k, v in decoding.caches(LENGTH).items()}}
+    found = {**decoding.states(), **{f"past_key_values.{k}": v for k, v in decoding.caches(LENGTH).items()}}
     tensors = session.snapshot().tensors
     for name, values in found.items():
         assert values is not None
@@ -85,10 +71,10 @@ def test_steps_prefill_and_handover_are_those_of_a_session(
 
 @pytest.mark.parametrize("target", CPU_TARGETS)
 def test_the_runner_opens_the_files_that_a_session_opens(
-    opened: Callable[[str], tuple[BundleFiles, Runner]], bundle: Path, ids: np.ndarray, target: str
+    opened: Callable[[str], tuple[BundleFiles, Runner]], three_targets: Path, ids: np.ndarray, target: str
 ) -> None:
     files, runner = opened(target)
-    mine = open_bundle(bundle, allow_unvalidated=True)
+    mine = open_bundle(three_targets, allow_unvalidated=True)
     _session(mine, target).prefill(list(ids))
     decoding = runner.decoding(ROWS, CAPACITY)
     decoding.prefill(ids, 2)
@@ -147,12 +133,12 @@ def test_decoding_goes_on_from_another_place(
     decoding = runner.decoding(ROWS, CAPACITY)
     for position in range(10):
         decoding.step(ids[:, position])
-    state, caches = decoding.state(), decoding.caches(10)
+    states, caches = decoding.states(), decoding.caches(10)
     for position in range(10, LENGTH):
         decoding.step(ids[:, position])
     other = runner.decoding(ROWS, CAPACITY)
     other.step(ids[:, 5])
-    other.place(10, state, caches)
+    other.place(10, states, caches)
     for position in range(10, LENGTH):
         other.step(ids[:, position])
     np.testing.assert_array_equal(other.logits(), decoding.logits())
@@ -162,10 +148,10 @@ def test_emptied_caches_keep_the_state(opened: Callable[[str], tuple[BundleFiles
     _, runner = opened("ort-cpu-fp32")
     decoding = runner.decoding(ROWS, CAPACITY)
     decoding.step(ids[:, 0])
-    state = decoding.state()
+    states = decoding.states()
     decoding.empty_caches()
     assert decoding.position == [0] * ROWS
-    np.testing.assert_array_equal(decoding.state(), state)
+    np.testing.assert_array_equal(decoding.states()["state"], states["state"])
     decoding.step(ids[:, 1])
     carried = np.array(decoding.logits())
     decoding.reset()

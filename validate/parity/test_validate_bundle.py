@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityOptions, ParityReport, validate_bundle
-from crt_export.parity.bundle import held_out_text
+from crt_export.parity.check import held_out_text
 from crt_export.profile import load_profile
-from crt_export.quantize import PLAN_FILE
+from crt_export.quantize.plan import PLAN_FILE
 from crt_export.report.reading import read_report
 from crt_export.text import TokenText, split_text
 

@@ -1,8 +1,8 @@
-"""Pages of measured results: ``python validate/results/pages.py`` writes the tables of ``docs/results/*.md`` anew.
+"""Pages of measured results: ``python validate/results/pages.py`` writes their tables anew, and the one of the README.
 
 A page is prose around blocks ``<!-- begin NAME -->`` to ``<!-- end -->``; a block's lines come from the JSON file of
-the measurement and from nothing else, with the command, the day, the hardware and the versions that stand in it. A
-test holds the pages to what this script writes.
+the measurement and from nothing else, with the command, the day, the hardware and the versions that stand in it. What
+was not measured is a dash. A test holds the pages to what this script writes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from crt_export.cli.tables import REGIME_COLUMNS, regime_cells, speed_from_bench
+from crt_export.parity.levels import CERTIFICATE
+from crt_export.parity.report import COMPILED, ParityReport
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "validate" / "results"
-PAGES = ROOT / "docs" / "results"
+PAGES = (*sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "README.md")
+BENCH = "crt-export bench build/demo --target ort-cpu-fp32 --against ort-cpu-int8"
 _BLOCK = re.compile(r"(<!-- begin ([a-z_]+) -->\n).*?(<!-- end -->)", re.S)
 
 Document = Mapping[str, Any]
+NONE = "–"
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -31,7 +37,7 @@ def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
 def surroundings(document: Document) -> str:
     """When, on what and with what a result was measured."""
     day = str(document.get("date") or document["created"])[:10]
-    machine = document["hardware"]
+    machine = document.get("hardware") or document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     return f"{day}, {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, {versions}:"
 
@@ -134,10 +140,85 @@ def like_for_like() -> Iterator[str]:
     yield from table(head, [_pair(entry) for entry in document["entries"] if entry["status"] == "measured"])
 
 
+def demo() -> Iterator[str]:
+    """The targets of the demo: likelihood, speed where it was measured, and what ran."""
+    report = ParityReport.from_dict(read("parity"))
+    names = [name for name in report.targets if not name.startswith("pytorch-")]
+    rows = {row.target: row for row in report.rows if row.regime == "step" and row.nll is not None}
+    compiled = {row.target for row in report.rows if row.status == COMPILED}
+    path = RESULTS / "demo_bench.json"
+    speed = speed_from_bench(read("demo_bench"), path.relative_to(ROOT)) if path.is_file() else None
+    times = {} if speed is None else speed.ms
+    reference = rows[names[0]].reference_perplexity
+    yield from table(
+        [
+            "target",
+            f"perplexity (PyTorch FP32: {reference:.4f})",
+            "difference of log-likelihood, nats",
+            "ms a token",
+            "here",
+        ],
+        [
+            [
+                f"`{name}`",
+                f"{rows[name].perplexity:.4f}",
+                _delta(rows[name]),
+                f"{times[name]:.3g}" if name in times else NONE,
+                "compiled" if name in compiled else "run",
+            ]
+            for name in names
+        ],
+    )
+    yield from ("", f"{'ms a token: not measured yet' if speed is None else speed.sentence}.", "")
+    yield from ("```console", f"$ {BENCH} --output {path.relative_to(ROOT)}", "```")
+
+
+def _delta(row: Any) -> str:
+    check = row.check("delta_nll")
+    return f"{check.value:+.1e} {_ends(check.interval, '+.1e')}"
+
+
+def parity() -> Iterator[str]:
+    """Every regime of every target of the demo."""
+    document = read("parity")
+    report = ParityReport.from_dict(document)
+    yield from command(document)
+    yield from table([name.rstrip(">") for name in REGIME_COLUMNS], [list(regime_cells(row)) for row in report.rows])
+    yield from ("", *(f"* {note}" for note in report.notes))
+
+
+def certificate() -> Iterator[str]:
+    """K passes against the recurrence, of the report that the gate for CI compares with."""
+    path = ROOT / "examples" / "06_ci_gate" / "baseline.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    yield from command(document)
+    rows = []
+    for result in (entry for entry in document["levels"] if entry["level"] == CERTIFICATE):
+        data = result["data"]
+        at, error = data["passes"].index(data["unroll"]), max(anchor["error"] for anchor in data["anchors"])
+        rows += [
+            [
+                f"`{result['target']}`",
+                f"{span['start']} to {span['stop']}",
+                str(span["smallest_passes"] or NONE),
+                f"{span['perplexity_gap'][at]:+.4f} {_ends(span['perplexity_gap_ci'][at], '+.4f')}",
+                f"{span['excess'][at]:+.1e} {_ends(span['excess_ci'][at], '+.1e')}",
+                f"{error:.1e}",
+            ]
+            for span in data["spans"]
+        ]
+    head = ["target", "positions", "smallest K within 0.01", f"perplexity of K = {data['unroll']} - recurrence"]
+    yield from table([*head, "what the target adds, nats", "T passes over T tokens"], rows)
+
+
+def _ends(interval: list[float], form: str) -> str:
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
 def _pair(entry: Document) -> list[str]:
     both = (entry["crt"], entry["transformer"])
     total, cache = ([f"{side['bytes'][part] / 1e6:.1f}" for side in both] for part in ("total", "cache"))
-    launches = ["–" if side["launches"] is None else str(side["launches"]) for side in both]
+    launches = [NONE if side["launches"] is None else str(side["launches"]) for side in both]
     return [
         f"{entry['crt_model']} / {entry['transformer_model']}",
         entry["backend"],
@@ -156,7 +237,7 @@ def _limit(line: Document) -> str:
 
 def _figure(line: Document) -> str:
     if line["value"] is None:
-        return "–"
+        return NONE
     return f"{line['value']:.3g}" + (" (**falls short**)" if line["verdict"] == "falls short" else "")
 
 
@@ -176,7 +257,8 @@ def read(name: str) -> Document:
 
 
 BLOCKS: Mapping[str, Callable[[], Iterator[str]]] = {
-    block.__name__: block for block in (ratios, prompts, prompt_chunks, build_cost, real_scale, like_for_like)
+    block.__name__: block
+    for block in (ratios, prompts, prompt_chunks, build_cost, real_scale, like_for_like, demo, parity, certificate)
 }
 
 
@@ -191,7 +273,7 @@ def written_anew(page: str) -> str:
 
 def main() -> int:
     """Write every page anew."""
-    for page in sorted(PAGES.glob("*.md")):
+    for page in PAGES:
         page.write_text(written_anew(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 

@@ -15,7 +15,7 @@ import pytest
 from crt_export.bundle import BundleFiles, open_bundle
 from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
-from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.engine import Machine
 from crt_export.machine import Gpu
 from crt_export.runtime import Bundle
 from crt_export.runtime.opening import Target, compiled_engine, engine_from_target
@@ -24,7 +24,7 @@ UNIT_TESTS = Path(__file__).parent
 ENGINE_TESTS = UNIT_TESTS / "engine"
 A100 = Gpu(name="A100", compute_capability=80)
 # The tests are no package, so the folders of the modules that they share go on the path.
-for folder in (ENGINE_TESTS, UNIT_TESTS, UNIT_TESTS.parent / "parity"):
+for folder in (ENGINE_TESTS, UNIT_TESTS, UNIT_TESTS / "bundle", UNIT_TESTS.parent / "parity"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -258,7 +258,7 @@ def test_named_tokenizer_file_must_exist(make_checkpoint: Make) -> None:
         ({"dropout": 0.1}, CheckpointError, "unknown key 'dropout'"),
         ({"unroll_steps": 0}, CheckpointError, "unroll_steps must be greater than 0"),
         ({"sliding_window": 0}, CheckpointError, "sliding_window must be greater than 0"),
-        ({"num_key_value_heads": 2}, UnsupportedError, "num_key_value_heads 2"),
+        ({"format_version": 2}, UnsupportedError, "format_version 2"),
     ],
 )
 def test_configuration_is_checked_before_the_weights(make_checkpoint: Make, changes, error, message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export import lifeline
+from crt_export import child_process
 from crt_export.child_process import ChildModule
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="descriptors and signals of POSIX")
@@ -73,7 +74,7 @@ def test_a_child_ends_with_its_parent(kind: str, number: signal.Signals, tmp_pat
 def test_a_parent_that_died_before_the_child_was_tied_to_it_ends_it_at_once() -> None:
     reading, writing = os.pipe()
     os.close(writing)
-    command = [sys.executable, "-P", *["-m", lifeline.__name__, str(reading), "http.server"]]
+    command = [sys.executable, "-P", *["-m", child_process.__name__, str(reading), "http.server"]]
     assert subprocess.run(command, pass_fds=[reading], timeout=60, check=False, capture_output=True).returncode != 0
     os.close(reading)
 
@@ -90,3 +91,12 @@ def test_a_child_runs_as_a_module_does_and_no_descriptor_is_left(
         end = child.wait()
     assert (end.code, end.answer, end.printed) == (0, b"[] echo job\n", "")
     assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+
+
+def test_nothing_else_of_the_package_starts_processes() -> None:
+    package = Path(str(child_process.__file__)).parent
+    starts = re.compile(
+        r"subprocess\.(Popen|run|call|check_\w+)\(|os\.(fork|spawn|posix_spawn|exec|system)|multiprocessing"
+    )
+    found = {path.name for path in package.rglob("*.py") if starts.search(path.read_text(encoding="utf-8"))}
+    assert found == {"child_process.py"}

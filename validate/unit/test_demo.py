@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from crt_export.checkpoint import WEIGHTS_FILE, load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MEBIBYTE = 2**20
@@ -48,11 +48,12 @@ def losses(demo_checkpoint: Path, heldout_text: Path, figures: dict[str, Any]) -
     tokens = torch.tensor(list(heldout_text.read_bytes()))
     count = (len(tokens) - 1) // 128
     ids, targets = tokens[: count * 128].view(count, 128), tokens[1 : count * 128 + 1].view(count, 128)
-    regimes, h = {"sequential": model.sequential(ids)[0]}, None
+    regimes, iterate = {"sequential": model.sequential(ids)[0].hidden}, None
     for k in range(1, 17):
-        h = model.unroll(ids, 1, hidden=h)[0]
+        done = model.unroll(ids, 1, iterate=iterate)[0]
+        iterate = done.states
         if str(k) in figures["perplexity"]:
-            regimes[str(k)] = h
+            regimes[str(k)] = done.hidden
     return {
         name: F.cross_entropy(model.head(h).transpose(1, 2), targets, reduction="none").double().mean(dim=1)
         for name, h in regimes.items()

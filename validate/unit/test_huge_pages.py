@@ -12,8 +12,7 @@ import pytest
 from crt_export.engine import memory_map
 from crt_export.engine.memory_map import allocated_in_huge_pages, huge_page_size, private_memory, without
 from crt_export.engine.onnxruntime import load_with_settings
-from crt_export.engine.onnxruntime_loading import OrtSettings
-from crt_export.engine.ort import import_onnxruntime
+from crt_export.engine.ort import OrtSettings, import_onnxruntime
 from crt_export.profile_options import OrtOptions
 
 _MAPS = """\

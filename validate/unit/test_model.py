@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from crt_export.checkpoint import Checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError, UnsupportedError
-from crt_export.model import Carry, Model, model_from_checkpoint, tensors_from_model
+from crt_export.models.base import LanguageModel, State
+from crt_export.models.registry import model_from_checkpoint, tensors_from_model
 
 Tensors = dict[str, torch.Tensor]
 PROPERTY = settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -45,12 +46,14 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def built(tiny_config: Callable[..., ModelConfig], random_tensors: Callable[..., Tensors]) -> Callable[..., Model]:
+def built(
+    tiny_config: Callable[..., ModelConfig], random_tensors: Callable[..., Tensors]
+) -> Callable[..., LanguageModel]:
     """``built(seed, dtype, tensors=None, **changes)``: a model without a folder behind it."""
 
     def build(
         seed: int = 0, dtype: torch.dtype = torch.float64, tensors: Tensors | None = None, **changes: Any
-    ) -> Model:
+    ) -> LanguageModel:
         config = tiny_config(**changes)
         return model_from_checkpoint(_checkpoint(config, tensors or random_tensors(config, seed)), dtype)
 
@@ -66,7 +69,7 @@ def assert_exact(found: object, expected: object) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def _ids(model: Model, seq: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+def _ids(model: LanguageModel, seq: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (batch, seq), generator=generator)
 
@@ -106,7 +109,7 @@ def oracle(
     position t sees ``previous[t - 1]`` instead of its own predecessor.
     """
     w = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-    eps, heads = config.layer_norm_eps, config.num_attention_heads
+    eps, heads = config.norm_eps, config.num_attention_heads
     keys: list[list[np.ndarray]] = [[] for _ in range(config.num_hidden_layers)]
     values: list[list[np.ndarray]] = [[] for _ in range(config.num_hidden_layers)]
     states: list[np.ndarray] = []
@@ -114,7 +117,7 @@ def oracle(
     for t, token in enumerate(ids):
         x = w["embed.weight"][token]
         z = x
-        if config.recurrent:
+        if config.carried.iterated:
             before = np.zeros_like(x) if t == 0 else (states if previous is None else previous)[t - 1]
             z = x + _ffn(_layer_norm(before + x, w, "correction.norm", eps), w, "correction")
         for i in range(config.num_hidden_layers):
@@ -145,7 +148,7 @@ def test_sequential_agrees_with_the_equations(built, random_tensors, changes, se
     model = built(seed, torch.float32, **changes)
     ids = _ids(model, 7, seed=seed)
     states, logits = oracle(model.config, random_tensors(model.config, seed), ids[0].tolist())
-    h, _ = model.sequential(ids)
+    h = model.sequential(ids)[0].hidden
     np.testing.assert_allclose(h[0], states, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(model.head(h)[0], logits, rtol=1e-4, atol=5e-5)
 
@@ -159,17 +162,19 @@ def test_unroll_agrees_with_the_equations(built, random_tensors, changes, seed, 
     for _ in range(passes):
         before = states
         states, _ = oracle(model.config, random_tensors(model.config, seed), ids[0].tolist(), previous=states)
-    h, _, change = model.unroll(ids, passes)
+    done, _, change = model.unroll(ids, passes)
+    h = done.hidden
     np.testing.assert_allclose(h[0], states, rtol=1e-4, atol=2e-5)
-    np.testing.assert_allclose(change[0], np.abs(states - before).max(), rtol=1e-3, atol=5e-5)
+    largest = np.abs(states - before).max() if model.carried.iterated else 0.0
+    np.testing.assert_allclose(change[0], largest, rtol=1e-3, atol=5e-5)
 
 
 def test_position_zero_is_corrected_too(built) -> None:
     model = built()
-    with_correction = model.unroll(_ids(model, 1), 1)[0]
+    with_correction = model.unroll(_ids(model, 1), 1)[0].hidden
     tensors = tensors_from_model(model)
     tensors["correction.down.bias"] = tensors["correction.down.bias"] + 1
-    assert not torch.allclose(with_correction, built(tensors=tensors).unroll(_ids(model, 1), 1)[0])
+    assert not torch.allclose(with_correction, built(tensors=tensors).unroll(_ids(model, 1), 1)[0].hidden)
 
 
 # --- invariants
@@ -178,31 +183,31 @@ def test_position_zero_is_corrected_too(built) -> None:
 def test_first_k_positions_are_exact_after_k_passes(built, changes, seed, seq, passes) -> None:
     model = built(seed, **changes)
     ids = _ids(model, seq, batch=2, seed=seed)
-    h, _, _ = model.unroll(ids, passes)
-    assert_exact(h[:, :passes], model.sequential(ids)[0][:, :passes])
+    h = model.unroll(ids, passes)[0].hidden
+    assert_exact(h[:, :passes], model.sequential(ids)[0].hidden[:, :passes])
 
 
 def test_positions_beyond_k_are_not_exact(built) -> None:
     model = built()
     ids = _ids(model, 9)
-    error = (model.unroll(ids, 3)[0] - model.sequential(ids)[0]).abs().amax(dim=-1)[0]
+    error = (model.unroll(ids, 3)[0].hidden - model.sequential(ids)[0].hidden).abs().amax(dim=-1)[0]
     assert error[:3].max() < 1e-10
     assert error[3:].min() > 1e-4
 
 
 @PROPERTY
 @given(changes=architectures(), seed=st.integers(0, 99), seq=st.integers(1, 9), spare=st.integers(0, 3))
-def test_enough_passes_equal_the_recurrence_and_its_carry(built, changes, seed, seq, spare) -> None:
+def test_enough_passes_equal_the_recurrence_and_its_state(built, changes, seed, seq, spare) -> None:
     model = built(seed, **changes)
     ids = _ids(model, seq, batch=2, seed=seed)
-    h, carry, _ = model.unroll(ids, seq + spare)
-    expected, expected_carry = model.sequential(ids)
+    h, state, _ = model.unroll(ids, seq + spare)
+    expected, expected_state = model.sequential(ids)
     assert_exact(h, expected)
-    _assert_same_carry(carry, expected_carry)
+    _assert_same_state(state, expected_state)
 
 
-def _assert_same_carry(found: Carry, expected: Carry) -> None:
-    assert_exact(found.state, expected.state)
+def _assert_same_state(found: State, expected: State) -> None:
+    assert_exact(dict(found.states), dict(expected.states))
     assert_exact(found.keys, expected.keys)
     assert_exact(found.values, expected.values)
     assert torch.equal(found.position, expected.position)
@@ -218,23 +223,23 @@ def _assert_same_carry(found: Carry, expected: Carry) -> None:
 def test_chunks_with_enough_passes_equal_the_whole(built, changes, seed, chunks, spare) -> None:
     model = built(seed, **changes)
     ids = _ids(model, sum(chunks), batch=2, seed=seed)
-    expected, expected_carry = model.sequential(ids)
-    carry, parts = None, []
+    expected, expected_state = model.sequential(ids)
+    state, parts = None, []
     for chunk in ids.split(chunks, dim=1):
-        h, carry, _ = model.unroll(chunk, chunk.shape[1] + spare, carry)
-        parts.append(h)
-    assert carry is not None
-    assert_exact(torch.cat(parts, dim=1), expected)
-    _assert_same_carry(carry, expected_carry)
+        h, state, _ = model.unroll(chunk, chunk.shape[1] + spare, state)
+        parts.append(h.hidden)
+    assert state is not None
+    assert_exact(torch.cat(parts, dim=1), expected.hidden)
+    _assert_same_state(state, expected_state)
 
 
 def test_chunks_with_too_few_passes_differ_from_the_whole(built) -> None:
     model = built()
     ids = _ids(model, 12)
-    whole = model.unroll(ids, 2)[0]
-    first, carry, _ = model.unroll(ids[:, :6], 2)
-    second, _, _ = model.unroll(ids[:, 6:], 2, carry)
-    assert (torch.cat([first, second], dim=1) - whole).abs().max() > 1e-4
+    whole = model.unroll(ids, 2)[0].hidden
+    first, state, _ = model.unroll(ids[:, :6], 2)
+    second, _, _ = model.unroll(ids[:, 6:], 2, state)
+    assert (torch.cat([first.hidden, second.hidden], dim=1) - whole).abs().max() > 1e-4
 
 
 @PROPERTY
@@ -250,8 +255,8 @@ def test_zero_correction_is_the_plain_transformer(built, random_tensors, tiny_co
         **{**changes, "model_type": "transformer"},
     )
     ids = _ids(plain, 8, batch=2, seed=seed)
-    assert_exact(recurrent.unroll(ids, passes)[0], plain.unroll(ids, 1)[0])
-    assert_exact(recurrent.sequential(ids)[0], plain.unroll(ids, 1)[0])
+    assert_exact(recurrent.unroll(ids, passes)[0].hidden, plain.unroll(ids, 1)[0].hidden)
+    assert_exact(recurrent.sequential(ids)[0].hidden, plain.unroll(ids, 1)[0].hidden)
 
 
 @PROPERTY
@@ -259,15 +264,15 @@ def test_zero_correction_is_the_plain_transformer(built, random_tensors, tiny_co
 def test_one_pass_over_one_token_is_the_step(built, changes, seed) -> None:
     model = built(seed, **changes)
     ids = _ids(model, 6, batch=2, seed=seed)
-    expected, expected_carry = model.sequential(ids)
+    expected, expected_state = model.sequential(ids)
     by_step, by_pass = model.start(2), model.start(2)
     for t in range(6):
         token = ids[:, t : t + 1]
         stepped, by_step = model.step(token, by_step)
         passed, by_pass, _ = model.unroll(token, 1, by_pass)
-        assert_exact(stepped, expected[:, t : t + 1])
-        assert_exact(passed, expected[:, t : t + 1])
-    _assert_same_carry(by_step, expected_carry)
+        assert_exact(stepped, expected.hidden[:, t : t + 1])
+        assert_exact(passed.hidden, expected.hidden[:, t : t + 1])
+    _assert_same_state(by_step, expected_state)
 
 
 @PROPERTY
@@ -276,11 +281,11 @@ def test_passes_can_continue_from_an_iterate(built, changes, seed, first, second
     model = built(seed, **changes)
     ids = _ids(model, 8, seed=seed)
     middle, _, _ = model.unroll(ids, first)
-    continued, carry, change = model.unroll(ids, second, hidden=middle)
-    whole, expected_carry, expected_change = model.unroll(ids, first + second)
+    continued, state, change = model.unroll(ids, second, iterate=middle.states)
+    whole, expected_state, expected_change = model.unroll(ids, first + second)
     assert_exact(continued, whole)
     assert_exact(change, expected_change)
-    _assert_same_carry(carry, expected_carry)
+    _assert_same_state(state, expected_state)
 
 
 @PROPERTY
@@ -288,14 +293,14 @@ def test_passes_can_continue_from_an_iterate(built, changes, seed, first, second
 def test_cache_entries_beyond_the_position_are_not_seen(built, changes, seed) -> None:
     model = built(seed, **changes)
     ids = _ids(model, 8, seed=seed)
-    _, carry, _ = model.unroll(ids[:, :4], 4)
+    _, state, _ = model.unroll(ids[:, :4], 4)
     padded = dataclasses.replace(
-        carry,
-        keys=tuple(torch.cat([key, torch.full_like(key, 1e3)], dim=2) for key in carry.keys),
-        values=tuple(torch.cat([value, torch.full_like(value, 1e3)], dim=2) for value in carry.values),
+        state,
+        keys=tuple(torch.cat([key, torch.full_like(key, 1e3)], dim=2) for key in state.keys),
+        values=tuple(torch.cat([value, torch.full_like(value, 1e3)], dim=2) for value in state.values),
     )
-    expected, _, _ = model.unroll(ids[:, 4:], 2, carry)
-    assert_exact(model.unroll(ids[:, 4:], 2, padded)[0], expected)
+    expected = model.unroll(ids[:, 4:], 2, state)[0].hidden
+    assert_exact(model.unroll(ids[:, 4:], 2, padded)[0].hidden, expected)
 
 
 # --- loading
@@ -338,7 +343,7 @@ def test_half_precision_keeps_the_residual_stream_in_its_own_dtype(tiny_config, 
     half = model_from_checkpoint(checkpoint, torch.float16, residual)
     full = model_from_checkpoint(checkpoint)
     ids = _ids(full, 10)
-    h, carry = half.sequential(ids)
-    assert (h.dtype, carry.state.dtype) == (residual, residual)
-    assert carry.keys[0].dtype == torch.float16
-    torch.testing.assert_close(h.float(), full.sequential(ids)[0], rtol=0.02, atol=0.02)
+    done, state = half.sequential(ids)
+    assert (done.hidden.dtype, state.states["hidden"].dtype) == (residual, residual)
+    assert state.keys[0].dtype == torch.float16
+    torch.testing.assert_close(done.hidden.float(), full.sequential(ids)[0].hidden, rtol=0.02, atol=0.02)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.parity.corpus_statistics import KL_EDGES, kl_histogram
+from crt_export.parity.comparison import KL_EDGES, kl_histogram
 from crt_export.parity.scores import Scores, divergence, token_scores
 from crt_export.parity.statistics import MOST_BLOCKS, bootstrap_interval, bootstrap_mean, ratio, window_sums
 

@@ -14,7 +14,7 @@ import pytest
 from crt_export.catalog import definition_path
 from crt_export.errors import InputError
 from crt_export.parity import Comparison, ParityReport, load_tolerances
-from crt_export.parity.comparison import RegimeGap, compare, judge_gap
+from crt_export.parity.comparison import compare, judge_gap
 from crt_export.parity.metrics import AT_LEAST, METRICS, SHARED_LIMITS, Check, measured
 from crt_export.parity.report import FORMAT, FORMAT_VERSION, corpus_result
 from crt_export.parity.scores import Scores
@@ -202,13 +202,13 @@ def test_a_nan_likelihood_fails_even_if_nobody_reported_it() -> None:
 
 
 def test_regime_gap_is_judged_against_the_gap_of_fp32() -> None:
-    own = RegimeGap(comparison=_row(), differences=np.full((4, 8), 0.5))
-    same = judge_gap(own, own.differences.copy(), 1e-5)
+    own, excess = _row(), np.full((4, 8), 1e-3)
+    same = judge_gap(own, 0 * excess, 1e-5)
     assert (same.passed, same.value("gap_delta_nll")) == (True, 0)
-    wider = judge_gap(own, own.differences - 1e-3, 1e-5)
+    wider = judge_gap(own, excess, 1e-5)
     assert wider.passed is False
     assert "further apart than in FP32" in wider.failures[0]
-    assert judge_gap(own, own.differences - 1e-3, None).passed is None
+    assert judge_gap(own, excess, None).passed is None
 
 
 def test_tolerances_are_those_the_project_promises() -> None:

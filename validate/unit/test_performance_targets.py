@@ -48,7 +48,7 @@ def document(over_floor: float = 1.2, prefill: dict[tuple[int, str], float] | No
 
 def test_every_target_of_a_run_gets_its_verdict(tiny_config: Callable[..., ModelConfig]) -> None:
     found = document(1.3)
-    lines = [*targets.step_lines("tiny", found, tiny_config(), 16), *targets.pytorch_lines("tiny", found)]
+    lines = [*targets.step_lines("tiny", found, tiny_config().carried, 16), *targets.pytorch_lines("tiny", found)]
     verdicts = {line.figure: (line.value, line.verdict) for line in lines}
     assert verdicts["ort-cpu-fp32: step / bandwidth floor"] == (1.3, "falls short")
     assert verdicts["ort-cpu-int8: step / bandwidth floor"] == (1.3, "holds")
@@ -94,8 +94,8 @@ def test_the_interval_says_what_becomes_of_the_advantage(low: float, high: float
 
 
 def entry() -> dict[str, Any]:
-    cost = StepBytes(weights=8_000_000, cache=1_500_000, logits=500_000, total=10_000_000)
-    less = StepBytes(weights=4_000_000, cache=500_000, logits=500_000, total=5_000_000)
+    cost = StepBytes(weights=8_000_000, cache=1_500_000, states=0, logits=500_000, total=10_000_000)
+    less = StepBytes(weights=4_000_000, cache=500_000, states=0, logits=500_000, total=5_000_000)
     steps = pairs.PairedSteps(
         position=128, first=[[0.002, 0.002]] * 3, second=[[0.003, 0.003]] * 3, read_gb_s=[10.0] * 3, bytes=(cost, less)
     )

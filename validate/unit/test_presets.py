@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from crt_export.checkpoint import load_checkpoint
 from crt_export.cli.app import app
 from crt_export.errors import InputError
-from crt_export.model import model_from_checkpoint
-from crt_export.presets import PRESETS, write_preset
+from crt_export.models.presets import PRESETS, write_preset
+from crt_export.models.registry import model_from_checkpoint
 
 #: architecture.md, "Published sizes and figures".
 PUBLISHED = {
@@ -44,8 +44,7 @@ def test_the_recurrence_neither_dies_out_nor_blows_up(tmp_path: Path) -> None:
     """64 tokens keep the state near the size of an embedding, so that floats stay ordinary."""
     write_preset("tiny", tmp_path / "tiny")
     model = model_from_checkpoint(load_checkpoint(tmp_path / "tiny"))
-    h, _ = model.sequential(torch.arange(64)[None])
-    sizes = h.square().mean(dim=-1).sqrt()
+    sizes = model.sequential(torch.arange(64)[None])[0].hidden.square().mean(dim=-1).sqrt()
     assert float(sizes.min()) > 0.1
     assert float(sizes.max()) < 10
 

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.rotary import rope_at, rope_tables, rotary_embedding, rotate
+from crt_export.rotary import frequencies_from_base, rope_at, rope_tables, rotary_embedding, rotate
 
 POSITIONS = torch.tensor([[0, 1, 2], [7, 8, 9]])
 HEADS, HEAD_DIM = 3, 10
@@ -17,7 +17,7 @@ HEADS, HEAD_DIM = 3, 10
 
 def _inputs() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     x = torch.randn(*POSITIONS.shape, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
-    return x, rope_tables(16, HEAD_DIM, 10000.0)
+    return x, rope_tables(16, frequencies_from_base(10000.0, HEAD_DIM))
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crt_export.bench.prompts import prompt_rows
-from crt_export.quantize import calibration_windows
-from crt_export.quantize.calibration import CalibrationOptions
+from crt_export.bench.runner import prompt_rows
+from crt_export.quantize.calibration import CalibrationOptions, calibration_windows
 from crt_export.text import UNSCORED, Sequences, begin_rows, cut_sequences, fill_unscored
 
 BOS = 9

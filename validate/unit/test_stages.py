@@ -21,14 +21,14 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.cli import main
 from crt_export.errors import BundleError, InputError
 from crt_export.parity import ParityReport
-from crt_export.parity.bundle import validate_bundle
+from crt_export.parity.check import validate_bundle
 from crt_export.pipeline import BuildOptions, BuildResult, build
 from crt_export.profile import load_profile
 from crt_export.runtime import load_bundle
 from crt_export.stages.calibration import read_build_text
 from crt_export.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_traces")]
 
 Make = Callable[..., Path]
 ONE_LAYER: dict[str, Any] = {

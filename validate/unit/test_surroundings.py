@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.engine.tensorrt.runtime_cache import cache_path
+from crt_export.engine.tensorrt.engine import cache_path
 from crt_export.stages.store import default_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="home folders and signals of POSIX")

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from crt_export.cli.failures import run_app
+from crt_export.cli.app import run_app
 from crt_export.folders import sweep_abandoned, temporary_folder
 from crt_export.termination import Terminated, not_interrupted, orderly_termination, termination_raises
 

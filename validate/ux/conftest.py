@@ -86,9 +86,15 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """What stands in for the demo; a build of it finds the stages of the main job."""
+    return make_checkpoint(hidden_size=64, num_hidden_layers=1, unroll_steps=2, max_position_embeddings=300)
+
+
+@pytest.fixture(scope="session")
 def main_job(
     python_in: Run,
-    make_checkpoint: Callable[..., Path],
+    small_checkpoint: Path,
     heldout_text: Path,
     readme_commands: list[list[str]],
     job_folder: Path,
@@ -99,8 +105,7 @@ def main_job(
         if not answer.is_file():
             demo = job_folder / "examples" / "demo"
             demo.mkdir(parents=True)
-            small = {"hidden_size": 64, "num_hidden_layers": 1, "unroll_steps": 2, "max_position_embeddings": 300}
-            shutil.copytree(make_checkpoint(**small), demo / "checkpoint")
+            shutil.copytree(small_checkpoint, demo / "checkpoint")
             shutil.copyfile(heldout_text, demo / "heldout.txt")
             command = next(arguments for arguments in readme_commands if arguments[0] == "build")
             result = python_in(job_folder, "-m", "crt_export", *command, "--json")

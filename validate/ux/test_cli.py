@@ -106,6 +106,9 @@ def test_inspect_checkpoint_as_text_and_json(crt_export: Run, tiny_checkpoint: P
     assert (document["parameters"], document["sha256"]) == (count, checkpoint.sha256)
     assert document["config"] == checkpoint.config.to_dict()
     assert document["dtypes"] == ["F32"]
+    assert (document["capacity"], document["state_bytes"]) == (64, 32 * 4)  # no more than the model has positions
+    assert document["cache_bytes_float32"] == 2 * document["cache_bytes_float16"] == 64 * 2 * 2 * 32 * 4
+    assert "a row holds 128 bytes of state, and 32.0 KiB of caches of 64 tokens in float32" in text.stdout
 
 
 def test_inspect_damaged_checkpoint_is_exit_2(crt_export: Run, make_checkpoint: Callable[..., Path]) -> None:

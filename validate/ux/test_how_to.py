@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", check=False)
 
 
-def test_a_target_is_added_as_the_page_says(checkout: Path, make_checkpoint: Callable[..., Path]) -> None:
+def test_a_target_is_added_as_the_page_says(checkout: Path, small_checkpoint: Path) -> None:
     page = (checkout / "docs" / "how-to" / "add-a-target.md").read_text(encoding="utf-8")
     profile = re.search(r"```toml\n(.*?)```", page, re.S)
     named = re.search(r"\*\*`(engines/(\S+)\.toml)`\*\*", page)
@@ -67,9 +66,7 @@ def test_a_target_is_added_as_the_page_says(checkout: Path, make_checkpoint: Cal
     assert after.returncode == 0, after.stdout
     listed = run(checkout, "-m", "crt_export", "targets")
     assert target in listed.stdout
-    small = make_checkpoint(hidden_size=32, num_hidden_layers=1, unroll_steps=2, max_position_embeddings=300)
-    built = run(
-        checkout, "-m", "crt_export", "build", str(small), "--output", "build/x", "--target", target, "--unvalidated"
-    )
+    options = ("--output", "build/x", "--target", target, "--unvalidated")
+    built = run(checkout, "-m", "crt_export", "build", str(small_checkpoint), *options)
     assert built.returncode == 0, built.stderr
     assert list((checkout / "build" / "x" / "graphs").glob("*.w8.onnx"))

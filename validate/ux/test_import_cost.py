@@ -56,5 +56,5 @@ def test_targets_and_doctor_load_no_framework(python: Run) -> None:
 
 def test_reading_and_comparing_reports_loads_no_framework_and_no_plots(python: Run) -> None:
     """A report is compared where only the core is installed."""
-    modules = "crt_export.report.compare, crt_export.report.reading, crt_export.report.output, crt_export.report.html"
+    modules = "crt_export.report.compare, crt_export.report.reading, crt_export.report.output"
     assert not loaded(python, f"import {modules}") & (HEAVY | {"matplotlib", "jinja2"})

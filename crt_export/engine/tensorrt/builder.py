@@ -36,6 +36,7 @@ from crt_export.engine.tensorrt.api import (
     OnnxParser,
     ParserError,
     Runtime,
+    dtype_name,
     load_api,
     logger_from_log,
     need_of_profile,
@@ -45,32 +46,22 @@ from crt_export.profile import EngineProfile
 from crt_export.profile_options import TensorRTOptions
 from crt_export.spec import GraphSpec, TensorSpec, interface_problems, same_sizes
 
-
-@dataclass(frozen=True, kw_only=True)
-class AllowedWarning:
-    """A builder warning that does not fail the build, and why."""
-
-    pattern: str
-    reason: str
-
-
-ALLOWED_WARNINGS = (
-    AllowedWarning(
-        pattern=r"Make sure (?:input|output) \S+ has Int64 binding\.",
-        reason="token ids and positions are int64 by contract, and the runtimes bind int64 buffers",
+#: Builder warnings that do not fail the build, as patterns, and why.
+ALLOWED_WARNINGS = {
+    r"Make sure (?:input|output) \S+ has Int64 binding\.": (
+        "token ids and positions are int64 by contract, and the runtimes bind int64 buffers"
     ),
-)
+}
 
 
 def unexpected_warnings(log: Log) -> list[str]:
     """The warnings that no entry of the allowlist covers."""
-    patterns = [re.compile(rf"(?:\[[^\]]*\] |\S+\.cpp:\d+: )*{entry.pattern}") for entry in ALLOWED_WARNINGS]
+    patterns = [re.compile(rf"(?:\[[^\]]*\] |\S+\.cpp:\d+: )*{entry}") for entry in ALLOWED_WARNINGS]
     return [warning for warning in log.warnings if not any(p.fullmatch(warning.strip()) for p in patterns)]
 
 
 #: Before the answer's JSON header: its length as an unsigned 64-bit little-endian integer.
 HEADER_LENGTH = struct.Struct("<Q")
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +184,7 @@ def _check_network(api: Api, job: BuildJob, network: INetworkDefinition) -> None
 
 
 def _spec(tensor: ITensor) -> TensorSpec:
-    dtype = str(tensor.dtype).rpartition(".")[2]
-    return TensorSpec(name=tensor.name, dtype=_DTYPES.get(dtype, dtype), dims=tuple(tensor.shape))
+    return TensorSpec(name=tensor.name, dtype=dtype_name(tensor.dtype), dims=tuple(tensor.shape))
 
 
 def _configure(api: Api, config: IBuilderConfig, profile: EngineProfile) -> None:

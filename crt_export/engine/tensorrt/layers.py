@@ -159,7 +159,9 @@ def _layer_from_line(line: str) -> Layer:
     if head is None:
         raise ValueError("no 'Name: ..., LayerType: ...'")
     metadata = head["rest"].rpartition("Metadata:")
-    lists = {key: _tensors_from_text(body) for key, body in _TENSOR_LIST.findall(metadata[0])}
+    lists = {
+        key: tuple(map(_tensor_from_text, _TENSOR.findall(body))) for key, body in _TENSOR_LIST.findall(metadata[0])
+    }
     if not {"Inputs", "Outputs"} <= lists.keys():
         raise ValueError("no Inputs and Outputs")
     tactic = _TACTIC.search(metadata[0])
@@ -172,10 +174,6 @@ def _layer_from_line(line: str) -> Layer:
         onnx_nodes=tuple(_ONNX_NODE.findall(metadata[2])),
         tactic=tactic[1] if tactic else "",
     )
-
-
-def _tensors_from_text(text: str) -> tuple[LayerTensor, ...]:
-    return tuple(_tensor_from_text(body) for body in _TENSOR.findall(text))
 
 
 def _tensor_from_text(text: str) -> LayerTensor:

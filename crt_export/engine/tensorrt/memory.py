@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from crt_export.engine.base import Buffer
-from crt_export.engine.tensorrt.device import Device
+from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.errors import ContractError
 
 
@@ -96,7 +96,7 @@ MOST_PINNED = 16 << 20
 class DeviceMemory:
     """Allocates an engine's tensors and runs the copies between them and the host, on a stream of its own."""
 
-    def __init__(self, device: Device, resources: DeviceResources) -> None:
+    def __init__(self, device: CudaDevice, resources: DeviceResources) -> None:
         self.device = device
         self.resources = resources
         self.stream = device.create_stream()

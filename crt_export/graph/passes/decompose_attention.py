@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from crt_export.config import ModelConfig
 from crt_export.errors import BuildError, UnsupportedError, problem_list
+from crt_export.models.declaration import Carried
 from crt_export.profile import EngineProfile
 
 # Measured with TensorRT-RTX 1.7.1 for SM 8.0: no fused kernel for head_dim 8, 68, 70 and 512, or for 1 to 3 heads.
@@ -18,12 +18,12 @@ _HEAD_DIMS = range(16, 257)
 _FEWEST_HEADS = 4
 
 
-def attention_form(profile: EngineProfile, config: ModelConfig) -> Literal["fused", "decomposed"]:
-    """Choose the form of attention that a target's graphs take.
+def attention_of_profile(profile: EngineProfile, carried: Carried) -> Literal["fused", "decomposed"]:
+    """Choose how a target's graphs compute attention.
 
     Args:
-        profile: ``attention = "auto"`` takes the fused form wherever there is a kernel for it.
-        config: Number of heads and head_dim decide that.
+        profile: ``attention = "auto"`` takes a fused node wherever there is a kernel for it.
+        carried: Heads and head_dim of the caches decide that.
 
     Raises:
         UnsupportedError: The profile insists on ``fused`` and there is no kernel.
@@ -33,12 +33,14 @@ def attention_form(profile: EngineProfile, config: ModelConfig) -> Literal["fuse
     obstacles = []
     if profile.cache_dtype != "float16":
         obstacles.append(f"precision {profile.precision} computes attention in {profile.cache_dtype}, not float16")
-    if config.head_dim % _HEAD_DIM_MULTIPLE:
-        obstacles.append(f"head_dim {config.head_dim} is no multiple of {_HEAD_DIM_MULTIPLE}")
-    if config.head_dim not in _HEAD_DIMS:
-        obstacles.append(f"head_dim {config.head_dim} is outside {_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}")
-    if config.num_attention_heads < _FEWEST_HEADS:
-        obstacles.append(f"{config.num_attention_heads} heads are fewer than {_FEWEST_HEADS}")
+    for head_dim in sorted({cache.head_dim for cache in carried.caches}):
+        if head_dim % _HEAD_DIM_MULTIPLE:
+            obstacles.append(f"head_dim {head_dim} is no multiple of {_HEAD_DIM_MULTIPLE}")
+        if head_dim not in _HEAD_DIMS:
+            obstacles.append(f"head_dim {head_dim} is outside {_HEAD_DIMS.start} to {_HEAD_DIMS.stop - 1}")
+    for heads in sorted({cache.query_heads for cache in carried.caches}):
+        if heads < _FEWEST_HEADS:
+            obstacles.append(f"{heads} heads are fewer than {_FEWEST_HEADS}")
     if profile.attention == "fused" and obstacles:
         heading = f'target {profile.name}: no kernel for attention = "fused" (use "auto" or "decomposed")'
         raise UnsupportedError(problem_list(heading, obstacles))
@@ -59,10 +61,10 @@ def decompose_attention(graph: ir.Model) -> int:
         The number of nodes replaced.
 
     Raises:
-        BuildError: Lists every node that is not of that form; the graph is unchanged then.
+        BuildError: Lists every node that is something else; the graph is unchanged then.
     """
     nodes = [node for node in graph.graph.all_nodes() if node.op_type == "Attention"]
-    problems = [f"{node.name}: {problem}" for node in nodes for problem in _form_problems(node)]
+    problems = [f"{node.name}: {problem}" for node in nodes for problem in _problems_of_node(node)]
     if problems:
         raise BuildError(problem_list(f"graph {graph.graph.name}: attention cannot be decomposed", problems))
     for node in nodes:
@@ -73,7 +75,7 @@ def decompose_attention(graph: ir.Model) -> int:
     return len(nodes)
 
 
-def _form_problems(node: ir.Node) -> Iterator[str]:
+def _problems_of_node(node: ir.Node) -> Iterator[str]:
     given = [value for value in node.inputs if value is not None]
     if len(given) != 4 or len(node.inputs) != 4 or len(node.outputs) != 1:
         yield f"{len(given)} inputs and {len(node.outputs)} outputs; query, key, value, mask and one output expected"
@@ -98,18 +100,60 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     numpy_type = query.dtype.numpy()
     scale = _constant(graph, node, "scale", np.array(node.attributes["scale"].as_float(), numpy_type))
     lowest = _constant(graph, node, "lowest", np.array(np.finfo(numpy_type).min, numpy_type))
-    scaled = _node(node, "Mul", "scaled_query", [query, scale])
+    nodes = [_node(node, "Mul", "scaled_query", [query, scale])]
+    groups = _groups(query, key)
+    if groups > 1:  # the queries of a group as rows: no key or value is expanded
+        nodes += _stacked(graph, node, nodes[-1].outputs[0], mask, groups)
+        mask = nodes[-1].outputs[0]
+        scaled = nodes[1].outputs[0]
+    else:
+        scaled = nodes[0].outputs[0]
     turned = _node(node, "Transpose", "key_transposed", [key], perm=[0, 1, 3, 2])
-    scores = _node(node, "MatMul", "scores", [scaled.outputs[0], turned.outputs[0]])
+    scores = _node(node, "MatMul", "scores", [scaled, turned.outputs[0]])
     masked = _node(node, "Where", "masked", [mask, scores.outputs[0], lowest])
     shares = _node(node, "Softmax", "shares", [masked.outputs[0]], axis=-1)
     mix = _node(node, "MatMul", "mix", [shares.outputs[0], value])
-    old, new = node.outputs[0], mix.outputs[0]
-    graph.insert_before(node, [scaled, turned, scores, masked, shares, mix])
+    nodes += [turned, scores, masked, shares, mix]
+    if groups > 1:
+        shape = _shape_constant(graph, node, "heads_apart", [0, _heads(query), -1, _size(query, 3)])
+        nodes.append(_node(node, "Reshape", "apart", [mix.outputs[0], shape]))
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     name, new.shape, new.type = old.name, old.shape, old.type
     graph.remove(node, safe=True)
     new.name = name
+
+
+def _stacked(graph: ir.Graph, node: ir.Node, query: ir.Value, mask: ir.Value | None, groups: int) -> list[ir.Node]:
+    """Queries [batch, heads, n, head_dim] -> [batch, kv_heads, groups * n, head_dim]; the mask's rows repeat."""
+    key = node.inputs[1]
+    assert key is not None
+    shape = _shape_constant(graph, node, "heads_together", [0, _heads(key), -1, _size(key, 3)])
+    together = _node(node, "Reshape", "stacked_query", [query, shape])
+    repeated = _node(node, "Concat", "stacked_mask", [mask] * groups, axis=2)
+    return [together, repeated]
+
+
+def _groups(query: ir.Value, key: ir.Value | None) -> int:
+    """Query heads that share a head of keys and values."""
+    assert key is not None
+    return _heads(query) // _heads(key)
+
+
+def _heads(value: ir.Value) -> int:
+    return _size(value, 1)
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    size = value.shape[axis] if value.shape is not None else None
+    if not isinstance(size, int):
+        raise BuildError(f"attention cannot be decomposed: dim {axis} of {value.name} is not known")
+    return size
+
+
+def _shape_constant(graph: ir.Graph, origin: ir.Node, part: str, sizes: list[int]) -> ir.Value:
+    return _constant(graph, origin, part, np.array(sizes, np.int64))
 
 
 def _node(origin: ir.Node, op: str, part: str, inputs: list[ir.Value | None], **attributes: int | list[int]) -> ir.Node:
@@ -121,6 +165,6 @@ def _node(origin: ir.Node, op: str, part: str, inputs: list[ir.Value | None], **
 def _constant(graph: ir.Graph, origin: ir.Node, part: str, array: np.ndarray) -> ir.Value:
     name = f"{origin.name}/{part}"
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -8,6 +8,7 @@ so the second goes through a Min with the last row of the table, which no valid 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from crt_export.errors import BuildError
 
-_TABLES = ("rope_cos", "rope_sin")
+_TABLES = re.compile(r"rope_(cos|sin)(_[0-9]+)?")
 #: What may lie between a look-up and its use: operators that only change the shape or type of their first input.
 FORMATTING = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Slice", "Expand", "Identity"})
 
@@ -23,22 +24,23 @@ FORMATTING = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Slice", "Exp
 def separate_rotation(graph: ir.Model) -> int:
     """Give the nodes of the last pass a rotary look-up of their own.
 
-    Requires: rotary tables are initializers ``rope_cos`` and ``rope_sin``, looked up by Gather; the last pass is the
-        one that updates the cache.
-    Ensures: no look-up serves both the last pass and an earlier one. A graph with one pass is unchanged.
+    Requires: rotary tables are initializers ``rope_cos``, ``rope_sin`` and so on, looked up by Gather; the last pass is
+        the one that updates the cache.
+    Ensures: no look-up serves both the last pass and an earlier one. A graph with one pass, or without rotation, is
+        unchanged.
 
     Returns:
         The number of uses that were moved to a look-up of their own; 0 with one pass.
 
     Raises:
-        BuildError: The graph has no such look-up or no cache update.
+        BuildError: It has tables and no look-up, or no cache update.
     """
     body = graph.graph
     lookups = _lookups(body)
     if not lookups:
-        raise BuildError(
-            f"graph {body.name}: no Gather from {' or '.join(_TABLES)}, so there is no rotation to separate"
-        )
+        if not _tables(body):
+            return 0
+        raise BuildError(f"graph {body.name}: no Gather from a rotary table, so there is no rotation to separate")
     earlier = _earlier_passes(body)
     moves = [use for lookup in lookups for use in _uses(lookup)]
     if not any(user in earlier for user, _ in moves):
@@ -56,9 +58,12 @@ def separate_rotation(graph: ir.Model) -> int:
     return len(moves)
 
 
+def _tables(graph: ir.Graph) -> list[ir.Value]:
+    return [value for name, value in graph.initializers.items() if _TABLES.fullmatch(name)]
+
+
 def _lookups(graph: ir.Graph) -> list[ir.Node]:
-    tables = [graph.initializers[name] for name in _TABLES if name in graph.initializers]
-    return [user for table in tables for user, _ in table.uses() if user.op_type == "Gather"]
+    return [user for table in _tables(graph) for user, _ in table.uses() if user.op_type == "Gather"]
 
 
 def _uses(lookup: ir.Node) -> Iterator[tuple[ir.Node, int]]:

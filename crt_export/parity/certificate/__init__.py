@@ -37,36 +37,30 @@ A plain transformer has no passes: its lists are empty, and its one anchor is pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from crt_export.errors import ContractError
-from crt_export.ladder import CERTIFICATE
-from crt_export.parity.case import ParityCase
 from crt_export.parity.certificate.curves import (
+    excess_interval,
     handover_curves,
+    handover_excess,
     position_curves,
     residual_curve,
-    smallest_passes,
     span_curves,
     stopping_bound,
 )
-from crt_export.parity.certificate.gates import anchor_check, exactness_checks, regime_checks, reported_checks
-from crt_export.parity.certificate.measurement import Coverage, Measurement, Observer, coverage_of, measure
-from crt_export.parity.certificate.runs import Anchors, ReferenceRun, Run, TargetRun, plain_errors
-from crt_export.parity.level import LevelResult, ParitySetup
-from crt_export.parity.metrics import json_value
-from crt_export.parity.reference import PREFILL, PREFILL_PASS, Reference
+from crt_export.parity.certificate.measurement import Coverage, Measurement, coverage_of, measure
+from crt_export.parity.certificate.runs import Anchors, ReferenceRun, TargetRun, plain_errors
+from crt_export.parity.levels import CERTIFICATE
+from crt_export.parity.metrics import Check, json_value, measured
+from crt_export.parity.reference import PREFILL, PREFILL_PASS
+from crt_export.parity.report import LevelResult
 from crt_export.parity.runner import Runner
-
-__all__ = ["certify", "smallest_passes"]
-
-#: PyTorch FP32's own regimes, measured once for all targets of a setup.
-_MEASURED: WeakKeyDictionary[Reference, dict[tuple[int, int, int], Measurement]] = WeakKeyDictionary()
+from crt_export.parity.setup import ParityCase, ParitySetup
+from crt_export.parity.tolerances import Tolerance
 
 
 def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
@@ -83,32 +77,32 @@ def certify(case: ParityCase, setup: ParitySetup) -> LevelResult:
         ContractError: A graph is missing, failed, or delivered NaN or infinity.
     """
     runner = setup.runner(case)
-    if setup.config.recurrent and PREFILL_PASS not in runner.target.graphs:
+    if setup.config.carried.iterated and PREFILL_PASS not in runner.target.graphs:
         raise ContractError(f"target {case.target} has no {PREFILL_PASS} graph, which every number of passes needs")
-    coverage = coverage_of(case, setup, runner.engine.max_tokens)
-    if not setup.config.recurrent:
+    coverage = coverage_of(runner, setup, runner.engine.max_tokens)
+    if not setup.config.carried.iterated:
         return _certify_plain(case, setup, runner, coverage)
-    reference = _reference_measurement(setup, coverage)
+    reference = _measured_reference(setup, coverage)
     run = TargetRun(
         runner,
         setup.windows.inputs[: coverage.windows, : coverage.length],
         kept=[tokens - 1 for tokens in (*coverage.anchors, min(coverage.unroll, coverage.length))],
     )
     anchors = Anchors(run, coverage.anchors, coverage.unroll)
-    measured = _measured(run, coverage, setup, f"{case.target}: certificate", anchors)
+    found = measure(run, coverage, setup, f"{case.target}: certificate", anchors)
     limits = setup.limits(case.precision)
     better = float(reference.sequential_nll.mean()) < math.log(setup.config.vocab_size)
     perplexity_gap = setup.tolerances.perplexity_gap
     data = {
         **_extent(coverage),
-        **_curves(measured, coverage, reference, perplexity_gap),
+        **_curves(found, coverage, reference, perplexity_gap),
         "anchors": _anchor_entries(anchors.errors, limits.anchor_error),
         "reference": _curves(reference, coverage, None, perplexity_gap),
     }
     checks = [
-        *exactness_checks(run, anchors, measured, coverage, limits),
-        *regime_checks(measured, reference, coverage, case.precision, limits, judged=better and coverage.whole),
-        *reported_checks(data, coverage),
+        *_exactness_checks(run, anchors, found, coverage, limits),
+        *_regime_checks(found, reference, coverage, case.precision, limits, judged=better and coverage.whole),
+        *_reported_checks(data, coverage),
     ]
     return LevelResult(
         level=CERTIFICATE,
@@ -125,7 +119,7 @@ def _certify_plain(case: ParityCase, setup: ParitySetup, runner: Runner, coverag
     run = TargetRun(runner, setup.windows.inputs[: coverage.windows, :length], kept=(length - 1,))
     errors = plain_errors(run, coverage.slices, length)
     name = f"anchor: prefill over {length} tokens is {length} steps"
-    check = anchor_check(name, errors, PREFILL, case.precision, limits)
+    check = _anchor_check(name, errors, PREFILL, case.precision, limits)
     data = {
         **_extent(coverage),
         "passes": [],
@@ -147,22 +141,11 @@ def _certify_plain(case: ParityCase, setup: ParitySetup, runner: Runner, coverag
     )
 
 
-def _reference_measurement(setup: ParitySetup, coverage: Coverage) -> Measurement:
-    known = _MEASURED.setdefault(setup.reference, {})
-    key = (coverage.passes[-1], coverage.windows, coverage.length)
-    if key not in known:
-        run = ReferenceRun(setup.reference, coverage.windows, coverage.length)
-        known[key] = _measured(run, coverage, setup, "PyTorch FP32: certificate")
-    return known[key]
-
-
-def _measured(
-    run: Run, coverage: Coverage, setup: ParitySetup, label: str, observe: Observer | None = None
-) -> Measurement:
-    setup.progress(label, 0, coverage.windows)
-    targets = setup.windows.targets[: coverage.windows, : coverage.length]
-    progress = partial(setup.progress, label)
-    return measure(run, coverage, targets, observe=observe, on_progress=lambda done: progress(done, coverage.windows))
+def _measured_reference(setup: ParitySetup, coverage: Coverage) -> Measurement:
+    """PyTorch FP32's own regimes, measured once for all targets of a setup."""
+    run = ReferenceRun(setup.reference, coverage.windows, coverage.length)
+    key = ("certificate", coverage.passes[-1], coverage.windows, coverage.length)
+    return setup.reference.once(key, lambda: measure(run, coverage, setup, "PyTorch FP32: certificate"))
 
 
 def _extent(coverage: Coverage) -> dict[str, Any]:
@@ -222,7 +205,88 @@ def _notes(coverage: Coverage, *, better: bool) -> list[str]:
     if coverage.selected != coverage.passes:
         listed = ", ".join(map(str, coverage.selected))
         notes.append(
-            f"certificate: hand-overs are measured for K in {listed}; all other curves for every K up to "
+            f"certificate: handovers are measured for K in {listed}; all other curves for every K up to "
             f"{coverage.passes[-1]}"
         )
     return notes
+
+
+def _exactness_checks(
+    run: TargetRun, anchors: Anchors, found: Measurement, coverage: Coverage, limits: Tolerance
+) -> Iterator[Check]:
+    """What holds by the equations, up to rounding, for every model."""
+    precision = run.runner.target.profile.precision
+    for (graph, tokens, passes), errors in anchors.errors.items():
+        name = f"anchor: {passes} passes of {graph} over {tokens} tokens are {tokens} steps"
+        yield _anchor_check(name, errors, graph, precision, limits)
+    index = max(range(len(coverage.passes)), key=lambda k: _nan_last(float(found.prefix_error[k])))
+    yield measured(
+        "anchor_error",
+        f"prefix: after K passes of {PREFILL_PASS} the first K positions are exact",
+        float(found.prefix_error[index]),
+        limit=limits.anchor_error,
+        precision=precision,
+        where=f"in next_hidden of {PREFILL_PASS} after {coverage.passes[index]} passes",
+    )
+    claims = [("step: logits are the head of next_state", run.step_error, "between logits of step and those of head")]
+    if not run.runner.one_graph:
+        name = f"prefill: {coverage.unroll} passes are {coverage.unroll} calls of {PREFILL_PASS}"
+        claims.append((name, anchors.prefill_error, "in next_hidden of prefill"))
+    name = f"{PREFILL_PASS}: residual is the change of next_hidden"
+    claims.append((name, anchors.residual_error, f"in residual of {PREFILL_PASS}"))
+    for name, value, where in claims:
+        yield measured("consistency", name, value, limit=limits.consistency, precision=precision, where=where)
+
+
+def _anchor_check(name: str, errors: Mapping[str, float], graph: str, precision: str, limits: Tolerance) -> Check:
+    """The worst of the errors by tensor against the limit of what is exact by the equations."""
+    worst = max(errors, key=lambda tensor: _nan_last(errors[tensor]))
+    where = f"in {worst} of {graph}"
+    return measured("anchor_error", name, errors[worst], limit=limits.anchor_error, precision=precision, where=where)
+
+
+def _regime_checks(
+    found: Measurement,
+    reference: Measurement,
+    coverage: Coverage,
+    precision: str,
+    limits: Tolerance,
+    *,
+    judged: bool,
+) -> Iterator[Check]:
+    """Whether the target's regimes are further apart than FP32's, at K and at 2 K passes."""
+    for span in coverage.spans:
+        limit = limits.gap_delta_nll if judged and coverage.gated(span) else None
+        for passes in (coverage.unroll, 2 * coverage.unroll):
+            excess = excess_interval(found, reference, coverage.passes.index(passes), span)
+            name = f"regime gap beyond FP32's: K={passes}, positions {span.start}-{span.stop}"
+            yield measured("gap_excess", name, excess.mean, interval=excess.ends, limit=limit, precision=precision)
+    for place, continuation in enumerate(found.continuations):
+        handover = continuation.handover
+        excess = handover_excess(found, reference, place, coverage.selected.index(coverage.unroll))
+        name = (
+            f"handover beyond FP32's: K={coverage.unroll} over {handover.start} tokens, "
+            f"steps {handover.start}-{handover.stop}"
+        )
+        limit = limits.handover_delta_nll if judged and handover.gated else None
+        yield measured("handover_excess", name, excess.mean, interval=excess.ends, limit=limit, precision=precision)
+
+
+def _reported_checks(data: Mapping[str, Any], coverage: Coverage) -> Iterator[Check]:
+    """Figures that belong to the model or to the method and gate nothing."""
+    unroll, last = coverage.passes.index(coverage.unroll), coverage.passes[-1]
+    for span in data["spans"]:
+        where = f"positions {span['start']}-{span['stop']}"
+        yield measured("smallest_passes", f"smallest K: {where}", span["smallest_passes"])
+        name, interval = f"perplexity gap: K={coverage.unroll}, {where}", span["perplexity_gap_ci"][unroll]
+        yield measured("perplexity_gap", name, span["perplexity_gap"][unroll], interval=interval)
+        # At twice the unroll FP32 still converges, while a quantised target has met the floor of its rounding.
+        for passes, index in ((coverage.unroll, unroll), (last, len(coverage.passes) - 1)):
+            name, interval = f"divergence: K={passes}, {where}", span["kl_ci"][index]
+            yield measured("pass_divergence", name, span["kl"][index], interval=interval)
+    yield measured("residual_ratio", f"residual: K={coverage.unroll}", data["residual"][unroll]["ratio_p95"])
+
+
+def _nan_last(error: float) -> float:
+    """NaN is the largest of all errors."""
+    return math.inf if math.isnan(error) else error

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from crt_export.parity.certificate.measurement import Continuation, Coverage, Measurement
+from crt_export.parity.certificate.measurement import Coverage, Measurement
 from crt_export.parity.report import perplexity
 from crt_export.parity.statistics import Interval, paired_interval
 
@@ -41,7 +41,35 @@ def span_curves(
         reference: PyTorch FP32 on the same windows; None leaves out the excess.
         perplexity_gap: The largest |perplexity gap| that counts as none.
     """
-    return [_span_curve(measured, coverage, span, reference, perplexity_gap) for span in coverage.spans]
+    curves = []
+    for span in coverage.spans:
+        sequential, nll = measured.sequential_nll[:, span], [found[:, span] for found in measured.nll]
+        means, gaps = [float(found.mean()) for found in nll], [perplexity_gap_interval(f, sequential) for f in nll]
+        excess = reference and [excess_interval(measured, reference, k, span) for k in range(len(nll))]
+        curves.append(
+            {
+                "start": span.start,
+                "stop": span.stop,
+                "gated": coverage.gated(span),
+                "sequential_nll": float(sequential.mean()),
+                "sequential_perplexity": perplexity(float(sequential.mean())),
+                "nll": means,
+                "perplexity": [perplexity(value) for value in means],
+                **_curve("gap_nll", [paired_interval(found - sequential) for found in nll]),
+                **_curve("perplexity_gap", gaps),
+                **_curve("kl", [paired_interval(kl[:, span]) for kl in measured.kl]),
+                **_curve("excess", excess),
+                "smallest_passes": smallest_passes(coverage.passes, gaps, perplexity_gap),
+            }
+        )
+    return curves
+
+
+def _curve(name: str, intervals: Sequence[Interval] | None) -> dict[str, Any]:
+    """``name`` and ``name_ci``: means and ends of intervals, one per number of passes; None where there are none."""
+    if intervals is None:
+        return {name: None, f"{name}_ci": None}
+    return {name: [one.mean for one in intervals], f"{name}_ci": [one.ends for one in intervals]}
 
 
 def perplexity_gap_interval(nll: np.ndarray, sequential: np.ndarray) -> Interval:
@@ -83,133 +111,77 @@ def excess_interval(measured: Measurement, reference: Measurement, index: int, s
         index: Which number of passes, an index of ``Coverage.passes``.
         span: Positions.
     """
-    gaps = [(form.nll[index] - form.sequential_nll)[:, span] for form in (measured, reference)]
-    return paired_interval(gaps[0] - gaps[1])
+    own, model = ((run.nll[index] - run.sequential_nll)[:, span] for run in (measured, reference))
+    return paired_interval(own - model)
 
 
 def position_curves(measured: Measurement, coverage: Coverage) -> dict[str, Any]:
     """The agreed ``positions`` of the level's data: every number of passes against the length of the prefix."""
-    edges = coverage.edges
-    buckets = [slice(start, stop) for start, stop in pairwise(edges)]
-    gaps = [_by_bucket(nll - measured.sequential_nll, buckets) for nll in measured.nll]
-    divergences = [_by_bucket(kl, buckets) for kl in measured.kl]
-    return {
-        "edges": list(edges),
-        "passes": list(coverage.passes),
-        "gap_nll": [_means(row) for row in gaps],
-        "gap_nll_ci": [bounds(row) for row in gaps],
-        "kl": [_means(row) for row in divergences],
-        "kl_ci": [bounds(row) for row in divergences],
-    }
-
-
-def bounds(intervals: Sequence[Interval]) -> list[tuple[float, float]]:
-    """Low and high of each."""
-    return [(interval.low, interval.high) for interval in intervals]
-
-
-def _span_curve(
-    measured: Measurement, coverage: Coverage, span: slice, reference: Measurement | None, limit: float
-) -> dict[str, Any]:
-    sequential, curves = measured.sequential_nll[:, span], range(len(coverage.passes))
-    gaps = [paired_interval(measured.nll[k][:, span] - sequential) for k in curves]
-    perplexity_gaps = [perplexity_gap_interval(measured.nll[k][:, span], sequential) for k in curves]
-    divergences = [paired_interval(measured.kl[k][:, span]) for k in curves]
-    nll = [float(measured.nll[k][:, span].mean()) for k in curves]
-    excess = [excess_interval(measured, reference, k, span) for k in curves] if reference is not None else None
-    return {
-        "start": span.start,
-        "stop": span.stop,
-        "gated": coverage.gated(span),
-        "sequential_nll": float(sequential.mean()),
-        "sequential_perplexity": perplexity(float(sequential.mean())),
-        "nll": nll,
-        "perplexity": [perplexity(value) for value in nll],
-        "gap_nll": _means(gaps),
-        "gap_nll_ci": bounds(gaps),
-        "perplexity_gap": _means(perplexity_gaps),
-        "perplexity_gap_ci": bounds(perplexity_gaps),
-        "kl": _means(divergences),
-        "kl_ci": bounds(divergences),
-        "excess": None if excess is None else _means(excess),
-        "excess_ci": None if excess is None else bounds(excess),
-        "smallest_passes": smallest_passes(coverage.passes, perplexity_gaps, limit),
-    }
-
-
-def _by_bucket(values: np.ndarray, buckets: Sequence[slice]) -> list[Interval]:
-    return [paired_interval(values[:, bucket]) for bucket in buckets]
-
-
-def _means(intervals: Sequence[Interval]) -> list[float]:
-    return [interval.mean for interval in intervals]
-
-
-def handover_curves(measured: Measurement, coverage: Coverage, reference: Measurement | None) -> list[dict[str, Any]]:
-    """The agreed ``handover`` of the level's data, one per place of hand-over, gated ones first."""
-    curves = []
-    for index, continuation in enumerate(measured.continuations):
-        deltas = [paired_interval(delta) for delta in _deltas(measured, continuation)]
-        divergences = [paired_interval(kl) for kl in continuation.kl]
-        excess = None
-        if reference is not None:
-            excess = [handover_excess(measured, reference, index, k) for k in range(len(deltas))]
-        curves.append(
-            {
-                "start": continuation.handover.start,
-                "stop": continuation.handover.stop,
-                "gated": continuation.handover.gated,
-                "passes": list(coverage.selected),
-                "delta_nll": [interval.mean for interval in deltas],
-                "delta_nll_ci": bounds(deltas),
-                "kl": [interval.mean for interval in divergences],
-                "kl_ci": bounds(divergences),
-                "max_state_error": [float(error) for error in continuation.state_error],
-                "excess": None if excess is None else [interval.mean for interval in excess],
-                "excess_ci": None if excess is None else bounds(excess),
-            }
-        )
+    buckets = [slice(start, stop) for start, stop in pairwise(coverage.edges)]
+    curves: dict[str, Any] = {"edges": list(coverage.edges), "passes": list(coverage.passes)}
+    for name, values in (("gap_nll", measured.nll - measured.sequential_nll), ("kl", measured.kl)):
+        rows = [_curve(name, [paired_interval(of_k[:, bucket]) for bucket in buckets]) for of_k in values]
+        curves |= {key: [row[key] for row in rows] for key in (name, f"{name}_ci")}
     return curves
 
 
+def handover_curves(measured: Measurement, coverage: Coverage, reference: Measurement | None) -> list[dict[str, Any]]:
+    """The agreed ``handover`` of the level's data, one per place, gated ones first."""
+    return [
+        {
+            "start": found.handover.start,
+            "stop": found.handover.stop,
+            "gated": found.handover.gated,
+            "passes": list(coverage.selected),
+            **_curve("delta_nll", [paired_interval(delta) for delta in _deltas(measured, place)]),
+            **_curve("kl", [paired_interval(kl) for kl in found.kl]),
+            "max_state_error": [float(error) for error in found.state_error],
+            **_curve(
+                "excess",
+                reference and [handover_excess(measured, reference, place, k) for k in range(len(found.nll))],
+            ),
+        }
+        for place, found in enumerate(measured.continuations)
+    ]
+
+
 def handover_excess(measured: Measurement, reference: Measurement, place: int, index: int) -> Interval:
-    """How much more a hand-over costs the target than FP32, paired by token, nats.
+    """How much more a handover costs the target than FP32, paired by token, nats.
 
     Args:
         measured: Of the target.
         reference: PyTorch FP32 on the same windows.
-        place: Which hand-over.
+        place: Which handover.
         index: Which number of passes, an index of ``Coverage.selected``.
     """
-    own, model = (_deltas(form, form.continuations[place])[index] for form in (measured, reference))
+    own, model = (_deltas(run, place)[index] for run in (measured, reference))
     return paired_interval(own - model)
 
 
-def _deltas(measured: Measurement, continuation: Continuation) -> np.ndarray:
+def _deltas(measured: Measurement, place: int) -> np.ndarray:
     """[passes, windows, positions] above the recurrence at the same tokens."""
-    span = slice(continuation.handover.start, continuation.handover.stop)
-    return continuation.nll - measured.sequential_nll[:, span]
+    found = measured.continuations[place]
+    return found.nll - measured.sequential_nll[:, found.handover.start : found.handover.stop]
 
 
 def residual_curve(measured: Measurement, coverage: Coverage) -> list[dict[str, Any]]:
     """The agreed ``residual`` of the level's data, one entry per number of passes, windows as units."""
-    return [
-        _entry(passes, measured.residual[index], measured.error[index]) for index, passes in enumerate(coverage.passes)
-    ]
-
-
-def _entry(passes: int, residual: np.ndarray, error: np.ndarray) -> dict[str, Any]:
-    moved = residual > 0
-    ratio = error[moved] / residual[moved]
-    return {
-        "passes": passes,
-        "residual_median": float(np.median(residual)),
-        "error_median": float(np.median(error)),
-        "error_max": float(error.max()),
-        "ratio_median": float(np.median(ratio)) if len(ratio) else None,
-        "ratio_p95": float(np.percentile(ratio, 95)) if len(ratio) else None,
-        "correlation": _log_correlation(residual, error),
-    }
+    curve = []
+    for passes, residual, error in zip(coverage.passes, measured.residual, measured.error, strict=True):
+        moved = residual > 0
+        ratio = error[moved] / residual[moved]
+        curve.append(
+            {
+                "passes": passes,
+                "residual_median": float(np.median(residual)),
+                "error_median": float(np.median(error)),
+                "error_max": float(error.max()),
+                "ratio_median": float(np.median(ratio)) if len(ratio) else None,
+                "ratio_p95": float(np.percentile(ratio, 95)) if len(ratio) else None,
+                "correlation": _log_correlation(residual, error),
+            }
+        )
+    return curve
 
 
 def _log_correlation(residual: np.ndarray, error: np.ndarray) -> float | None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crt_export.config import ModelConfig
-from crt_export.parity.case import ParityCase
-from crt_export.parity.certificate.runs import BLOCK_ELEMENTS, Chain, Run
+from crt_export.parity.certificate.runs import Chain, Run
 from crt_export.parity.comparison import trained_ranges
-from crt_export.parity.level import ParitySetup
-from crt_export.parity.scores import divergence
+from crt_export.parity.runner import Runner
+from crt_export.parity.scores import BLOCK_ELEMENTS, divergence
+from crt_export.parity.setup import ParitySetup
 from crt_export.parity.windows import Windows
 from crt_export.text import fill_unscored
 
@@ -94,35 +94,38 @@ class Coverage:
         )
 
 
-def coverage_of(case: ParityCase, setup: ParitySetup, longest: int) -> Coverage:
+def coverage_of(runner: Runner, setup: ParitySetup, longest: int) -> Coverage:
     """What is run for a target; the same for every target with the same K.
 
     Args:
-        case: The target.
+        runner: The target.
         setup: Windows and options.
         longest: Most tokens that the target takes at once.
     """
-    config, windows = setup.config, setup.windows
-    passes = tuple(range(1, 2 * case.unroll + 1))
+    config, windows, unroll = setup.config, setup.windows, runner.target.unroll or 1
+    passes = tuple(range(1, 2 * unroll + 1))
     length = min(windows.length, longest)
-    count = _windows_within_work(config, windows, 2 * case.unroll)
+    count = _windows_within_work(config, windows, 2 * unroll)
     notes = []
     if length < windows.length:
         notes.append(
-            f"certificate: the first {length} of the {windows.length} tokens of every window, which {case.target} "
-            "takes at once; likelihoods are reported and not gated, their limits are for whole windows"
+            f"certificate: the first {length} of the {windows.length} tokens of every window, which "
+            f"{runner.target.name} takes at once; likelihoods are reported and not gated, their limits are for whole "
+            "windows"
         )
     if count < windows.count:
         notes.append(
-            f"certificate: {count} of {windows.count} windows, because {2 * case.unroll} passes of "
+            f"certificate: {count} of {windows.count} windows, because {2 * unroll} passes of "
             f"{config.parameter_count:,} parameters over all of them take too long; likelihoods are reported and not "
             "gated, their limits are for all windows"
         )
     trained = config.training_sequence_length
-    selected = {1 << power for power in range(passes[-1].bit_length())} | {case.unroll, 2 * case.unroll}
-    bytes_each = _bytes_per_window(case, config, length, len(passes))
+    selected = {1 << power for power in range(passes[-1].bit_length())} | {unroll, 2 * unroll}
+    # Caches of the chain, of the passes and of the handover, and an iterate of every pass.
+    iterates = 4 * (len(passes) + 2) * length * config.hidden_size
+    bytes_each = 2 * runner.cache_bytes(length) + runner.prefill_bytes(length) + iterates
     return Coverage(
-        unroll=case.unroll,
+        unroll=unroll,
         trained=trained,
         windows=count,
         length=length,
@@ -131,7 +134,7 @@ def coverage_of(case: ParityCase, setup: ParitySetup, longest: int) -> Coverage:
         selected=tuple(sorted(selected & set(passes))),
         spans=tuple(trained_ranges(length, trained)),
         handovers=_handovers(length, trained),
-        anchors=tuple(sorted({min(tokens, length) for tokens in (1, 2, case.unroll, 2 * case.unroll)})),
+        anchors=tuple(sorted({min(tokens, length) for tokens in (1, 2, unroll, 2 * unroll)})),
         batch=max(1, min(setup.options.window_batch, count, _BATCH_BYTES // bytes_each)),
         notes=tuple(notes),
     )
@@ -150,16 +153,6 @@ def _handovers(length: int, trained: int | None) -> tuple[Handover, ...]:
     if below < length:  # a window has two tokens at least, so there always is one
         found.append(Handover(start=length // 2, stop=length, gated=False))
     return tuple(found)
-
-
-def _bytes_per_window(case: ParityCase, config: ModelConfig, length: int, passes: int) -> int:
-    capacity = length if case.capacity is None else case.capacity
-    slots = 2 * config.num_hidden_layers * config.num_attention_heads * capacity * config.head_dim
-    caches = 3 * slots * np.dtype(case.cache_dtype).itemsize  # of the chain, of the passes and of the hand-over
-    # Scores of one layer's attention, and about as much again for its mask and softmax.
-    scores = 2 * 4 * config.num_attention_heads * length * (capacity + length)
-    iterates = 4 * (passes + 2) * length * config.hidden_size
-    return max(1, caches + scores + iterates)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,7 +183,7 @@ class Measurement:
         residual: Largest |change of h| in the last pass, float64 [passes, windows].
         error: Largest |h - h of the recurrence| after K passes, float64 [passes, windows].
         prefix_error: The same over the first K positions only and over the largest |h|, float64 [passes].
-        continuations: One per hand-over.
+        continuations: One per handover.
     """
 
     sequential_nll: np.ndarray
@@ -203,46 +196,39 @@ class Measurement:
 
 
 def measure(
-    run: Run,
-    coverage: Coverage,
-    targets: np.ndarray,
-    *,
-    observe: Observer | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    run: Run, coverage: Coverage, setup: ParitySetup, label: str, observe: Observer | None = None
 ) -> Measurement:
     """Run everything.
 
     Args:
         run: Of the target or the reference.
         coverage: What to run.
-        targets: The token after each one, int64 [windows, positions].
+        setup: Its windows say the token after each one.
+        label: What is told to run.
         observe: Sees the states of every batch of windows.
-        on_progress: Called with the number of windows done.
 
     Raises:
         ContractError: A graph failed, or delivered NaN or infinity.
     """
+    setup.progress(label, 0, coverage.windows)
     parts = []
     for rows in coverage.slices:
-        parts.append(_measure_rows(run, coverage, rows, targets[rows], observe))
-        on_progress(rows.stop)
+        parts.append(_measure_rows(run, coverage, rows, setup.windows.targets[rows, : coverage.length], observe))
+        setup.progress(label, rows.stop, coverage.windows)
     return Measurement(
         sequential_nll=np.concatenate([part.sequential_nll for part in parts]),
-        nll=np.concatenate([part.nll for part in parts], axis=1),
-        kl=np.concatenate([part.kl for part in parts], axis=1),
-        residual=np.concatenate([part.residual for part in parts], axis=1),
-        error=np.concatenate([part.error for part in parts], axis=1),
-        prefix_error=np.max([part.prefix_error for part in parts], axis=0),
+        **_joined(parts, ("nll", "kl", "residual", "error"), ("prefix_error",)),
         continuations=tuple(
-            Continuation(
-                handover=same[0].handover,
-                nll=np.concatenate([one.nll for one in same], axis=1),
-                kl=np.concatenate([one.kl for one in same], axis=1),
-                state_error=np.max([one.state_error for one in same], axis=0),
-            )
+            Continuation(handover=same[0].handover, **_joined(same, ("nll", "kl"), ("state_error",)))
             for same in zip(*(part.continuations for part in parts), strict=True)
         ),
     )
+
+
+def _joined(parts: Sequence[Any], by_window: Sequence[str], largest: Sequence[str]) -> dict[str, np.ndarray]:
+    """Batches of windows as one: arrays [passes, windows, ...] side by side, and of others the largest."""
+    whole = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in by_window}
+    return whole | {name: np.max([getattr(part, name) for part in parts], axis=0) for name in largest}
 
 
 def compare_states(
@@ -266,11 +252,11 @@ def compare_states(
     size = max(1, BLOCK_ELEMENTS // (len(targets) * run.vocab))
     for first in range(0, targets.shape[1], size):
         piece = slice(first, first + size)
-        own = _wide(run.head(sequential[:, piece]))
+        own = torch.from_numpy(run.head(sequential[:, piece])).double()
         expected = torch.log_softmax(own, dim=-1)
         nll[0, :, piece] = -expected.gather(-1, wanted[:, piece]).squeeze(-1).numpy()
         for index, states in enumerate(found):
-            logits = _wide(run.head(states[:, piece]))
+            logits = torch.from_numpy(run.head(states[:, piece])).double()
             after = torch.log_softmax(logits, dim=-1)
             nll[1 + index, :, piece] = -after.gather(-1, wanted[:, piece]).squeeze(-1).numpy()
             kl[index, :, piece] = divergence(expected, after, logits.sub_(own)).numpy()
@@ -317,10 +303,6 @@ def _continue(
         kl=kl,
         state_error=np.array([np.abs(states - expected).max() / scale for states in found], np.float64),
     )
-
-
-def _wide(logits: np.ndarray) -> Tensor:
-    return torch.from_numpy(logits).double()
 
 
 def _largest(states: np.ndarray) -> float:

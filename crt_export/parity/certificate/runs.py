@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from crt_export.errors import ContractError
+from crt_export.models.declaration import HIDDEN, NEXT_STATE, STATE
 from crt_export.parity.decoding import Decoding
 from crt_export.parity.difference import relative_error
 from crt_export.parity.reference import PREFILL, PREFILL_PASS, STEP, Reference
 from crt_export.parity.runner import Runner
-
-#: Logits held at a time: enough to amortise the calls, little enough for any vocabulary.
-BLOCK_ELEMENTS = 2_000_000
+from crt_export.parity.scores import BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,23 +100,25 @@ class ReferenceRun:
     def chain(self, rows: slice) -> Chain:
         if self._whole:
             return Chain(hidden=self._reference.hidden(STEP, 1)[rows, : self._ids.shape[1]].numpy())
-        return Chain(hidden=self._reference.model.sequential(self._ids[rows])[0].numpy())
+        return Chain(hidden=self._reference.model.sequential(self._ids[rows])[0].hidden.numpy())
 
     @torch.no_grad()
     def passes(self, rows: slice, most: int) -> tuple[np.ndarray, np.ndarray]:
-        hidden, found = None, []
+        iterate, found = None, []
         for _ in range(most):
-            hidden, _, residual = self._reference.model.unroll(self._ids[rows], 1, hidden=hidden)
-            found.append((hidden.numpy(), residual.numpy()))
+            done, _, residual = self._reference.model.unroll(self._ids[rows], 1, iterate=iterate)
+            iterate = done.states
+            found.append((done.hidden.numpy(), residual.numpy()))
         return np.stack([states for states, _ in found]), np.stack([residual for _, residual in found])
 
     @torch.no_grad()
     def continued(self, rows: slice, start: int, stop: int, passes: Sequence[int]) -> Iterator[np.ndarray]:
-        ids, hidden, model = self._ids[rows], None, self._reference.model
-        for done in range(1, max(passes) + 1):
-            hidden, carry, _ = model.unroll(ids[:, :start], 1, hidden=hidden)
-            if done in passes:
-                yield model.sequential(ids[:, start:stop], carry)[0].numpy()
+        ids, iterate, model = self._ids[rows], None, self._reference.model
+        for count in range(1, max(passes) + 1):
+            done, state, _ = model.unroll(ids[:, :start], 1, iterate=iterate)
+            iterate = done.states
+            if count in passes:
+                yield model.sequential(ids[:, start:stop], state)[0].hidden.numpy()
 
     @torch.no_grad()
     def head(self, hidden: np.ndarray) -> np.ndarray:
@@ -224,14 +225,16 @@ class TargetRun:
         return self.runner.decoding(*self._ids[rows].shape)
 
     def _step(self, decoding: Decoding, rows: slice, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """One token per window: state, float32 [windows, hidden], None for a plain transformer, and logits."""
+        """One token per window: what the head reads, float32 [windows, hidden], or None if no step gives it; logits."""
         decoding.step(self._ids[rows, position])
-        state, logits = decoding.state(), decoding.logits()
-        for name, values in (("next_state", state), ("logits", logits)):
-            if values is not None and not np.isfinite(values).all():
+        specs, states, logits = self.runner.config.carried.states, decoding.states(), decoding.logits()
+        named = {spec.tensor(NEXT_STATE): states[spec.tensor(STATE)] for spec in specs}
+        for name, values in (*named.items(), ("logits", logits)):
+            if not np.isfinite(values).all():
                 row = rows.start + int(np.argmin(np.isfinite(values).reshape(decoding.rows, -1).all(axis=1)))
                 raise ContractError(f"step: {name} is NaN or infinite, first in window {row} at position {position}")
-        return None if state is None else state[:, 0], logits
+        hidden = next((states[spec.tensor(STATE)][:, 0] for spec in specs if spec.name == HIDDEN), None)
+        return hidden, logits
 
 
 class Anchors:

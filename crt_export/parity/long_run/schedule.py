@@ -1,14 +1,25 @@
-"""Schedule of a long run: which token is fed at which position, and when the cache is emptied."""
+"""Schedule of a long run: which token is fed at which position, when the cache is emptied, and PyTorch FP32 on it."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
-from crt_export.parity.case import ParityCase
-from crt_export.text import TokenText
+from crt_export.models.base import LanguageModel
+from crt_export.parity.reference import STEP, Reference
+from crt_export.parity.setup import ParityCase, ParitySetup
+from crt_export.parity.windows import Windows
+from crt_export.progress import Progress
+from crt_export.runtime.slide import windows_of_caches
+from crt_export.text import TokenText, cut_sequences
 
 SINGLE = "single"
 CHAINED = "chained"
@@ -71,7 +82,8 @@ def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[
         room, reason = case.room(config), f"capacity of {case.target}"
     trained = config.training_sequence_length
     window = min(trained or _DEFAULT_WINDOW, room, tokens)
-    slides = room < tokens and config.sliding_window is not None and config.sliding_window <= room
+    windows = windows_of_caches(config.carried)
+    slides = room < tokens and windows is not None and windows[0].size <= room
     length = tokens if slides else min(tokens, room)
     # ONNX Runtime's graphs leave the capacity open; those of a compiled target are fixed to theirs.
     runs = [
@@ -96,22 +108,35 @@ def schedules(case: ParityCase, config: ModelConfig, tokens: int) -> tuple[list[
 
 
 def check_length(text: TokenText, tokens: int) -> None:
-    """The text must have one token more than the run feeds.
+    """Refuse a text that has not one token more than the run feeds.
 
     Raises:
         InputError: It has fewer; the message says what is needed.
     """
     if len(text) < tokens + 1:
-        raise too_short(text, tokens, tokens + 1)
+        raise _too_short(text, tokens, tokens + 1)
 
 
-def too_short(text: TokenText, tokens: int, needed: int) -> InputError:
-    """The error for a text of fewer tokens than the long run needs."""
-    return InputError(
-        f"{text.source}: {len(text):,} held-out tokens are too few for the long run, which feeds {tokens:,} and "
-        f"needs one more to predict: give a text of at least {needed:,} tokens (--text FILE or --tokens "
-        "FILE.npy), leave the level long-run out, or ask for a shorter run (long_run_tokens)"
-    )
+def long_reference(setup: ParitySetup, schedule: Schedule) -> Reference:
+    """PyTorch FP32 over one run, whose tokens are its one window; a longer run serves shorter ones too.
+
+    Args:
+        setup: Model and text.
+        schedule: What to run.
+
+    Raises:
+        InputError: The text is too short.
+    """
+    runs: dict[tuple[str, int | None], Reference] = setup.reference.once("long run", dict)
+    key, tokens = (schedule.kind, schedule.window), schedule.tokens
+    if key not in runs or runs[key].windows.length < tokens:
+        model, windows = _with_positions(setup.model, schedule.window or tokens), _one_window(setup.text, schedule)
+        states = _states(model, windows.inputs, schedule.window, setup.progress)
+        runs[key] = Reference(model, windows, batch=1, steps=states)
+    whole = runs[key]
+    if whole.windows.length == tokens:
+        return whole
+    return Reference(whole.model, whole.windows.part(length=tokens), batch=1, steps=whole.hidden(STEP, 0)[:, :tokens])
 
 
 def _unit(window: int, tokens: int) -> int:
@@ -135,3 +160,44 @@ def _notes(case: ParityCase, config: ModelConfig, runs: list[Schedule], tokens: 
     elif chained.window is not None and chained.window < config.training_sequence_length:
         notes.append(f"{name}: chained windows of {chained.window} tokens, {reason}")
     return notes
+
+
+def _too_short(text: TokenText, tokens: int, needed: int) -> InputError:
+    return InputError(
+        f"{text.source}: {len(text):,} held-out tokens are too few for the long run, which feeds {tokens:,} and "
+        f"needs one more to predict: give a text of at least {needed:,} tokens (--text FILE or --tokens "
+        "FILE.npy), leave the level long-run out, or ask for a shorter run (long_run_tokens)"
+    )
+
+
+def _one_window(text: TokenText, schedule: Schedule) -> Windows:
+    """All tokens as one window, in which every start from an empty cache is the begin of a sequence."""
+    tokens = schedule.tokens
+    cut = cut_sequences(text.ids, tokens=tokens, window=schedule.window or tokens, bos=text.bos_token_id)
+    if isinstance(cut, int):
+        raise _too_short(text, tokens, cut)
+    return Windows(inputs=cut.inputs[None], targets=cut.targets[None], text=text)
+
+
+def _with_positions(model: LanguageModel, positions: int) -> LanguageModel:
+    """The model itself, or one of the same weights whose tables reach as far."""
+    if positions <= model.config.max_position_embeddings:
+        return model
+    longer = copy.copy(model)
+    longer._buffers = dict(model._buffers)  # the tables of the original stay
+    longer.config = dataclasses.replace(model.config, max_position_embeddings=positions)
+    longer.reset_tables()
+    return longer
+
+
+@torch.no_grad()
+def _states(model: LanguageModel, tokens: np.ndarray, window: int | None, progress: Progress) -> Tensor:
+    """h after every token, float32 [1, tokens, hidden]; after every window the cache is emptied and the state stays."""
+    ids, state, hidden = torch.from_numpy(tokens), model.start(1), []
+    for start in range(0, ids.shape[1], window or BLOCK):
+        progress("PyTorch FP32: long run", start, ids.shape[1])
+        if window is not None:
+            state = dataclasses.replace(model.start(1), states=state.states)
+        done, state = model.sequential(ids[:, start : start + (window or BLOCK)], state)
+        hidden.append(done.hidden)
+    return torch.cat(hidden, dim=1)

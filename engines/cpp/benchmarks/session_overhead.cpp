@@ -33,10 +33,8 @@ double median(std::vector<double> values) {
 void measure(const char* path, const char* target_name, int threads) {
   crt::BundleFiles files = crt::BundleFiles::open(path, true);
   const crt::Target& target = files.target(target_name);
-  const crt::ModelConfig& config = files.config();
   const auto engine = crt::open_engine(files, target, threads);
-  crt::SessionTensors tensors(*engine, {1, kCapacity, config.vocab, config.hidden, config.layers, config.heads,
-                                        config.head_dim, target.cache_dtype, config.recurrent});
+  crt::SessionTensors tensors(*engine, {1, kCapacity, files.config(), target.cache_dtype});
   crt::Launch& launch = tensors.step_launch(crt::Batch{0, 1, 1});
 
   crt::Bundle bundle = crt::Bundle::load(path, true);

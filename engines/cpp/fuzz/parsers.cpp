@@ -70,10 +70,9 @@ void parse_safetensors(const std::string& path) {
   crt::ModelConfig config;
   config.vocab = 256;
   config.hidden = 16;
-  config.layers = 1;
-  config.heads = 2;
-  config.head_dim = 8;
   config.max_position_embeddings = 256;
+  config.states = {{"hidden", {16}}};
+  config.caches = {{"0", 2, 8, {}, {}}};
   try {
     const crt::HeldFile file = held_file(path);
     const auto vectors = crt::SelftestVectors::load(file, config, std::string(64, '0'));

@@ -8,16 +8,18 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from crt_export.models.declaration import HIDDEN, StateSpec
+
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = ROOT / "engines" / "cpp" / "src" / "engine" / "tensor_names.hpp"
-LAYER = "{i}"
+CACHE, STATE = "{i}", "{name}"
 
 _TOP = """\
 // Names of the graphs and of their tensors. Generated from graphs/*.toml by engines/cpp/scripts/tensor_names.py:
 // change those files and run the script.
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 #include <string>
 
 namespace crt::names {
@@ -37,8 +39,9 @@ def render(folder: Path) -> str:
     entries = [entry for definition in definitions for side in ("inputs", "outputs") for entry in definition[side]]
     names = list(dict.fromkeys(entry["name"] for entry in entries))
     lines = ["// --- graphs", *(_constant(f"graph_{name}", name) for name in graphs)]
-    lines += ["", "// --- tensors", *(_constant(name, name) for name in names if LAYER not in name)]
-    lines += ["", "// --- tensors of one layer", *(_function(name) for name in names if LAYER in name)]
+    lines += ["", "// --- tensors", *(_constant(name, name) for name in names if "{" not in name)]
+    lines += ["", "// --- tensors of one cache", *(_of_cache(name) for name in names if CACHE in name)]
+    lines += ["", "// --- tensors of one state", *(_of_state(name) for name in names if STATE in name)]
     return _TOP + "\n".join(lines) + "\n" + _BOTTOM
 
 
@@ -47,11 +50,18 @@ def _constant(identifier: str, name: str) -> str:
     return f'inline constexpr char k{camel}[] = "{name}";'
 
 
-def _function(name: str) -> str:
-    before, after = name.split(LAYER)
+def _of_cache(name: str) -> str:
+    before, after = name.split(CACHE)
     identifier = f"{before}{after}".replace("..", ".").replace(".", "_")
-    value = f'"{before}" + std::to_string(layer) + "{after}"'
-    return f"inline std::string {identifier}(std::int64_t layer) {{\n  return {value};\n}}"
+    value = f'"{before}" + std::to_string(index) + "{after}"'
+    return f"inline std::string {identifier}(std::size_t index) {{\n  return {value};\n}}"
+
+
+def _of_state(name: str) -> str:
+    before = name.removesuffix(STATE)
+    hidden = StateSpec(name=HIDDEN, shape=(1,)).tensor(name)
+    value = f'name == kHidden ? "{hidden}" : "{before}" + name'
+    return f"inline std::string {before.rstrip('.')}(const std::string& name) {{\n  return {value};\n}}"
 
 
 if __name__ == "__main__":

@@ -24,30 +24,6 @@ void store(const fs::path& path, const std::string& content) {
   std::ofstream(path, std::ios::binary) << content;
 }
 
-Json config() {
-  return {{"model_type", "context_ready_transformer"},
-          {"vocab_size", 256},
-          {"hidden_size", 8},
-          {"num_hidden_layers", 1},
-          {"num_attention_heads", 2},
-          {"intermediate_size", 16},
-          {"correction_intermediate_size", 8},
-          {"max_position_embeddings", 64},
-          {"layer_norm_eps", 1e-5},
-          {"rope_theta", 10000.0},
-          {"rope_layout", "interleaved"},
-          {"unroll_steps", 4},
-          {"tie_word_embeddings", false},
-          {"tokenizer", "byte"},
-          {"format_version", 1},
-          {"head_dim", 4},
-          {"num_key_value_heads", 2},
-          {"sliding_window", nullptr},
-          {"bos_token_id", nullptr},
-          {"eos_token_id", 3},
-          {"training_sequence_length", 32}};
-}
-
 Json target(const std::string& name, const std::string& runtime) {
   const bool compiled = runtime != "onnxruntime";
   Json profile = {{"name", name},
@@ -95,7 +71,30 @@ Json sidecar() {
 
 }  // namespace
 
-Json contract_of(bool recurrent) {
+Json model_of(bool iterated) {
+  Json model{{"architecture", iterated ? "context_ready_transformer" : "transformer"},
+             {"vocab", 256},
+             {"hidden", 8},
+             {"max_positions", 64},
+             {"tokenizer", "byte"},
+             {"bos_token_id", nullptr},
+             {"eos_token_ids", {3}},
+             {"states", Json::array()},
+             {"caches", Json::array()},
+             {"rotaries", Json::array()},
+             {"passes", iterated ? 4 : 1},
+             {"parallel", true},
+             {"iterated", iterated},
+             {"prompt", "causal"},
+             {"relative", true}};
+  if (iterated) model["states"].push_back({{"name", "hidden"}, {"shape", {8}}, {"dtype", "float32"}});
+  model["caches"].push_back(
+      {{"name", "0"}, {"heads", 2}, {"query_heads", 2}, {"head_dim", 4}, {"window", nullptr}, {"rotary", 0}});
+  model["rotaries"].push_back({{"layout", "interleaved"}, {"frequencies", {1, 0.01}}});
+  return model;
+}
+
+Json contract_of(bool iterated) {
   const auto tensor = [](const std::string& name, const char* dtype, Json dims) {
     return Json{{"name", name}, {"dtype", dtype}, {"dims", std::move(dims)}};
   };
@@ -106,27 +105,36 @@ Json contract_of(bool recurrent) {
     inputs.push_back(tensor("input_ids", "int64", prefill ? Json::array({"batch", "seq"}) : Json::array({"batch", 1})));
     if (prefill) inputs.push_back(tensor("length", "int64", batch));
     inputs.push_back(tensor("position", "int64", batch));
-    if (recurrent) inputs.push_back(tensor("state", "float32", state));
-    if (recurrent && prefill) inputs.push_back(tensor("hidden", "float32", iterate));
+    if (iterated) inputs.push_back(tensor("state", "float32", state));
+    if (iterated && prefill) inputs.push_back(tensor("hidden", "float32", iterate));
     outputs.push_back(tensor("logits", "float32", Json::array({"batch", 256})));
     outputs.push_back(tensor("next_token", "int64", Json::array({"batch", 1})));
     outputs.push_back(tensor("next_position", "int64", batch));
-    if (recurrent) outputs.push_back(tensor("next_state", "float32", state));
+    if (iterated) outputs.push_back(tensor("next_state", "float32", state));
     if (prefill) outputs.push_back(tensor("next_hidden", "float32", iterate));
-    if (recurrent && prefill) outputs.push_back(tensor("residual", "float32", batch));
+    if (iterated && prefill) outputs.push_back(tensor("residual", "float32", batch));
     for (const char* part : {"key", "value"}) {
       const std::string past = std::string("past_key_values.0.") + part, present = "present" + past.substr(4);
       inputs.push_back(tensor(past, "float32", cache));
       outputs.push_back(tensor(present, "float32", cache));
       aliases.push_back(Json::array({present, past}));
     }
-    return Json{{"inputs", inputs}, {"outputs", outputs}, {"aliases", aliases}};
+    Json continues = Json::array();
+    const auto continued = [&](const char* output, const char* input) {
+      continues.push_back(Json::array({output, input}));
+    };
+    continued("next_token", "input_ids");
+    continued("next_position", "position");
+    if (iterated) continued("next_state", "state");
+    if (iterated && prefill) continued("next_hidden", "hidden");
+    return Json{{"inputs", inputs}, {"outputs", outputs}, {"aliases", aliases}, {"continues", continues}};
   };
   Json contract{{"step", graph(false)}, {"prefill", graph(true)}};
-  if (recurrent) contract["prefill_pass"] = graph(true);
+  if (iterated) contract["prefill_pass"] = graph(true);
   contract["head"] = {{"inputs", Json::array({tensor("hidden", "float32", iterate)})},
                       {"outputs", Json::array({tensor("logits", "float32", Json::array({"batch", "seq", 256}))})},
-                      {"aliases", Json::array()}};
+                      {"aliases", Json::array()},
+                      {"continues", Json::array()}};
   return contract;
 }
 
@@ -167,7 +175,8 @@ BundleFolder::BundleFolder(const std::string& location) : parent_(new_folder()) 
               {"tool", {{"name", "crt-export"}, {"version", "0.1.0"}}},
               {"libraries", Json::object()},
               {"validated", true},
-              {"config", config()},
+              {"config", {{"model_type", "never read"}}},
+              {"model", model_of(true)},
               {"checkpoint", {{"sha256", std::string(64, '0')}}},
               {"options", Json::object()},
               {"contract", contract_of(true)},

@@ -17,8 +17,9 @@ using Json = nlohmann::ordered_json;
 /// Kind and text of the Error that action throws; "" if it throws none.
 std::string refusal(const std::function<void()>& action, crt::ErrorKind kind = crt::ErrorKind::bundle);
 
-/// The contract of the model of a BundleFolder, or of a plain transformer of its sizes.
-Json contract_of(bool recurrent);
+/// The model of a BundleFolder and its contract; of one without states where it is not iterated.
+Json model_of(bool iterated);
+Json contract_of(bool iterated);
 
 /// One protobuf field: a varint, or bytes with their length.
 std::string proto_varint(std::uint64_t value);

@@ -39,9 +39,7 @@ std::size_t bare_allocations(const crt::ModelConfig& config, const TokenRows& pr
   const crt::Target& target = files.target("ort-cpu-fp32");
   const std::shared_ptr<crt::Engine> engine = crt::open_engine(files, target, 1);
   const auto batch = static_cast<std::int64_t>(prompts.size());
-  crt::TensorSizes sizes{batch,        32,                    config.vocab,       config.hidden,   config.layers,
-                         config.heads, config.head_dim, target.cache_dtype, config.recurrent};
-  sizes.unroll = target.unroll.value_or(0);
+  const crt::TensorSizes sizes{batch, 32, config, target.cache_dtype, target.unroll.value_or(0)};
   crt::SessionTensors tensors(*engine, sizes);
   std::vector<crt::RowTokens> rows;
   std::int64_t longest = 0;

@@ -27,100 +27,146 @@ struct Change {
 
 }  // namespace
 
-TEST_CASE("config: values arrive, derived sizes are filled") {
+TEST_CASE("model: values arrive, and the configuration is not read") {
   BundleFolder bundle;
-  bundle.manifest["config"].erase("head_dim");
-  bundle.manifest["config"]["num_key_value_heads"] = nullptr;
-  bundle.manifest["config"]["sliding_window"] = 5;
-  bundle.manifest["config"]["rope_theta"] = 500000;
-  bundle.manifest["config"]["rope_layout"] = "half";
+  Json& model = bundle.manifest["model"];
+  model["caches"][0]["window"] = 5;
+  model["rotaries"][0] = {{"layout", "half"}, {"frequencies", {1, 0}}};
   bundle.write_manifest();
-  const crt::ModelConfig config = open(bundle).config();
-  CHECK(config.recurrent);
+  crt::ModelConfig config = open(bundle).config();
+  CHECK(config.architecture == "context_ready_transformer");
+  CHECK(config.iterated);
+  CHECK(config.passes == 4);
   CHECK(config.vocab == 256);
-  CHECK(config.head_dim == 4);
-  CHECK(config.rope_theta == 500000.0);
-  CHECK_FALSE(config.rope_interleaved);
-  CHECK(config.sliding_window == std::optional<std::int64_t>(5));
+  CHECK(config.hidden == 8);
+  REQUIRE(config.states.size() == 1);
+  CHECK(config.states[0].name == "hidden");
+  CHECK(config.states[0].shape == std::vector<std::int64_t>{8});
+  REQUIRE(config.caches.size() == 1);
+  CHECK(config.caches[0].heads == 2);
+  CHECK(config.caches[0].head_dim == 4);
+  CHECK(config.caches[0].rotary == std::optional<std::size_t>(0));
+  CHECK_FALSE(config.rotaries[0].interleaved);
+  CHECK(config.rotaries[0].frequencies == std::vector<double>{1.0, 0.0});
   CHECK(config.eos_token_ids == std::vector<std::int64_t>{3});
   CHECK_FALSE(config.bos_token_id.has_value());
   CHECK(config.tokenizer == "byte");
-  bundle.manifest["config"]["eos_token_id"] = {7, 255, 7};
-  bundle.write_manifest();
-  CHECK(open(bundle).config().eos_token_ids == std::vector<std::int64_t>{7, 255, 7});
-  bundle.manifest["config"]["eos_token_id"] = nullptr;
-  bundle.write_manifest();
-  CHECK(open(bundle).config().eos_token_ids.empty());
+  CHECK(config.window() == std::optional<std::int64_t>(5));
+  config.caches.push_back(config.caches[0]);
+  config.caches[1].window = 9;
+  CHECK(config.window() == std::optional<std::int64_t>(9));  // the widest
+  config.relative = false;
+  CHECK_FALSE(config.window().has_value());
+  config.relative = true;
+  config.caches[0].window.reset();
+  CHECK_FALSE(config.window().has_value());
 }
 
-TEST_CASE("config: each rule") {
+TEST_CASE("model: each rule of the schema") {
   const std::vector<Change> cases{
-      {"/model_type", "rwkv", "'model_type' must be one of context_ready_transformer transformer, found 'rwkv'"},
-      {"/model_type", Json::array(), "'model_type' must be one of"},
-      {"/format_version", 2, "'format_version' must be an integer of at least 1 and at most 1, found 2"},
-      {"/num_key_value_heads", 1, "num_key_value_heads different from num_attention_heads"},
-      {"/head_dim", 2, "head_dim x num_attention_heads is not hidden_size"},
-      {"/head_dim", 0, "'head_dim' must be an integer of at least 1 or null, found 0"},
-      {"/head_dim", 4611686018427387904LL, "head_dim x num_attention_heads is not hidden_size"},
-      {"/surprise", 1, "unknown key 'surprise'"},
-      {"/vocab_size", 1, "'vocab_size' must be an integer of at least 2, found 1"},
-      {"/vocab_size", 255, "the byte tokenizer needs a vocab_size of at least 256"},
-      {"/vocab_size", true, "'vocab_size' must be an integer of at least 2, found true"},
-      {"/vocab_size", 256.0, "'vocab_size' must be an integer of at least 2, found 256"},
-      {"/hidden_size", -8, "'hidden_size' must be an integer of at least 1, found -8"},
-      {"/hidden_size", 7, "hidden_size is not a multiple of num_attention_heads"},
-      {"/hidden_size", 6, "head_dim x num_attention_heads is not hidden_size"},
-      {"/num_hidden_layers", 4097, "'num_hidden_layers' must be an integer of at least 1 and at most 4096, found 4097"},
-      {"/max_position_embeddings", 1048577, "at least 1 and at most 1048576, found 1048577"},
-      {"/max_position_embeddings", 31, "training_sequence_length is above max_position_embeddings"},
-      {"/unroll_steps", nullptr, "'unroll_steps' must be an integer of at least 1 and at most 4096, found null"},
-      {"/correction_intermediate_size", nullptr, "'correction_intermediate_size' must be an integer of at least 1, found null"},
-      {"/sliding_window", 0, "'sliding_window' must be an integer of at least 1 or null, found 0"},
-      {"/eos_token_id", 256, "eos_token_id must be in [0, vocab_size = 256), found 256"},
-      {"/eos_token_id", {3, 256}, "eos_token_id must be in [0, vocab_size = 256), found 256"},
-      {"/eos_token_id", Json::array(), "eos_token_id must be an integer or a list of at least one, found none"},
-      {"/eos_token_id", {3, true}, "eos_token_id must be in [0, vocab_size = 256), found true"},
-      {"/bos_token_id", -1, "bos_token_id must be in [0, vocab_size = 256), found -1"},
-      {"/rope_theta", "1", "'rope_theta' must be a number above 0, found '1'"},
-      {"/layer_norm_eps", 0, "'layer_norm_eps' must be a number above 0, found 0"},
-      {"/tie_word_embeddings", 1, "'tie_word_embeddings' must be true or false, found 1"},
-      {"/tokenizer", "bpe", "'tokenizer' must be one of byte tokenizer.json none, found 'bpe'"},
+      {"/vocab", 0, "model: 'vocab' must be an integer of at least 1 and at most 2147483647, found 0"},
+      {"/vocab", true, "'vocab' must be an integer of at least 1 and at most 2147483647, found true"},
+      {"/vocab", 256.0, "'vocab' must be an integer"},
+      {"/hidden", -8, "'hidden' must be an integer"},
+      {"/max_positions", 4294967296LL, "'max_positions' must be an integer"},
+      {"/passes", nullptr, "'passes' must be an integer"},
+      {"/tokenizer", 1, "'tokenizer' must be a text, found 1"},
+      {"/relative", 1, "'relative' must be true or false, found 1"},
+      {"/eos_token_ids", 3, "'eos_token_ids' must be a list, found 3"},
+      {"/eos_token_ids", {3, 256}, "model: a token must be in [0, vocab = 256), found 256"},
+      {"/eos_token_ids", {3, true}, "model: a token must be in [0, vocab = 256), found true"},
+      {"/bos_token_id", -1, "model: a token must be in [0, vocab = 256), found -1"},
+      {"/states", Json::array({1}), "model.states[0] must be an object, found 1"},
+      {"/states/0/dtype", "float16", "model.states[0]: 'dtype' must be one of float32, found 'float16'"},
+      {"/states/0/name", "a.b", "model.states: expected a plain name, found 'a.b'"},
+      {"/states/0/name", "", "model.states: expected a plain name, found ''"},
+      {"/states/0/shape", Json::array(), "model.states: the shape of 'hidden' must be sizes of 1 or more"},
+      {"/states/0/shape", {8, 0}, "model.states: the shape of 'hidden' must be sizes of 1 or more"},
+      {"/states/0/shape", {4294967296LL, 4294967296LL}, "model.states: the shape of 'hidden' must be"},
+      {"/caches/0/heads", 0, "model.caches[0]: 'heads' must be an integer"},
+      {"/caches/0/head_dim", 2147483647, "model.caches: '0' is larger than any model's"},
+      {"/caches/0/window", 0, "model.caches[0]: 'window' must be an integer"},
+      {"/caches/0/rotary", -1, "model.caches[0]: 'rotary' must be an integer of at least 0 or null, found -1"},
+      {"/rotaries/0/layout", "spiral", "'layout' must be one of interleaved half, found 'spiral'"},
+      {"/rotaries/0/frequencies", {1, "2"}, "model.rotaries: frequencies must be numbers"},
   };
   const BundleFolder sound;
   BundleFolder bundle;
-  for (const Change& change : cases) {
+  const auto refused = [&](const std::string& prefix, const Change& change) {
     bundle.manifest = sound.manifest;
-    bundle.manifest[Json::json_pointer("/config" + change.pointer)] = change.value;
+    bundle.manifest[Json::json_pointer("/model" + change.pointer)] = change.value;
     bundle.write_manifest();
     const std::string found = refusal([&] { open(bundle); });
     INFO(change.pointer << ": " << found);
-    CHECK(contains(found, bundle.text() + ": the manifest's config is unusable: "));
+    CHECK(contains(found, prefix));
     CHECK(contains(found, change.message));
+  };
+  for (const Change& change : cases) refused("breaks schema version 1: ", change);
+  const std::vector<Change> contradictions{
+      {"/iterated", false, "iterated is false, its states say otherwise"},
+      {"/parallel", false, "iterated is true, its states say otherwise"},
+      {"/states/0/shape", {7}, "the state 'hidden' is what the head reads, so it has the shape [8]"},
+      {"/states/1", sound.manifest["model"]["states"][0], "two states are called 'hidden'"},
+      {"/caches/0/rotary", 1, "cache '0' names rotation 1 of 1"},
+      {"/rotaries/0/frequencies", {1, 2, 3}, "cache '0' has heads of 4 channels, and its rotation not as many pairs"},
+  };
+  for (const Change& change : contradictions) {
+    refused(bundle.text() + ": the manifest's model is unusable: ", change);
   }
 }
 
-TEST_CASE("config: all problems at once") {
+TEST_CASE("model: all problems at once") {
   BundleFolder bundle;
-  bundle.manifest["config"] = {{"model_type", "transformer"}, {"surprise", 1}, {"vocab_size", -1}};
+  bundle.manifest["model"] = {{"architecture", "x"}, {"vocab", -1}};
   bundle.write_manifest();
   const std::string found = refusal([&] { open(bundle); });
   INFO(found);
-  CHECK(contains(found, "the manifest's config is unusable: 12 problems"));
-  CHECK(contains(found, "it lacks 'hidden_size'"));
+  CHECK(contains(found, "breaks schema version 1: 14 problems"));
+  CHECK(contains(found, "model lacks 'hidden'"));
 }
 
-TEST_CASE("config: a plain transformer needs no correction and has no prefill_pass") {
+TEST_CASE("model: without states there are no passes and no prefill_pass") {
   BundleFolder bundle;
-  bundle.manifest["config"]["model_type"] = "transformer";
-  bundle.manifest["config"].erase("correction_intermediate_size");
-  bundle.manifest["config"].erase("unroll_steps");
+  bundle.manifest["model"] = crt_test::model_of(false);
   bundle.manifest["contract"] = crt_test::contract_of(false);
   bundle.write_manifest();
   const crt::BundleFiles files = open(bundle);
-  CHECK_FALSE(files.config().recurrent);
+  CHECK_FALSE(files.config().iterated);
   CHECK(files.contract("step").inputs.size() == 4);
   CHECK(contains(refusal([&] { files.contract("prefill_pass"); }, crt::ErrorKind::unsupported),
                  "a transformer model has no prefill_pass graph"));
+}
+
+TEST_CASE("contract: states, iterates and caches are the model's, each of its own shape") {
+  crt::ModelConfig model;
+  model.vocab = 256;
+  model.hidden = 8;
+  model.iterated = true;
+  model.states = {{"hidden", {8}}, {"notes", {2, 3}}};
+  model.caches = {{"a", 2, 4, {}, {}}, {"b", 1, 6, {}, {}}};
+  const auto dims_of = [](const std::vector<crt::TensorSpec>& specs, const std::string& name) {
+    for (const crt::TensorSpec& spec : specs) {
+      if (spec.name == name) return spec.dims;
+    }
+    return crt::Shape();
+  };
+  const crt::GraphContract pass = crt::graph_contract("prefill_pass", model);
+  CHECK(pass.inputs.size() == 3 + 4 + 4);
+  CHECK(pass.outputs.size() == 3 + 4 + 1 + 4);
+  CHECK(dims_of(pass.inputs, "state.notes") == crt::Shape{-1, 1, 2, 3});
+  CHECK(dims_of(pass.inputs, "iterate.notes") == crt::Shape{-1, -2, 2, 3});
+  CHECK(dims_of(pass.outputs, "next_iterate.notes") == crt::Shape{-1, -2, 2, 3});
+  CHECK(dims_of(pass.inputs, "past_key_values.1.key") == crt::Shape{-1, 1, -3, 6});
+  CHECK(crt::graph_contract("step", model).continues ==
+        std::vector<std::pair<std::string, std::string>>{{"next_token", "input_ids"},
+                                                         {"next_position", "position"},
+                                                         {"next_state", "state"},
+                                                         {"next_state.notes", "state.notes"}});
+  model.iterated = false;  // states that advance within one pass
+  const crt::GraphContract prefill = crt::graph_contract("prefill", model);
+  CHECK(prefill.inputs.size() == 3 + 2 + 4);
+  CHECK(dims_of(prefill.outputs, "next_hidden") == crt::Shape{-1, -2, 8});
+  CHECK(dims_of(prefill.outputs, "residual").empty());
 }
 
 TEST_CASE("contract: it is read from the manifest") {
@@ -155,6 +201,8 @@ TEST_CASE("contract: one that a session could not bind is refused") {
       {"/prefill/outputs/8", tensor, "prefill: output x is not part of the contract"},
       {"/prefill/aliases", Json::array(), "prefill: aliases must give"},
       {"/prefill/aliases/0/1", "past_key_values.0.value", "prefill: aliases must give"},
+      {"/step/continues/2/1", "position", "step: continues must pair"},
+      {"/step/continues", Json::array(), "step: continues must pair"},
       {"/head/outputs/0/dims/1", 1, "head: output logits"},
       {"/other", crt_test::contract_of(true)["step"], "'other' is no graph of this model"},
   };
@@ -182,7 +230,7 @@ TEST_CASE("contract: one that a session could not bind is refused") {
   bundle.manifest["contract"]["step"]["inputs"].push_back(sound.manifest["contract"]["step"]["inputs"][0]);
   refused("step: input a name stands twice");
   bundle.manifest = sound.manifest;
-  bundle.manifest["contract"] = crt_test::contract_of(false);  // of a plain transformer
+  bundle.manifest["contract"] = crt_test::contract_of(false);  // of a model without states
   refused("step: input state is missing");
 }
 

@@ -140,6 +140,7 @@ TEST_CASE("manifest: each rule of the schema") {
       {"/contract/step", {1, "contract['step'] must be an object"}},
       {"/contract/step/inputs/0", {1, "contract['step'].inputs[0] must be an object"}},
       {"/contract/step/aliases/0", {Json::array({"a"}), "contract['step'].aliases must be pairs of names"}},
+      {"/contract/step/continues/0", {Json::array({"a", 1}), "contract['step'].continues must be pairs of names"}},
       {"/files/report.md/size", {-1, "'size' must be an integer of at least 0, found -1"}},
       {"/files/report.md/size", {1.5, "'size' must be an integer of at least 0, found 1.5"}},
       {"/files/report.md/size", {true, "'size' must be an integer of at least 0, found true"}},

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "crt_runtime/error.hpp"
 #include "crt_runtime/session.hpp"
@@ -102,6 +103,35 @@ TEST_CASE("caches: where the engine computes in memory of its own they have thei
   CHECK(toy.decoder->tensors().launches() == 2);
   toy.decoder->reset();
   CHECK(toy.decoder->tensors().launches() == 2);  // nothing moved, so captured graphs stay
+}
+
+TEST_CASE("caches: each has its own heads and channels, and keys that nothing turned only move") {
+  crt::TensorSizes sizes = crt_test::toy_setup(2, kCapacity).sizes;
+  sizes.model.caches.push_back({"1", 3, 4, 8, {}});
+  const std::shared_ptr<crt::Engine> engine = crt_test::make_toy_engine(std::make_shared<ToyControl>());
+  crt::SessionCaches caches(*engine, sizes, false);
+  REQUIRE(caches.count() == 4);
+  std::vector<std::vector<unsigned char>> given;
+  std::vector<const unsigned char*> addresses;
+  for (const std::size_t values : {2U * 6 * 2, 2U * 6 * 2, 2U * 3 * 6 * 4, 2U * 3 * 6 * 4}) {  // six tokens of two rows
+    std::vector<float> numbers;
+    while (numbers.size() < values) numbers.push_back(static_cast<float>(numbers.size()));
+    const auto* bytes = reinterpret_cast<const unsigned char*>(numbers.data());
+    given.emplace_back(bytes, bytes + numbers.size() * sizeof(float));
+  }
+  for (const std::vector<unsigned char>& bytes : given) addresses.push_back(bytes.data());
+  caches.write(addresses, 6);
+  for (std::size_t index = 0; index < given.size(); ++index) CHECK(caches.entries(index, 6) == given[index]);
+  CHECK(caches.rows(crt::names::present_key_values_value(1), 1, 2)->buffer->shape() ==
+        crt::Shape{1, 3, kCacheBlock, 4});
+  crt::Window window(4);
+  caches.slide({-1, 6}, window);
+  const std::vector<float> turned = crt_test::floats_of(caches.entries(0, 6));
+  CHECK(turned[11] == 11.0F);                                                             // row 0 did not slide
+  CHECK(turned[12] == doctest::Approx(18.0 * std::cos(3.0) + 19.0 * std::sin(3.0)));  // its token 3, by 3 positions
+  const std::vector<float> moved = crt_test::floats_of(caches.entries(2, 6));
+  CHECK(moved[72] == 72.0F + 3 * 4);
+  CHECK(moved[72 + 3 * 4] == 0.0F);
 }
 
 TEST_CASE("one graph: steps are passes over one token, and a prefill makes as many passes as the bundle was built with") {

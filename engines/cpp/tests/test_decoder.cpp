@@ -171,7 +171,7 @@ TEST_CASE("decoder: a full row slides to what its window sees, and others stay")
   auto control = std::make_shared<ToyControl>();
   crt::SessionSetup setup = crt_test::toy_setup(2, 8);
   setup.slides = true;
-  setup.config.sliding_window = 4;
+  setup.sizes.model.caches[0].window = 4;
   crt::Decoder decoder(crt_test::make_toy_engine(control), setup);
   CHECK(decoder.max_chunk() == 5);
   decoder.prefill({{1, 2, 3, 4, 5, 6, 7}, {9}}, by_passes(0, 5));

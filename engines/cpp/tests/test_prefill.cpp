@@ -28,14 +28,16 @@ PrefillPlan adaptive_plan() {
   return plan;
 }
 
-crt::PrefillRule rule_of(const PrefillPlan& plan, std::int64_t passes, std::int64_t chunk = 0, bool recurrent = true) {
-  return crt::prefill_rule(plan, PrefillOptions{passes, chunk}, kMost, recurrent, 6, "toy");
+crt::PrefillRule rule_of(const PrefillPlan& plan, std::int64_t passes, std::int64_t chunk = 0, bool iterated = true) {
+  return crt::prefill_rule(plan, PrefillOptions{passes, chunk}, kMost, iterated, 6, "toy");
 }
 
 struct Toy {
-  explicit Toy(std::int64_t batch = 1) : control(std::make_shared<ToyControl>()) {
+  explicit Toy(std::int64_t batch = 1, const std::string& state = "hidden") : control(std::make_shared<ToyControl>()) {
     control->one_graph = true;
+    control->state = state;
     crt::SessionSetup setup = crt_test::toy_setup(batch, 24);
+    setup.sizes.model.states[0].name = state;
     setup.plan = adaptive_plan();
     decoder = std::make_unique<crt::Decoder>(crt_test::make_toy_engine(control), setup);
   }
@@ -68,7 +70,7 @@ TEST_CASE("prefill rule: the target's choice, unless the call has one of its own
   CHECK(rule_of(none, crt::kTargetsChoice).passes == 0);
   CHECK(rule_of(none, crt::kTargetsChoice).chunk == kMost);
   CHECK(rule_of(none, crt::kExact).shortest > kMost);
-  CHECK(rule_of(none, crt::kExact, 0, false).shortest == 1);  // a plain transformer's one pass is exact
+  CHECK(rule_of(none, crt::kExact, 0, false).shortest == 1);  // the one pass of a model that is not iterated is exact
   const PrefillPlan plan = adaptive_plan();
   const crt::PrefillRule own = rule_of(plan, crt::kTargetsChoice);
   CHECK(own.passes == 4);
@@ -98,9 +100,9 @@ TEST_CASE("prefill rule: the target's choice, unless the call has one of its own
 }
 
 TEST_CASE("prefill rule: what is out of range or has no bound is refused") {
-  const auto kind_of = [](const PrefillPlan& plan, std::int64_t passes, std::int64_t chunk, bool recurrent) {
+  const auto kind_of = [](const PrefillPlan& plan, std::int64_t passes, std::int64_t chunk, bool iterated) {
     try {
-      rule_of(plan, passes, chunk, recurrent);
+      rule_of(plan, passes, chunk, iterated);
     } catch (const crt::Error& error) {
       return error.kind();
     }
@@ -131,6 +133,21 @@ TEST_CASE("prefill: where the passes do not get there, the rest of the chunk goe
   toy.check(0, {1, 2, 3, 4, 5, 6, 7});
   toy.decoder->step({8}, {1}, true);
   toy.check(0, {1, 2, 3, 4, 5, 6, 7, 8});
+}
+
+TEST_CASE("prefill: a state that the head does not read has iterates of its own") {
+  for (const float last : {0.1F, 0.6F}) {  // the passes get there, or the rest goes token by token
+    Toy toy(1, "notes");
+    toy.control->residuals = {0.9F, 0.8F, 0.7F, last};
+    toy.prefill({{1, 2, 3, 4, 5, 6, 7}}, crt::kAdaptive);
+    CHECK(toy.control->passes == (last < 0.5F ? 4 : 4 + 3));
+    toy.check(0, {1, 2, 3, 4, 5, 6, 7});
+    toy.decoder->step({8}, {1}, true);
+    toy.check(0, {1, 2, 3, 4, 5, 6, 7, 8});
+  }
+  Toy toy(1, "notes");
+  toy.control->overflowing = 7;
+  CHECK_THROWS_WITH(toy.decoder->step({7}, {1}, true), "toy: state.notes is not finite: row 0 after position 0");
 }
 
 TEST_CASE("prefill: every row takes as many passes as it needs, and short chunks go token by token") {

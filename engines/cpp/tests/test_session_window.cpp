@@ -21,8 +21,8 @@ crt::Session open(crt::Bundle& bundle, std::int64_t capacity, crt::OnFull on_ful
 
 TEST_CASE("window: steps of a session that slides give what one with room for everything gives") {
   CRT_OPEN_BUNDLE(bundle, "CRT_TEST_WINDOW_BUNDLE");
-  REQUIRE(bundle.config().sliding_window.has_value());
-  const std::int64_t window = *bundle.config().sliding_window;
+  REQUIRE(bundle.config().window().has_value());
+  const std::int64_t window = *bundle.config().window();
   crt::Session roomy = open(bundle, 60, crt::OnFull::error);
   crt::Session sliding = open(bundle, window + 3, crt::OnFull::slide);
   const std::int64_t vocab = roomy.vocab_size();
@@ -39,7 +39,7 @@ TEST_CASE("window: steps of a session that slides give what one with room for ev
 
 TEST_CASE("window: a prefill longer than the capacity is cut into chunks that fit") {
   CRT_OPEN_BUNDLE(bundle, "CRT_TEST_WINDOW_BUNDLE");
-  const std::int64_t window = *bundle.config().sliding_window;
+  const std::int64_t window = *bundle.config().window();
   crt::Session roomy = open(bundle, 60, crt::OnFull::error);
   crt::Session sliding = open(bundle, window + 3, crt::OnFull::slide);
   crt::PrefillOptions cut;
@@ -53,7 +53,7 @@ TEST_CASE("window: a prefill longer than the capacity is cut into chunks that fi
 
 TEST_CASE("window: a capacity below the window is refused") {
   CRT_OPEN_BUNDLE(bundle, "CRT_TEST_WINDOW_BUNDLE");
-  const std::int64_t window = *bundle.config().sliding_window;
+  const std::int64_t window = *bundle.config().window();
   CHECK(crt_test::contains(
       crt_test::error_text(crt::ErrorKind::input, [&] { open(bundle, window - 1, crt::OnFull::slide); }),
       "needs a capacity of at least " + std::to_string(window) + ", the attention window of "));

@@ -14,14 +14,7 @@ namespace {
 constexpr std::int64_t kHeadDim = 4;
 constexpr std::int64_t kPadded = 6;
 
-crt::ModelConfig config_of(bool interleaved) {
-  crt::ModelConfig config;
-  config.head_dim = kHeadDim;
-  config.rope_theta = 100.0;
-  config.rope_interleaved = interleaved;
-  config.sliding_window = 4;
-  return config;
-}
+crt::Rotary rotary_of(bool interleaved) { return {interleaved, {1.0, std::pow(100.0, -2.0 / kHeadDim)}}; }
 
 /// The key (a, b) = (1 + pair, 2) of every pair, rotated for a position.
 std::vector<double> rotated(std::int64_t position, bool interleaved) {
@@ -54,8 +47,8 @@ TEST_CASE("slide: the latest keys become those of the positions in front, in bot
       }
       const bool half = dtype == crt::DType::float16;
       cache.write(half ? static_cast<const void*>(halves.data()) : floats.data());
-      crt::Window window(config_of(interleaved));
-      window.slide(cache, {7, -1}, true);
+      const crt::Rotary rotary = rotary_of(interleaved);
+      crt::Window(4).slide(cache, {7, -1}, &rotary);
       for (std::int64_t position = 0; position < 8; ++position) {
         const std::vector<double> wanted =
             position < 3 ? rotated(position, interleaved) : std::vector<double>(kPadded, 0.0);
@@ -77,7 +70,7 @@ TEST_CASE("slide: values move as they are") {
     values[at] = static_cast<float>(at + 1);
   }
   cache.write(values.data());
-  crt::Window(config_of(true)).slide(cache, {5}, false);
+  crt::Window(4).slide(cache, {5}, nullptr);
   const auto* found = static_cast<const float*>(cache.read());
   for (std::size_t at = 0; at < values.size(); ++at) {
     const std::size_t in_head = at % (5 * kPadded);

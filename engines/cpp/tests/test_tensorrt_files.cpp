@@ -175,7 +175,7 @@ TEST_CASE("kernel cache: what is stored is loaded by the next process, and only 
   struct stat state{};
   REQUIRE(::stat(path.c_str(), &state) == 0);
   CHECK((state.st_mode & 0777) == 0600);
-  // The format of crt_export/engine/tensorrt/runtime_cache.py: a line, the SHA-256 of the rest, the rest.
+  // The format of crt_export/engine/tensorrt/engine.py: a line, the SHA-256 of the rest, the rest.
   const std::string content = content_of(path);
   CHECK(content.substr(0, 32) == "crt-export tensorrt-rtx cache 1\n");
   CHECK(content.size() == 32 + 32 + kernels.size());

@@ -83,7 +83,7 @@ class ToyLaunch final : public crt::Launch {
     const std::int64_t length = step ? 1 : *row_of<const std::int64_t>(inputs_, crt::names::kLength, row);
     auto* key = row_of<float>(outputs_, crt::names::present_key_values_key(0), row);
     auto* value = row_of<float>(outputs_, crt::names::present_key_values_value(0), row);
-    double state = *row_of<const float>(inputs_, crt::names::kState, row);
+    double state = *row_of<const float>(inputs_, crt::names::state(control_->state), row);
     bool spoiled = false;
     for (std::int64_t index = 0; index < seq; ++index) {
       const std::int64_t at = 2 * (position + index);
@@ -95,7 +95,8 @@ class ToyLaunch final : public crt::Launch {
       state = real ? 0.5 * state + token + 1.0 : state;
       state = real && ids[index] == control_->overflowing ? HUGE_VAL : state;
       for (std::int64_t channel = 0; !step && channel < kToyHidden; ++channel) {
-        row_of<float>(outputs_, crt::names::kNextHidden, row)[index * kToyHidden + channel] = static_cast<float>(state);
+        row_of<float>(outputs_, crt::names::next_iterate(control_->state), row)[index * kToyHidden + channel] =
+            static_cast<float>(state);
       }
       spoiled = spoiled || (real && ids[index] == control_->spoiled_logits);
     }
@@ -110,7 +111,7 @@ class ToyLaunch final : public crt::Launch {
     }
     logits[0] = spoiled ? kNaN : logits[0];
     for (std::int64_t channel = 0; channel < kToyHidden; ++channel) {
-      row_of<float>(outputs_, crt::names::kNextState, row)[channel] = static_cast<float>(state);
+      row_of<float>(outputs_, crt::names::next_state(control_->state), row)[channel] = static_cast<float>(state);
     }
     *row_of<std::int64_t>(outputs_, crt::names::kNextToken, row) = chosen;
     *row_of<std::int64_t>(outputs_, crt::names::kNextPosition, row) = position + length;
@@ -137,19 +138,22 @@ class ToyProgram final : public crt::Program {
     const Shape state{-1, 1, kToyHidden};
     inputs_ = {{crt::names::kInputIds, DType::int64, {-1, -1}},
                {crt::names::kPosition, DType::int64, {-1}},
-               {crt::names::kState, DType::float32, state},
+               {crt::names::state(control_->state), DType::float32, state},
                {crt::names::past_key_values_key(0), DType::float32, cache},
                {crt::names::past_key_values_value(0), DType::float32, cache}};
     outputs_ = {{crt::names::kLogits, DType::float32, {-1, kToyVocab}},
                 {crt::names::kNextToken, DType::int64, {-1, 1}},
                 {crt::names::kNextPosition, DType::int64, {-1}},
-                {crt::names::kNextState, DType::float32, state},
+                {crt::names::next_state(control_->state), DType::float32, state},
                 {crt::names::present_key_values_key(0), DType::float32, cache},
                 {crt::names::present_key_values_value(0), DType::float32, cache}};
     if (graph_ != crt::names::kGraphStep) {
       inputs_.push_back({crt::names::kLength, DType::int64, {-1}});
-      inputs_.push_back({crt::names::kHidden, DType::float32, {-1, -1, kToyHidden}});
-      outputs_.push_back({crt::names::kNextHidden, DType::float32, {-1, -1, kToyHidden}});
+      inputs_.push_back({crt::names::iterate(control_->state), DType::float32, {-1, -1, kToyHidden}});
+      outputs_.push_back({crt::names::next_iterate(control_->state), DType::float32, {-1, -1, kToyHidden}});
+      if (control_->state != crt::names::kHidden) {
+        outputs_.push_back({crt::names::kNextHidden, DType::float32, {-1, -1, kToyHidden}});
+      }
       outputs_.push_back({crt::names::kResidual, DType::float32, {-1}});
     }
   }
@@ -204,16 +208,15 @@ crt::SessionSetup toy_setup(std::int64_t batch, std::int64_t capacity) {
   crt::SessionSetup setup;
   setup.target = "toy";
   setup.bundle = std::string(64, '0');
-  setup.config.vocab = kToyVocab;
-  setup.config.hidden = kToyHidden;
-  setup.config.layers = setup.config.heads = 1;
-  setup.config.head_dim = 2;
   setup.sizes.batch = batch;
   setup.sizes.capacity = capacity;
-  setup.sizes.vocab = kToyVocab;
-  setup.sizes.hidden = kToyHidden;
-  setup.sizes.layers = setup.sizes.heads = 1;
-  setup.sizes.head_dim = 2;
+  crt::ModelConfig& model = setup.sizes.model;
+  model.vocab = kToyVocab;
+  model.hidden = kToyHidden;
+  model.states = {{"hidden", {kToyHidden}}};
+  model.rotaries = {{true, {1.0}}};
+  model.caches = {{"0", 1, 2, {}, 0}};
+  model.iterated = true;
   return setup;
 }
 

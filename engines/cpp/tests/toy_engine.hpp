@@ -28,6 +28,7 @@ struct ToyControl {
   std::int64_t overflowing = -1;     ///< a token whose state is infinite
   std::int64_t spoiled_logits = -1;  ///< a token whose logits hold a NaN
   bool failing = false;              ///< the next launch throws
+  std::string state = "hidden";      ///< what the model's state is called
   std::deque<float> residuals;       ///< of the next passes over a row; 0 where there are none left
 };
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crt_export.bench import prompts
+from crt_export.bench import runner
 from crt_export.bench.options import BenchOptions, _Room, plan_from_options
-from crt_export.bench.prompts import prompt_rows
 from crt_export.bench.report import BenchReport
 from crt_export.bench.run import run_bench
+from crt_export.bench.runner import prompt_rows
 from crt_export.cli import main
 from crt_export.config import ModelConfig
 from crt_export.errors import InputError
@@ -127,7 +127,7 @@ def test_prompts_are_text_where_the_model_reads_text(tmp_path: Path, monkeypatch
     given = plan_from_options(GOLDEN, _changed(QUICK, tokens=ids, batch=2))
     assert [candidate.request["text"] for candidate in given.candidates] == [(3, 1, 2)]
     assert given.text.source == str(ids)
-    monkeypatch.setattr(prompts, "load_tokenizer", None)  # calling it would fail
+    monkeypatch.setattr(runner, "load_tokenizer", None)  # calling it would fail
     assert plan_from_options(GOLDEN, _changed(QUICK, tokens=ids)).text.ids == (3, 1, 2)
     monkeypatch.undo()
     default = plan_from_options(GOLDEN, _changed(QUICK, batch=2))
@@ -160,7 +160,7 @@ def test_a_text_is_not_written_over(tmp_path: Path) -> None:
 
 def test_what_is_named_twice_is_measured_once() -> None:
     plan = plan_from_options(GOLDEN, _changed(QUICK, positions=(5, 5), prompt_tokens=(3, 6, 3), passes=(2, 2)))
-    assert (plan.positions, plan.prompt_tokens, plan.methods) == ((5,), (3, 6), (None, 2))
+    assert (plan.options.positions, plan.options.prompt_tokens, plan.methods) == ((5,), (3, 6), (None, 2))
 
 
 def test_bundles_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_defaults_fit_a_cache_of_a_few_tokens(tiny_bundle: Callable[..., tuple[P
     bundle = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)[0]
     plan = plan_from_options(bundle, BenchOptions(target="ort-cpu-fp32"))
     assert plan.target.capacity == 64
-    assert (plan.steps, plan.positions, plan.prompt_tokens) == (20, (44,), (16, 64))
+    assert (plan.options.steps, plan.options.positions, plan.options.prompt_tokens) == (20, (44,), (16, 64))
 
 
 def test_the_command_prints_tables_for_an_unvalidated_plain_transformer_of_two_rows(

@@ -16,7 +16,8 @@ import onnx
 import pytest
 
 from crt_export.bundle import stage_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
+from crt_export.models.declaration import Carried, ModelInfo
 from crt_export.runtime.prefill import PrefillPlan
 
 Manifest = dict[str, Any]
@@ -40,9 +41,21 @@ def manifest() -> Manifest:
         "libraries": {"onnx": "1.23.2"},
         "validated": True,
         "config": {"hidden_size": 4},
+        "model": ModelInfo(
+            model_type="none",
+            vocab_size=4,
+            hidden_size=4,
+            max_position_embeddings=1024,
+            tokenizer="none",
+            bos_token_id=None,
+            eos_token_ids=(),
+            carried=Carried(),
+        ).to_dict(),
         "checkpoint": {"sha256": "0" * 64},
         "options": {"unroll": 4},
-        "contract": {"step": {"inputs": [tensor], "outputs": [tensor], "aliases": [["present", "past"]]}},
+        "contract": {
+            "step": {"inputs": [tensor], "outputs": [tensor], "aliases": [["present", "past"]], "continues": []}
+        },
         "graphs": [
             {
                 "file": "graphs/step.fp32.onnx",

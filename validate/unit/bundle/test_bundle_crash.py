@@ -12,29 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build_folders import DEAD_PID, content_of, kill, names, wait_for
 
 from crt_export.bundle import exchange, open_bundle, stage_bundle
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]
 Start = Callable[..., subprocess.Popen[str]]
-DEAD_PID = 4194305  # one more than Linux ever gives
 
 
 @pytest.fixture
 def two_renames(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that cannot exchange two folders."""
     monkeypatch.setattr(exchange, "exchange_folders", lambda first, second: False)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def content_of(bundle: Path) -> str:
-    opened = open_bundle(bundle)
-    opened.verify_all()
-    return opened.file("report.md").read_text("utf-8")
 
 
 # ---------------------------------------------------------------- SIGKILL while staging
@@ -45,17 +35,6 @@ with stage_bundle(output) as staging:
     print("staging", flush=True)
     time.sleep(60)
 """
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == word
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
 
 
 def test_kill_while_staging(tmp_path: Path, build: Build, start: Start) -> None:

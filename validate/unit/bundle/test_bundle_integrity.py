@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from crt_export.bundle import open_bundle
-from crt_export.bundle.integrity import canonical, integrity_problem, sealed
+from crt_export.bundle.manifest import canonical, integrity_problem, sealed
 from crt_export.errors import BundleError
 
 Build = Callable[..., Path]

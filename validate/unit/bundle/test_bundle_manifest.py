@@ -84,6 +84,7 @@ def test_manifest_that_is_a_link_or_a_pipe_or_huge(bundle: Path) -> None:
         "libraries",
         "validated",
         "config",
+        "model",
         "checkpoint",
         "options",
         "contract",
@@ -119,6 +120,8 @@ def _set(*path: Any) -> Callable[[Manifest], None]:
 
 
 FILE = {"size": 0, "sha256": "0" * 64}
+STATE = {"name": "hidden", "shape": [4], "dtype": "float32"}
+CACHE = {"name": "layers.0", "heads": 1, "query_heads": 1, "head_dim": 4, "window": None, "rotary": None}
 INNER = [
     (_set("tool", "name", "other"), "tool.name must be 'crt-export'"),
     (_set("checkpoint", {}), "checkpoint lacks 'sha256'"),
@@ -146,6 +149,7 @@ INNER = [
     (_set("contract", "step", 1), r"contract\['step'\] must be an object"),
     (_set("contract", "step", "inputs", [1]), r"inputs\[0\] must be an object"),
     (_set("contract", "step", "aliases", [["a"]]), r"aliases\[0\] must be a pair"),
+    (_set("contract", "step", "continues", [["a", "b"], "ab"]), r"continues\[1\] must be a pair"),
     (_set("files", "report.md", "size", -1), "'size' must be 0 or more"),
     (_set("files", "report.md", "size", 1.5), "'size' must be an integer"),
     (_set("files", "report.md", "sha256", "A" * 64), "64 lower-case hex digits"),
@@ -163,6 +167,22 @@ INNER = [
     (_set("files", "x" * 2000, FILE), "must have 1 to 1024"),
     (_set("files", "x. ", FILE), "ends in a dot or a space"),
     (_set("files", "manifest.json", FILE), "cannot list itself"),
+    (_set("model", {}), "model lacks 'architecture'"),
+    (_set("model", "iterated", 1), "'iterated' must be"),
+    (_set("model", "vocab", 0), "model: 'vocab' must be 1 or more, found 0"),
+    (_set("model", "passes", 2**31), "model: 'passes' must be 1 or more, found 2147483648"),
+    (_set("model", "bos_token_id", 4), r"a token must be in \[0, vocab = 4\), found 4"),
+    (_set("model", "eos_token_ids", [3, True]), r"a token must be in \[0, vocab = 4\), found True"),
+    (_set("model", "states", [{}]), r"model\.states\[0\] lacks 'name'"),
+    (_set("model", "states", [{**STATE, "name": "../x"}]), r"states\[0\]: expected a plain name and float32"),
+    (_set("model", "states", [{**STATE, "dtype": "float16"}]), r"states\[0\]: expected a plain name and float32"),
+    (_set("model", "states", [{**STATE, "shape": [4, 0]}]), r"'shape' must be sizes of 1 or more, found \[4, 0\]"),
+    (_set("model", "states", [{**STATE, "shape": [2**16, 2**15]}]), "'shape' is larger than any model's"),
+    (_set("model", "caches", [CACHE, {**CACHE, "window": 0}]), r"caches\[1\]: sizes must be 1 or more"),
+    (_set("model", "caches", [{**CACHE, "heads": 2**20, "head_dim": 2**11}]), r"caches\[0\]: sizes must be"),
+    (_set("model", "caches", [CACHE] * 65537), "model.caches holds 65537, at most 65536 are possible"),
+    (_set("model", "rotaries", [{"layout": "odd", "frequencies": [1.0]}]), r"rotaries\[0\]: expected a layout"),
+    (_set("model", "rotaries", [{"layout": "half", "frequencies": ["1"]}]), r"rotaries\[0\]: expected a layout"),
 ]
 
 

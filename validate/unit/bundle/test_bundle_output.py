@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,22 @@ def test_an_error_after_commit_keeps_the_new_output(
         late_interrupt()
     assert open_bundle(output).file("report.md").read_text("utf-8") == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_what_a_writer_hashed_is_not_hashed_again_before_it_is_opened(
+    tmp_path: Path, manifest: Manifest, write_files: Callable[..., None]
+) -> None:
+    with stage_bundle(tmp_path / "demo") as staging:
+        write_files(staging.path, "first")
+        right, wrong = hashlib.sha256(b"first").hexdigest(), "0" * 64
+        staging.digests.update({"report.md": wrong})
+        with closing(staging.complete(manifest)) as files:
+            assert files.manifest["files"]["report.md"] == {"size": 5, "sha256": wrong}
+            with pytest.raises(BundleError, match=f"has SHA-256 {right}, the manifest says {wrong}"):
+                files.file("report.md")
+        (staging.path / "report.md").write_text("changed since", "utf-8")
+        staging.commit(manifest)
+    assert open_bundle(tmp_path / "demo").file("report.md").read_text("utf-8") == "changed since"
 
 
 # ---------------------------------------------------------------- what commit refuses

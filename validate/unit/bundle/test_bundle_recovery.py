@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from build_folders import DEAD_PID, content_of, names, wait_for
 
 from crt_export import folders
 from crt_export.bundle import open_bundle, recovery, stage_bundle
@@ -18,28 +18,6 @@ from crt_export.errors import BundleError
 
 Build = Callable[..., Path]
 Start = Callable[..., subprocess.Popen[str]]
-DEAD_PID = 4194305  # one more than Linux ever gives
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def content_of(bundle: Path) -> str:
-    opened = open_bundle(bundle)
-    opened.verify_all()
-    return opened.file("report.md").read_text("utf-8")
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == word
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
 
 
 def make_partial(folder: Path, pid: int) -> Path:

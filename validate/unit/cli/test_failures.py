@@ -5,7 +5,7 @@ import errno
 import click
 import pytest
 
-from crt_export.cli.failures import run_app
+from crt_export.cli.app import run_app
 from crt_export.errors import CheckpointError, MissingDependencyError, ParityError
 
 

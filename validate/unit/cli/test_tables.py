@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crt_export.bundle import open_bundle
 from crt_export.cli.console import ProgressLine, write_json, write_table
-from crt_export.cli.tables import readable_size, write_report_tables, write_summary, write_verdict
+from crt_export.cli.tables import (
+    memory_of_rows,
+    readable_size,
+    write_bundle,
+    write_report_tables,
+    write_summary,
+    write_verdict,
+)
 from crt_export.parity.metrics import Check, measured
 from crt_export.parity.report import Comparison, ParityReport, corpus_result
 
@@ -150,3 +160,21 @@ def test_progress_in_a_pipe_is_one_line_per_stage(capsys: pytest.CaptureFixture[
 )
 def test_readable_size(size: int, text: str) -> None:
     assert readable_size(size) == text
+
+
+def test_memory_of_a_row_follows_from_the_declaration_target_by_target(
+    tiny_bundle: Callable[..., tuple[Path, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer of four heads of 8; one target says that its caches are float16."""
+    path = tiny_bundle("crt", num_hidden_layers=1, unroll_steps=3)[0]
+    files = open_bundle(path, allow_unvalidated=True)
+    found = memory_of_rows(files)
+    assert list(found) == list(files.manifest["targets"])
+    for name, target in files.manifest["targets"].items():
+        item = 2 if target["cache_dtype"] == "float16" else 4
+        sizes = {"state_bytes": 32 * 4, "cache_bytes": target["capacity"] * 2 * 32 * item}
+        assert found[name] == {"capacity": target["capacity"], **sizes}
+    write_bundle(files, path)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a row of ort-cpu-fp32, chunked, rtx-sm80-fp16 holds 128 bytes of state, and 16.0 KiB of caches" in text
+    assert "a row of broken holds 128 bytes of state, and 8.0 KiB of caches of 64 tokens" in text

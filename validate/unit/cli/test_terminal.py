@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_inspect_fits_its_terminal_with_the_verdict_first_and_last(columns: int)
     rows = [line.split()[0] for line in lines if re.match(r"ort-cpu-\w+ .*passed", line)]
     assert rows == ["ort-cpu-fp32", "ort-cpu-int8"]
     assert f"next: crt-export inspect {BUNDLE} --full" in lines
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_column_of_a_benchmark_fits_too(columns: int, make_bench: Callable[..., Path], tmp_path: Path) -> None:
+    file = make_bench(tmp_path / "speed.json")
+    lines = ANSI.sub("", shown(["inspect", BUNDLE, "--bench", str(file)], columns)).splitlines()
+    assert len(lines) < 30
+    assert max(len(line) for line in lines if str(file) not in line) <= columns
+    assert [line.split()[-1] for line in lines if re.match(r"(target|ort-cpu-\w+) ", line)] == ["ms", "12.3", "0.312"]
 
 
 @pytest.mark.parametrize("columns", [40, 80, 100])

@@ -10,12 +10,12 @@ import pytest
 
 from crt_export.config import ModelConfig
 from crt_export.engine.tensorrt.build import CompiledEngine, build_engine
-from crt_export.graph import write_graph, write_weights
-from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
+from crt_export.graph.passes.decompose_attention import attention_of_profile, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
+from crt_export.graph.weights import write_graph, write_weights
 from crt_export.profile import EngineProfile
-from crt_export.quantize import expected_matmuls
+from crt_export.quantize.linears import expected_matmuls
 
 
 def _write_alone(graph: ir.Model, folder: Path) -> Path:
@@ -26,10 +26,10 @@ def _write_alone(graph: ir.Model, folder: Path) -> Path:
 
 def _compile_graph(graph: ir.Model, config: ModelConfig, profile: EngineProfile, folder: Path) -> CompiledEngine:
     name = str(graph.graph.name)
-    unroll = config.unroll_steps if name == "prefill" else 1
+    unroll = config.carried.passes if name == "prefill" else 1
     fix_capacity(graph, profile.capacity)
     separate_rotation(graph)
-    if attention_form(profile, config) == "decomposed":
+    if attention_of_profile(profile, config.carried) == "decomposed":
         decompose_attention(graph)
     linears = expected_matmuls(config, name, unroll)
     return build_engine(_write_alone(graph, folder), profile, graph_name=name, unroll=unroll, linears=linears)

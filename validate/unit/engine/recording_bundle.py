@@ -11,7 +11,7 @@ from typing import Any
 from recording_tensorrt import VERSION, recorded_engine
 
 from crt_export.bundle import MANIFEST_NAME, stage_bundle
-from crt_export.config import ModelConfig
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.spec import graph_spec
 
@@ -27,34 +27,37 @@ def recorded_profile(capacity: int, most_tokens: int, *, name: str = TARGET, bat
     )
 
 
-def add_recorded_target(source: Path, output: Path, profiles: list[EngineProfile]) -> None:
+def add_recorded_target(
+    source: Path, output: Path, profiles: list[EngineProfile], *, base: str = "ort-cpu-fp32"
+) -> None:
     """Copy a bundle with one more target per profile; each has engines for step and prefill.
 
     Args:
-        source: A bundle with an FP32 target ``ort-cpu-fp32``.
+        source: A bundle.
         output: Where the copy will lie; the engines name its graphs.
         profiles: What to add.
+        base: The target of the bundle whose graphs the engines execute.
     """
     manifest = json.loads((source / MANIFEST_NAME).read_text())
-    base = manifest["targets"]["ort-cpu-fp32"]
-    config = ModelConfig.from_dict(manifest["config"])
+    graphs = manifest["targets"][base]
+    model = ModelInfo.from_dict(manifest["model"])
     with stage_bundle(output) as staging:
         for name in manifest["files"]:
             (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, staging.path / name)
         for profile in profiles:
-            manifest["targets"][profile.name] = _target(base, profile, config, staging.path, output)
+            manifest["targets"][profile.name] = _target(graphs, profile, model, staging.path, output)
         staging.commit({key: value for key, value in manifest.items() if key not in ("files", "schema_version")})
 
 
 def _target(
-    base: dict[str, Any], profile: EngineProfile, config: ModelConfig, folder: Path, output: Path
+    base: dict[str, Any], profile: EngineProfile, model: ModelInfo, folder: Path, output: Path
 ) -> dict[str, Any]:
     engines = {}
     for graph in GRAPHS:
         unroll = base["unroll"] if graph == "prefill" else 1
         name = f"engines/{profile.name}/{graph}.engine"
-        contract = graph_spec(graph, config, base["cache_dtype"], profile.capacity)
+        contract = graph_spec(graph, model, base["cache_dtype"], profile.capacity)
         ranges = {"batch": (profile.batch.min, profile.batch.max), "seq": (profile.seq.min, profile.seq.max)}
         plan, tensors = recorded_engine(output / base["graphs"][graph], contract, ranges)
         sidecar = {

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from crt_export.engine.tensorrt.device import CudaDevice
 from crt_export.errors import ContractError
 
 Operation = Callable[[], None]
@@ -34,8 +35,8 @@ class Graph:
     freed: list[Operation] = field(default_factory=list)
 
 
-class RecordingDevice:
-    """See :class:`crt_export.engine.tensorrt.device.Device`.
+class RecordingDevice(CudaDevice):
+    """A device that is none.
 
     Attributes:
         events: Every call: its name, and the device addresses it read or wrote.

@@ -14,13 +14,12 @@ from recording_device import RecordingDevice
 from recording_tensorrt import VERSION, RecordingTensorRT, recorded_engine
 
 from crt_export.bundle import BundleFiles
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.onnxruntime import load_graph
-from crt_export.engine.tensorrt.engine import TensorRTEngine
-from crt_export.engine.tensorrt.loading import Machine
+from crt_export.engine.tensorrt.engine import Machine, TensorRTEngine
 from crt_export.engine.tensorrt.sidecar import EngineFile
 from crt_export.machine import Gpu
+from crt_export.models.declaration import ModelInfo
 from crt_export.profile import EngineProfile, load_profile
 from crt_export.runtime.opening import Target, check_contract, engine_from_target
 from crt_export.spec import GraphSpec, graph_spec
@@ -42,19 +41,19 @@ class RecordedEngine(TensorRTEngine):
         assert self.recorded.device.misuses == []  # type: ignore[attr-defined]
 
 
-def open_recorded_engine(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+def open_recorded_engine(files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
     """As :func:`crt_export.runtime.opening.engine_from_target` does, but ONNX targets go to a recording machine."""
     if target.profile.compiled:
-        return engine_from_target(files, target, config, threads)
+        return engine_from_target(files, target, model, threads)
     device = RecordingDevice()
     machine = Machine(api=RecordingTensorRT(device), device=device, gpu=A100)
     with tempfile.TemporaryDirectory() as folder:
         engines = {
-            graph: _compile(files.graph(name), graph, Path(folder), target, config)
+            graph: _compile(files.graph(name), graph, Path(folder), target, model)
             for graph, name in target.graphs.items()
         }
         engine = RecordedEngine(machine, engines, target)
-    check_contract({graph: engine.program(graph) for graph in engines}, target, config)
+    check_contract({graph: engine.program(graph) for graph in engines}, target, model)
     return engine
 
 
@@ -64,15 +63,15 @@ def _profile(target: Target) -> EngineProfile:
     )
 
 
-def _compile(onnx: Path, graph: str, folder: Path, target: Target, config: ModelConfig) -> EngineFile:
+def _compile(onnx: Path, graph: str, folder: Path, target: Target, model: ModelInfo) -> EngineFile:
     loaded = load_graph(onnx, threads=1)
-    aliases = graph_spec(graph, config, "float32").aliases
+    aliases = graph_spec(graph, model, "float32").aliases
     contract = GraphSpec(name=graph, inputs=loaded.inputs, outputs=loaded.outputs, aliases=aliases)
     profile = _profile(target)
     ranges = {
         "batch": (1, _MOST_ROWS),
         "seq": (1, target.profile.seq.max),
-        "capacity": (1, config.max_position_embeddings),
+        "capacity": (1, model.max_position_embeddings),
     }
     plan, tensors = recorded_engine(onnx, contract, ranges)
     sidecar = {

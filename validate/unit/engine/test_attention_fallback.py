@@ -16,9 +16,8 @@ from crt_export.engine.tensorrt import build
 from crt_export.errors import BuildError, NoEngineError
 from crt_export.profile import DimRange, EngineProfile, load_profile
 from crt_export.progress import no_progress
-from crt_export.stages import targets, variants
-from crt_export.stages.graphs import write_graphs
-from crt_export.stages.variants import GraphFile, GraphVariant
+from crt_export.stages import graphs, targets
+from crt_export.stages.graphs import GraphFile, GraphVariant, write_graphs
 
 Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 
@@ -26,14 +25,14 @@ Prepared = tuple[Checkpoint, EngineProfile, dict[GraphVariant, GraphFile], Path]
 @pytest.fixture(autouse=True)
 def fused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiler find out that it has no kernel, as for a shape whose kernels are not known beforehand."""
-    monkeypatch.setattr(variants, "attention_form", lambda profile, config: "fused")
+    monkeypatch.setattr(graphs, "attention_of_profile", lambda profile, carried: "fused")
 
 
 @pytest.fixture
-def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path) -> Prepared:
+def prepared(fused_first: None, make_checkpoint: Callable[..., Path], tmp_path: Path, shared_traces: None) -> Prepared:
     """A model with head_dim 8, for which there is a fused kernel in a step and none in a prefill."""
     checkpoint = load_checkpoint(make_checkpoint(num_hidden_layers=1, unroll_steps=2))
-    profile = load_profile("rtx-sm80-fp16").with_capacity(32).with_unroll(2)
+    profile = load_profile("rtx-sm80-fp16").with_capacity(64).with_unroll(2)
     profile = dataclasses.replace(profile, seq=DimRange(1, 8, 16))
     return checkpoint, profile, write_graphs(checkpoint, [profile], None, tmp_path, no_progress), tmp_path
 
@@ -44,7 +43,7 @@ def test_auto_decomposes_what_has_no_fused_kernel_and_says_why(prepared: Prepare
     assert built.attention == "decomposed"
     assert "Attention" in built.refused
     assert set(built.engines) == {"step", "prefill"}
-    entry = built.to_dict(checkpoint.config)
+    entry = built.to_dict()
     assert (entry["attention"], entry["attention_refused"]) == ("decomposed", built.refused)
     for name, file in built.graphs.items():
         operators = {node.op_type for node in ir.load(folder / file.file).graph}

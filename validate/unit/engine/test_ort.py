@@ -18,8 +18,7 @@ from onnx import TensorProto, helper
 
 from crt_export.engine.base import Buffer, BufferSlice
 from crt_export.engine.onnxruntime import DeviceBuffer, OrtEngine, OrtGraph, load_graph
-from crt_export.engine.onnxruntime_loading import OrtSettings
-from crt_export.engine.ort import import_onnxruntime
+from crt_export.engine.ort import OrtSettings, import_onnxruntime
 from crt_export.errors import ContractError, InputError, MissingDependencyError, UnsupportedError
 
 HEADS, WIDTH = 2, 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crt_export.engine.tensorrt import runtime_cache
-from crt_export.engine.tensorrt.runtime_cache import cache_path, read_cache, write_cache
+from crt_export.engine.tensorrt import engine
+from crt_export.engine.tensorrt.engine import cache_path, read_cache, write_cache
 
 
 def test_it_lies_where_the_xdg_specification_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_no_home_folder_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(runtime_cache.Path, "home", homeless)
+    monkeypatch.setattr(engine.Path, "home", homeless)
     assert cache_path("x") is None
     assert read_cache(None) is None
     assert not write_cache(None, b"kernels")

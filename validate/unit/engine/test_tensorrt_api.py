@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from crt_export.engine.tensorrt import api, builder, calls
+from crt_export.engine.tensorrt import api, builder
 
-SOURCES = (builder, calls, api)
+SOURCES = (builder, api)
 BINDINGS = Path(__file__).resolve().parents[3] / "build" / "bindings"
 VERSIONS = ("10.16", "11.4")
 CLASSES = {name for name, value in vars(api).items() if value is Any and name != "Any"}

@@ -14,18 +14,14 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.tensorrt.build import CompiledEngine, build_engine
 from crt_export.engine.tensorrt.layers import is_int8_gemm
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter
+from crt_export.graph.export import GraphExporter
 from crt_export.graph.passes.fix_capacity import fix_capacity
-from crt_export.model import model_from_checkpoint
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import (
-    calibrate,
-    calibration_windows,
-    expected_matmuls,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.linears import expected_matmuls
+from crt_export.quantize.plan import plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 
@@ -41,7 +37,7 @@ def small(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def graphs(small: Path) -> dict[str, ir.Model]:
+def graphs(small: Path, shared_traces: None) -> dict[str, ir.Model]:
     exporter = GraphExporter(model_from_checkpoint(load_checkpoint(small), torch.float16))
     return {name: exporter.graph(name, unroll=UNROLL if name == "prefill" else 1) for name in ("step", "prefill")}
 

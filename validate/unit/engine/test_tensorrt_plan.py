@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from crt_export.engine.base import BufferSlice
-from crt_export.engine.tensorrt.calls import EngineTensor
-from crt_export.engine.tensorrt.launch_plan import ALIGNMENT, LaunchPlan, plan_launch
+from crt_export.engine.tensorrt.api import EngineTensor
+from crt_export.engine.tensorrt.launch import ALIGNMENT, LaunchPlan, plan_launch
 from crt_export.engine.tensorrt.memory import DeviceMemory, DeviceResources, DeviceTensor
 from crt_export.errors import ContractError
 from crt_export.spec import TensorSpec

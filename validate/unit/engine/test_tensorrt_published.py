@@ -11,17 +11,13 @@ import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.engine.tensorrt.build import CompiledEngine
-from crt_export.graph import GraphExporter
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.graph.export import GraphExporter
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
-from crt_export.quantize import (
-    CalibrationOptions,
-    QuantizedLinears,
-    calibrate,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.quantize.calibration import CalibrationOptions, calibrate
+from crt_export.quantize.plan import QuantizedLinears, plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (Linux x86_64 only)")
 
@@ -66,7 +62,7 @@ def test_the_published_size_with_70_wide_heads(
         assert engine.sidecar["layers"][f"gemm {kind}"] == gemms
 
 
-def _linears(model: Model, text: Path) -> QuantizedLinears:
+def _linears(model: LanguageModel, text: Path) -> QuantizedLinears:
     """Little real text, enough for scales that are real; how well they fit is no matter of compiling."""
     ids = np.frombuffer(text.read_bytes()[:512], np.uint8).astype(np.int64).reshape(16, 32)
     statistics = calibrate(model, ids, unroll=UNROLL, options=CalibrationOptions(minimum_tokens=512))

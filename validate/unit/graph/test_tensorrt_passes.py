@@ -16,11 +16,13 @@ from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.engine.ort import import_onnxruntime
 from crt_export.errors import BuildError, UnsupportedError
-from crt_export.graph import check_contract, export_graph
-from crt_export.graph.passes.decompose_attention import attention_form, decompose_attention
+from crt_export.graph.contract import check_contract
+from crt_export.graph.export import GraphExporter
+from crt_export.graph.passes.decompose_attention import attention_of_profile, decompose_attention
 from crt_export.graph.passes.fix_capacity import fix_capacity
 from crt_export.graph.passes.separate_rotation import separate_rotation
-from crt_export.model import Model, model_from_checkpoint
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.profile import load_profile
 from crt_export.spec import graph_spec
 
@@ -28,13 +30,14 @@ CAPACITY, SEQ, UNROLL, LAYERS = 12, 5, 3, 2
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Model:
-    return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
+def model(make_checkpoint: Callable[..., Path]) -> LanguageModel:
+    return model_from_checkpoint(load_checkpoint(make_checkpoint(hidden_size=16, intermediate_size=32)))
 
 
 @pytest.fixture(scope="module")
-def exported(model: Model) -> dict[str, ir.Model]:
-    return {name: export_graph(model, name, unroll=UNROLL) for name in ("step", "prefill", "head")}
+def exported(model: LanguageModel, shared_traces: None) -> dict[str, ir.Model]:
+    exporter = GraphExporter(model)
+    return {name: exporter.graph(name, unroll=UNROLL) for name in ("step", "prefill", "head")}
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def operators(graph: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in graph.graph.all_nodes())
 
 
-def test_fixed_capacity_is_in_every_dim(graph: Callable[[str], ir.Model], model: Model) -> None:
+def test_fixed_capacity_is_in_every_dim(graph: Callable[[str], ir.Model], model: LanguageModel) -> None:
     for name in ("step", "prefill"):
         fixed = graph(name)
         fix_capacity(fixed, CAPACITY)
@@ -171,9 +174,14 @@ def test_one_pass_needs_no_look_up_of_its_own(graph: Callable[[str], ir.Model]) 
     assert operators(step) == before
 
 
-def test_separating_a_rotation_needs_one(graph: Callable[[str], ir.Model]) -> None:
-    with pytest.raises(BuildError, match="no Gather from rope_cos or rope_sin"):
-        separate_rotation(graph("head"))
+def test_separating_a_rotation_needs_its_look_up(graph: Callable[[str], ir.Model]) -> None:
+    assert separate_rotation(graph("head")) == 0, "nothing is rotated there"
+    step = graph("step")
+    for node in step.graph:
+        if node.op_type == "Gather" and str(node.inputs[0].name).startswith("rope_"):  # type: ignore[union-attr]
+            node.op_type = "GatherND"
+    with pytest.raises(BuildError, match="no Gather from a rotary table"):
+        separate_rotation(step)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +199,15 @@ def test_separating_a_rotation_needs_one(graph: Callable[[str], ir.Model]) -> No
 def test_auto_takes_the_fused_form_where_there_is_a_kernel(
     tiny_config: Callable[..., ModelConfig], changes: dict[str, int], form: str
 ) -> None:
-    config = tiny_config(**changes)
+    carried = tiny_config(**changes).carried
     profile = load_profile("rtx-sm80-fp16")
-    assert attention_form(profile, config) == form
-    assert attention_form(load_profile("rtx-sm80-int8"), config) == form
-    assert attention_form(load_profile("ort-cpu-fp32"), config) == "fused"
-    assert attention_form(dataclasses.replace(profile, attention="decomposed"), config) == "decomposed"
+    assert attention_of_profile(profile, carried) == form
+    assert attention_of_profile(load_profile("rtx-sm80-int8"), carried) == form
+    assert attention_of_profile(load_profile("ort-cpu-fp32"), carried) == "fused"
+    assert attention_of_profile(dataclasses.replace(profile, attention="decomposed"), carried) == "decomposed"
     insisting = dataclasses.replace(profile, attention="fused")
     if form == "fused":
-        assert attention_form(insisting, config) == "fused"
+        assert attention_of_profile(insisting, carried) == "fused"
         return
     with pytest.raises(UnsupportedError, match='no kernel for attention = "fused"'):
-        attention_form(insisting, config)
+        attention_of_profile(insisting, carried)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.graph import GraphExporter
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows, linear_inputs
+from crt_export.graph.export import GraphExporter
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.quantize.calibration import ActivationStatistics, CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.linears import linear_inputs
 
 SEQ = 16
 UNROLL = 2
@@ -30,10 +32,10 @@ def text_tokens(train_text: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def calibrated(text_tokens: np.ndarray) -> Callable[[Model], ActivationStatistics]:
+def calibrated(text_tokens: np.ndarray) -> Callable[[LanguageModel], ActivationStatistics]:
     """``calibrated(model)``: statistics on real text at the sizes of the tiny models."""
 
-    def run(model: Model) -> ActivationStatistics:
+    def run(model: LanguageModel) -> ActivationStatistics:
         windows = calibration_windows(text_tokens, seq=SEQ, options=OPTIONS)
         return calibrate(model, windows, unroll=UNROLL, options=OPTIONS)
 
@@ -41,26 +43,16 @@ def calibrated(text_tokens: np.ndarray) -> Callable[[Model], ActivationStatistic
 
 
 @pytest.fixture(scope="session")
-def small(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+def small(make_checkpoint: Callable[..., Path], shared_traces: None) -> Checkpoint:
     """A one-layer CRT."""
     return load_checkpoint(make_checkpoint(num_hidden_layers=1))
 
 
 @pytest.fixture(scope="session")
 def exported(small: Checkpoint) -> Callable[[str, torch.dtype], ir.Model]:
-    """``exported(graph, dtype)``: a fresh copy of the small model's graph, exported once per session."""
-    kept: dict[tuple[str, torch.dtype], bytes] = {}
-    exporters: dict[torch.dtype, GraphExporter] = {}
-
-    def export(graph: str, dtype: torch.dtype) -> ir.Model:
-        if (graph, dtype) not in kept:
-            if dtype not in exporters:
-                exporters[dtype] = GraphExporter(model_from_checkpoint(small, dtype))
-            whole = exporters[dtype].graph(graph, unroll=UNROLL if graph == "prefill" else 1)
-            kept[graph, dtype] = ir.to_proto(whole).SerializeToString()
-        return ir.from_proto(onnx.load_model_from_string(kept[graph, dtype]))
-
-    return export
+    """``exported(graph, dtype)``: a fresh copy of the small model's graph."""
+    exporter = functools.cache(lambda dtype: GraphExporter(model_from_checkpoint(small, dtype)))
+    return lambda graph, dtype: exporter(dtype).graph(graph, unroll=UNROLL if graph == "prefill" else 1)
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +65,8 @@ def run_graph() -> Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndar
             options = import_onnxruntime().SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
+            # As crt_export.engine.ort does: fused, the product of uint8 and int8 saturates on CPUs without VNNI.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
             data = ir.to_proto(graph).SerializeToString()
             sessions[id(graph)] = graph, import_onnxruntime().InferenceSession(data, options)
         session = sessions[id(graph)][1]
@@ -85,10 +79,10 @@ def run_graph() -> Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndar
 @pytest.fixture(scope="session")
 def step_chain(
     run_graph: Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]],
-) -> Callable[[ir.Model, Model, np.ndarray], np.ndarray]:
+) -> Callable[[ir.Model, LanguageModel, np.ndarray], np.ndarray]:
     """``step_chain(step_graph, model, ids) -> logits`` float32 [batch, seq, vocab], token by token."""
 
-    def run(graph: ir.Model, model: Model, ids: np.ndarray) -> np.ndarray:
+    def run(graph: ir.Model, model: LanguageModel, ids: np.ndarray) -> np.ndarray:
         config, (batch, seq) = model.config, ids.shape
         carried = {
             value.name: np.zeros((batch, config.num_attention_heads, seq, config.head_dim), value.dtype.numpy())
@@ -109,13 +103,13 @@ def step_chain(
 
 
 @pytest.fixture(scope="session")
-def with_outliers() -> Callable[[Model, float], Model]:
+def with_outliers() -> Callable[[LanguageModel, float], LanguageModel]:
     """``with_outliers(model, factor)``: LayerNorm channels times factor, the weights that read them divided by it.
 
     The function is unchanged; this is what trained larger models look like.
     """
 
-    def scale(model: Model, factor: float) -> Model:
+    def scale(model: LanguageModel, factor: float) -> LanguageModel:
         generator = torch.Generator().manual_seed(1)
         for group in linear_inputs(model.config):
             if group.norm is None:

@@ -9,14 +9,17 @@ import torch
 
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import InputError
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import CalibrationOptions, calibrate, calibration, calibration_windows, linear_inputs
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.quantize import calibration
+from crt_export.quantize.calibration import CalibrationOptions, calibrate, calibration_windows
+from crt_export.quantize.linears import linear_inputs
 
 OPTIONS = CalibrationOptions(windows=64, minimum_tokens=1024)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Model:
+def model(tiny_checkpoint: Path) -> LanguageModel:
     return model_from_checkpoint(load_checkpoint(tiny_checkpoint))
 
 
@@ -25,7 +28,7 @@ def windows(text_tokens: np.ndarray) -> np.ndarray:
     return calibration_windows(text_tokens, seq=32, options=OPTIONS)
 
 
-def _observed(model: Model, run: Callable[[], object]) -> dict[str, torch.Tensor]:
+def _observed(model: LanguageModel, run: Callable[[], object]) -> dict[str, torch.Tensor]:
     """Every input of the first linear of each group while ``run`` runs, [rows, channels]."""
     seen: dict[str, list[torch.Tensor]] = {}
     handles = []
@@ -41,13 +44,13 @@ def _observed(model: Model, run: Callable[[], object]) -> dict[str, torch.Tensor
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
-def test_extremes_cover_first_pass_later_passes_and_decoding(model: Model, windows: np.ndarray) -> None:
+def test_extremes_cover_first_pass_later_passes_and_decoding(model: LanguageModel, windows: np.ndarray) -> None:
     ids = torch.from_numpy(windows)
 
     def every_regime() -> None:
         for passes in (1, 2, 3):
-            model.head(model.unroll(ids, passes)[0])
-        model.head(model.sequential(ids)[0])
+            model.head(model.unroll(ids, passes)[0].hidden)
+        model.head(model.sequential(ids)[0].hidden)
 
     rows = _observed(model, every_regime)
     statistics = calibrate(model, windows, unroll=3, options=OPTIONS)
@@ -57,7 +60,7 @@ def test_extremes_cover_first_pass_later_passes_and_decoding(model: Model, windo
 
 
 def test_regimes_have_equal_shares_of_the_sample(
-    model: Model, windows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, windows: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "_SAMPLE_VALUES", 1)
     monkeypatch.setattr(calibration, "_MINIMUM_ROWS", 900)
@@ -69,7 +72,7 @@ def test_regimes_have_equal_shares_of_the_sample(
     assert 0.25 < (distance < 1e-6).mean() < 0.42
 
 
-def test_the_same_text_gives_the_same_statistics(model: Model, windows: np.ndarray) -> None:
+def test_the_same_text_gives_the_same_statistics(model: LanguageModel, windows: np.ndarray) -> None:
     one, other = (calibrate(model, windows, unroll=2, options=OPTIONS) for _ in range(2))
     for name in one.inputs:
         assert np.array_equal(one.inputs[name].rows, other.inputs[name].rows)
@@ -83,18 +86,18 @@ def test_a_plain_transformer_runs_one_pass(tiny_transformer_checkpoint: Path, wi
     assert all(seen.rows_seen == 2 * windows.size for seen in statistics.inputs.values())
 
 
-def test_hooks_are_gone_afterwards(model: Model, windows: np.ndarray) -> None:
+def test_hooks_are_gone_afterwards(model: LanguageModel, windows: np.ndarray) -> None:
     calibrate(model, windows, unroll=1, options=OPTIONS)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_random_calibration_data_is_refused(model: Model) -> None:
+def test_random_calibration_data_is_refused(model: LanguageModel) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 32))
     with pytest.raises(InputError, match="look random or shuffled"):
         calibrate(model, noise, unroll=2, options=OPTIONS)
 
 
-def test_unusable_windows_are_refused_with_what_is_needed(model: Model, windows: np.ndarray) -> None:
+def test_unusable_windows_are_refused_with_what_is_needed(model: LanguageModel, windows: np.ndarray) -> None:
     with pytest.raises(InputError, match="at least 2048 tokens, found 320"):
         calibrate(model, windows[:10], unroll=2)
     with pytest.raises(InputError, match="max_position_embeddings 64 tokens, found 128"):

@@ -7,43 +7,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.graph.export import export_graph
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity import Comparison, ParityCase, ParityOptions, load_tolerances
-from crt_export.parity.comparison import compare
-from crt_export.parity.reference import STEP, Reference
-from crt_export.parity.rollout import Rollout
-from crt_export.parity.scores import Scorer
+from crt_export.graph.export import GraphExporter
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.parity import Comparison, ParityOptions, load_tolerances
+from crt_export.parity.reference import Reference
 from crt_export.parity.windows import windows_from_text
-from crt_export.quantize import (
-    W8A8Plan,
-    calibrate,
-    calibration_windows,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8,
-    quantize_w8a8,
-    smoothing,
-)
+from crt_export.quantize import smoothing
+from crt_export.quantize.calibration import calibrate, calibration_windows
+from crt_export.quantize.plan import W8A8Plan, plan_w8a8, quantize_linears
+from crt_export.quantize.w8 import quantize_w8
+from crt_export.quantize.w8a8 import quantize_w8a8
 from crt_export.text import TokenText
 
-DTYPES = {"w8": torch.float32, "w8a8": torch.float16}
 UNROLL = 4
 Check = Callable[..., Comparison]
 
 
 @pytest.fixture(scope="module")
-def exported(demo_checkpoint: Path) -> dict[str, bytes]:
+def exporters(demo_checkpoint: Path, shared_traces: None) -> dict[str, GraphExporter]:
     """The demo's step per precision, not yet quantised; its linears and scales are also those of prefill."""
     checkpoint = load_checkpoint(demo_checkpoint)
-    models = {precision: model_from_checkpoint(checkpoint, dtype) for precision, dtype in DTYPES.items()}
-    return {name: ir.to_proto(export_graph(model, "step")).SerializeToString() for name, model in models.items()}
+    dtypes = {"w8": torch.float32, "w8a8": torch.float16}
+    return {name: GraphExporter(model_from_checkpoint(checkpoint, dtype)) for name, dtype in dtypes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +48,19 @@ def reference(demo_checkpoint: Path, heldout_text: Path) -> Reference:
 
 
 @pytest.fixture
-def check(exported: dict[str, bytes], reference: Reference, tmp_path: Path) -> Check:
+def check(exporters: dict[str, GraphExporter], reference: Reference, tmp_path: Path) -> Check:
     """``check(precision, quantize, plan)``: quantise the step and compare its chain as a build does."""
 
     def run(precision: str, quantize: Callable[[ir.Model], object], plan: W8A8Plan | None = None) -> Comparison:
-        graph = ir.from_proto(onnx.load_model_from_string(exported[precision]))
+        graph = exporters[precision].graph("step")
         quantize(graph)
-        ir.save(graph, tmp_path / "step.onnx")
-        config, windows = reference.model.config, reference.windows
-        graphs = {STEP: tmp_path / "step.onnx"}
-        runner = importlib.import_module("loose_runner").loose_runner(graphs, config, precision, unroll=UNROLL)
-        case = ParityCase(
-            target="demo",
-            runtime="onnxruntime",
-            precision=precision,
-            graphs=graphs,
-            unroll=UNROLL,
-            cache_dtype=str(DTYPES[precision]).removeprefix("torch."),
-            plan=plan,
-        )
-        scorer = Scorer(reference, STEP, UNROLL)
-        Rollout(runner, case, windows, window_batch=windows.count).run(STEP, scorer, lambda done: None)
-        row = Comparison(target="demo", runtime="onnxruntime", graph=STEP, precision=precision, regime=STEP)
-        return compare(row, scorer.scores(), load_tolerances(), scorer.problems)
+        compare_step = importlib.import_module("loose_step").compare_step
+        return compare_step(graph, precision, reference, tmp_path, unroll=UNROLL, plan=plan)
 
     return run
 
 
-def _set_weights(graph: ir.Model, model: Model) -> None:
+def _set_weights(graph: ir.Model, model: LanguageModel) -> None:
     """Give an FP32 graph the weights of another model of the same shapes."""
     weights = dict(model.named_parameters())
     for name, value in graph.graph.initializers.items():
@@ -112,7 +88,7 @@ def test_w8_with_outlier_channels_stays_within_the_gates(
     factor: int,
     demo_checkpoint: Path,
     check: Check,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)
@@ -134,7 +110,7 @@ def test_w8a8_with_outlier_channels_stays_within_the_gates(
     demo_checkpoint: Path,
     check: Check,
     text_tokens: np.ndarray,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = with_outliers(model_from_checkpoint(load_checkpoint(demo_checkpoint)), factor)

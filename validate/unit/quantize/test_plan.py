@@ -11,40 +11,44 @@ from safetensors.numpy import load, save
 from crt_export.checkpoint import load_checkpoint
 from crt_export.config import ModelConfig
 from crt_export.errors import BundleError, UnsupportedError
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import (
-    ActivationStatistics,
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.emulation import emulate_w8a8
+from crt_export.quantize.linears import linear_inputs, linear_names
+from crt_export.quantize.plan import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
     QuantizedInput,
     QuantizedLinears,
     W8A8Plan,
-    emulate_w8a8,
-    linear_inputs,
-    linear_names,
     plan_w8a8,
+    quantize_columns,
     quantize_linears,
     read_plan,
+    scale_from_range,
+    value_range,
 )
-from crt_export.quantize.plan import LARGEST_SCALE, SMALLEST_SCALE, quantize_columns, scale_from_range, value_range
 
-Calibrated = Callable[[Model], ActivationStatistics]
+Calibrated = Callable[[LanguageModel], ActivationStatistics]
 
 
 #: Root mean square error of the logits, relative to their spread: what 8 bits cost these untrained models.
 CLOSE = 0.03
 
 
-def _model(path: Path) -> Model:
+def _model(path: Path) -> LanguageModel:
     return model_from_checkpoint(load_checkpoint(path))
 
 
-def _logit_error(model: Model, quantized: QuantizedLinears) -> float:
+def _logit_error(model: LanguageModel, quantized: QuantizedLinears) -> float:
     ids = torch.arange(97, 121)[None]
-    exact = model.head(model.sequential(ids)[0])
+    exact = model.head(model.sequential(ids)[0].hidden)
     found = emulate_w8a8(model, quantized)
-    return float((found.head(found.sequential(ids)[0]) - exact).square().mean().sqrt() / exact.std())
+    return float((found.head(found.sequential(ids)[0].hidden) - exact).square().mean().sqrt() / exact.std())
 
 
-def _quantized(model: Model, calibrated: Calibrated) -> QuantizedLinears:
+def _quantized(model: LanguageModel, calibrated: Calibrated) -> QuantizedLinears:
     return quantize_linears(model, plan_w8a8(model, calibrated(model)))
 
 

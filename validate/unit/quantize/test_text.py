@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.quantize import check_is_text
+from crt_export.quantize.text_evidence import check_is_text
 
 WINDOWS, SEQ = 32, 64
 

@@ -9,15 +9,16 @@ import torch
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BuildError
-from crt_export.graph import GraphExporter
-from crt_export.memo import Memo
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.parity.linear_audit import BlockWeight, deviation
-from crt_export.quantize import expected_matmuls, linear_names, quantize_blocks, quantize_w8, smoothing, w8
-from crt_export.quantize.linears import weight_matmuls
+from crt_export.graph.export import GraphExporter
+from crt_export.graph.weights import SharedArrays
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.parity.weight_audit import BlockWeight, deviation
+from crt_export.quantize import smoothing, w8
+from crt_export.quantize.linears import expected_matmuls, linear_names, weight_matmuls
 from crt_export.quantize.plan import SMALLEST_STEP
 from crt_export.quantize.smoothing import balanced, smooth_norms
-from crt_export.quantize.w8 import BLOCK_SIZE, fuse_projections
+from crt_export.quantize.w8 import BLOCK_SIZE, fuse_projections, quantize_blocks, quantize_w8
 
 Exported = Callable[[str, torch.dtype], ir.Model]
 RunGraph = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -84,7 +85,7 @@ def test_smoothing_stays_inside_the_range_of_fp32(gain: float, weight: float) ->
     gains[0] = 1
     weights = np.full((8, 4), weight, np.float32)
     weights[1] = 1
-    found = balanced(gains, np.zeros(8, np.float32), weights)
+    found = balanced(gains, np.zeros(8, np.float32), weights, biased=True)
     assert all(np.isfinite(values).all() for values in found)
     assert np.count_nonzero(found[1]) == 0
 
@@ -138,23 +139,23 @@ def test_graphs_with_one_memo_are_quantised_once_to_the_same_bytes(
 ) -> None:
     exporter = GraphExporter(model_from_checkpoint(small))
     alone, together = ([exporter.graph(name) for name in ("step", "head")] for _ in range(2))
-    memo, calls = Memo(), []
+    shared, calls = SharedArrays(), []
     for graph in alone:
         quantize_w8(graph)
     monkeypatch.setattr(w8, "quantize_blocks", lambda weight: calls.append(1) or quantize_blocks(weight))
     for graph in together:
-        quantize_w8(graph, memo)
+        quantize_w8(graph, shared)
     assert len(calls) == sum(name.endswith("_blocks") for name in together[0].graph.initializers)
     for one, other in zip(alone, together, strict=True):
         assert ir.to_proto(one).SerializeToString() == ir.to_proto(other).SerializeToString()
 
 
 def test_a_memo_makes_anew_what_lies_elsewhere_or_is_made_otherwise() -> None:
-    memo, one = Memo(), np.arange(6, dtype=np.float32)
-    (first,) = memo.made("twice", [one], lambda: (one * 2,))
-    assert memo.made("twice", [one[:]], lambda: (one * 0,))[0] is first
+    shared, one = SharedArrays(), np.arange(6, dtype=np.float32)
+    (first,) = shared.made("twice", [one], lambda: (one * 2,))
+    assert shared.made("twice", [one[:]], lambda: (one * 0,))[0] is first
     for how, array in (("half", one), ("twice", one[:3]), ("twice", one.reshape(2, 3)), ("twice", one.copy())):
-        (made,) = memo.made(how, [array], lambda: (np.zeros(1),))
+        (made,) = shared.made(how, [array], lambda: (np.zeros(1),))
         assert made is not first
 
 
@@ -173,7 +174,7 @@ def test_passes_share_one_quantised_weight() -> None:
 def test_fused_projections_compute_what_three_do(exported: Exported, run_graph: RunGraph, small: Checkpoint) -> None:
     """In FP32 and in blocks: every output keeps its own weights, so nothing changes but the number of products."""
     separate, fused = (exported("step", torch.float32) for _ in range(2))
-    assert fuse_projections(fused.graph, Memo()) == 3 * small.config.num_hidden_layers
+    assert fuse_projections(fused.graph, SharedArrays()) == 3 * small.config.num_hidden_layers
     names = {name for name, _ in weight_matmuls(fused.graph)}
     assert "layers.0.attn.qkv" in names
     assert not names & {f"layers.0.attn.{part}" for part in "qkv"}
@@ -188,7 +189,7 @@ def test_projections_that_do_not_read_the_same_stay_apart(exported: Exported) ->
     graph = exported("step", torch.float32)
     products = dict(weight_matmuls(graph.graph))
     products["layers.0.attn.k"].replace_input_with(0, products["correction.up"].inputs[0])
-    assert fuse_projections(graph.graph, Memo()) == 0
+    assert fuse_projections(graph.graph, SharedArrays()) == 0
     assert set(dict(weight_matmuls(graph.graph))) == set(products)
 
 
@@ -223,7 +224,7 @@ def test_the_step_chain_follows_pytorch(
 ) -> None:
     model = model_from_checkpoint(small)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     graph = exported("step", torch.float32)
     quantize_w8(graph)
     error = np.abs(step_chain(graph, model, ids) - reference)
@@ -238,14 +239,14 @@ def test_half_precision_graphs_are_refused(exported: Exported) -> None:
 def test_smoothing_levels_outliers_and_leaves_the_function_alone(
     exported: Exported,
     small: Checkpoint,
-    with_outliers: Callable[[Model, float], Model],
+    with_outliers: Callable[[LanguageModel, float], LanguageModel],
     step_chain: Callable[..., np.ndarray],
     text_tokens: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_from_checkpoint(small)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = model.head(model.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = model.head(model.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     scaled = {name: tensor.numpy() for name, tensor in with_outliers(model, 50.0).state_dict().items()}
     errors = {}
     for smooth in (True, False):
@@ -271,7 +272,7 @@ def test_smoothed_norms_are_the_same_in_every_graph_and_exact(exported: Exported
     hidden = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
     before = run_graph(graphs[1], {"hidden": hidden})["logits"]
     for graph in graphs:
-        smooth_norms(weight_matmuls(graph.graph), Memo())
+        smooth_norms(weight_matmuls(graph.graph), SharedArrays())
     for name in ("final_norm.weight", "final_norm.bias", "lm_head.weight"):
         one, other = (graph.graph.initializers[name].const_value.numpy() for graph in graphs)  # type: ignore[union-attr]
         assert np.array_equal(one, other)

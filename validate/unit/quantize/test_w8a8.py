@@ -10,25 +10,20 @@ import torch
 
 from crt_export.checkpoint import Checkpoint
 from crt_export.errors import BuildError, InputError
-from crt_export.model import Model, model_from_checkpoint
-from crt_export.quantize import (
-    ActivationStatistics,
-    QuantizedLinears,
-    emulate_w8a8,
-    expected_matmuls,
-    linear_inputs,
-    linear_names,
-    plan_w8a8,
-    quantize_linears,
-    quantize_w8a8,
-)
+from crt_export.models.base import LanguageModel
+from crt_export.models.registry import model_from_checkpoint
+from crt_export.quantize.calibration import ActivationStatistics
+from crt_export.quantize.emulation import emulate_w8a8
+from crt_export.quantize.linears import expected_matmuls, linear_inputs, linear_names
+from crt_export.quantize.plan import QuantizedLinears, plan_w8a8, quantize_linears
+from crt_export.quantize.w8a8 import quantize_w8a8
 
 Exported = Callable[[str, torch.dtype], ir.Model]
 GRAPHS = ("step", "prefill", "head")
 
 
 @pytest.fixture(scope="module")
-def linears(small: Checkpoint, calibrated: Callable[[Model], ActivationStatistics]) -> QuantizedLinears:
+def linears(small: Checkpoint, calibrated: Callable[[LanguageModel], ActivationStatistics]) -> QuantizedLinears:
     model = model_from_checkpoint(small)
     return quantize_linears(model, plan_w8a8(model, calibrated(model)))
 
@@ -113,9 +108,9 @@ def test_the_step_chain_is_the_emulated_half_precision_model(
 ) -> None:
     exact, half = model_from_checkpoint(small), model_from_checkpoint(small, torch.float16)
     ids = text_tokens[: 4 * 24].reshape(4, 24)
-    reference = exact.head(exact.sequential(torch.from_numpy(ids))[0]).numpy()
+    reference = exact.head(exact.sequential(torch.from_numpy(ids))[0].hidden).numpy()
     emulated = emulate_w8a8(half, linears)
-    expected = emulated.head(emulated.sequential(torch.from_numpy(ids))[0]).float().numpy()
+    expected = emulated.head(emulated.sequential(torch.from_numpy(ids))[0].hidden).float().numpy()
     found = step_chain(quantized["step"][0], exact, ids)
     spread = reference.std()
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.01 * spread, "the graph is not what the emulation computes"

@@ -18,7 +18,7 @@ from crt_export.bench.report import KINDS, MEASURED, NOT_RUN, BenchReport
 from crt_export.cli.report import report as report_verb
 from crt_export.errors import InputError
 from crt_export.parity import ParityReport
-from crt_export.report.html import render_html
+from crt_export.report.output import render_html
 from crt_export.report.reading import (
     bench_schema,
     checked_bench,
@@ -44,7 +44,7 @@ PARTS = {
 
 def step(position: int, p50: float, **more: Any) -> records.StepFigures:
     times = {name: p50 * factor for name, factor in (("p10_ms", 0.9), ("p90_ms", 1.2), ("p99_ms", 1.5), ("max_ms", 2))}
-    moved = records.StepBytes(weights=150_000_000, cache=6_000_000, logits=128_000, total=156_128_000)
+    moved = records.StepBytes(weights=150_000_000, cache=6_000_000, states=0, logits=128_000, total=156_128_000)
     floor = {"bytes": moved, "flops": 10**8, "floor_ms": 5.0, "compute_floor_ms": 0.9, "over_floor": p50 / 5.0}
     rest = {"samples": 60, "p50_ms": p50, "mean_ms": p50, "tokens_per_s": 1e3 / p50}
     return records.StepFigures(position=position, batch=1, **times, **rest, **{**floor, **more})
@@ -59,7 +59,7 @@ def sample(name: str = "ort-cpu-int8") -> BenchReport:
         for method, passes in (("default", None), ("passes", 5))
     )
     model = records.ModelSize(
-        name="d5", model_type="context_ready_transformer", hidden_size=1120, num_hidden_layers=5, vocab_size=32000,
+        name="d5", model_type="context_ready_transformer", hidden_size=1120, caches=5, vocab_size=32000,
         parameters=157_094_080,
     )  # fmt: skip
     target = records.Candidate(

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from crt_export.cli import main
-from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
-from crt_export.report.html import render_html
+from crt_export.parity.levels import LEVELS
+from crt_export.report.output import render_html
 
 pytestmark = [pytest.mark.evidence, pytest.mark.slow, pytest.mark.timeout(900)]
 
 Report = dict[str, Any]
 WIDTHS = {400: 800, 1400: 900}
-#: Names of the browser's program, as in validate/ux/prepare_browser.py.
+#: Names of the browser's program, as in validate/prepare.py.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from crt_export.errors import InputError
-from crt_export.ladder import LEVELS, OWN_MODEL
 from crt_export.parity import ParityReport
+from crt_export.parity.levels import LEVELS, OWN_MODEL
 from crt_export.report import compare
 from crt_export.report.compare import GONE, IMPROVED, NEW, REGRESSED, SAME, WORSE, Change, Comparison
 from crt_export.report.junit import junit_xml

@@ -13,10 +13,10 @@ import pytest
 
 from crt_export import environment
 from crt_export.errors import MissingDependencyError
-from crt_export.ladder import LEVELS
 from crt_export.parity import ParityReport
+from crt_export.parity.levels import LEVELS
 from crt_export.parity.report import LevelResult
-from crt_export.report import html
+from crt_export.report import output
 from crt_export.report.page import target_block
 from crt_export.report.plots import draw_plots
 from crt_export.visible import visible
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def render_html(report: Report, bundle: str = "") -> str:
-    return html.render_html(ParityReport.from_dict(report), bundle=bundle)
+    return output.render_html(ParityReport.from_dict(report), bundle=bundle)
 
 
 class Page(HTMLParser):
@@ -85,7 +85,7 @@ def test_every_level_has_its_table_and_every_curve_its_plot(full: Page) -> None:
     assert all(level in text for level in LEVELS)
     titles = [
         "Perplexity by number of passes", "Regime gap by number of passes", "Drift by position, K passes",
-        "Residual against true error", "Hand-over from K passes to decoding", "Divergence of the tokens",
+        "Residual against true error", "Handover from K passes to decoding", "Divergence of the tokens",
         "Drift by position, likelihood", "Drift by position, divergence", "Error by step of the chain",
         "Free running: agreement", "Error over the long run", "Norm of the state", "FP16 headroom by layer",
     ]  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from crt_export.ladder import NOT_COMPARED, OWN_MODEL
 from crt_export.parity import ParityReport
-from crt_export.report.html import render_html
+from crt_export.parity.levels import NOT_COMPARED, OWN_MODEL
 from crt_export.report.junit import junit_cases
+from crt_export.report.output import render_html
 from crt_export.report.reading import checked_report
 from crt_export.report.verdict import own_model_text, verdict_of, was_compared
 

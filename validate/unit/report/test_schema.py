@@ -16,7 +16,7 @@ import pytest
 from crt_export import environment
 from crt_export.bundle import MANIFEST_NAME
 from crt_export.errors import BundleError, InputError, MissingDependencyError
-from crt_export.ladder import LEVELS
+from crt_export.parity.levels import LEVELS
 from crt_export.parity.metrics import METRICS, Check
 from crt_export.parity.report import FORMAT, FORMAT_VERSION, Comparison, LevelResult, ParityReport
 from crt_export.report.reading import checked_bench, checked_report, read_report, report_schema, schema_problems

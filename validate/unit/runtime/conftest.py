@@ -21,11 +21,11 @@ import torch
 from filelock import FileLock
 
 from crt_export.bundle import MANIFEST_NAME, BundleFiles, open_bundle
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Buffer, Engine, Program
 from crt_export.engine.onnxruntime import DeviceBuffer
 from crt_export.engine.ort import import_onnxruntime
-from crt_export.model import Model
+from crt_export.models.base import LanguageModel
+from crt_export.models.declaration import ModelInfo
 from crt_export.runtime import Bundle, Session
 from crt_export.runtime.bundle import OpenEngine
 from crt_export.runtime.opening import Target, engine_from_target
@@ -57,13 +57,13 @@ class DeviceMemoryEngine:
         self._engine.close()
 
 
-def _in_device_memory(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
-    return DeviceMemoryEngine(engine_from_target(files, target, config, threads))
+def _in_device_memory(files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
+    return DeviceMemoryEngine(engine_from_target(files, target, model, threads))
 
 
-def _tensorrt(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+def _tensorrt(files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
     """TensorRT's session on a recording machine: see validate/unit/engine/recording_engine.py."""
-    return importlib.import_module("recording_engine").open_recorded_engine(files, target, config, threads)
+    return importlib.import_module("recording_engine").open_recorded_engine(files, target, model, threads)
 
 
 ENGINES: dict[str, OpenEngine] = {
@@ -78,12 +78,12 @@ class Runnable:
     """An opened bundle and the PyTorch model it was exported from."""
 
     bundle: Bundle
-    model: Model
+    model: LanguageModel
 
     @property
     def passes(self) -> int:
         """K of the exported prefill."""
-        return self.model.config.unroll_steps if self.model.config.recurrent else 1
+        return self.model.carried.passes
 
     def session(self, **options: Any) -> Session:
         """A session on the target of one thread."""
@@ -96,14 +96,15 @@ class Runnable:
 
     def logits(self, parts: list[list[int]], steps: list[int], passes: int | None = None) -> np.ndarray:
         """Logits [vocab] of PyTorch after prefilling the parts one by one, then stepping."""
-        carry, h = None, None
+        state, hidden = None, None
         with torch.no_grad():
             for part in parts:
-                h, carry, _ = self.model.unroll(torch.tensor([part]), passes or self.passes, carry)
+                done, state, _ = self.model.unroll(torch.tensor([part]), passes or self.passes, state)
+                hidden = done.hidden
             for token in steps:
-                h, carry = self.model.step(torch.tensor([[token]]), carry if carry is not None else self.model.start(1))
-            assert h is not None
-            return self.model.head(h[:, -1]).float().numpy()[0]
+                hidden, state = self.model.step(torch.tensor([[token]]), state or self.model.start(1))
+            assert hidden is not None
+            return self.model.head(hidden[:, -1]).float().numpy()[0]
 
     @staticmethod
     def caches(session: Session) -> list[np.ndarray]:
@@ -123,7 +124,7 @@ def open_engine(request: pytest.FixtureRequest) -> OpenEngine:
 
 
 @pytest.fixture(scope="session")
-def make_runnable(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Callable[..., Runnable]:
+def make_runnable(tiny_bundle: Callable[..., tuple[Path, LanguageModel]]) -> Callable[..., Runnable]:
     def make(name: str, open_engine: OpenEngine, **changes: Any) -> Runnable:
         path, model = tiny_bundle(name, **changes)
         return Runnable(bundle=Bundle(open_bundle(path, allow_unvalidated=True), open_engine), model=model)
@@ -148,7 +149,7 @@ def crt_cpu(make_runnable: Callable[..., Runnable]) -> Iterator[Runnable]:
 
 
 @pytest.fixture(scope="session")
-def crt_path(tiny_bundle: Callable[..., tuple[Path, Model]]) -> Path:
+def crt_path(tiny_bundle: Callable[..., tuple[Path, LanguageModel]]) -> Path:
     """The bundle of ``crt``, for what does not depend on the engine. Read-only."""
     return tiny_bundle("crt", num_hidden_layers=1, unroll_steps=UNROLL)[0]
 

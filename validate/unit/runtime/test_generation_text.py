@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import ContractError
 from crt_export.runtime import Bundle, GenerationOptions, SamplingOptions, Session, Snapshot, generate_text, load_bundle
 from crt_export.text_stream import TEXT_END
@@ -34,7 +34,7 @@ def bundle(crt_path: Path, tmp_path: Path, tokenizer_kinds: ModuleType, request:
         manifest = json.loads((copy / "manifest.json").read_text())
         tokenizer_kinds.write_tokenizer(copy, request.param)
         content = (copy / "tokenizer.json").read_bytes()
-        manifest["config"]["tokenizer"] = "tokenizer.json"
+        manifest["model"]["tokenizer"] = "tokenizer.json"
         manifest["files"]["tokenizer.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with load_bundle(copy, allow_unvalidated=True) as opened:

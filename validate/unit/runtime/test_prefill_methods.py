@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import open_bundle
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.engine.base import BufferSlice, Engine, Launch
 from crt_export.errors import BundleError, InputError, UnsupportedError
 from crt_export.runtime import Bundle, GenerationOptions
@@ -109,7 +109,7 @@ def test_exact_is_step_by_step_to_the_last_bit(either: Any) -> None:
     found = exact.prefill(rows, passes="exact")
     for index in range(9):
         stepped.step([row[index] if index < len(row) else None for row in rows])
-    if either.model.config.recurrent:
+    if either.model.config.carried.iterated:
         np.testing.assert_array_equal(found, stepped.logits)
     np.testing.assert_allclose(found, stepped.logits, **CLOSE)
     assert exact.position.tolist() == [9, 0, 3]
@@ -156,10 +156,11 @@ def residuals_of(crt: Any, prompt: list[int]) -> list[float]:
     """Residual of PyTorch after each pass."""
     import torch
 
-    hidden, found = None, []
+    iterate, found = None, []
     with torch.no_grad():
         for _ in range(4):
-            hidden, _, residual = crt.model.unroll(torch.tensor([prompt]), 1, hidden=hidden)
+            done, _, residual = crt.model.unroll(torch.tensor([prompt]), 1, iterate=iterate)
+            iterate = done.states
             found.append(float(residual))
     assert found == sorted(found, reverse=True), "the test needs a residual that falls"
     return found
@@ -240,7 +241,7 @@ def test_words_that_are_none(crt: Any, plain: Any) -> None:
         crt.session().prefill([[40]], passes="all")
     with pytest.raises(InputError, match="passes must be at least 1, 'adaptive' or 'exact'"):
         GenerationOptions(passes="all")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="a plain transformer has exactly one pass"):
+    with pytest.raises(UnsupportedError, match="this model has exactly one pass"):
         plain.session().prefill([[40]], passes="adaptive")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from crt_export.bundle import HeldGraph
-from crt_export.bundle.integrity import sealed
-from crt_export.engine import onnxruntime_loading
+from crt_export.bundle.manifest import sealed
+from crt_export.engine import ort
 from crt_export.engine.memory_map import REPLACES_MAPPINGS, make_private, mappings_of
 from crt_export.errors import BundleError
 from crt_export.runtime import load_bundle
@@ -72,7 +72,7 @@ def test_weights_stay_mapped_where_the_profile_says_so(bundle: Path) -> None:
 def test_weights_from_memory_give_the_same_bits(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = []
     for mapped in (True, False):
-        monkeypatch.setattr(onnxruntime_loading, "REPLACES_MAPPINGS", mapped and REPLACES_MAPPINGS)
+        monkeypatch.setattr(ort, "REPLACES_MAPPINGS", mapped and REPLACES_MAPPINGS)
         with load_bundle(bundle, allow_unvalidated=True) as opened, opened.session(TARGET, threads=1) as session:
             logits.append(session.prefill([[1, 2, 3]]))
     assert np.array_equal(*logits)
@@ -88,13 +88,13 @@ def test_a_bundle_that_is_removed_before_its_session_opens_is_loaded_from_memory
 
 
 def test_weights_overwritten_while_they_are_loaded_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = onnxruntime_loading.load_held_graph
+    original = ort.load_held_graph
 
     def overwritten_first(graph: HeldGraph, load: Any, *, keep_mapped: bool) -> Any:
         other_weights(bundle / WEIGHTS)  # after it was hashed
         return original(graph, load, keep_mapped=keep_mapped)
 
-    monkeypatch.setattr("crt_export.engine.onnxruntime_loading.load_held_graph", overwritten_first)
+    monkeypatch.setattr("crt_export.engine.ort.load_held_graph", overwritten_first)
     with (
         load_bundle(bundle, allow_unvalidated=True) as opened,
         pytest.raises(BundleError, match=r"fp32\.weights was changed while it was loaded"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError, ContractError, InputError, MissingDependencyError, UnsupportedError
 from crt_export.runtime import load_bundle
 
@@ -69,13 +69,35 @@ def test_what_cannot_be_a_path_is_a_bundle_error(path: Any) -> None:
         load_bundle(path)
 
 
-def test_a_config_that_this_version_cannot_read_is_a_bundle_error(copied: Path) -> None:
-    path = copied / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["config"]["hidden_size"] = "wide"
-    path.write_text(json.dumps(sealed(manifest)))
-    with pytest.raises(BundleError, match="hidden_size"):
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
+    ({"hidden": "wide"}, "'hidden' must be an integer, found 'wide'"),
+    ({"hidden": 33}, "contract is unusable: of its model it is not for prefill, prefill_pass, step"),
+    ({"states": []}, "model is unusable: iterated is True, its states say False"),
+    ({"states": [{"name": "hidden", "shape": [32], "dtype": "float32"}] * 2}, "model is unusable: two states have one"),
+    ({"rotaries": []}, r"model is unusable: cache 'layers\.0' names rotation 0 of 0"),
+    (
+        {"rotaries": [{"layout": "half", "frequencies": [1.0]}]},
+        r"model is unusable: cache 'layers\.0' has heads of 8, its rotation not as many pairs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNUSABLE, ids=[message for _, message in UNUSABLE])
+def test_a_model_that_this_version_cannot_run_is_a_bundle_error(
+    copied: Path, change: dict[str, Any], message: str
+) -> None:
+    edit_manifest(copied, lambda manifest: manifest["model"].update(change))
+    with pytest.raises(BundleError, match=message):
         load_bundle(copied, allow_unvalidated=True)
+
+
+def test_what_a_later_version_says_about_a_model_is_ignored(copied: Path) -> None:
+    def add(manifest: dict[str, Any]) -> None:
+        for entry in (manifest["model"], *(manifest["model"][key][0] for key in ("states", "caches", "rotaries"))):
+            entry["note"] = "added by a later 0.x"
+
+    edit_manifest(copied, add)
+    load_bundle(copied, allow_unvalidated=True).close()
 
 
 def test_a_graph_that_breaks_the_contract_is_refused(crt: Any) -> None:
@@ -145,11 +167,15 @@ def test_closing_a_bundle_closes_its_sessions(copied: Path) -> None:
         bundle.session(TARGET)
 
 
-def edit_targets(folder: Path, edit: Any) -> None:
+def edit_manifest(folder: Path, edit: Any) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    edit(manifest["targets"])
+    edit(manifest)
     path.write_text(json.dumps(sealed(manifest)))
+
+
+def edit_targets(folder: Path, edit: Any) -> None:
+    edit_manifest(folder, lambda manifest: edit(manifest["targets"]))
 
 
 def test_a_bundle_of_compiled_targets_only_says_what_to_build(copied: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import InputError, MissingDependencyError
 from crt_export.runtime import (
     GenerationOptions,
@@ -84,7 +84,7 @@ def test_rows_of_a_batch_draw_and_stop_on_their_own(crt: Any) -> None:
 
 
 def test_the_end_of_sequence_token_stops_unless_ignored(plain: Any) -> None:
-    eos = plain.bundle.config.eos_token_id
+    (eos,) = plain.bundle.model.eos_token_ids
     sampling = SamplingOptions(temperature=3.0, seed=5)
     with plain.bundle.session(TARGET, capacity=64) as session:
         ignoring = session.generate([PROMPT], GenerationOptions(max_new_tokens=50, sampling=sampling, ignore_eos=True))
@@ -178,7 +178,7 @@ def copy_with_tokenizer(crt: Any, folder: Path, name: str) -> Path:
     """The bundle with another tokenizer; a ``tokenizer.json`` is byte-level with a few merges."""
     copy = shutil.copytree(crt.bundle.files.path, folder / "bundle")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["config"]["tokenizer"] = name
+    manifest["model"]["tokenizer"] = name
     if name == "tokenizer.json":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         library = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))

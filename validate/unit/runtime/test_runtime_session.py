@@ -37,8 +37,8 @@ def test_steps_alone_give_the_sequential_recurrence(either: Any) -> None:
     session = either.bundle.session(TARGET)
     tokens = ids(6)
     with torch.no_grad():
-        h, _ = either.model.sequential(torch.tensor([tokens]))
-        expected = either.model.head(h).float().numpy()[0]
+        decoded, _ = either.model.sequential(torch.tensor([tokens]))
+        expected = either.model.head(decoded.hidden).float().numpy()[0]
     for index, token in enumerate(tokens):
         np.testing.assert_allclose(session.step([token])[0], expected[index], **CLOSE)
 
@@ -279,7 +279,7 @@ def test_caches_are_updated_in_place_and_the_state_never_is(crt: Any) -> None:
     assert all(cache[0, :, :15].any(axis=(0, 2)).all() for cache in crt.caches(session))
     # One launch per role of the two sets, bound once and used again for every step.
     assert len(tensors._step_launches) == 2
-    first, second = (side.state.address for side in tensors._sides)
+    first, second = (side.states["state"].address for side in tensors._sides)
     assert abs(first - second) >= 32 * 4
 
 

@@ -20,8 +20,8 @@ CLOSE = {"rtol": 0, "atol": 5e-5}
 def test_stepping_over_the_end_gives_the_logits_of_an_endless_cache(windowed: Any) -> None:
     tokens = windowed.ids(40)
     with torch.no_grad():
-        h, _ = windowed.model.sequential(torch.tensor([tokens]))
-        expected = windowed.model.head(h).float().numpy()[0]
+        decoded, _ = windowed.model.sequential(torch.tensor([tokens]))
+        expected = windowed.model.head(decoded.hidden).float().numpy()[0]
     session = windowed.session(capacity=CAPACITY, on_full="evict")
     positions = []
     for index, token in enumerate(tokens):

@@ -152,11 +152,11 @@ def test_memory_that_runs_out_while_caches_grow_poisons_until_reset(crt: Any, mo
     own = session._guard.decoder.tensors._caches
     allocate, left = own._allocate, [1]
 
-    def scarce(rows: int, length: int) -> Any:
+    def scarce(name: str, rows: int, length: int) -> Any:
         if not left:
             raise MemoryError("no room")
         left.pop()
-        return allocate(rows, length)
+        return allocate(name, rows, length)
 
     with monkeypatch.context() as patched:
         patched.setattr(own, "_allocate", scarce)
@@ -185,20 +185,21 @@ def test_a_step_of_a_session_is_the_step_graph(either: Any) -> None:
         "position": session.position,
         **{f"past_key_values.{name}": values for name, values in contents.caches(32).items()},
     }
-    if (state := contents.state()) is not None:
-        fed["state"] = np.array(state)
+    states = {name: np.array(values) for name, values in contents.states().items()}
+    fed |= states
     wanted = graph.run(fed)
     np.testing.assert_allclose(session.step([60, 61]), wanted["logits"], rtol=0, atol=1e-5)
     assert session.next_tokens.tolist() == wanted["next_token"][:, 0].tolist()
     for name, values in contents.caches(32).items():
         np.testing.assert_allclose(values, wanted[f"present_key_values.{name}"], rtol=0, atol=1e-5)
-    if state is not None:
-        np.testing.assert_allclose(contents.state(), wanted["next_state"], rtol=0, atol=1e-5)
+    assert bool(states) == either.bundle.model.carried.iterated
+    for name in states:
+        np.testing.assert_allclose(contents.states()[name], wanted[f"next_{name}"], rtol=0, atol=1e-5)
 
 
 def test_a_session_on_a_cpu_loads_one_graph(either: Any) -> None:
     engine = either.session()._guard.decoder.tensors._engine
     if not engine.one_graph:
         pytest.skip("an engine with graphs of their own for step and prefill")
-    name = "prefill_pass" if either.bundle.config.recurrent else "prefill"
+    name = "prefill_pass" if either.bundle.model.carried.iterated else "prefill"
     assert engine.program("step") is engine.program(name)

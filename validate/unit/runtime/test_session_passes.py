@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import InputError, UnsupportedError
 from crt_export.runtime import Session, load_bundle
 
@@ -47,8 +47,8 @@ def test_the_unrolled_graph_is_that_number_of_passes(crt: Any) -> None:
 def test_as_many_passes_as_tokens_are_the_sequential_recurrence(crt: Any, passes: int) -> None:
     prompt = crt.ids(8)
     with torch.no_grad():
-        h, _ = crt.model.sequential(torch.tensor([prompt]))
-        expected = crt.model.head(h[:, -1]).float().numpy()
+        decoded, _ = crt.model.sequential(torch.tensor([prompt]))
+        expected = crt.model.head(decoded.hidden[:, -1]).float().numpy()
     np.testing.assert_allclose(crt.session().prefill([prompt], passes=passes), expected, **CLOSE)
 
 
@@ -102,7 +102,7 @@ def test_impossible_passes_and_chunks_change_nothing(crt: Any, options: dict[str
 
 def test_a_plain_transformer_has_no_passes(plain: Any) -> None:
     session = plain.session()
-    with pytest.raises(UnsupportedError, match="a plain transformer has exactly one pass"):
+    with pytest.raises(UnsupportedError, match="this model has exactly one pass"):
         session.prefill([[40]], passes=2)
     session.prefill([[40]])
 

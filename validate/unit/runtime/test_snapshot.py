@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.errors import BundleError, ContractError, InputError
 from crt_export.runtime import Bundle, Session, load_bundle
 from crt_export.runtime.snapshot import Snapshot

@@ -37,9 +37,9 @@ def end(drawn: list[int]) -> int:
 
 @pytest.fixture
 def folder(crt_path: Path, tmp_path: Path, end: int, sign_again: Callable[[Path], None]) -> Folder:
-    """``folder(**config)``: a bundle whose tokenizer writes ids as words, w0 w1 ..., and one as <|eot|>."""
+    """``folder(**model)``: a bundle whose tokenizer writes ids as words, w0 w1 ..., and one as <|eot|>."""
 
-    def write(**config: Any) -> Path:
+    def write(**model: Any) -> Path:
         path = Path(shutil.copytree(crt_path, tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"))
         words = {"<|eot|>" if number == end else f"w{number}": number for number in range(256)}
         library: Any = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -47,7 +47,7 @@ def folder(crt_path: Path, tmp_path: Path, end: int, sign_again: Callable[[Path]
         library.add_special_tokens([AddedToken("<|eot|>", special=True)])
         library.save(str(path / "tokenizer.json"))
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["config"] |= {"tokenizer": "tokenizer.json", **config}
+        manifest["model"] |= {"tokenizer": "tokenizer.json", **model}
         manifest |= {"validated": True, "parity": {"passed": True}}
         (path / "manifest.json").write_text(json.dumps(manifest))
         sign_again(path)
@@ -87,8 +87,8 @@ def test_without_a_stop_token_the_row_goes_on(bundle: Bundle, drawn: list[int]) 
 
 def test_each_of_several_end_tokens_ends_the_row(folder: Folder, drawn: list[int], end: int) -> None:
     other = next(token for token in range(256) if token not in drawn)
-    for ends in (end, [end], [other, end], [end, other, end]):
-        with load_bundle(folder(eos_token_id=ends)) as bundle:
+    for ends in ([end], [other, end], [end, other, end]):
+        with load_bundle(folder(eos_token_ids=ends)) as bundle:
             assert ended(bundle) == (drawn[: drawn.index(end)], "stop_token", end)
             assert ended(bundle, ignore_eos=True) == (drawn, "max_new_tokens", None)
 

@@ -136,7 +136,7 @@ def test_closing_frees_everything_on_the_device(recorded_path: Path, open_record
     left = bundle.session("recorded", batch=2)
     left.prefill(PROMPTS[:2])
     left.step([70, 71])
-    state = tensors_of(left)._sides[0].state
+    state = tensors_of(left)._sides[0].states["state"]
     assert recording.device.live["memory"] > 0
     bundle.close()
     assert {name: count for name, count in recording.device.live.items() if name != "pinned"} == {

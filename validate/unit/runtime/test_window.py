@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt_export.rotary import rope_tables, rotate
+from crt_export.rotary import frequencies_from_base, rope_tables, rotate
 from crt_export.runtime.slide import Window
 
 THETA = 10000.0
@@ -20,7 +20,7 @@ def window(layout: str, head_dim: int = 8, size: int = 6) -> Window:
 
 def rotated(keys: torch.Tensor, positions: range, layout: str) -> np.ndarray:
     """Keys [heads, seq, head_dim] as the model rotates them for these positions."""
-    cos, sin = rope_tables(512, keys.shape[-1], THETA)
+    cos, sin = rope_tables(512, frequencies_from_base(THETA, keys.shape[-1]))
     index = torch.tensor(positions)
     return rotate(keys[None], (cos[index][None, None], sin[index][None, None]), layout)[0].numpy()
 

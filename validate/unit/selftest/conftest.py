@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crt_export.bundle.integrity import sealed
+from crt_export.bundle.manifest import sealed
 from crt_export.runtime.tensor_file import read_tensor_file, tensor_file_bytes
 from crt_export.selftest.vectors import VECTORS, VECTORS_FILE
 

@@ -14,8 +14,8 @@ import pytest
 from crt_export.errors import BundleError, InputError, MissingDependencyError
 from crt_export.runtime import Session
 from crt_export.selftest import SelftestReport, TargetResult, run_selftest
-from crt_export.selftest.report import junit_cases
-from crt_export.selftest.run import Comparison, Observed
+from crt_export.selftest.replay import Comparison, Observed
+from crt_export.selftest.results import junit_cases
 from crt_export.selftest.vectors import VECTORS_FILE, Vectors
 
 TARGET = "ort-cpu-fp32"
@@ -184,7 +184,7 @@ def test_values_that_a_precision_divides_are_compared_in_their_own_scale() -> No
     def compared(precision: str, found: np.ndarray) -> tuple[str, ...]:
         comparison = Comparison(vectors=vectors, run="run", precision=precision, limit=1e-3)
         caches = {"past_key_values.0.value": found}
-        comparison.add_caches(Observed(index=0, logits=np.zeros(1), next_token=0, state=None, caches=caches))
+        comparison.add_caches(Observed(index=0, logits=np.zeros(1), next_token=0, states={}, caches=caches))
         return comparison.failures
 
     assert compared("w8a8", cache) == ()

@@ -14,10 +14,11 @@ import torch
 from crt_export.bundle import open_bundle
 from crt_export.checkpoint import load_checkpoint
 from crt_export.errors import BuildError, BundleError
-from crt_export.model import model_from_checkpoint
+from crt_export.models.declaration import HIDDEN
+from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity.tolerances import load_tolerances
 from crt_export.profile import DimRange, EngineProfile, load_profile
-from crt_export.runtime.opening import config_from_manifest
+from crt_export.runtime.opening import model_from_manifest
 from crt_export.runtime.tensor_file import read_tensor_file
 from crt_export.selftest.vectors import RECURRENCE, VECTORS, VECTORS_FILE, Vectors, load_vectors
 from crt_export.stages.vectors import make_vectors, write_vectors
@@ -39,20 +40,20 @@ def test_they_are_what_pytorch_computes_token_by_token(tiny_checkpoint: Path) ->
     vectors = made(tiny_checkpoint)
     model = model_from_checkpoint(load_checkpoint(tiny_checkpoint))
     ids = torch.from_numpy(vectors.input_ids)[None]
-    carry = model.start(1)
+    hidden, state = torch.zeros(0), model.start(1)
     for token in range(vectors.prompt):
-        _, carry = model.step(ids[:, token : token + 1], carry)
+        hidden, state = model.step(ids[:, token : token + 1], state)
     for index in range(vectors.steps + 1):
-        logits = model.head(carry.state)[0, 0].numpy()
+        logits = model.head(hidden)[0, 0].numpy()
         found = vectors.tensors[f"{RECURRENCE}.logits.{index}"]
         np.testing.assert_allclose(found, logits[vectors.columns(index)], rtol=0, atol=1e-5)
         np.testing.assert_allclose(
-            vectors.tensors[f"{RECURRENCE}.state"][index], carry.state[0, 0].numpy(), rtol=0, atol=1e-5
+            vectors.tensors[f"{RECURRENCE}.state"][index], state.states[HIDDEN][0, 0].numpy(), rtol=0, atol=1e-5
         )
         assert vectors.tensors[f"{RECURRENCE}.next_tokens"][index] == logits.argmax()
         if index < vectors.steps:
             token = vectors.prompt + index
-            _, carry = model.step(ids[:, token : token + 1], carry)
+            hidden, state = model.step(ids[:, token : token + 1], state)
 
 
 def test_passes_give_another_function_than_the_recurrence(tiny_checkpoint: Path) -> None:
@@ -133,7 +134,7 @@ def test_the_plain_transformer_has_no_state(tiny_transformer_checkpoint: Path) -
 # --- files that are refused
 def read(bundle: Path) -> Vectors:
     files = open_bundle(bundle, allow_unvalidated=True)
-    return load_vectors(files.file(VECTORS_FILE), config_from_manifest(files), files.manifest["checkpoint"]["sha256"])
+    return load_vectors(files.file(VECTORS_FILE), model_from_manifest(files), files.manifest["checkpoint"]["sha256"])
 
 
 def test_a_written_file_reads_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_written_file_reads_back(tiny_checkpoint: Path, tmp_path: Path) -> Non
     tokenizer = load_tokenizer(tiny_checkpoint, checkpoint.config)
     file = write_vectors(checkpoint, tokenizer, profiles(), None, None, tmp_path)
     assert file == tmp_path / VECTORS_FILE
-    found = load_vectors(file, checkpoint.config, checkpoint.sha256)
+    found = load_vectors(file, checkpoint.config.info, checkpoint.sha256)
     assert found.to_bytes() == file.read_bytes()
     assert found.metadata["generator"].startswith("crt-export ")
 

@@ -11,8 +11,8 @@ import pytest
 from crt_export.child_process import ChildGroup, ChildModule
 from crt_export.errors import BuildError
 from crt_export.progress import Progress, no_progress
-from crt_export.stages import side_by_side
-from crt_export.stages.side_by_side import compilers_at_once, run_side_by_side
+from crt_export.stages import targets
+from crt_export.stages.targets import compilers_at_once, run_side_by_side
 
 #: A module that runs until it is ended.
 FOREVER = "http.server"
@@ -101,15 +101,15 @@ def test_compilers_run_side_by_side_where_memory_allows(
     weights = tmp_path / "fp16.weights"
     with weights.open("wb") as stream:
         stream.truncate(300 * 2**20)
-    monkeypatch.setattr(side_by_side, "_available_memory", lambda: available)
-    monkeypatch.setattr(side_by_side.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(targets, "_available_memory", lambda: available)
+    monkeypatch.setattr(targets.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert compilers_at_once([weights]) == expected
 
 
 def test_available_memory_is_what_the_system_says() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc")
-    assert 2**20 < side_by_side._available_memory() < 2**50
+    assert 2**20 < targets._available_memory() < 2**50
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,6 @@ def test_a_container_has_no_more_than_its_share(
     (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {6 << 20} kB\n", encoding="ascii")
     for name, content in files.items():
         (tmp_path / name).write_text(f"{content}\n", encoding="ascii")
-    monkeypatch.setattr(side_by_side, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(side_by_side, "_CGROUP", tmp_path)
-    assert side_by_side._available_memory() == expected
+    monkeypatch.setattr(targets, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(targets, "_CGROUP", tmp_path)
+    assert targets._available_memory() == expected

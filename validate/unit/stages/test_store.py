@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from crt_export import catalog
-from crt_export.stages import keys
+from crt_export.folders import lock_folder, unlock_folder
 from crt_export.stages import store as store_module
-from crt_export.stages.keys import code_identity, stage_key
-from crt_export.stages.store import StageStore, default_folder
+from crt_export.stages.store import StageStore, code_identity, default_folder, stage_key
 
 FILES = {"graphs/a.onnx": b"graph", "graphs/a.weights": bytes(range(256)) * 20_000}
 ANSWER = {"files": ["graphs/a.onnx"]}
@@ -75,7 +74,6 @@ def test_what_was_kept_comes_back(place: Place) -> None:
     assert place.restore() == (ANSWER, FILES)
     assert place.restore("other") == (None, {})
     assert place.notes == []
-    assert place.store.found == ["graphs-k"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_a_full_disk_leaves_no_entry_and_ends_nothing(place: Place, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "_copy", full)
+        patched.setattr(store_module.shutil, "copyfile", full)
         place.keep()
     assert "No space left" in place.notes[0]
     assert list(place.folder.iterdir()) == []
@@ -213,19 +211,21 @@ def test_beyond_the_limit_the_least_recently_used_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in place.folder.iterdir()) == ["graphs-a", "graphs-c"]
 
 
-def test_what_a_killed_build_left_goes_after_a_day(place: Place) -> None:
+def test_what_a_killed_build_left_goes_with_the_next_one(place: Place) -> None:
     place.keep("first")
-    for name, age in ((".unfinished-old", 100_000), (".unfinished-new", 100)):
-        (place.folder / name).mkdir()
-        age_by(place.folder / name, age)
+    left, running = (place.folder / f".unfinished-{pid}-abcdefgh" for pid in (2**31 - 1, os.getpid()))
+    for folder in (left, running):
+        folder.mkdir()
+    lock = lock_folder(running)
     place.keep()
-    assert not (place.folder / ".unfinished-old").exists()
-    assert (place.folder / ".unfinished-new").exists()
+    unlock_folder(lock)
+    assert not left.exists()
+    assert running.exists()
 
 
 def test_key_depends_on_inputs_stage_sources_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "package"
-    shutil.copytree(Path(keys.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(store_module.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
     known = {stage_key("graphs", {"a": 1}), stage_key("graphs", {"a": 2}), stage_key("engines", {"a": 1})}
     assert len(known) == 3
 
@@ -241,7 +241,7 @@ def test_key_depends_on_inputs_stage_sources_and_versions(tmp_path: Path, monkey
         assert changed() in known  # the same files elsewhere
         (package / "graph" / "export.py").write_text("# changed\n", encoding="utf-8")
         source = changed()
-        monkeypatch.setattr(keys, "installed_versions", lambda _: {"torch": "0"})
+        monkeypatch.setattr(store_module, "installed_versions", lambda _: {"torch": "0"})
         version = changed()
     finally:
         code_identity.cache_clear()

@@ -96,23 +96,19 @@ typedef struct crt_bundle_options {
 } crt_bundle_options;
 CRT_API void crt_bundle_options_init(crt_bundle_options* options, size_t struct_size);
 
-/* The numbers of the model; filled by crt_bundle_config() up to struct_size. */
+/* The model as whoever runs it needs to know it; filled by crt_bundle_config() up to struct_size. */
 typedef struct crt_model_config {
   size_t struct_size;
   int64_t vocab;
-  int64_t hidden;
-  int64_t layers;
-  int64_t heads;
-  int64_t head_dim;
+  int64_t hidden; /* size of what the head reads */
   int64_t max_position_embeddings;
-  int64_t sliding_window;       /* keys a query sees, itself included; 0: all of them */
+  int64_t sliding_window;       /* keys that a full row keeps a place for, see CRT_ON_FULL_EVICT; 0: it cannot move */
   int64_t bos_token_id;         /* every sequence begins with it, once; CRT_NO_TOKEN if the model has none */
   const int64_t* eos_token_ids; /* each of them ends a sequence; belongs to the bundle */
   size_t eos_token_count;       /* 0 if the model has none */
-  double rope_theta;
-  int32_t rope_interleaved; /* 1: pairs (2j, 2j+1); 0: (j, j + head_dim / 2) */
-  int32_t recurrent;        /* 0: a plain transformer, without state */
-  const char* tokenizer;    /* "byte", "tokenizer.json" or "none"; belongs to the bundle */
+  int64_t passes;               /* passes over a chunk that it was trained for */
+  int32_t iterated;             /* 1: a chunk takes several passes; 0: one pass is exact */
+  const char* tokenizer;        /* "byte", "tokenizer.json" or "none"; belongs to the bundle */
 } crt_model_config;
 CRT_API void crt_model_config_init(crt_model_config* config, size_t struct_size);
 
@@ -128,6 +124,12 @@ CRT_API crt_status crt_bundle_target(const crt_bundle* bundle, size_t index, con
 CRT_API crt_status crt_bundle_default_target(const crt_bundle* bundle, const char** name);
 /* config: initialised by crt_model_config_init(). */
 CRT_API crt_status crt_bundle_config(const crt_bundle* bundle, crt_model_config* config);
+/* States that every token hands to the next one, 0 for a model without any. */
+CRT_API crt_status crt_state_count(const crt_bundle* bundle, size_t* count);
+/* Name of a state, index 0 to count - 1; "hidden" is the one that the head reads. Belongs to the bundle. */
+CRT_API crt_status crt_state_name(const crt_bundle* bundle, size_t index, const char** name);
+/* Dims of a state per token, int64 [dims]; they belong to the bundle. */
+CRT_API crt_status crt_state_shape(const crt_bundle* bundle, size_t index, const int64_t** shape, size_t* dims);
 
 /* ---- Text of models that read bytes (others give CRT_ERROR_UNSUPPORTED: use token ids) --------------------------- */
 

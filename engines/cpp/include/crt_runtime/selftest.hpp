@@ -10,7 +10,7 @@ namespace crt CRT_RUNTIME_API {
 
 /// The largest error of one tensor in one replay.
 struct SelftestTensor {
-  std::string tensor;    ///< "logits", "state", "past_key_values.{layer}.key" or ".value"
+  std::string tensor;    ///< "logits", "state" or "state.{name}", "past_key_values.{i}.key" or ".value"
   double largest = 0.0;  ///< largest |difference| over the largest |value| of the vectors
   std::string where;     ///< after which step, at which position
   double limit = 0.0;    ///< what largest may be

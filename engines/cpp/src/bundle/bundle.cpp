@@ -43,12 +43,12 @@ std::int64_t chosen_capacity(const SessionOptions& options, const Target& target
 /// Whether rows slide; throws Error(input) if they cannot.
 bool chosen_slide(const SessionOptions& options, const ModelConfig& config, std::int64_t capacity, DType cache_dtype) {
   if (options.on_full == OnFull::error) return false;
-  if (!config.sliding_window) {
+  if (!config.window()) {
     throw Error(ErrorKind::input,
-                "on_full evict needs a model with an attention window; this one's tokens see all earlier ones (its "
-                "config has no sliding_window): use on_full error");
+                "on_full evict needs a model with an attention window; this one's tokens see all earlier ones, or know "
+                "where they stand (its config has no sliding_window, or learned positions): use on_full error");
   }
-  const std::int64_t window = *config.sliding_window;
+  const std::int64_t window = *config.window();
   const std::int64_t least = Window::least_capacity(window, cache_dtype);
   if (capacity < least) {
     throw Error(ErrorKind::input,
@@ -70,21 +70,6 @@ void check_limits(const Target& target, const Engine& engine, std::int64_t batch
     throw Error(ErrorKind::input, target.name + " was compiled for a batch of at most " +
                                       std::to_string(*engine.max_batch()) + ", found " + std::to_string(batch));
   }
-}
-
-TensorSizes sizes_of(const Target& target, const ModelConfig& config, std::int64_t batch, std::int64_t capacity) {
-  TensorSizes sizes;
-  sizes.batch = batch;
-  sizes.capacity = capacity;
-  sizes.vocab = config.vocab;
-  sizes.hidden = config.hidden;
-  sizes.layers = config.layers;
-  sizes.heads = config.heads;
-  sizes.head_dim = config.head_dim;
-  sizes.cache_dtype = target.cache_dtype;
-  sizes.recurrent = config.recurrent;
-  sizes.unroll = config.recurrent ? target.unroll.value_or(0) : 0;
-  return sizes;
 }
 
 }  // namespace
@@ -115,7 +100,8 @@ std::unique_ptr<Session::Impl> Bundle::Impl::session(const std::string& name, co
   const bool slides = chosen_slide(options, config, capacity, target.cache_dtype);
   std::shared_ptr<Engine> shared = engine(target, threads);
   check_limits(target, *shared, options.batch, capacity);
-  SessionSetup setup{name, files_.identity(), config, sizes_of(target, config, options.batch, capacity), slides,
+  const std::int64_t unroll = config.iterated ? target.unroll.value_or(0) : 0;
+  SessionSetup setup{name, files_.identity(), {options.batch, capacity, config, target.cache_dtype, unroll}, slides,
                      target.rows_are_independent(), target.prefill};
   try {
     return std::make_unique<Session::Impl>(std::move(shared), std::move(setup));

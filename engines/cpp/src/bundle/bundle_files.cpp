@@ -132,7 +132,7 @@ BundleFiles BundleFiles::read(const std::string& path, bool* incomplete) {
   files.checkpoint_ = content.at("checkpoint").at("sha256").string();
   files.validated_ = content.at("validated").boolean();
   files.files_as_written_ = files_are_as_written(content);
-  files.config_ = of_manifest(path, [&] { return model_config_from_json(content.at("config")); });
+  files.config_ = of_manifest(path, [&] { return model_config_from_json(content.at("model")); });
   files.contracts_ = of_manifest(
       path, [&] { return contracts_from_json(content.at("contract"), content.at("targets"), files.config_); });
   files.take_tables(content);
@@ -213,9 +213,7 @@ const Target& BundleFiles::target(const std::string& name) const {
 const GraphContract& BundleFiles::contract(const std::string& graph) const {
   const auto found = contracts_.find(graph);
   if (found == contracts_.end()) {
-    throw Error(ErrorKind::unsupported, std::string("a ") +
-                                            (config_.recurrent ? "context_ready_transformer" : "transformer") +
-                                            " model has no " + graph + " graph");
+    throw Error(ErrorKind::unsupported, "a " + config_.architecture + " model has no " + graph + " graph");
   }
   return found->second;
 }

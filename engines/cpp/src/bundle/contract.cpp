@@ -12,71 +12,48 @@ namespace crt {
 namespace {
 
 using Problems = std::vector<std::string>;
+using NamePairs = std::vector<std::pair<std::string, std::string>>;
 using Specs = std::vector<TensorSpec>;
 
 constexpr std::int64_t kBatch = -1, kSeq = -2, kCapacity = -3;
 constexpr char kPrefills[] = "prefill prefill_pass", kTokens[] = "step prefill prefill_pass";
 
-/// A tensor that sessions bind, dims in the words of the glossary; `recurrent`: of a model with a state only.
+/// A tensor that sessions bind, dims in the words of the glossary; those of caches and states follow from the model.
 struct BoundTensor {
   const char* graphs;
   const char* name;
   DType dtype;
   const char* dims;
-  bool recurrent = false;
+  const char* continues = "";  ///< input of the next call that an output becomes
 };
 const std::vector<BoundTensor> kInputs{
     {names::kGraphStep, names::kInputIds, DType::int64, "batch 1"},
     {kPrefills, names::kInputIds, DType::int64, "batch seq"},
     {kPrefills, names::kLength, DType::int64, "batch"},
     {kTokens, names::kPosition, DType::int64, "batch"},
-    {kTokens, names::kState, DType::float32, "batch 1 hidden", true},
-    {kPrefills, names::kHidden, DType::float32, "batch seq hidden", true},
     {names::kGraphHead, names::kHidden, DType::float32, "batch seq hidden"},
 };
 const std::vector<BoundTensor> kOutputs{
     {kTokens, names::kLogits, DType::float32, "batch vocab"},
     {names::kGraphHead, names::kLogits, DType::float32, "batch seq vocab"},
-    {kTokens, names::kNextToken, DType::int64, "batch 1"},
-    {kTokens, names::kNextPosition, DType::int64, "batch"},
-    {kTokens, names::kNextState, DType::float32, "batch 1 hidden", true},
+    {kTokens, names::kNextToken, DType::int64, "batch 1", names::kInputIds},
+    {kTokens, names::kNextPosition, DType::int64, "batch", names::kPosition},
     {kPrefills, names::kNextHidden, DType::float32, "batch seq hidden"},
-    {kPrefills, names::kResidual, DType::float32, "batch", true},
 };
 
-Shape shape_of(const char* dims, const ModelConfig& config) {
+Specs specs_of(const std::string& graph, const std::vector<BoundTensor>& tensors, const ModelConfig& config,
+               NamePairs& continues) {
   const std::map<std::string, std::int64_t> sizes{
       {"1", 1}, {"batch", kBatch}, {"seq", kSeq}, {"hidden", config.hidden}, {"vocab", config.vocab}};
-  Shape shape;
-  std::istringstream words(dims);
-  for (std::string word; words >> word;) shape.push_back(sizes.at(word));
-  return shape;
-}
-
-Specs specs_of(const std::string& graph, const std::vector<BoundTensor>& tensors, const ModelConfig& config) {
   Specs specs;
   for (const BoundTensor& tensor : tensors) {
-    if (!is_word(tensor.graphs, graph) || (tensor.recurrent && !config.recurrent)) continue;
-    specs.push_back({tensor.name, tensor.dtype, shape_of(tensor.dims, config)});
+    if (!is_word(tensor.graphs, graph)) continue;
+    TensorSpec& spec = specs.emplace_back(TensorSpec{tensor.name, tensor.dtype, {}});
+    std::istringstream words(tensor.dims);
+    for (std::string word; words >> word;) spec.dims.push_back(sizes.at(word));
+    if (*tensor.continues != '\0') continues.emplace_back(tensor.name, tensor.continues);
   }
   return specs;
-}
-
-/// What sessions of this model bind to a graph.
-GraphContract bound_tensors(const std::string& graph, const ModelConfig& config) {
-  GraphContract bound{specs_of(graph, kInputs, config), specs_of(graph, kOutputs, config), {}};
-  if (graph == names::kGraphHead) return bound;
-  const Shape cache{kBatch, config.heads, kCapacity, config.head_dim};
-  for (std::int64_t layer = 0; layer < config.layers; ++layer) {
-    for (const auto& [present, past] :
-         {std::pair(names::present_key_values_key(layer), names::past_key_values_key(layer)),
-          std::pair(names::present_key_values_value(layer), names::past_key_values_value(layer))}) {
-      bound.inputs.push_back({past, DType::float32, cache});
-      bound.outputs.push_back({present, DType::float32, cache});
-      bound.aliases.emplace_back(present, past);
-    }
-  }
-  return bound;
 }
 
 std::string form_of(const TensorSpec& spec) {
@@ -133,31 +110,69 @@ Specs specs_from_json(const std::string& where, const JsonArray& entries, Proble
   return specs;
 }
 
+NamePairs pairs_from_json(const JsonArray& entries) {
+  NamePairs pairs;
+  for (const JsonValue& pair : entries) pairs.emplace_back(pair.array()[0].string(), pair.array()[1].string());
+  return pairs;
+}
+
 GraphContract contract_from_json(const std::string& graph, const JsonValue& entry, const ModelConfig& config,
                                  Problems& problems) {
   const SameDim same = [](std::int64_t a, std::int64_t b) { return a == b; };
-  const GraphContract bound = bound_tensors(graph, config);
+  GraphContract bound = graph_contract(graph, config);
   GraphContract found;
   found.inputs = specs_from_json(graph + ": input ", entry.at("inputs").array(), problems);
   found.outputs = specs_from_json(graph + ": output ", entry.at("outputs").array(), problems);
-  for (const JsonValue& pair : entry.at("aliases").array()) {
-    found.aliases.emplace_back(pair.array()[0].string(), pair.array()[1].string());
-  }
+  found.aliases = pairs_from_json(entry.at("aliases").array());
+  found.continues = pairs_from_json(entry.at("continues").array());
   compare(graph + ": input ", bound.inputs, found.inputs, same, problems);
   compare(graph + ": output ", bound.outputs, found.outputs, same, problems);
   if (found.aliases != bound.aliases) {
-    problems.push_back(graph + ": aliases must give every present cache the memory of its past one, layer by layer");
+    problems.push_back(graph + ": aliases must give every present cache the memory of its past one, in their order");
+  }
+  for (NamePairs* pairs : {&found.continues, &bound.continues}) std::sort(pairs->begin(), pairs->end());
+  if (found.continues != bound.continues) {
+    problems.push_back(graph + ": continues must pair what a call leaves with what the next one reads");
   }
   return found;
 }
 
 }  // namespace
 
+GraphContract graph_contract(const std::string& graph, const ModelConfig& config) {
+  GraphContract bound;
+  bound.outputs = specs_of(graph, kOutputs, config, bound.continues);
+  bound.inputs = specs_of(graph, kInputs, config, bound.continues);
+  if (graph == names::kGraphHead) return bound;
+  const auto carry = [&](const std::string& from, const std::string& to, const Shape& dims) {
+    bound.inputs.push_back({to, DType::float32, dims});
+    if (from != names::kNextHidden) bound.outputs.push_back({from, DType::float32, dims});
+    bound.continues.emplace_back(from, to);
+  };
+  const bool iterates = config.iterated && graph != names::kGraphStep;
+  for (const auto& [name, shape] : config.states) {
+    carry(names::next_state(name), names::state(name), shape_of_tokens(kBatch, 1, shape));
+    if (iterates) carry(names::next_iterate(name), names::iterate(name), shape_of_tokens(kBatch, kSeq, shape));
+  }
+  if (iterates) bound.outputs.push_back({names::kResidual, DType::float32, {kBatch}});
+  for (std::size_t index = 0; index < config.caches.size(); ++index) {
+    const CacheSpec& spec = config.caches[index];
+    for (const auto& [present, past] :
+         {std::pair(names::present_key_values_key(index), names::past_key_values_key(index)),
+          std::pair(names::present_key_values_value(index), names::past_key_values_value(index))}) {
+      bound.inputs.push_back({past, DType::float32, {kBatch, spec.heads, kCapacity, spec.head_dim}});
+      bound.outputs.push_back({present, DType::float32, bound.inputs.back().dims});
+      bound.aliases.emplace_back(present, past);
+    }
+  }
+  return bound;
+}
+
 GraphContracts contracts_from_json(const JsonValue& contract, const JsonValue& targets, const ModelConfig& config) {
   Problems problems;
   GraphContracts contracts;
   for (const auto& [graph, entry] : contract.object().members()) {
-    if (!is_word(config.recurrent ? "step prefill prefill_pass head" : "step prefill head", graph)) {
+    if (!is_word(config.iterated ? "step prefill prefill_pass head" : "step prefill head", graph)) {
       problems.push_back(in_quotes(graph) + " is no graph of this model");
     } else {
       contracts[graph] = contract_from_json(graph, entry, config, problems);

@@ -17,9 +17,13 @@ namespace crt {
 struct GraphContract {
   std::vector<TensorSpec> inputs;
   std::vector<TensorSpec> outputs;
-  std::vector<std::pair<std::string, std::string>> aliases;  // present output, past input
+  std::vector<std::pair<std::string, std::string>> aliases;    // output, input that it updates in place
+  std::vector<std::pair<std::string, std::string>> continues;  // output, input of the next call that it becomes
 };
 using GraphContracts = std::map<std::string, GraphContract>;
+
+/// What sessions of this model bind to a graph.
+GraphContract graph_contract(const std::string& graph, const ModelConfig& config);
 
 /// Read "contract" of a manifest that passed the schema. Throws Error(bundle) naming everything that is not what
 /// sessions of this model bind, so that no graph runs whose tensors differ from those that are allocated, and every

@@ -1,4 +1,4 @@
-// Digests by which manifest.json protects itself: the twin of crt_export/bundle/integrity.py, which describes them.
+// Digests by which manifest.json protects itself: the twin of crt_export/bundle/manifest.py, which describes them.
 #pragma once
 
 #include <optional>

@@ -9,6 +9,7 @@
 #include "bundle/held_files.hpp"
 #include "bundle/integrity.hpp"
 #include "bundle/json_rules.hpp"
+#include "bundle/model_config.hpp"
 #include "bundle/sha256.hpp"
 #include "crt_runtime/error.hpp"
 #include "text/messages.hpp"
@@ -25,10 +26,11 @@ const MemberRules kTopRules{
     {"tool", kObject},       {"libraries", kObject}, {"validated", kBoolean}, {"config", kObject},
     {"checkpoint", kObject}, {"options", kObject},   {"contract", kObject},   {"graphs", kList},
     {"targets", kObject},    {"files", kObject},     {"parity", kObject | kNull}, {"quantization", kObject},
+    {"model", kObject},
 };
 const MemberRules kToolRules{{"name", kText, 0, 0, kToolName}, {"version", kText}};
 const MemberRules kCheckpointRules{{"sha256", kText}};
-const MemberRules kContractRules{{"inputs", kList}, {"outputs", kList}, {"aliases", kList}};
+const MemberRules kContractRules{{"inputs", kList}, {"outputs", kList}, {"aliases", kList}, {"continues", kList}};
 const MemberRules kTensorRules{{"name", kText}, {"dtype", kText}, {"dims", kList}};
 const MemberRules kFileRules{{"size", kInteger, 0}, {"sha256", kText}};
 const MemberRules kGraphRules{
@@ -72,9 +74,10 @@ void check_contract(Problems& problems, const JsonValue& contract) {
         check_rules(problems, where + "." + side + "[" + std::to_string(i) + "]", tensors[i], kTensorRules);
       }
     }
-    const JsonArray& aliases = spec.at("aliases").array();
-    if (!std::all_of(aliases.begin(), aliases.end(), is_name_pair)) {
-      problems.push_back(where + ".aliases must be pairs of names");
+    for (const char* key : {"aliases", "continues"}) {
+      const JsonArray& pairs = spec.at(key).array();
+      if (std::all_of(pairs.begin(), pairs.end(), is_name_pair)) continue;
+      problems.push_back(where + "." + key + " must be pairs of names");
     }
   }
 }
@@ -148,6 +151,8 @@ Problems schema_problems(const JsonValue& manifest) {
   const JsonValue& files = manifest.at("files");
   check_rules(problems, "tool", manifest.at("tool"), kToolRules);
   check_rules(problems, "checkpoint", manifest.at("checkpoint"), kCheckpointRules);
+  const Problems of_model = model_problems(manifest.at("model"));
+  problems.insert(problems.end(), of_model.begin(), of_model.end());
   check_contract(problems, manifest.at("contract"));
   check_files(problems, files);
   check_graphs(problems, manifest.at("graphs"), files);

@@ -1,10 +1,11 @@
 #include "bundle/model_config.hpp"
 
-#include <string>
-#include <vector>
+#include <algorithm>
+#include <set>
 
 #include "bundle/json_rules.hpp"
 #include "crt_runtime/error.hpp"
+#include "engine/tensor_names.hpp"
 #include "text/messages.hpp"
 
 namespace crt {
@@ -12,116 +13,174 @@ namespace {
 
 using Problems = std::vector<std::string>;
 
-constexpr char kRecurrent[] = "context_ready_transformer";
-constexpr double kMostPositions = 1U << 20U;
-constexpr double kMostLayers = 4096;
-constexpr std::int64_t kByteVocabulary = 256;
+/// More states, caches, or values of one of them in a token than any model has: a session's memory is counted in them.
+constexpr std::size_t kMostParts = 65536;
+constexpr double kMostValues = 2147483647;
 
-const MemberRules& key_rules() {
-  static const MemberRules rules{
-      {"format_version", kInteger | kOptional, 1, 1},
-      {"model_type", kText, 0, 0, "context_ready_transformer transformer"},
-      {"vocab_size", kInteger, 2},  // one token leaves nothing to predict
-      {"hidden_size", kInteger, 1},
-      {"num_hidden_layers", kInteger, 1, kMostLayers},
-      {"num_attention_heads", kInteger, 1},
-      {"num_key_value_heads", kInteger | kNull | kOptional, 1},
-      {"head_dim", kInteger | kNull | kOptional, 1},
-      {"intermediate_size", kInteger, 1},
-      {"correction_intermediate_size", kInteger | kNull | kOptional},
-      {"unroll_steps", kInteger | kOptional, 1, kMostLayers},
-      {"max_position_embeddings", kInteger, 1, kMostPositions},
-      {"training_sequence_length", kInteger | kNull | kOptional, 1},
-      {"sliding_window", kInteger | kNull | kOptional, 1},
-      {"layer_norm_eps", kNumber, kAboveZero},
-      {"rope_theta", kNumber, kAboveZero},
-      {"rope_layout", kText, 0, 0, "interleaved half"},
-      {"tie_word_embeddings", kBoolean},
-      {"tokenizer", kText, 0, 0, "byte tokenizer.json none"},
-      {"bos_token_id", kInteger | kNull | kOptional},
-      {"eos_token_id", kInteger | kList | kNull | kOptional},
-  };
-  return rules;
+const MemberRules kModelRules{
+    {"architecture", kText},
+    {"vocab", kInteger, 1, kMostValues},
+    {"hidden", kInteger, 1, kMostValues},
+    {"max_positions", kInteger, 1, kMostValues},
+    {"tokenizer", kText},
+    {"bos_token_id", kInteger | kNull},
+    {"eos_token_ids", kList},
+    {"states", kList},
+    {"caches", kList},
+    {"rotaries", kList},
+    {"passes", kInteger, 1, kMostValues},
+    {"parallel", kBoolean},
+    {"iterated", kBoolean},
+    {"prompt", kText},
+    {"relative", kBoolean},
+};
+const MemberRules kStateRules{{"name", kText}, {"shape", kList}, {"dtype", kText, 0, 0, "float32"}};
+const MemberRules kCacheRules{
+    {"name", kText},
+    {"heads", kInteger, 1, kMostValues},
+    {"query_heads", kInteger, 1, kMostValues},
+    {"head_dim", kInteger, 1, kMostValues},
+    {"window", kInteger | kNull, 1, kMostValues},
+    {"rotary", kInteger | kNull, 0},
+};
+const MemberRules kRotaryRules{{"layout", kText, 0, 0, "interleaved half"}, {"frequencies", kList}};
+
+bool is_state_name(const std::string& name) {
+  return !name.empty() && name.size() <= 64 && name[0] >= 'a' && name[0] <= 'z' &&
+         name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") == std::string::npos;
 }
 
-/// No more than this is asked for in addition where the model recurs.
-const MemberRules& recurrent_rules() {
-  static const MemberRules rules{{"correction_intermediate_size", kInteger, 1}, {"unroll_steps", kInteger}};
-  return rules;
-}
-
-std::optional<std::int64_t> integer(const JsonValue& config, const char* name) {
-  const JsonValue* value = given(config, name);
-  return value == nullptr ? std::nullopt : std::optional(value->integer());
-}
-
-/// Token ids: none, one, or a list of at least one; each within the vocabulary.
-std::vector<std::int64_t> token_ids(const JsonValue& config, const char* name, std::int64_t vocab, Problems& problems) {
-  const JsonValue* value = given(config, name);
-  std::vector<std::int64_t> ids;
-  if (value == nullptr) return ids;
-  const auto take = [&](const JsonValue& id) {
-    ids.push_back(id.is_integer() ? id.integer() : -1);
-    if (ids.back() >= 0 && ids.back() < vocab) return;
-    problems.push_back(std::string(name) + " must be in [0, vocab_size = " + std::to_string(vocab) + "), found " +
-                       shown(id));
-  };
-  if (value->is_integer()) {
-    take(*value);
-    return ids;
+/// Sizes of 1 or more whose product a tensor can have.
+bool is_shape(const JsonArray& sizes) {
+  double product = 1;
+  for (const JsonValue& size : sizes) {
+    if (!size.is_integer() || size.integer() < 1) return false;
+    product *= size.number();
   }
-  for (const JsonValue& id : value->array()) take(id);
-  if (ids.empty()) problems.push_back(std::string(name) + " must be an integer or a list of at least one, found none");
-  return ids;
+  return !sizes.empty() && product <= kMostValues;
 }
 
-/// What no rule about one key can say.
-Problems relation_problems(const JsonValue& config, const ModelConfig& model) {
-  Problems problems;
-  const std::int64_t key_value_heads = integer(config, "num_key_value_heads").value_or(model.heads);
-  const std::int64_t trained = integer(config, "training_sequence_length").value_or(0);
-  const auto refuse_unless = [&problems](bool holds, const char* text) {
-    if (!holds) problems.emplace_back(text);
+void check_values(Problems& problems, const JsonValue& model) {
+  const auto check_token = [&](const JsonValue& token) {
+    if (token.is_integer() && token.integer() >= 0 && token.integer() < model.at("vocab").integer()) return;
+    problems.push_back("model: a token must be in [0, vocab = " + shown(model.at("vocab")) + "), found " +
+                       shown(token));
   };
-  refuse_unless(model.hidden % model.heads == 0, "hidden_size is not a multiple of num_attention_heads");
-  refuse_unless(model.head_dim % 2 == 0, "head_dim must be even for rotary embedding");
-  refuse_unless(model.head_dim == model.hidden / model.heads, "head_dim x num_attention_heads is not hidden_size");
-  refuse_unless(key_value_heads == model.heads, "num_key_value_heads different from num_attention_heads");
-  refuse_unless(model.tokenizer != "byte" || model.vocab >= kByteVocabulary,
-                "the byte tokenizer needs a vocab_size of at least 256");
-  refuse_unless(trained <= model.max_position_embeddings,
-                "training_sequence_length is above max_position_embeddings");
+  if (given(model, "bos_token_id") != nullptr) check_token(model.at("bos_token_id"));
+  for (const JsonValue& token : model.at("eos_token_ids").array()) check_token(token);
+  for (const JsonValue& state : model.at("states").array()) {
+    const std::string& name = state.at("name").string();
+    if (!is_state_name(name)) problems.push_back("model.states: expected a plain name, found " + in_quotes(name, 80));
+    if (is_shape(state.at("shape").array())) continue;
+    problems.push_back("model.states: the shape of " + in_quotes(name, 80) + " must be sizes of 1 or more");
+  }
+  for (const JsonValue& cache : model.at("caches").array()) {
+    if (cache.at("heads").number() * cache.at("head_dim").number() <= kMostValues) continue;
+    problems.push_back("model.caches: " + in_quotes(cache.at("name").string(), 80) + " is larger than any model's");
+  }
+  for (const JsonValue& rotary : model.at("rotaries").array()) {
+    const JsonArray& values = rotary.at("frequencies").array();
+    if (std::all_of(values.begin(), values.end(), [](const JsonValue& value) { return value.is_number(); })) continue;
+    problems.emplace_back("model.rotaries: frequencies must be numbers");
+  }
+}
+
+StateSpec state_from(const JsonValue& entry) {
+  StateSpec state{entry.at("name").string(), {}};
+  for (const JsonValue& size : entry.at("shape").array()) state.shape.push_back(size.integer());
+  return state;
+}
+
+Rotary rotary_from(const JsonValue& entry) {
+  Rotary rotary{entry.at("layout").string() == "interleaved", {}};
+  for (const JsonValue& value : entry.at("frequencies").array()) rotary.frequencies.push_back(value.number());
+  return rotary;
+}
+
+CacheSpec cache_from(const JsonValue& entry) {
+  CacheSpec cache{entry.at("name").string(), entry.at("heads").integer(), entry.at("head_dim").integer(), {}, {}};
+  if (const JsonValue* window = given(entry, "window")) cache.window = window->integer();
+  if (const JsonValue* rotary = given(entry, "rotary")) cache.rotary = static_cast<std::size_t>(rotary->integer());
+  return cache;
+}
+
+/// What no rule about one member can say.
+Problems contradictions(const ModelConfig& model, bool parallel) {
+  Problems problems;
+  std::set<std::string> names;
+  for (const StateSpec& state : model.states) {
+    if (!names.insert(state.name).second) problems.push_back("two states are called " + in_quotes(state.name));
+    if (state.name == names::kHidden && state.shape != std::vector<std::int64_t>{model.hidden}) {
+      problems.push_back("the state 'hidden' is what the head reads, so it has the shape [" +
+                         std::to_string(model.hidden) + "]");
+    }
+  }
+  for (const CacheSpec& cache : model.caches) {
+    if (!cache.rotary) continue;
+    const std::string label = "cache " + in_quotes(cache.name, 80);
+    if (*cache.rotary >= model.rotaries.size()) {
+      problems.push_back(label + " names rotation " + std::to_string(*cache.rotary) + " of " +
+                         std::to_string(model.rotaries.size()));
+    } else if (model.rotaries[*cache.rotary].frequencies.size() != static_cast<std::size_t>(cache.head_dim / 2)) {
+      problems.push_back(label + " has heads of " + std::to_string(cache.head_dim) +
+                         " channels, and its rotation not as many pairs");
+    }
+  }
+  if (model.iterated != (parallel && !model.states.empty())) {
+    problems.push_back(std::string("iterated is ") + (model.iterated ? "true" : "false") +
+                       ", its states say otherwise");
+  }
   return problems;
 }
 
 }  // namespace
 
-ModelConfig model_config_from_json(const JsonValue& config) {
-  Problems problems = rule_problems("it", config, key_rules(), Unknown::refused);
-  const JsonValue* type = config.find("model_type");
-  const bool recurrent = type != nullptr && type->is_string() && type->string() == kRecurrent;
-  if (recurrent) check_rules(problems, "it", config, recurrent_rules());
-  ModelConfig model;
-  if (problems.empty()) {
-    model.recurrent = recurrent;
-    model.vocab = *integer(config, "vocab_size");
-    model.hidden = *integer(config, "hidden_size");
-    model.layers = *integer(config, "num_hidden_layers");
-    model.heads = *integer(config, "num_attention_heads");
-    model.head_dim = integer(config, "head_dim").value_or(model.hidden / model.heads);
-    model.max_position_embeddings = *integer(config, "max_position_embeddings");
-    model.rope_theta = config.at("rope_theta").number();
-    model.rope_interleaved = config.at("rope_layout").string() == "interleaved";
-    model.sliding_window = integer(config, "sliding_window");
-    model.tokenizer = config.at("tokenizer").string();
-    problems = relation_problems(config, model);
-    if (!token_ids(config, "bos_token_id", model.vocab, problems).empty()) {
-      model.bos_token_id = integer(config, "bos_token_id");
-    }
-    model.eos_token_ids = token_ids(config, "eos_token_id", model.vocab, problems);
+std::optional<std::int64_t> ModelConfig::window() const {
+  std::optional<std::int64_t> widest;
+  for (const CacheSpec& cache : caches) {
+    if (!relative || !cache.window) return std::nullopt;
+    widest = std::max(widest.value_or(0), *cache.window);
   }
-  refuse_problems(ErrorKind::bundle, "the manifest's config is unusable", problems);
-  return model;
+  return widest;
+}
+
+std::vector<std::string> model_problems(const JsonValue& model) {
+  Problems problems = rule_problems("model", model, kModelRules);
+  if (!problems.empty()) return problems;
+  for (const auto& [key, rules] : {std::pair("states", kStateRules), std::pair("caches", kCacheRules),
+                                   std::pair("rotaries", kRotaryRules)}) {
+    const std::string where = std::string("model.") + key;
+    const JsonArray& entries = model.at(key).array();
+    if (entries.size() > kMostParts) {
+      return {where + " holds " + std::to_string(entries.size()) + ", at most " + std::to_string(kMostParts) +
+              " are possible"};
+    }
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      check_rules(problems, where + "[" + std::to_string(i) + "]", entries[i], rules);
+    }
+  }
+  if (problems.empty()) check_values(problems, model);
+  return problems;
+}
+
+ModelConfig model_config_from_json(const JsonValue& model) {
+  ModelConfig config;
+  config.architecture = model.at("architecture").string();
+  config.vocab = model.at("vocab").integer();
+  config.hidden = model.at("hidden").integer();
+  config.max_position_embeddings = model.at("max_positions").integer();
+  config.tokenizer = model.at("tokenizer").string();
+  if (const JsonValue* token = given(model, "bos_token_id")) config.bos_token_id = token->integer();
+  for (const JsonValue& token : model.at("eos_token_ids").array()) config.eos_token_ids.push_back(token.integer());
+  for (const JsonValue& entry : model.at("states").array()) config.states.push_back(state_from(entry));
+  for (const JsonValue& entry : model.at("caches").array()) config.caches.push_back(cache_from(entry));
+  for (const JsonValue& entry : model.at("rotaries").array()) config.rotaries.push_back(rotary_from(entry));
+  config.passes = model.at("passes").integer();
+  config.iterated = model.at("iterated").boolean();
+  config.relative = model.at("relative").boolean();
+  refuse_problems(ErrorKind::bundle, "the manifest's model is unusable",
+                  contradictions(config, model.at("parallel").boolean()));
+  return config;
 }
 
 }  // namespace crt

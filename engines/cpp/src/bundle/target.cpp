@@ -157,9 +157,9 @@ OrtProfile ort_profile(const JsonValue* options) {
   return profile;
 }
 
-PrefillPlan prefill_plan(const JsonValue& entry, bool recurrent) {
+PrefillPlan prefill_plan(const JsonValue& entry, bool iterated) {
   PrefillPlan plan;
-  if (!recurrent) return plan;
+  if (!iterated) return plan;
   const JsonValue& given_plan = entry.at("prefill");
   const std::string& method = given_plan.at("method").string();
   if (method == "steps") plan.method = PrefillMethod::steps;
@@ -207,7 +207,7 @@ Target target_from_json(const std::string& name, const JsonValue& entry, const M
   if (const auto capability = optional_integer(profile, "compute_capability")) {
     target.compute_capability = static_cast<int>(*capability);
   }
-  target.prefill = prefill_plan(entry, config.recurrent);
+  target.prefill = prefill_plan(entry, config.iterated);
   if (target.runtime == "onnxruntime") target.ort = ort_profile(given(profile, "options"));
   return target;
 }

@@ -22,7 +22,7 @@ enum class PrefillMethod { steps, passes, adaptive };
 /// crt_export/runtime/prefill.py.
 struct PrefillPlan {
   PrefillMethod method = PrefillMethod::passes;
-  /// Of `passes`, and the most of `adaptive`; unset: those that the bundle was built with, one for a plain transformer.
+  /// Of `passes`, and the most of `adaptive`; unset: those that the bundle was built with, one where a pass is exact.
   std::optional<std::int64_t> passes;
   std::optional<std::int64_t> chunk;  ///< most tokens of a chunk; unset: the target's limit
   std::int64_t shortest = 1;          ///< a chunk of fewer tokens goes token by token

@@ -17,19 +17,24 @@ crt_model_config config_from_model(const crt::ModelConfig& model) noexcept {
   config.struct_size = sizeof config;
   config.vocab = model.vocab;
   config.hidden = model.hidden;
-  config.layers = model.layers;
-  config.heads = model.heads;
-  config.head_dim = model.head_dim;
   config.max_position_embeddings = model.max_position_embeddings;
-  config.sliding_window = model.sliding_window.value_or(0);
+  config.sliding_window = model.window().value_or(0);
   config.bos_token_id = model.bos_token_id.value_or(CRT_NO_TOKEN);
   config.eos_token_ids = model.eos_token_ids.data();
   config.eos_token_count = model.eos_token_ids.size();
-  config.rope_theta = model.rope_theta;
-  config.rope_interleaved = model.rope_interleaved ? 1 : 0;
-  config.recurrent = model.recurrent ? 1 : 0;
+  config.passes = model.passes;
+  config.iterated = model.iterated ? 1 : 0;
   config.tokenizer = model.tokenizer.c_str();
   return config;
+}
+
+/// What a bundle has of a kind at an index; throws Error(input) if there is no such one.
+template <typename Element>
+const Element& element_at(const std::vector<Element>& elements, std::size_t index, const char* kind) {
+  if (index < elements.size()) return elements[index];
+  throw crt::Error(crt::ErrorKind::input, std::string(kind) + " " + std::to_string(index) +
+                                              " does not exist: this bundle has " + std::to_string(elements.size()) +
+                                              ", counted from 0");
 }
 
 /// The result of a stream's call, kept in the stream.
@@ -85,12 +90,7 @@ crt_status crt_bundle_target_count(const crt_bundle* bundle, size_t* count) {
 crt_status crt_bundle_target(const crt_bundle* bundle, size_t index, const char** name) {
   return call([&] {
     require({{bundle, "bundle"}, {name, "name"}});
-    const auto& targets = bundle->bundle.targets();
-    if (index >= targets.size()) {
-      throw crt::Error(crt::ErrorKind::input, "target " + std::to_string(index) + " does not exist: this bundle has " +
-                                                  std::to_string(targets.size()) + ", counted from 0");
-    }
-    *name = targets[index].c_str();
+    *name = element_at(bundle->bundle.targets(), index, "target").c_str();
   });
 }
 
@@ -111,6 +111,26 @@ crt_status crt_bundle_config(const crt_bundle* bundle, crt_model_config* config)
     crt_model_config found = config_from_model(bundle->bundle.config());
     found.struct_size = size;
     std::memcpy(config, &found, size);
+  });
+}
+
+crt_status crt_state_count(const crt_bundle* bundle, size_t* count) {
+  return read(bundle, "bundle", count, "count", [](auto& opened) { return opened.bundle.config().states.size(); });
+}
+
+crt_status crt_state_name(const crt_bundle* bundle, size_t index, const char** name) {
+  return call([&] {
+    require({{bundle, "bundle"}, {name, "name"}});
+    *name = element_at(bundle->bundle.config().states, index, "state").name.c_str();
+  });
+}
+
+crt_status crt_state_shape(const crt_bundle* bundle, size_t index, const int64_t** shape, size_t* dims) {
+  return call([&] {
+    require({{bundle, "bundle"}, {shape, "shape"}, {dims, "dims"}});
+    const auto& found = element_at(bundle->bundle.config().states, index, "state").shape;
+    *shape = found.data();
+    *dims = found.size();
   });
 }
 

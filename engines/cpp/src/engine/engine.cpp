@@ -32,6 +32,12 @@ std::size_t size_of(DType dtype) noexcept {
   return 0;
 }
 
+Shape shape_of_tokens(std::int64_t rows, std::int64_t seq, const Shape& shape) {
+  Shape dims{rows, seq};
+  dims.insert(dims.end(), shape.begin(), shape.end());
+  return dims;
+}
+
 const char* name_of(DType dtype) noexcept {
   switch (dtype) {
     case DType::int64: return "int64";

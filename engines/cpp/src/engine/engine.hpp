@@ -19,6 +19,8 @@ std::size_t size_of(DType dtype) noexcept;
 const char* name_of(DType dtype) noexcept;
 
 using Shape = std::vector<std::int64_t>;
+/// [rows, seq, *shape].
+Shape shape_of_tokens(std::int64_t rows, std::int64_t seq, const Shape& shape);
 
 /// One input or output of a loaded graph; a dim of -1 is dynamic.
 struct TensorSpec {
@@ -102,8 +104,8 @@ class Engine {
   /// Whether it computes in host memory, so that reading a buffer costs nothing.
   virtual bool host_memory() const noexcept = 0;
   /// Whether one graph of a single pass serves everything: "step" then is that graph too, bound to chunks of one token,
-  /// and a recurrent model has "prefill_pass" and no unrolled "prefill"; a plain transformer has "prefill", which is
-  /// one pass anyway.
+  /// and an iterated model has "prefill_pass" and no unrolled "prefill"; any other has "prefill", which is one pass
+  /// anyway.
   virtual bool one_graph() const noexcept { return false; }
   /// The loaded graph "step", "prefill" or "prefill_pass" (loaded on first use, unless one_graph()); throws
   /// Error(unsupported) if the target has none.

@@ -294,7 +294,7 @@ std::shared_ptr<Engine> open_onnxruntime(BundleFiles& files, const Target& targe
     throw Error(ErrorKind::bundle, files.path() + ": target " + target.name + " has no " + joined(missing, " and no ") +
                                        " graph; build it again");
   }
-  const char* one_graph = files.config().recurrent ? names::kGraphPrefillPass : names::kGraphPrefill;
+  const char* one_graph = files.config().iterated ? names::kGraphPrefillPass : names::kGraphPrefill;
   return std::make_shared<OrtEngine>(files, target, threads, target.graphs.count(one_graph) == 0 ? "" : one_graph);
 }
 

@@ -1,5 +1,5 @@
 // From a held graph of a bundle to a session of ONNX Runtime: the bytes that were hashed are the bytes that are loaded.
-// The twin of crt_export/engine/onnxruntime_loading.py, which says why it is done so.
+// The twin of crt_export/engine/ort.py, which says why it is done so.
 #pragma once
 
 #include <onnxruntime_cxx_api.h>

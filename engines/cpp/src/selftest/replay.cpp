@@ -32,10 +32,10 @@ Observed observed(Session& session, std::int64_t index) {
   const Snapshot snapshot = session.snapshot();
   const std::string prefix = "past_key_values.";
   for (const SnapshotTensor& tensor : snapshot.tensors) {
-    if (tensor.name == "state") {
-      found.state = floats_of(tensor);
+    if (tensor.name.substr(0, tensor.name.find('.')) == "state") {
+      found.states.emplace_back(tensor.name, floats_of(tensor));
     } else if (tensor.name.compare(0, prefix.size(), prefix) == 0) {
-      // Session::snapshot() gives key and value of every layer in turn.
+      // Session::snapshot() gives keys and values of every cache in turn.
       const bool is_value = found.caches.size() % 2 == 1;
       Shape shape(tensor.shape.begin() + 1, tensor.shape.end());
       found.caches.push_back({tensor.name, is_value, std::move(shape), floats_of(tensor)});
@@ -127,16 +127,15 @@ void Comparison::add(const Observed& observed) {
     found.push_back(observed.logits[static_cast<std::size_t>(column)]);
   }
   record("logits", largest_difference(found.data(), expected.data(), expected.size()), where);
-  if (!observed.state.empty()) {
-    const std::size_t hidden = observed.state.size();
-    const float* state = vectors_.values(run_ + ".state").data() + static_cast<std::size_t>(index) * hidden;
-    record("state", largest_difference(observed.state.data(), state, hidden), where);
+  for (const auto& [name, values] : observed.states) {
+    const float* state = vectors_.values(run_ + "." + name).data() + static_cast<std::size_t>(index) * values.size();
+    record(name, largest_difference(values.data(), state, values.size()), where);
   }
   check_token(observed);
 }
 
 void Comparison::add_caches(const Observed& observed) {
-  std::int64_t number = 0;  // key and value of layer 0, then of layer 1, ...
+  std::size_t number = 0;  // keys and values in turn
   for (const ObservedCache& cache : observed.caches) {
     const std::string divisor = divisor_name(precision_, number++ / 2);
     const std::int64_t tokens_so_far = vectors_.prompt() + observed.index;

@@ -1,10 +1,11 @@
 // Feed the tokens of the vectors to a session, through its public calls only, and compare what it gives with them.
-// The C++ twin of crt_export/selftest/run.py.
+// The C++ twin of crt_export/selftest/replay.py.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "crt_runtime/selftest.hpp"
@@ -31,7 +32,7 @@ struct Feeding {
 
 /// One cache of a session of one row, [heads, tokens, head_dim] as float32.
 struct ObservedCache {
-  std::string name;       ///< past_key_values.{layer}.key or .value
+  std::string name;       ///< past_key_values.{i}.key or .value
   bool is_value = false;  ///< or a key
   std::vector<std::int64_t> shape;
   std::vector<float> values;
@@ -42,7 +43,7 @@ struct Observed {
   std::int64_t index = 0;
   std::vector<float> logits;
   std::int64_t next_token = 0;
-  std::vector<float> state;  ///< empty for a plain transformer
+  std::vector<std::pair<std::string, std::vector<float>>> states;  ///< by the name of the graphs' input
   std::vector<ObservedCache> caches;
 };
 
@@ -59,7 +60,7 @@ class Comparison {
   /// limit: largest |difference| over the largest |value| of the vectors.
   Comparison(const SelftestVectors& vectors, std::string run, std::string precision, double limit);
 
-  /// Compare logits, state and next token of one index.
+  /// Compare logits, states and next token of one index.
   void add(const Observed& observed);
   /// Compare the caches: one entry per token so far.
   void add_caches(const Observed& observed);

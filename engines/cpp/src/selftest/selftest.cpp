@@ -1,4 +1,4 @@
-// The C++ twin of crt_export/selftest/run.py.
+// The C++ twin of crt_export/selftest/replay.py.
 #include "crt_runtime/selftest.hpp"
 
 #include <algorithm>
@@ -47,8 +47,8 @@ std::optional<double> difference(const std::vector<float>& before, const std::ve
 /// One target on one session, with a reset between replays: what it carries across shows in the next one.
 class TargetRun {
  public:
-  TargetRun(Session& session, const Target& target, const SelftestVectors& vectors, bool recurrent)
-      : session_(session), target_(target), vectors_(vectors), recurrent_(recurrent) {}
+  TargetRun(Session& session, const Target& target, const SelftestVectors& vectors, bool iterated)
+      : session_(session), target_(target), vectors_(vectors), iterated_(iterated) {}
 
   std::vector<SelftestReplay> replays();
 
@@ -61,7 +61,7 @@ class TargetRun {
   Session& session_;
   const Target& target_;
   const SelftestVectors& vectors_;
-  bool recurrent_;
+  bool iterated_;
   std::vector<Observed> by_prefill_;
 };
 
@@ -78,12 +78,12 @@ std::vector<SelftestReplay> TargetRun::replays() {
                                        joined(vectors_.runs()) + "; build the bundle again");
   }
   const std::int64_t steps = vectors_.steps();
-  const std::int64_t passes = recurrent_ && target_.device == "cpu" ? target_.unroll.value_or(0) : 0;
+  const std::int64_t passes = iterated_ && target_.device == "cpu" ? target_.unroll.value_or(0) : 0;
   std::vector<SelftestReplay> results;
   results.push_back(compared(kRecurrence, {Feed::step, chunk, steps}, limit->second));
   results.push_back(compared(run, {Feed::prefill, chunk, steps, passes}, limit->second));
   const bool has_pass = target_.engines.empty() && target_.graphs.count(names::kGraphPrefillPass) != 0;
-  if (recurrent_ && has_pass) {
+  if (iterated_ && has_pass) {
     const Feeding feeding{Feed::prefill_pass, chunk, std::min(steps, kFewSteps)};
     results.push_back(compared(kRecurrence, feeding, limit->second));
   }
@@ -119,7 +119,9 @@ SelftestReplay TargetRun::repeated(Feeding feeding) {
       check(before.caches[cache].name, before.caches[cache].values, again[index].caches[cache].values);
     }
     check("logits", before.logits, again[index].logits);
-    check("state", before.state, again[index].state);
+    for (std::size_t state = 0; state < before.states.size(); ++state) {
+      check(before.states[state].first, before.states[state].second, again[index].states[state].second);
+    }
   }
   return {"reset", {}, failures};
 }
@@ -150,7 +152,7 @@ SelftestTarget target_result(Bundle& bundle, const Target& target, const Selftes
   }
   try {
     Session session = bundle.session(target.name, options);
-    result.replays = TargetRun(session, target, vectors, bundle.config().recurrent).replays();
+    result.replays = TargetRun(session, target, vectors, bundle.config().iterated).replays();
   } catch (const Error& error) {
     if (error.kind() == ErrorKind::missing_dependency || error.kind() == ErrorKind::unsupported) {
       result.reason = error.what();

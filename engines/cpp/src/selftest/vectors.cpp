@@ -8,6 +8,7 @@
 #include "bundle/json.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
+#include "session/caches.hpp"
 #include "session/floats.hpp"
 #include "session/snapshot.hpp"
 #include "session/tensor_file.hpp"
@@ -71,8 +72,8 @@ std::string prefill_run(std::int64_t unroll, std::int64_t chunk) {
   return "prefill.k" + std::to_string(unroll) + ".chunk" + std::to_string(chunk);
 }
 
-std::string divisor_name(const std::string& precision, std::int64_t layer) {
-  return kDivisors + precision + "." + std::to_string(layer);
+std::string divisor_name(const std::string& precision, std::size_t cache) {
+  return kDivisors + precision + "." + std::to_string(cache);
 }
 
 bool SelftestVectors::has_run(const std::string& run) const noexcept {
@@ -119,8 +120,9 @@ std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(
   const std::int64_t tokens = prompt_ + steps_;
   std::map<std::string, Expected> expected{{"input_ids", {"I64", {tokens}}}};
   for (const auto& limit : limits_) {
-    for (std::int64_t layer = 0; found.count(divisor_name(limit.first, 0)) != 0 && layer < config.layers; ++layer) {
-      expected[divisor_name(limit.first, layer)] = {"F32", {config.heads, config.head_dim}};
+    if (found.count(divisor_name(limit.first, 0)) == 0) continue;
+    for (std::size_t cache = 0; cache < config.caches.size(); ++cache) {
+      expected[divisor_name(limit.first, cache)] = {"F32", {config.caches[cache].heads, config.caches[cache].head_dim}};
     }
   }
   for (const std::string& run : runs_) {
@@ -129,13 +131,16 @@ std::map<std::string, SelftestVectors::Expected> SelftestVectors::expected(
       const std::int64_t stride = column_stride(index);
       expected[run + ".logits." + std::to_string(index)] = {"F32", {(left + stride - 1) / stride}};
     }
-    if (config.recurrent) expected[run + ".state"] = {"F32", {steps_ + 1, config.hidden}};
+    for (const StateSpec& state : config.states) {
+      Shape shape = state.shape;
+      shape.insert(shape.begin(), steps_ + 1);
+      expected[run + "." + names::state(state.name)] = {"F32", shape};
+    }
     expected[run + kNextTokens] = {"I64", {steps_ + 1}};
     expected[run + ".margins"] = {"F32", {steps_ + 1}};
-    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
-      const Expected cache{"F32", {config.heads, tokens, config.head_dim}};
-      expected[run + "." + names::past_key_values_key(layer)] = cache;
-      expected[run + "." + names::past_key_values_value(layer)] = cache;
+    for (std::size_t index = 0; index < 2 * config.caches.size(); ++index) {
+      const CacheSpec& spec = config.caches[index / 2];
+      expected[run + "." + cache_name(index)] = {"F32", {spec.heads, tokens, spec.head_dim}};
     }
   }
   return expected;

@@ -18,8 +18,8 @@ inline constexpr char kRecurrence[] = "recurrence";
 
 /// Name of the run whose prompt goes through K passes over chunks of at most that many tokens.
 std::string prefill_run(std::int64_t unroll, std::int64_t chunk);
-/// Name of the tensor that says what a precision divides the values of a layer by; not every one does.
-std::string divisor_name(const std::string& precision, std::int64_t layer);
+/// Name of the tensor that says what a precision divides the values of a cache by; not every one does.
+std::string divisor_name(const std::string& precision, std::size_t cache);
 
 /// What PyTorch FP32 computed for a few tokens: a prompt, then teacher-forced steps, in several runs.
 class SelftestVectors {
@@ -53,7 +53,7 @@ class SelftestVectors {
   bool all_columns(std::int64_t index) const noexcept { return index == 0 || index == steps_; }
   void take_metadata(const std::map<std::string, std::string>& metadata, const std::string& checkpoint,
                      std::vector<std::string>* problems);
-  /// Dtype and shape of every tensor; of those that may be absent, those whose first layer is found.
+  /// Dtype and shape of every tensor; of those that may be absent, those whose first cache is found.
   std::map<std::string, Expected> expected(const ModelConfig& config,
                                            const std::map<std::string, const SnapshotTensor*>& found) const;
   void check_shapes(const std::vector<SnapshotTensor>& tensors, const ModelConfig& config,

@@ -4,8 +4,6 @@
 #include <cstring>
 #include <utility>
 
-#include "engine/tensor_names.hpp"
-
 namespace crt {
 namespace {
 
@@ -31,15 +29,17 @@ SessionCaches::SessionCaches(Engine& engine, const TensorSizes& sizes, bool rows
       sizes_(sizes),
       block_(engine.host_memory() && !engine.fixed_capacity() ? kCacheBlock : sizes.capacity),
       group_rows_(rows_are_independent ? sizes.batch : 1) {
-  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    const std::size_t key = size_from(2 * layer);
-    index_by_name_[names::past_key_values_key(layer)] = index_by_name_[names::present_key_values_key(layer)] = key;
-    index_by_name_[names::past_key_values_value(layer)] = index_by_name_[names::present_key_values_value(layer)] =
-        key + 1;
+  for (std::size_t index = 0; index < count(); ++index) {
+    const std::size_t cache = index / 2;
+    index_by_name_[cache_name(index)] = index;
+    index_by_name_[index % 2 == 0 ? names::present_key_values_key(cache) : names::present_key_values_value(cache)] = index;
   }
   for (std::int64_t start = 0; start < sizes.batch; start += group_rows_) {
     CacheGroup& group = groups_.emplace_back();
-    for (std::size_t index = 0; index < count(); ++index) group.push_back(allocate(rounded(1)));
+    for (std::size_t index = 0; index < count(); ++index) {
+      const CacheSpec& spec = sizes.model.caches[index / 2];
+      group.push_back(engine.allocate({group_rows_, spec.heads, rounded(1), spec.head_dim}, sizes.cache_dtype));
+    }
   }
   sliding_.resize(size_from(group_rows_));
 }
@@ -62,7 +62,7 @@ std::optional<BufferSlice> SessionCaches::rows(const std::string& name, std::int
 
 std::vector<unsigned char> SessionCaches::entries(std::size_t index, std::int64_t length) const {
   const std::size_t wanted = size_from(length) * token_bytes(*groups_.front()[index]);
-  std::vector<unsigned char> values(size_from(sizes_.batch * sizes_.heads) * wanted, 0);
+  std::vector<unsigned char> values(groups_.size() * head_count(*groups_.front()[index]) * wanted, 0);
   std::size_t offset = 0;
   for (const CacheGroup& group : groups_) {
     Buffer& cache = *group[index];
@@ -103,7 +103,9 @@ void SessionCaches::slide(const std::vector<std::int64_t>& positions, Window& wi
     std::copy_n(first, sliding_.size(), sliding_.begin());
     if (std::all_of(sliding_.begin(), sliding_.end(), [](std::int64_t position) { return position < 0; })) continue;
     for (std::size_t index = 0; index < count(); ++index) {
-      window.slide(*groups_[group][index], sliding_, index % 2 == 0);
+      const std::optional<std::size_t>& rotary = sizes_.model.caches[index / 2].rotary;
+      const bool turned = index % 2 == 0 && rotary;
+      window.slide(*groups_[group][index], sliding_, turned ? &sizes_.model.rotaries[*rotary] : nullptr);
     }
   }
 }
@@ -130,14 +132,14 @@ std::int64_t SessionCaches::rounded(std::int64_t tokens) const noexcept {
   return std::min(blocks * block_, sizes_.capacity);
 }
 
-std::unique_ptr<Buffer> SessionCaches::allocate(std::int64_t length) const {
-  return engine_.allocate({group_rows_, sizes_.heads, length, sizes_.head_dim}, sizes_.cache_dtype);
+std::unique_ptr<Buffer> SessionCaches::resized(const Buffer& cache, std::int64_t length) const {
+  return engine_.allocate({group_rows_, cache.shape()[1], length, cache.shape()[3]}, cache.dtype());
 }
 
 /// The cache, or a new one in its place if it had another length.
 Buffer* SessionCaches::with_length(std::unique_ptr<Buffer>& cache, std::int64_t length) {
   if (length_of(*cache) != length) {
-    std::unique_ptr<Buffer> other = allocate(length);
+    std::unique_ptr<Buffer> other = resized(*cache, length);
     ++moves_;
     cache = std::move(other);
   }
@@ -146,13 +148,12 @@ Buffer* SessionCaches::with_length(std::unique_ptr<Buffer>& cache, std::int64_t 
 
 /// To another length, with what it holds: only ever in host memory, where the address is the content.
 void SessionCaches::resize(std::unique_ptr<Buffer>& cache, std::int64_t length) {
-  const std::unique_ptr<Buffer> old = length_of(*cache) == length ? nullptr : std::exchange(cache, allocate(length));
-  if (old != nullptr) {
-    ++moves_;
-    copy_heads(static_cast<const unsigned char*>(old->read()), head_bytes(*old),
-               static_cast<unsigned char*>(cache->address()), head_bytes(*cache), head_count(*cache),
-               std::min(head_bytes(*old), head_bytes(*cache)));
-  }
+  if (length_of(*cache) == length) return;
+  const std::unique_ptr<Buffer> old = std::exchange(cache, resized(*cache, length));
+  ++moves_;
+  copy_heads(static_cast<const unsigned char*>(old->read()), head_bytes(*old),
+             static_cast<unsigned char*>(cache->address()), head_bytes(*cache), head_count(*cache),
+             std::min(head_bytes(*old), head_bytes(*cache)));
 }
 
 }  // namespace crt

@@ -9,36 +9,38 @@
 #include <string>
 #include <vector>
 
+#include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
+#include "engine/tensor_names.hpp"
 #include "session/slide.hpp"
 
 namespace crt {
 
-/// Sizes of a session; recurrent says whether there is a state.
+/// Sizes of a session.
 struct TensorSizes {
   std::int64_t batch = 0;
   std::int64_t capacity = 0;
-  std::int64_t vocab = 0;
-  std::int64_t hidden = 0;
-  std::int64_t layers = 0;
-  std::int64_t heads = 0;
-  std::int64_t head_dim = 0;
+  ModelConfig model;
   DType cache_dtype = DType::float32;
-  bool recurrent = true;
-  std::int64_t unroll = 0;  ///< passes of a prefill for which nobody asked for a number; 0 for a plain transformer
+  std::int64_t unroll = 0;  ///< passes of a prefill for which nobody asked for a number; 0 where one pass is exact
 };
 
 /// Tokens that a cache in host memory grows by.
 inline constexpr std::int64_t kCacheBlock = 128;
 
-/// Caches are counted 0 to 2 * layers - 1: key and value of each layer in turn.
+/// What graphs and snapshots call a cache; counted from 0, keys and values of each of the model's in turn.
+inline std::string cache_name(std::size_t index) {
+  return index % 2 == 0 ? names::past_key_values_key(index / 2) : names::past_key_values_value(index / 2);
+}
+
+/// Every cache of a session.
 class SessionCaches {
  public:
   /// Allocates the first block of every cache, zeroed; all of it where the engine computes in memory of its own.
   /// rows_are_independent: whether rows may share a call of the engine, hence a cache.
   SessionCaches(Engine& engine, const TensorSizes& sizes, bool rows_are_independent);
 
-  std::size_t count() const noexcept { return static_cast<std::size_t>(2 * sizes_.layers); }
+  std::size_t count() const noexcept { return 2 * sizes_.model.caches.size(); }
   /// Counts up whenever memory moves: what was bound to the caches before must not run any more.
   std::uint64_t moves() const noexcept { return moves_; }
   /// Make room for that many tokens in each of these rows. After std::bad_alloc it can be repeated.
@@ -64,7 +66,7 @@ class SessionCaches {
   using CacheGroup = std::vector<std::unique_ptr<Buffer>>;
 
   std::int64_t rounded(std::int64_t tokens) const noexcept;
-  std::unique_ptr<Buffer> allocate(std::int64_t length) const;
+  std::unique_ptr<Buffer> resized(const Buffer& cache, std::int64_t length) const;
   Buffer* with_length(std::unique_ptr<Buffer>& cache, std::int64_t length);
   void resize(std::unique_ptr<Buffer>& cache, std::int64_t length);
 

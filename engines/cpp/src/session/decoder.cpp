@@ -15,13 +15,14 @@ namespace crt {
 Decoder::Decoder(std::shared_ptr<Engine> engine, const SessionSetup& setup)
     : engine_(std::move(engine)),
       target_(setup.target),
-      sizes_(setup.sizes),
       tensors_(*engine_, setup.sizes, setup.rows_are_independent),
+      sizes_(tensors_.sizes()),
+      vocab_(static_cast<std::size_t>(sizes_.model.vocab)),
       max_chunk_(engine_->max_tokens()),
       rows_are_independent_(setup.rows_are_independent),
       plan_(setup.plan) {
   if (setup.slides) {
-    window_.emplace(setup.config);
+    window_.emplace(sizes_.model.window().value());
     // What a slide keeps and a chunk always fit together. The limit holds from the first chunk on, so that chunks are
     // cut alike however full a row is.
     max_chunk_ = std::min(max_chunk_, sizes_.capacity - (window_->size() - 1));
@@ -39,7 +40,7 @@ void Decoder::check_room(const std::vector<std::int64_t>& lengths) const {
 }
 
 PrefillRule Decoder::rule_of(const PrefillOptions& options) {
-  const PrefillRule rule = prefill_rule(plan_, options, max_chunk_, sizes_.recurrent, sizes_.unroll, target_);
+  const PrefillRule rule = prefill_rule(plan_, options, max_chunk_, sizes_.model.iterated, sizes_.unroll, target_);
   if (rule.passes > 0) static_cast<void>(engine_->program(names::kGraphPrefillPass));
   return rule;
 }
@@ -84,7 +85,7 @@ void Decoder::feed_passes(const std::vector<RowTokens>& pieces, const PrefillRul
   set_batches(lengths, rows_are_independent_ && !rule.bound);
   if (batches_.empty()) return;
   tensors_.prefill(pieces, position_.data(), batches_, rule.passes, rule.bound, residual);
-  if (sizes_.recurrent) refuse_non_finite("residual", residual.data(), 1, lengths);
+  if (sizes_.model.iterated) refuse_non_finite("residual", residual.data(), 1, lengths);
   finish(lengths, true);
 }
 
@@ -104,7 +105,7 @@ const float* Decoder::logits() {
         batches_.push_back(Batch{number, number + 1, 1});
       }
     }
-    refuse_non_finite("logits", values, sizes_.vocab, zeros_);
+    refuse_non_finite("logits", values, vocab_, zeros_);
     logits_checked_ = true;
   }
   return values;
@@ -165,9 +166,11 @@ void Decoder::slide(const std::vector<std::int64_t>& lengths) {
 
 /// Check what the engine wrote, then count the tokens.
 void Decoder::finish(const std::vector<std::int64_t>& lengths, bool check_logits) {
-  if (sizes_.recurrent) refuse_non_finite("state", tensors_.state(), sizes_.hidden, lengths);
+  for (const auto& [name, buffer] : tensors_.states()) {
+    refuse_non_finite(name, static_cast<const float*>(buffer->read()), buffer->row_bytes() / sizeof(float), lengths);
+  }
   if (check_logits || engine_->host_memory()) {
-    refuse_non_finite("logits", tensors_.logits(), sizes_.vocab, lengths);
+    refuse_non_finite("logits", tensors_.logits(), vocab_, lengths);
   } else {
     logits_checked_ = false;
   }
@@ -180,12 +183,12 @@ void Decoder::finish(const std::vector<std::int64_t>& lengths, bool check_logits
 }
 
 /// values: [batch, width]; the rows of the batches are looked at.
-void Decoder::refuse_non_finite(const char* name, const float* values, std::int64_t width,
+void Decoder::refuse_non_finite(const std::string& name, const float* values, std::size_t width,
                                 const std::vector<std::int64_t>& lengths) const {
   std::vector<std::string> problems;
   for (const Batch& batch : batches_) {
     for (std::int64_t row = batch.start; row < batch.stop; ++row) {
-      if (!all_finite(values + row * width, static_cast<std::size_t>(width))) {
+      if (!all_finite(values + static_cast<std::size_t>(row) * width, width)) {
         const auto index = static_cast<std::size_t>(row);
         problems.push_back("row " + std::to_string(row) + " after position " +
                            std::to_string(position_[index] + lengths[index] - 1));
@@ -200,7 +203,7 @@ void Decoder::refuse_unknown_tokens() const {
   for (const Batch& batch : batches_) {
     for (std::int64_t row = batch.start; row < batch.stop; ++row) {
       const std::int64_t token = tensors_.next_tokens()[row];
-      if (token < 0 || token >= sizes_.vocab) {
+      if (token < 0 || token >= sizes_.model.vocab) {
         problems.push_back("row " + std::to_string(row) + " has " + std::to_string(token));
       }
     }

@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "crt_runtime/config.hpp"
 #include "engine/engine.hpp"
 #include "session/prefill.hpp"
 #include "session/rows.hpp"
@@ -21,7 +20,6 @@ namespace crt {
 struct SessionSetup {
   std::string target;
   std::string bundle;  // its identity
-  ModelConfig config;
   TensorSizes sizes;
   bool slides = false;
   bool rows_are_independent = true;  ///< rows may share a call of the engine
@@ -55,9 +53,9 @@ class Decoder {
 
   /// Take everything from another decoder of the same setup.
   void assign(Decoder& other);
-  /// Count these tokens as those that caches and state hold; rows without any come out as new.
+  /// Count these tokens as those that caches and states hold; rows without any come out as new.
   void resume(const std::vector<std::int64_t>& position, const std::vector<std::int64_t>& next_tokens);
-  /// Forget every token; zero caches and state.
+  /// Forget every token; zero caches and states.
   void reset();
   /// After a failed call: go back to the position before it, as far as a row has not slid, and clear what is beyond.
   void abandon(const std::vector<std::int64_t>& before) noexcept;
@@ -68,14 +66,15 @@ class Decoder {
   void set_batches(const std::vector<std::int64_t>& lengths, bool rows_are_independent);
   void slide(const std::vector<std::int64_t>& lengths);
   void finish(const std::vector<std::int64_t>& lengths, bool check_logits);
-  void refuse_non_finite(const char* name, const float* values, std::int64_t width,
+  void refuse_non_finite(const std::string& name, const float* values, std::size_t width,
                          const std::vector<std::int64_t>& lengths) const;
   void refuse_unknown_tokens() const;
 
   std::shared_ptr<Engine> engine_;  // goes after the tensors
   std::string target_;
-  TensorSizes sizes_;
   SessionTensors tensors_;
+  const TensorSizes& sizes_;  // those of the tensors
+  std::size_t vocab_;
   std::optional<Window> window_;
   std::int64_t max_chunk_;
   bool rows_are_independent_;

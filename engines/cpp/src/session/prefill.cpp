@@ -17,11 +17,11 @@ namespace {
               std::string(name) + " must be at least 1" + limits + ", found " + std::to_string(found));
 }
 
-void check_passes(const PrefillPlan& plan, std::int64_t passes, bool recurrent, const std::string& target) {
+void check_passes(const PrefillPlan& plan, std::int64_t passes, bool iterated, const std::string& target) {
   if (passes < kAdaptive) out_of_range("passes", "", passes);
-  if (!recurrent && (passes > 0 || passes == kAdaptive)) {
+  if (!iterated && (passes > 0 || passes == kAdaptive)) {
     throw Error(ErrorKind::unsupported,
-                "passes: a plain transformer has exactly one pass, which is exact; leave passes out");
+                "passes: this model has exactly one pass, which is exact; leave passes out");
   }
   if (passes == kAdaptive && !plan.residual_bound) {
     throw Error(ErrorKind::unsupported,
@@ -37,10 +37,10 @@ float float_from(double bound) {
 
 }  // namespace
 
-PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool recurrent,
+PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool iterated,
                          std::int64_t unroll, const std::string& target) {
   const std::int64_t passes = options.passes;
-  check_passes(plan, passes, recurrent, target);
+  check_passes(plan, passes, iterated, target);
   if (options.chunk < 0 || options.chunk > most) {
     out_of_range("chunk", " and at most " + std::to_string(most), options.chunk);
   }
@@ -53,12 +53,12 @@ PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options,
     return rule;
   }
   const bool by_steps = passes == kExact || (passes == kTargetsChoice && plan.method == PrefillMethod::steps);
-  if (recurrent && by_steps) {
+  if (iterated && by_steps) {
     rule.shortest = std::numeric_limits<std::int64_t>::max();
     return rule;
   }
   rule.passes = plan.passes.value_or(0);
-  rule.shortest = recurrent ? plan.shortest : 1;
+  rule.shortest = iterated ? plan.shortest : 1;
   if (plan.residual_bound && (passes == kAdaptive || plan.method == PrefillMethod::adaptive)) {
     rule.bound = float_from(*plan.residual_bound);
     rule.passes = plan.passes.value_or(unroll);  // the unrolled graph cannot stop
@@ -70,147 +70,133 @@ namespace {
 
 using Numbers = std::vector<std::int64_t>;
 using Values = std::vector<float>;
-using BufferPointer = std::unique_ptr<Buffer>;
+using NameOf = std::string (*)(const std::string& state);
 
 std::size_t size_from(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-BufferSlice whole(const BufferPointer& buffer) { return BufferSlice{buffer.get(), 0, buffer->shape()[0]}; }
-
-BufferPointer filled(Engine& engine, Shape shape, DType dtype, const void* values) {
-  BufferPointer buffer = engine.allocate(std::move(shape), dtype);
-  buffer->write(values);
-  return buffer;
+/// Everything by its name, whole.
+Binding whole(const Tensors& tensors) {
+  Binding binding;
+  for (const auto& [name, buffer] : tensors) binding[name] = BufferSlice{buffer.get(), 0, buffer->shape()[0]};
+  return binding;
 }
 
-/// Tokens first to the end of every row, int64 [count, seq - first], zeros behind each.
-Numbers padded(const PrefillCall& call, std::int64_t first) {
-  const std::int64_t width = call.seq - first;
-  Numbers ids(size_from(call.count * width), 0);
+void put(Tensors& tensors, Engine& engine, const std::string& name, Shape shape, DType dtype, const void* values) {
+  (tensors[name] = engine.allocate(std::move(shape), dtype))->write(values);
+}
+
+/// Tokens first to first + width of every row, zeros behind each, and what goes with them.
+Tensors tensors_of(const PrefillCall& call, Engine& engine, std::int64_t first, std::int64_t width) {
+  Numbers ids(size_from(call.count * width), 0), lengths;
   for (std::int64_t row = 0; row < call.count; ++row) {
     const RowTokens& span = call.rows[row];
-    std::copy(span.tokens + first, span.tokens + span.count, ids.begin() + row * width);
+    lengths.push_back(std::min(span.count - first, width));
+    std::copy_n(span.tokens + first, lengths.back(), ids.begin() + row * width);
   }
-  return ids;
+  Tensors tensors = own_tensors(engine, call.model, call.count, width);
+  put(tensors, engine, names::kInputIds, {call.count, width}, DType::int64, ids.data());
+  put(tensors, engine, names::kLength, {call.count}, DType::int64, lengths.data());
+  return tensors;
 }
 
-/// What follows the first tokens of every row.
-Numbers lengths_after(const PrefillCall& call, std::int64_t first) {
-  Numbers lengths;
-  for (std::int64_t row = 0; row < call.count; ++row) lengths.push_back(call.rows[row].count - first);
-  return lengths;
-}
-
-/// The tokens of a chunk that are not exact yet, and their iterate: two buffers that passes swap.
+/// The tokens of a chunk that are not exact yet, and their iterates: pairs of buffers that passes swap.
 ///
-/// What is exact is dropped: the rest starts at a later position, from the h of the last exact token as its state.
+/// What is exact is dropped: the rest starts at a later position, from the iterates of the last exact token as its
+/// states.
 class Iteration {
  public:
   Iteration(const PrefillCall& call, Engine& engine, const SharedSlices& shared)
-      : call_(call),
-        engine_(engine),
-        shared_(shared),
-        program_(engine.program(names::kGraphPrefillPass)),
-        residual_(engine.allocate({call.count}, DType::float32)) {
-    begin();
+      : call_(call), engine_(engine), shared_(shared), program_(engine.program(names::kGraphPrefillPass)) {
+    begin(0, call.seq);
   }
 
   /// One more pass; its residual, float32 [count].
   const float* run() {
-    std::unique_ptr<Launch>& launch = launches_[current_];
-    if (launch == nullptr) {
-      Binding own = own_;
-      own[names::kHidden] = whole(iterates_[current_]);
-      own[names::kNextHidden] = whole(iterates_[1 - current_]);
-      launch = bind_by_name(program_, own, shared_, false);
-    }
+    std::unique_ptr<Launch>& launch = launches_[turn_];
+    if (launch == nullptr) launch = bind(names::iterate);
     launch->run();
-    current_ = 1 - current_;
+    turn_ = 1 - turn_;
     return residual();
   }
 
   /// Leave out the first tokens of every row, but never the last token of one.
   void drop(std::int64_t exact) {
-    const Numbers lengths = lengths_after(call_, 0);
-    const std::int64_t first = std::min(exact, *std::min_element(lengths.begin(), lengths.end()) - 1);
+    std::int64_t first = exact;
+    for (std::int64_t row = 0; row < call_.count; ++row) first = std::min(first, call_.rows[row].count - 1);
     if (first <= dropped_) return;
-    const Values state = state_before(first);
-    const Values rest = iterate_from(first);
-    dropped_ = first;
-    begin();
-    place(first, state);
-    iterates_[0]->write(rest.data());
+    std::vector<Values> before, rest;
+    for (const StateSpec& state : call_.model.states) {
+      before.push_back(cut(state, first - 1, 1));
+      rest.push_back(cut(state, first, call_.seq - first));
+    }
+    begin(first, call_.seq - first);
+    place(before);
+    for (std::size_t index = 0; index < rest.size(); ++index) {
+      tensors_.at(names::iterate(call_.model.states[index].name))->write(rest[index].data());
+    }
   }
 
   /// Feed what follows the exact tokens of the one row token by token; the residual, float32 [1].
   const float* finish(std::int64_t exact) {
-    const Values state = state_before(exact);
-    dropped_ = exact;
-    const Numbers one(1, 1);
-    launches_ = {};
-    ids_ = engine_.allocate({1, 1}, DType::int64);
-    length_ = filled(engine_, {1}, DType::int64, one.data());
-    const BufferPointer hidden = engine_.allocate({1, 1, call_.hidden}, DType::float32);
-    own_ = {{names::kInputIds, whole(ids_)},
-            {names::kLength, whole(length_)},
-            {names::kHidden, whole(hidden)},
-            {names::kResidual, whole(residual_)}};
-    place(exact, state);
-    // The h of a token is the state of the next one: two buffers that steps swap.
-    const BufferPointer other = engine_.allocate({1, 1, call_.hidden}, DType::float32);
-    std::array<std::unique_ptr<Launch>, 2> launches;
-    for (std::size_t turn = 0; turn < 2; ++turn) {
-      own_[names::kState] = whole(turn == 0 ? state_ : other);
-      own_[names::kNextHidden] = whole(turn == 0 ? other : state_);
-      launches[turn] = bind_by_name(program_, own_, shared_, false);
-    }
+    std::vector<Values> before;
+    for (const StateSpec& state : call_.model.states) before.push_back(cut(state, exact - 1, 1));
+    begin(exact, 1);
+    place(before);
     for (std::int64_t token = exact; token < call_.seq; ++token) {
       const std::int64_t position = call_.positions[0] + token;
-      ids_->write(call_.rows[0].tokens + token);
-      position_->write(&position);
-      launches[size_from((token - exact) % 2)]->run();
+      tensors_.at(names::kInputIds)->write(call_.rows[0].tokens + token);
+      tensors_.at(names::kPosition)->write(&position);
+      std::unique_ptr<Launch>& launch = launches_[turn_];
+      // What a token leaves is the state of the next one: two buffers that steps swap.
+      if (launch == nullptr) launch = bind(names::state);
+      launch->run();
+      turn_ = 1 - turn_;
     }
     return residual();
   }
 
  private:
-  const float* residual() const { return static_cast<const float*>(residual_->read()); }
+  const float* residual() const { return static_cast<const float*>(tensors_.at(names::kResidual)->read()); }
 
-  /// New tensors for the tokens that are left; the first iterate is zeros, as allocated.
-  void begin() {
-    const std::int64_t width = call_.seq - dropped_;
+  /// New tensors for these tokens.
+  void begin(std::int64_t first, std::int64_t width) {
     launches_ = {};  // before what they are bound to
-    ids_ = filled(engine_, {call_.count, width}, DType::int64, padded(call_, dropped_).data());
-    length_ = filled(engine_, {call_.count}, DType::int64, lengths_after(call_, dropped_).data());
-    for (BufferPointer& iterate : iterates_) {
-      iterate = engine_.allocate({call_.count, width, call_.hidden}, DType::float32);
-    }
-    current_ = 0;
-    own_ = {{names::kInputIds, whole(ids_)}, {names::kLength, whole(length_)}, {names::kResidual, whole(residual_)}};
+    tensors_ = tensors_of(call_, engine_, first, width);
+    dropped_ = first;
+    width_ = width;
+    turn_ = 0;
   }
 
-  /// Start there, and not where the chunk did; state: float32 [count, 1, hidden].
-  void place(std::int64_t first, const Values& state) {
+  /// Start where the dropped tokens end, and not where the chunk did; before: per state float32 [count, 1, *shape].
+  void place(const std::vector<Values>& before) {
     Numbers positions(call_.positions, call_.positions + call_.count);
-    std::for_each(positions.begin(), positions.end(), [first](std::int64_t& position) { position += first; });
-    position_ = filled(engine_, {call_.count}, DType::int64, positions.data());
-    state_ = filled(engine_, {call_.count, 1, call_.hidden}, DType::float32, state.data());
-    own_[names::kPosition] = whole(position_);
-    own_[names::kState] = whole(state_);
+    std::for_each(positions.begin(), positions.end(), [this](std::int64_t& position) { position += dropped_; });
+    put(tensors_, engine_, names::kPosition, {call_.count}, DType::int64, positions.data());
+    for (std::size_t index = 0; index < before.size(); ++index) {
+      const StateSpec& state = call_.model.states[index];
+      put(tensors_, engine_, names::state(state.name), shape_of_tokens(call_.count, 1, state.shape), DType::float32,
+          before[index].data());
+    }
   }
 
-  /// h of the token before first, float32 [count, 1, hidden].
-  Values state_before(std::int64_t first) const { return cut(first - 1, 1); }
-  /// h of the tokens from first on, float32 [count, seq - first, hidden].
-  Values iterate_from(std::int64_t first) const { return cut(first, call_.seq - first); }
+  /// A launch that reads under these names what the one of the other turn writes as next iterates.
+  std::unique_ptr<Launch> bind(NameOf read) {
+    Binding own = whole(tensors_);
+    for (const StateSpec& state : call_.model.states) {
+      if (turn_ == 1) std::swap(own.at(read(state.name)), own.at(names::next_iterate(state.name)));
+    }
+    return bind_by_name(program_, own, shared_, false);
+  }
 
-  Values cut(std::int64_t first, std::int64_t tokens) const {
-    const auto* iterate = static_cast<const float*>(iterates_[current_]->read());
-    const std::int64_t row_values = (call_.seq - dropped_) * call_.hidden;
+  /// The iterate of some tokens, float32 [count, tokens, *shape].
+  Values cut(const StateSpec& state, std::int64_t first, std::int64_t tokens) {
+    Buffer& buffer = *tensors_.at(turn_ == 0 ? names::iterate(state.name) : names::next_iterate(state.name));
+    const auto* iterate = static_cast<const float*>(buffer.read());
+    const std::size_t row_values = buffer.row_bytes() / sizeof(float), token_values = row_values / size_from(width_);
     Values values;
-    values.reserve(size_from(call_.count * tokens * call_.hidden));
-    for (std::int64_t row = 0; row < call_.count; ++row) {
-      const float* begin = iterate + row * row_values + (first - dropped_) * call_.hidden;
-      values.insert(values.end(), begin, begin + tokens * call_.hidden);
+    for (std::size_t row = 0; row < size_from(call_.count); ++row) {
+      const float* begin = iterate + row * row_values + size_from(first - dropped_) * token_values;
+      values.insert(values.end(), begin, begin + size_from(tokens) * token_values);
     }
     return values;
   }
@@ -220,37 +206,33 @@ class Iteration {
   const SharedSlices& shared_;
   Program& program_;
   std::int64_t dropped_ = 0;
-  BufferPointer ids_;
-  BufferPointer length_;
-  BufferPointer position_;
-  BufferPointer state_;
-  BufferPointer residual_;
-  std::array<BufferPointer, 2> iterates_;
-  std::size_t current_ = 0;  // the one that holds the iterate
-  Binding own_;
+  std::int64_t width_ = 0;
+  std::size_t turn_ = 0;  // 0: the iterates are what passes read, 1: what they write, and they do both the other way
+  Tensors tensors_;
   std::array<std::unique_ptr<Launch>, 2> launches_;  // go before what they are bound to
 };
 
-void run_unrolled(const PrefillCall& call, Engine& engine, const SharedSlices& shared, float* residual) {
-  const BufferPointer ids = filled(engine, {call.count, call.seq}, DType::int64, padded(call, 0).data());
-  const BufferPointer length = filled(engine, {call.count}, DType::int64, lengths_after(call, 0).data());
-  const BufferPointer hidden = engine.allocate({call.count, call.seq, call.hidden}, DType::float32);
-  const BufferPointer next_hidden = engine.allocate({call.count, call.seq, call.hidden}, DType::float32);
-  const BufferPointer found = engine.allocate({call.count}, DType::float32);
-  const Binding own{{names::kInputIds, whole(ids)},
-                    {names::kLength, whole(length)},
-                    {names::kHidden, whole(hidden)},
-                    {names::kNextHidden, whole(next_hidden)},
-                    {names::kResidual, whole(found)}};
-  bind_by_name(engine.program(names::kGraphPrefill), own, shared, false)->run();
-  if (call.recurrent) std::copy_n(static_cast<const float*>(found->read()), call.count, residual);
-}
-
 }  // namespace
+
+Tensors own_tensors(Engine& engine, const ModelConfig& model, std::int64_t rows, std::int64_t seq) {
+  Tensors tensors;
+  tensors[names::kNextHidden] = engine.allocate({rows, seq, model.hidden}, DType::float32);
+  if (!model.iterated) return tensors;
+  for (const StateSpec& state : model.states) {
+    for (const std::string& name : {names::iterate(state.name), names::next_iterate(state.name)}) {
+      std::unique_ptr<Buffer>& tensor = tensors[name];
+      if (tensor == nullptr) tensor = engine.allocate(shape_of_tokens(rows, seq, state.shape), DType::float32);
+    }
+  }
+  tensors[names::kResidual] = engine.allocate({rows}, DType::float32);
+  return tensors;
+}
 
 void PrefillCall::run(Engine& engine, const SharedSlices& shared, float* residual) const {
   if (passes == 0) {
-    run_unrolled(*this, engine, shared, residual);
+    const Tensors own = tensors_of(*this, engine, 0, seq);
+    bind_by_name(engine.program(names::kGraphPrefill), whole(own), shared, false)->run();
+    if (model.iterated) std::copy_n(static_cast<const float*>(own.at(names::kResidual)->read()), count, residual);
     return;
   }
   Iteration chunk(*this, engine, shared);

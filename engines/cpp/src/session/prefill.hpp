@@ -24,10 +24,11 @@ struct PrefillRule {
   std::int64_t chunk = 0;      ///< most tokens of a chunk
 };
 
-/// What a call of this target comes to; most: tokens that a call of the engine takes; unroll: passes that the target
-/// was built with, which every target can make, 0 for a plain transformer. Throws Error(input) for a number of passes
-/// or a chunk out of range, Error(unsupported) for passes of a plain transformer, or kAdaptive where no bound is known.
-PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool recurrent,
+/// What a call of this target comes to; most: tokens that a call of the engine takes; iterated: whether the model has
+/// passes at all; unroll: passes that the target was built with, which every target can make, 0 where one is exact.
+/// Throws Error(input) for a number of passes or a chunk out of range, Error(unsupported) for passes of a model that is
+/// not iterated, or kAdaptive where no bound is known.
+PrefillRule prefill_rule(const PrefillPlan& plan, const PrefillOptions& options, std::int64_t most, bool iterated,
                          std::int64_t unroll, const std::string& target);
 
 /// Gives the session's rows that a graph's tensor of this name is bound to.
@@ -36,22 +37,27 @@ using SharedSlices = std::function<BufferSlice(const std::string&)>;
 /// Bind every input and output of a program by name, from own or else from the session's tensors.
 std::unique_ptr<Launch> bind_by_name(Program& program, const Binding& own, const SharedSlices& shared, bool repeated);
 
+/// Tensors by the names that a graph gives them.
+using Tensors = std::map<std::string, std::unique_ptr<Buffer>>;
+
+/// What a graph over a chunk takes and gives that no later call reads; iterates are zeros to start with.
+Tensors own_tensors(Engine& engine, const ModelConfig& model, std::int64_t rows, std::int64_t seq);
+
 /// A chunk and how it runs.
 struct PrefillCall {
+  const ModelConfig& model;       ///< its states and sizes
   const RowTokens* rows;          ///< of the batch, at least one token each
   const std::int64_t* positions;  ///< tokens in the cache of each row before these
   std::int64_t count = 0;         ///< rows
   std::int64_t seq = 0;           ///< length they are padded to
-  std::int64_t hidden = 0;        ///< hidden size
-  bool recurrent = true;          ///< whether there are passes and a residual
-  /// 0 for the graph "prefill"; else that many calls of "prefill_pass", each fed the hidden iterate of the one before.
+  /// 0 for the graph "prefill"; else that many calls of "prefill_pass", each fed the iterates of the one before.
   std::int64_t passes = 0;
   /// For one row alone: done as soon as its residual is at most this; where all passes do not get there, the rest goes
   /// token by token. Unset: all passes are made.
   std::optional<float> bound;
 
-  /// Run it; state and caches of the last pass are left where shared says. residual: float32 [count], filled with that
-  /// of the last pass, unless the model is a plain transformer.
+  /// Run it; states and caches of the last pass are left where shared says. residual: float32 [count], filled with that
+  /// of the last pass if the model is iterated.
   void run(Engine& engine, const SharedSlices& shared, float* residual) const;
 };
 

@@ -38,7 +38,7 @@ void Failure::require_none() const {
 }
 
 Session::Impl::Impl(std::shared_ptr<Engine> engine, SessionSetup opened)
-    : setup(std::move(opened)), decoder(std::move(engine), setup), history(setup.sizes.batch, setup.sizes.vocab) {
+    : setup(std::move(opened)), decoder(std::move(engine), setup), history(setup.sizes.batch, setup.sizes.model.vocab) {
   const auto batch = static_cast<std::size_t>(setup.sizes.batch);
   for (std::vector<std::int64_t>* numbers : {&before_, &lengths_, &ids_}) numbers->assign(batch, 0);
 }
@@ -52,7 +52,7 @@ const float* Session::Impl::logits() {
 }
 
 void Session::Impl::prefill(const std::vector<std::vector<std::int64_t>>& rows, const PrefillOptions& options) {
-  check_token_rows(rows, setup.sizes.batch, setup.sizes.vocab);
+  check_token_rows(rows, setup.sizes.batch, setup.sizes.model.vocab);
   bool any = false;
   for (std::size_t row = 0; row < rows.size(); ++row) {
     lengths_[row] = static_cast<std::int64_t>(rows[row].size());
@@ -86,9 +86,9 @@ void Session::Impl::set_step(const std::int64_t* tokens, std::size_t count) {
   bool any = false;
   for (std::size_t row = 0; row < count; ++row) {
     const bool given = tokens[row] != kNoToken;
-    if (given && (tokens[row] < 0 || tokens[row] >= setup.sizes.vocab)) {
+    if (given && (tokens[row] < 0 || tokens[row] >= setup.sizes.model.vocab)) {
       problems.push_back("row " + std::to_string(row) + ": token id " + std::to_string(tokens[row]) +
-                         " is outside the vocabulary (0 to " + std::to_string(setup.sizes.vocab - 1) + ")");
+                         " is outside the vocabulary (0 to " + std::to_string(setup.sizes.model.vocab - 1) + ")");
     }
     // Rows that take no part keep a valid id: every id of the tensor may be looked up.
     ids_[row] = given ? tokens[row] : 0;
@@ -125,8 +125,8 @@ Session& Session::operator=(Session&&) noexcept = default;
 const std::string& Session::target() const noexcept { return impl_->setup.target; }
 std::int64_t Session::batch() const noexcept { return impl_->setup.sizes.batch; }
 std::int64_t Session::capacity() const noexcept { return impl_->setup.sizes.capacity; }
-std::int64_t Session::vocab_size() const noexcept { return impl_->setup.sizes.vocab; }
-const std::vector<std::int64_t>& Session::eos_token_ids() const noexcept { return impl_->setup.config.eos_token_ids; }
+std::int64_t Session::vocab_size() const noexcept { return impl_->setup.sizes.model.vocab; }
+const std::vector<std::int64_t>& Session::eos_token_ids() const noexcept { return config().eos_token_ids; }
 const std::int64_t* Session::position() const noexcept { return impl_->decoder.position().data(); }
 
 const float* Session::logits() {
@@ -186,7 +186,7 @@ Session Session::fork() {
 // --- For Generation ----------------------------------------------------------------------------------------------
 
 History& Session::history() noexcept { return impl_->history; }
-const ModelConfig& Session::config() const noexcept { return impl_->setup.config; }
+const ModelConfig& Session::config() const noexcept { return impl_->setup.sizes.model; }
 bool Session::slides() const noexcept { return impl_->setup.slides; }
 void Session::fail(const char* reason) noexcept { impl_->fail(reason); }
 
@@ -225,46 +225,46 @@ Snapshot Session::Impl::snapshot() {
   taken.tensors.push_back(row_numbers("held", history.held()));
   taken.tensors.push_back(tensor_from("recent", "I64", {sizes.batch, static_cast<std::int64_t>(kRecentTokens)},
                                       history.recent().data(), history.recent().size()));
-  const auto vocab_values = static_cast<std::size_t>(sizes.batch * sizes.vocab);
-  taken.tensors.push_back(tensor_from(names::kLogits, "F32", {sizes.batch, sizes.vocab}, logits(), vocab_values));
-  taken.tensors.push_back(tensor_from("seen", "U8", {sizes.batch, sizes.vocab}, history.seen().data(), vocab_values));
-  if (sizes.recurrent) {
-    taken.tensors.push_back(tensor_from(names::kState, "F32", {sizes.batch, 1, sizes.hidden}, tensors.state(),
-                                        static_cast<std::size_t>(sizes.batch * sizes.hidden)));
+  const auto vocab_values = static_cast<std::size_t>(sizes.batch * sizes.model.vocab);
+  taken.tensors.push_back(tensor_from(names::kLogits, "F32", {sizes.batch, sizes.model.vocab}, logits(), vocab_values));
+  taken.tensors.push_back(
+      tensor_from("seen", "U8", {sizes.batch, sizes.model.vocab}, history.seen().data(), vocab_values));
+  for (const auto& [name, buffer] : tensors.states()) {
+    const auto* values = static_cast<const float*>(buffer->read());
+    taken.tensors.push_back(tensor_from(name, "F32", buffer->shape(), values, buffer->bytes() / sizeof(float)));
   }
   const std::int64_t length = *std::max_element(decoder.position().begin(), decoder.position().end());
-  const Shape shape{sizes.batch, sizes.heads, length, sizes.head_dim};
-  const char* dtype = snapshot_dtype(sizes.cache_dtype);
-  const SessionCaches& caches = tensors.caches();
-  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    const auto key = static_cast<std::size_t>(2 * layer);
-    taken.tensors.push_back({names::past_key_values_key(layer), dtype, shape, caches.entries(key, length)});
-    taken.tensors.push_back({names::past_key_values_value(layer), dtype, shape, caches.entries(key + 1, length)});
+  for (std::size_t index = 0; index < tensors.caches().count(); ++index) {
+    const SessionCaches& caches = tensors.caches();
+    const CacheSpec& spec = sizes.model.caches[index / 2];
+    taken.tensors.push_back({cache_name(index), snapshot_dtype(sizes.cache_dtype),
+                             {sizes.batch, spec.heads, length, spec.head_dim}, caches.entries(index, length)});
   }
   return taken;
 }
 
 void Session::Impl::restore(const Snapshot& snapshot) {
   check_snapshot(snapshot, setup);
-  const TensorSizes& sizes = setup.sizes;
   // Copies, taken before anything changes: the snapshot's bytes may lie at any address.
   const auto position = values_of<std::int64_t>(*find_tensor(snapshot, names::kPosition));
   const auto next_tokens = values_of<std::int64_t>(*find_tensor(snapshot, "next_tokens"));
   const auto logits = values_of<float>(*find_tensor(snapshot, names::kLogits));
-  const auto state = sizes.recurrent ? values_of<float>(*find_tensor(snapshot, names::kState)) : std::vector<float>();
   auto drawn = values_of<std::int64_t>(*find_tensor(snapshot, "drawn"));
   auto pending = values_of<std::int64_t>(*find_tensor(snapshot, "pending"));
   auto seen = values_of<std::uint8_t>(*find_tensor(snapshot, "seen"));
   auto recent = values_of<std::int64_t>(*find_tensor(snapshot, "recent"));
   auto held = values_of<std::int64_t>(*find_tensor(snapshot, "held"));
+  std::vector<std::vector<float>> states;
+  for (const auto& state : decoder.tensors().states()) {
+    states.push_back(values_of<float>(*find_tensor(snapshot, state.first)));
+  }
   std::vector<const unsigned char*> caches;
-  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    caches.push_back(find_tensor(snapshot, names::past_key_values_key(layer))->data.data());
-    caches.push_back(find_tensor(snapshot, names::past_key_values_value(layer))->data.data());
+  for (std::size_t index = 0; index < decoder.tensors().caches().count(); ++index) {
+    caches.push_back(find_tensor(snapshot, cache_name(index))->data.data());
   }
   const std::int64_t length = *std::max_element(position.begin(), position.end());
   poisoning([&] {
-    decoder.tensors().restore(caches, length, logits.data(), state.data());
+    decoder.tensors().restore(caches, length, logits.data(), states);
     decoder.resume(position, next_tokens);
   });
   history.assign(std::move(drawn), std::move(pending), std::move(seen), std::move(recent), std::move(held));

@@ -15,15 +15,7 @@ void round_to(double value, std::uint16_t& element) noexcept { element = float16
 
 }  // namespace
 
-Window::Window(const ModelConfig& config)
-    : size_(*config.sliding_window),
-      half_(static_cast<std::size_t>(config.head_dim / 2)),
-      theta_(config.rope_theta),
-      interleaved_(config.rope_interleaved),
-      cos_(half_),
-      sin_(half_) {}
-
-void Window::slide(Buffer& cache, const std::vector<std::int64_t>& positions, bool keys) {
+void Window::slide(Buffer& cache, const std::vector<std::int64_t>& positions, const Rotary* rotary) {
   const auto heads = static_cast<std::size_t>(cache.shape()[1]);
   const auto capacity = static_cast<std::size_t>(cache.shape()[2]);
   const std::size_t token_bytes = static_cast<std::size_t>(cache.shape()[3]) * size_of(cache.dtype());
@@ -34,16 +26,16 @@ void Window::slide(Buffer& cache, const std::vector<std::int64_t>& positions, bo
     const std::int64_t keep = kept(positions[row]);
     const std::int64_t shift = positions[row] - keep;
     const std::size_t kept_bytes = static_cast<std::size_t>(keep) * token_bytes;
-    set_angles(shift);
+    if (rotary != nullptr) set_angles(*rotary, shift);
     for (std::size_t head = 0; head < heads; ++head) {
       unsigned char* first = values_.data() + (row * heads + head) * capacity * token_bytes;
       std::memmove(first, first + static_cast<std::size_t>(shift) * token_bytes, kept_bytes);
       std::memset(first + kept_bytes, 0, capacity * token_bytes - kept_bytes);
-      for (unsigned char* token = first; keys && token < first + kept_bytes; token += token_bytes) {
+      for (unsigned char* token = first; rotary != nullptr && token < first + kept_bytes; token += token_bytes) {
         if (cache.dtype() == DType::float16) {
-          turn_back<std::uint16_t>(token);
+          turn_back<std::uint16_t>(token, rotary->interleaved);
         } else {
-          turn_back<float>(token);
+          turn_back<float>(token, rotary->interleaved);
         }
       }
     }
@@ -52,20 +44,21 @@ void Window::slide(Buffer& cache, const std::vector<std::int64_t>& positions, bo
 }
 
 /// The angles of the rotary tables, in float64.
-void Window::set_angles(std::int64_t shift) {
-  for (std::size_t pair = 0; pair < half_; ++pair) {
-    const double exponent = -2.0 * static_cast<double>(pair) / static_cast<double>(2 * half_);
-    const double angle = static_cast<double>(shift) * std::pow(theta_, exponent);
-    cos_[pair] = std::cos(angle);
-    sin_[pair] = std::sin(angle);
+void Window::set_angles(const Rotary& rotary, std::int64_t shift) {
+  cos_.clear();
+  sin_.clear();
+  for (const double frequency : rotary.frequencies) {
+    cos_.push_back(std::cos(static_cast<double>(shift) * frequency));
+    sin_.push_back(std::sin(static_cast<double>(shift) * frequency));
   }
 }
 
 template <typename Element>
-void Window::turn_back(unsigned char* token) const {
-  for (std::size_t pair = 0; pair < half_; ++pair) {
-    unsigned char* first = token + (interleaved_ ? 2 * pair : pair) * sizeof(Element);
-    unsigned char* second = token + (interleaved_ ? 2 * pair + 1 : pair + half_) * sizeof(Element);
+void Window::turn_back(unsigned char* token, bool interleaved) const {
+  const std::size_t half = cos_.size();
+  for (std::size_t pair = 0; pair < half; ++pair) {
+    unsigned char* first = token + (interleaved ? 2 * pair : pair) * sizeof(Element);
+    unsigned char* second = token + (interleaved ? 2 * pair + 1 : pair + half) * sizeof(Element);
     Element elements[2];
     std::memcpy(&elements[0], first, sizeof(Element));
     std::memcpy(&elements[1], second, sizeof(Element));

@@ -1,5 +1,5 @@
-// What a full row does in a session that slides: forget what the attention window no longer sees. The C++ twin of
-// crt_export/runtime/caches.py, which says why this is exact up to rounding.
+// What a full row does in a session that evicts: forget what no attention window sees any longer. The C++ twin of
+// crt_export/runtime/slide.py, which says why this is exact up to rounding.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,12 @@
 
 namespace crt {
 
-/// The attention window of a model, and how its keys are rotated.
+/// What the caches of a full row keep, all as many tokens, and how their keys are turned.
 class Window {
  public:
-  /// config.sliding_window must be set.
-  explicit Window(const ModelConfig& config);
+  /// size: latest tokens that a token sees, itself included, as ModelConfig::window() gives them.
+  explicit Window(std::int64_t size) : size_(size) {}
 
-  /// Keys that a token sees, itself included.
   std::int64_t size() const noexcept { return size_; }
   /// Smallest capacity to slide in: the window, and an eighth more where keys are rounded to float16 at every slide.
   static std::int64_t least_capacity(std::int64_t window, DType cache_dtype) noexcept {
@@ -24,19 +23,18 @@ class Window {
   }
   /// How many of a row's tokens a slide keeps.
   std::int64_t kept(std::int64_t position) const noexcept { return position < size_ - 1 ? position : size_ - 1; }
-  /// Slide some rows of a cache [batch, heads, capacity, head_dim]; positions: int64 [batch], tokens in the rows
-  /// that slide, -1 for the others. Keys are turned back by as many positions as they move.
-  void slide(Buffer& cache, const std::vector<std::int64_t>& positions, bool keys);
+  /// Slide some rows of a cache [batch, heads, capacity, head_dim]; positions: int64 [batch], tokens in the rows that
+  /// slide, -1 for the others. rotary: by which keys are turned back as many positions as they move; null: they only
+  /// move, as values do. A cache may hold more channels than it turns, which are padding.
+  void slide(Buffer& cache, const std::vector<std::int64_t>& positions, const Rotary* rotary);
 
  private:
-  void set_angles(std::int64_t shift);
+  void set_angles(const Rotary& rotary, std::int64_t shift);
   template <typename Element>
-  void turn_back(unsigned char* token) const;
+  void turn_back(unsigned char* token, bool interleaved) const;
 
   std::int64_t size_;
-  std::size_t half_;
-  double theta_;
-  bool interleaved_;
+  // Scratch, kept from cache to cache.
   std::vector<double> cos_;
   std::vector<double> sin_;
   std::vector<unsigned char> values_;

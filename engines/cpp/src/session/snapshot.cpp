@@ -92,13 +92,15 @@ std::vector<ExpectedTensor> expected_tensors(const TensorSizes& sizes, std::int6
     expected.push_back({name, "I64", {sizes.batch}});
   }
   expected.push_back({"recent", "I64", {sizes.batch, static_cast<std::int64_t>(kRecentTokens)}});
-  expected.push_back({names::kLogits, "F32", {sizes.batch, sizes.vocab}});
-  expected.push_back({"seen", "U8", {sizes.batch, sizes.vocab}});
-  if (sizes.recurrent) expected.push_back({names::kState, "F32", {sizes.batch, 1, sizes.hidden}});
-  const Shape cache{sizes.batch, sizes.heads, length, sizes.head_dim};
-  for (std::int64_t layer = 0; layer < sizes.layers; ++layer) {
-    expected.push_back({names::past_key_values_key(layer), snapshot_dtype(sizes.cache_dtype), cache});
-    expected.push_back({names::past_key_values_value(layer), snapshot_dtype(sizes.cache_dtype), cache});
+  expected.push_back({names::kLogits, "F32", {sizes.batch, sizes.model.vocab}});
+  expected.push_back({"seen", "U8", {sizes.batch, sizes.model.vocab}});
+  for (const StateSpec& state : sizes.model.states) {
+    expected.push_back({names::state(state.name), "F32", shape_of_tokens(sizes.batch, 1, state.shape)});
+  }
+  for (std::size_t index = 0; index < 2 * sizes.model.caches.size(); ++index) {
+    const CacheSpec& spec = sizes.model.caches[index / 2];
+    expected.push_back({cache_name(index), snapshot_dtype(sizes.cache_dtype),
+                        {sizes.batch, spec.heads, length, spec.head_dim}});
   }
   return expected;
 }
@@ -184,7 +186,7 @@ bool finite(const unsigned char* data, const std::string& dtype, std::size_t byt
 bool finite_row(const SnapshotTensor& tensor, std::size_t row, std::int64_t position) {
   const std::size_t row_bytes = tensor.data.size() / static_cast<std::size_t>(tensor.shape[0]);
   const unsigned char* first = tensor.data.data() + row * row_bytes;
-  if (tensor.shape.size() != 4) return finite(first, tensor.dtype, row_bytes);
+  if (tensor.name.rfind("past_key_values.", 0) != 0) return finite(first, tensor.dtype, row_bytes);
   const auto heads = static_cast<std::size_t>(tensor.shape[1]);
   const std::size_t head_bytes = row_bytes / heads;
   const std::size_t token_bytes = head_bytes / static_cast<std::size_t>(tensor.shape[2]);
@@ -216,7 +218,7 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
   const std::vector<std::int64_t> following = of("next_tokens"), drawn = of("drawn");
   const std::vector<std::int64_t> recent = of("recent"), held = of("held");
   const std::vector<unsigned char>& seen = find_tensor(snapshot, "seen")->data;
-  const std::string last = std::to_string(sizes.vocab - 1);
+  const std::string last = std::to_string(sizes.model.vocab - 1);
   Problems problems;
   for (std::size_t row = 0; row < position.size(); ++row) {
     for (const SnapshotTensor& tensor : snapshot.tensors) {
@@ -224,11 +226,11 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
         problems.push_back(row_text(row) + tensor.name + " is not finite");
       }
     }
-    if (pending[row] < -1 || pending[row] >= sizes.vocab) {
+    if (pending[row] < -1 || pending[row] >= sizes.model.vocab) {
       problems.push_back(row_text(row) + "the pending token " + std::to_string(pending[row]) +
                          " is outside the vocabulary (0 to " + last + ", -1 for none)");
     }
-    if (position[row] > 0 && (following[row] < 0 || following[row] >= sizes.vocab)) {
+    if (position[row] > 0 && (following[row] < 0 || following[row] >= sizes.model.vocab)) {
       problems.push_back(row_text(row) + "the next token " + std::to_string(following[row]) +
                          " is outside the vocabulary (0 to " + last + ")");
     }
@@ -236,11 +238,11 @@ Problems value_problems(const Snapshot& snapshot, const TensorSizes& sizes) {
       problems.push_back(row_text(row) + std::to_string(drawn[row]) + " random draws, must be 0 to " +
                          std::to_string(kMostDraws));
     }
-    const auto begin = seen.begin() + static_cast<std::ptrdiff_t>(row) * sizes.vocab;
-    if (std::any_of(begin, begin + sizes.vocab, [](unsigned char value) { return value > 1; })) {
+    const auto begin = seen.begin() + static_cast<std::ptrdiff_t>(row) * sizes.model.vocab;
+    if (std::any_of(begin, begin + sizes.model.vocab, [](unsigned char value) { return value > 1; })) {
       problems.push_back(row_text(row) + "seen must be 0 or 1");
     }
-    add_text_problems(row, recent.data() + row * kRecentTokens, held[row], sizes.vocab, problems);
+    add_text_problems(row, recent.data() + row * kRecentTokens, held[row], sizes.model.vocab, problems);
   }
   return problems;
 }

@@ -5,9 +5,9 @@
 #include <optional>
 #include <utility>
 
+#include "bundle/contract.hpp"
 #include "crt_runtime/error.hpp"
 #include "engine/tensor_names.hpp"
-#include "session/prefill.hpp"
 
 namespace crt {
 namespace {
@@ -23,15 +23,28 @@ std::size_t index_of(std::int64_t value) { return static_cast<std::size_t>(value
 SessionTensors::SessionTensors(Engine& engine, const TensorSizes& sizes, bool rows_are_independent)
     : engine_(engine), sizes_(sizes), caches_(engine, sizes, rows_are_independent) {
   for (Half& half : double_buffer_) {
-    half.ids = engine.allocate({sizes.batch, 1}, DType::int64);
-    half.position = engine.allocate({sizes.batch}, DType::int64);
-    if (sizes.recurrent) half.state = engine.allocate({sizes.batch, 1, sizes.hidden}, DType::float32);
+    const auto allocate = [&](const std::string& name, Shape shape, DType dtype) {
+      return (half.tensors[name] = engine.allocate(std::move(shape), dtype)).get();
+    };
+    half.ids = allocate(names::kInputIds, {sizes.batch, 1}, DType::int64);
+    half.position = allocate(names::kPosition, {sizes.batch}, DType::int64);
+    for (const StateSpec& state : sizes.model.states) {
+      const std::string name = names::state(state.name);
+      half.states.emplace_back(name, allocate(name, shape_of_tokens(sizes.batch, 1, state.shape), DType::float32));
+    }
     half.held_ids.assign(index_of(sizes.batch), kUnknown);
     half.held_positions.assign(index_of(sizes.batch), kUnknown);
   }
-  logits_ = engine.allocate({sizes.batch, sizes.vocab}, DType::float32);
-  if (engine.one_graph()) allocate_one_token();
-  const std::vector<float> none(index_of(sizes.batch * sizes.vocab), std::numeric_limits<float>::quiet_NaN());
+  logits_ = engine.allocate({sizes.batch, sizes.model.vocab}, DType::float32);
+  for (const auto& [output, input] : graph_contract(names::kGraphStep, sizes.model).continues) {
+    continued_[output] = input;
+  }
+  if (engine.one_graph()) {
+    one_token_ = own_tensors(engine, sizes.model, sizes.batch, 1);
+    const std::vector<std::int64_t> ones(index_of(sizes.batch), 1);
+    (one_token_[names::kLength] = engine.allocate({sizes.batch}, DType::int64))->write(ones.data());
+  }
+  const std::vector<float> none(index_of(sizes.batch * sizes.model.vocab), std::numeric_limits<float>::quiet_NaN());
   logits_->write(none.data());
 }
 
@@ -52,8 +65,8 @@ void SessionTensors::prefill(const std::vector<RowTokens>& rows, const std::int6
   feed(half.held_positions, *half.position, positions, batches);
   make_room(positions, batches);
   for (const Batch& batch : batches) {
-    const PrefillCall call{rows.data() + batch.start, positions + batch.start, batch.stop - batch.start, batch.seq,
-                           sizes_.hidden,             sizes_.recurrent,        passes,                   bound};
+    const PrefillCall call{sizes_.model, rows.data() + batch.start, positions + batch.start,
+                           batch.stop - batch.start, batch.seq, passes, bound};
     call.run(engine_, [&](const std::string& name) { return shared(name, batch); }, residual.data() + batch.start);
   }
   finish(positions, batches, &rows);
@@ -66,36 +79,31 @@ void SessionTensors::prefill(const std::vector<RowTokens>& rows, const std::int6
   }
 }
 
-const float* SessionTensors::state() {
-  return sizes_.recurrent ? static_cast<const float*>(double_buffer_[current_].state->read()) : nullptr;
-}
-
 void SessionTensors::restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
-                             const float* state) {
+                             const std::vector<std::vector<float>>& states) {
   forget();
   logits_->write(logits);
-  if (sizes_.recurrent) double_buffer_[current_].state->write(state);
+  for (std::size_t index = 0; index < states.size(); ++index) {
+    double_buffer_[current_].states[index].second->write(states[index].data());
+  }
   caches_.write(caches, length);
 }
 
 void SessionTensors::clear(const std::int64_t* positions) {
   forget();
   caches_.trim(positions);
-  std::vector<float> values(logits(), logits() + sizes_.batch * sizes_.vocab);
-  for (std::int64_t row = 0; row < sizes_.batch; ++row) {
-    if (positions[row] == 0) {
-      std::fill_n(values.begin() + row * sizes_.vocab, sizes_.vocab, std::numeric_limits<float>::quiet_NaN());
-    }
-  }
-  logits_->write(values.data());
-  if (!sizes_.recurrent) return;
-  for (Half& half : double_buffer_) {
-    const auto* held = static_cast<const float*>(half.state->read());
-    std::vector<float> state(held, held + sizes_.batch * sizes_.hidden);
+  const auto fill_fresh = [&](Buffer& buffer, float value) {
+    const auto* held = static_cast<const float*>(buffer.read());
+    const std::size_t width = buffer.row_bytes() / sizeof(float);
+    std::vector<float> values(held, held + width * index_of(sizes_.batch));
     for (std::int64_t row = 0; row < sizes_.batch; ++row) {
-      if (positions[row] == 0) std::fill_n(state.begin() + row * sizes_.hidden, sizes_.hidden, 0.0F);
+      if (positions[row] == 0) std::fill_n(values.data() + index_of(row) * width, width, value);
     }
-    half.state->write(state.data());
+    buffer.write(values.data());
+  };
+  fill_fresh(*logits_, std::numeric_limits<float>::quiet_NaN());
+  for (Half& half : double_buffer_) {
+    for (const auto& state : half.states) fill_fresh(*state.second, 0.0F);
   }
 }
 
@@ -104,11 +112,9 @@ void SessionTensors::assign(SessionTensors& other) {
   forget();
   Half& target = double_buffer_[current_];
   Half& source = other.double_buffer_[other.current_];
-  target.ids->copy_rows(*source.ids, 0, batch);
-  target.position->copy_rows(*source.position, 0, batch);
+  for (const auto& [name, buffer] : target.tensors) buffer->copy_rows(*source.tensors.at(name), 0, batch);
   target.held_ids = source.held_ids;
   target.held_positions = source.held_positions;
-  if (sizes_.recurrent) target.state->copy_rows(*source.state, 0, batch);
   logits_->copy_rows(*other.logits_, 0, batch);
   caches_.assign(other.caches_);
 }
@@ -124,25 +130,11 @@ Launch& SessionTensors::step_launch(const Batch& batch) {
   if (step_launches_.size() >= std::max(kMostKeptLaunches, 4 * static_cast<std::size_t>(sizes_.batch))) {
     step_launches_.clear();
   }
-  Binding own{{names::kInputIds, BufferSlice{double_buffer_[current_].ids.get(), batch.start, batch.stop}}};
-  if (one_token_.length != nullptr) {
-    own.insert({{names::kLength, BufferSlice{one_token_.length.get(), batch.start, batch.stop}},
-                {names::kHidden, BufferSlice{one_token_.hidden.get(), batch.start, batch.stop}},
-                {names::kNextHidden, BufferSlice{one_token_.next_hidden.get(), batch.start, batch.stop}},
-                {names::kResidual, BufferSlice{one_token_.residual.get(), batch.start, batch.stop}}});
-  }
+  Binding own;
+  for (const auto& [name, buffer] : one_token_) own[name] = BufferSlice{buffer.get(), batch.start, batch.stop};
   const SharedSlices shared_slices = [&](const std::string& name) { return shared(name, batch); };
   std::unique_ptr<Launch> launch = bind_by_name(engine_.program(names::kGraphStep), own, shared_slices, true);
   return *step_launches_.emplace(key, std::move(launch)).first->second;
-}
-
-void SessionTensors::allocate_one_token() {
-  const Shape iterate{sizes_.batch, 1, sizes_.hidden};
-  one_token_.length = engine_.allocate({sizes_.batch}, DType::int64);
-  one_token_.length->write(std::vector<std::int64_t>(index_of(sizes_.batch), 1).data());
-  one_token_.hidden = engine_.allocate(iterate, DType::float32);
-  one_token_.next_hidden = engine_.allocate(iterate, DType::float32);
-  one_token_.residual = engine_.allocate({sizes_.batch}, DType::float32);
 }
 
 /// Let the caches grow to what the batches write, padding included.
@@ -172,9 +164,14 @@ void SessionTensors::finish(const std::int64_t* positions, const std::vector<Bat
   Half& source = double_buffer_[current_];
   Half& target = double_buffer_[1 - current_];
   const auto* tokens = static_cast<const std::int64_t*>(target.ids->read());
+  const auto carry = [&](std::int64_t begin, std::int64_t end) {
+    for (std::size_t index = 0; begin < end && index < source.states.size(); ++index) {
+      target.states[index].second->copy_rows(*source.states[index].second, begin, end);
+    }
+  };
   std::int64_t begin = 0;
   for (const Batch& batch : batches) {
-    if (sizes_.recurrent && begin < batch.start) target.state->copy_rows(*source.state, begin, batch.start);
+    carry(begin, batch.start);
     begin = batch.stop;
     for (std::int64_t row = batch.start; row < batch.stop; ++row) {
       target.held_ids[index_of(row)] = tokens[row];
@@ -182,7 +179,7 @@ void SessionTensors::finish(const std::int64_t* positions, const std::vector<Bat
           positions[row] + (rows == nullptr ? 1 : (*rows)[index_of(row)].count);
     }
   }
-  if (sizes_.recurrent && begin < sizes_.batch) target.state->copy_rows(*source.state, begin, sizes_.batch);
+  carry(begin, sizes_.batch);
   current_ = 1 - current_;
 }
 
@@ -194,14 +191,12 @@ void SessionTensors::forget() noexcept {
 }
 
 BufferSlice SessionTensors::shared(const std::string& name, const Batch& batch) {
-  Half& read = double_buffer_[current_];
-  Half& written = double_buffer_[1 - current_];
-  const std::map<std::string, Buffer*> buffers{
-      {names::kPosition, read.position.get()},       {names::kState, read.state.get()},
-      {names::kNextToken, written.ids.get()},        {names::kNextPosition, written.position.get()},
-      {names::kNextState, written.state.get()},      {names::kLogits, logits_.get()}};
-  const auto found = buffers.find(name);
-  if (found != buffers.end() && found->second != nullptr) return BufferSlice{found->second, batch.start, batch.stop};
+  if (name == names::kLogits) return BufferSlice{logits_.get(), batch.start, batch.stop};
+  const auto continued = continued_.find(name);
+  const bool written = continued != continued_.end();
+  const Half& half = double_buffer_[written ? 1 - current_ : current_];
+  const auto found = half.tensors.find(written ? continued->second : name);
+  if (found != half.tensors.end()) return BufferSlice{found->second.get(), batch.start, batch.stop};
   const std::optional<BufferSlice> cache = caches_.rows(name, batch.start, batch.stop);
   if (cache) return *cache;
   throw Error(ErrorKind::contract, "a graph asks for a tensor '" + name + "' that the contract does not have");

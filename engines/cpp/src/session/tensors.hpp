@@ -1,9 +1,9 @@
 // The tensors of one session: allocated once and bound to the engine's graphs. The C++ twin of
 // crt_export/runtime/tensors.py.
 //
-// What a call leaves for the next one (state, next token, next position) goes from one set of buffers to the other, and
-// the two swap roles: next_state never aliases state, and a greedy loop feeds itself without an upload. Caches are
-// bound as input and output at the same address, so they are updated in place.
+// What a call leaves for the next one (states, next token, next position) goes from one set of buffers to the other, as
+// the contract pairs them, and the two swap roles: none of them aliases its input, and a greedy loop feeds itself
+// without an upload. Caches are bound as input and output at the same address, so they are updated in place.
 //
 // On a CPU the step is a pass over one token: one graph serves both, with one packed copy of the weights.
 #pragma once
@@ -15,13 +15,17 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "engine/engine.hpp"
 #include "session/caches.hpp"
+#include "session/prefill.hpp"
 #include "session/rows.hpp"
 
 namespace crt {
+
+using NamedBuffers = std::vector<std::pair<std::string, Buffer*>>;
 
 class SessionTensors {
  public:
@@ -35,23 +39,23 @@ class SessionTensors {
 
   /// Run several tokens per row of the batches. passes: 0 for as many as the bundle was built with, else that many
   /// calls of prefill_pass. bound: residual at which passes end, for batches of one row; unset: after all of them.
-  /// residual: float32 [batch], filled for the rows of the batches unless the model is a plain transformer.
+  /// residual: float32 [batch], filled for the rows of the batches if the model is iterated.
   void prefill(const std::vector<RowTokens>& rows, const std::int64_t* positions, const std::vector<Batch>& batches,
                std::int64_t passes, std::optional<float> bound, std::vector<float>& residual);
 
   /// float32 [batch, vocab]: each row's after its last call, NaN if it had none; valid until the next call.
   const float* logits() { return static_cast<const float*>(logits_->read()); }
-  /// Current recurrent state, float32 [batch, 1, hidden]; nullptr for a plain transformer.
-  const float* state();
+  /// Current states, float32 [batch, 1, *shape], and the names of the graphs' inputs.
+  const NamedBuffers& states() const noexcept { return double_buffer_[current_].states; }
   /// int64 [batch]: the engine's argmax of the rows that took part in the last call.
   const std::int64_t* next_tokens() const noexcept { return double_buffer_[current_].held_ids.data(); }
 
-  /// Zero every cache entry beyond the positions, and the state of rows at position 0, whose logits become NaN.
+  /// Zero every cache entry beyond the positions, and the states of rows at position 0, whose logits become NaN.
   void clear(const std::int64_t* positions);
-  /// Replace caches and state by those of a snapshot. caches: key and value of each layer in turn, [batch, heads,
-  /// length, head_dim]; zeros go behind them. state: float32 [batch, 1, hidden]; ignored for a plain transformer.
+  /// Replace caches and states by those of a snapshot. caches: keys and values of each in turn, [batch, heads, length,
+  /// head_dim]; zeros go behind them. states: each as in states().
   void restore(const std::vector<const unsigned char*>& caches, std::int64_t length, const float* logits,
-               const float* state);
+               const std::vector<std::vector<float>>& states);
   /// Take everything from the tensors of another session of the same sizes.
   void assign(SessionTensors& other);
 
@@ -65,19 +69,12 @@ class SessionTensors {
  private:
   /// What one call leaves for the next. held: what the buffers hold, as far as the host knows, else -1.
   struct Half {
-    std::unique_ptr<Buffer> ids;
-    std::unique_ptr<Buffer> position;
-    std::unique_ptr<Buffer> state;
+    Tensors tensors;  ///< by the name of the input
+    Buffer* ids = nullptr;
+    Buffer* position = nullptr;
+    NamedBuffers states;
     std::vector<std::int64_t> held_ids;
     std::vector<std::int64_t> held_positions;
-  };
-  /// What a graph of any number of tokens takes and gives besides, when it makes a step; empty where the step is a
-  /// graph of its own.
-  struct OneToken {
-    std::unique_ptr<Buffer> length;       // ones
-    std::unique_ptr<Buffer> hidden;       // zeros: the first token of a chunk depends on no iterate
-    std::unique_ptr<Buffer> next_hidden;  // never read
-    std::unique_ptr<Buffer> residual;     // never read
   };
 
   void feed(std::vector<std::int64_t>& held, Buffer& buffer, const std::int64_t* values,
@@ -85,7 +82,6 @@ class SessionTensors {
   void finish(const std::int64_t* positions, const std::vector<Batch>& batches, const std::vector<RowTokens>* rows);
   void forget() noexcept;
   void make_room(const std::int64_t* positions, const std::vector<Batch>& batches);
-  void allocate_one_token();
   BufferSlice shared(const std::string& name, const Batch& batch);
 
   Engine& engine_;
@@ -94,7 +90,8 @@ class SessionTensors {
   std::size_t current_ = 0;
   std::unique_ptr<Buffer> logits_;
   SessionCaches caches_;
-  OneToken one_token_;
+  std::map<std::string, std::string> continued_;  // output to the input that it continues
+  Tensors one_token_;  // what a graph of any number of tokens takes and gives besides, when it makes a step
   std::uint64_t bound_moves_ = 0;  // of the caches, when the launches were bound
   std::map<std::tuple<std::int64_t, std::int64_t, std::size_t>, std::unique_ptr<Launch>> step_launches_;
 };

@@ -1,5 +1,5 @@
 // Kernels that TensorRT-RTX compiled on this machine, kept in the user's cache folder for the next process. Shares its
-// files with crt_export/engine/tensorrt/runtime_cache.py.
+// files with crt_export/engine/tensorrt/engine.py.
 #pragma once
 
 #include <cstddef>

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class GgufFile:
         """
         self._path = path
         self._reader = _opened(path)
+        with _damaged(path):
+            self._read_metadata()
+
+    def _read_metadata(self) -> None:
+        path = self._path
         self._meta = {name: field.contents() for name, field in self._reader.fields.items()}
         self._kind = str(self._meta.get("general.architecture"))
         if self._kind not in _NORMS:
@@ -119,6 +125,10 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantised, as the folder has it."""
+        with _damaged(self._path):
+            return self._dequantised(name)
+
+    def _dequantised(self, name: str) -> Tensor:
         import gguf
 
         tensor = self._theirs[name]
@@ -149,7 +159,8 @@ class GgufFile:
         if name in (TOKENIZER, TEMPLATE) and is_input(beside):
             return read_input(beside, most=_MOST_JSON_BYTES)
         if name == TOKENIZER:
-            document = tokenizer_document(self._path, self._meta)
+            with _damaged(self._path):
+                document = tokenizer_document(self._path, self._meta)
         elif name == GENERATION:
             ends = [self._meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
             document = {"eos_token_id": list(dict.fromkeys(one for one in ends if one is not None))}
@@ -232,6 +243,16 @@ class GgufFile:
             "final_logit_softcapping": own.get("final_logit_softcapping"),
             "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if largest else head_dim,
         }
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Say that a file is damaged where its values are of other kinds than they must be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error!s:.80}"
+        raise CheckpointError(f"{path}: expected a complete GGUF file, found a damaged one ({what})") from None
 
 
 def _opened(path: Path) -> Any:

@@ -119,10 +119,12 @@ def rotary_set(
     """
     if head_dim > _MOST_CHANNELS:
         raise CheckpointError(f"config.json: heads of {head_dim} channels, expected at most {_MOST_CHANNELS}")
+    if not isinstance(parameters, Mapping | None):
+        raise CheckpointError(f"config.json: rotary parameters must be an object, found {parameters!r:.60}")
     given = {name: value for name, value in (parameters or {}).items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _KINDS:
-        raise UnsupportedError(f"rope_type {kind!r:.40}: {_REASONS.get(kind, 'not known to this version')}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UnsupportedError(f"rope_type {kind!r:.40}: {_REASONS.get(str(kind), 'not known to this version')}")
     compute, needed, optional = _KINDS[kind]
     unknown = set(given) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *needed, *optional}
     if unknown:
@@ -135,16 +137,28 @@ def rotary_set(
     given.setdefault("partial_rotary_factor", partial or 1.0)
     if kind in ("yarn", "llama3"):
         given.setdefault("original_max_position_embeddings", positions)
-    missing = [name for name in needed if not is_finite_number(given.get(name))]
-    wrong = [name for name, value in given.items() if name in _NUMBERS and not is_finite_number(value)]
-    if missing or wrong:
-        raise CheckpointError(f"rope_type {kind}: a number is needed for {', '.join([*missing, *wrong])}")
+    wrong = [
+        name
+        for name in (*needed, *sorted(_NUMBERS))
+        if (name in needed or name in given) and not _is_above_0(given.get(name))
+    ]
+    if wrong:
+        raise CheckpointError(f"rope_type {kind}: a number above 0 is needed for {', '.join(dict.fromkeys(wrong))}")
     channels = int(head_dim * given["partial_rotary_factor"])
     if channels % 2 or not 0 < channels <= head_dim:
         raise UnsupportedError(f"{channels} of {head_dim} channels turned, expected an even number of them")
-    frequencies, factor = compute(given, channels)
+    try:
+        frequencies, factor = compute(given, channels)
+    except ArithmeticError:
+        frequencies, factor = torch.tensor([math.nan]), 1.0
+    if not bool(torch.isfinite(frequencies).all()) or not math.isfinite(factor):
+        raise CheckpointError(f"rope_type {kind}: its parameters give no frequencies")
     values = [*frequencies.double().tolist(), *[0.0] * ((head_dim - channels) // 2)]
     return RotarySet(frequencies=tuple(values), channels=channels, factor=factor)
+
+
+def _is_above_0(value: object) -> bool:
+    return is_finite_number(value) and float(value) > 0  # type: ignore[arg-type]
 
 
 def _default(given: Mapping[str, Any], channels: int) -> tuple[Tensor, float]:

@@ -323,6 +323,7 @@ def test_keys_of_files_on_the_hub_are_known(
         ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope.*change with the length"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic.*change with the length"),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "'spiral': not known"),
+        ("llama", {"rope_parameters": {"rope_type": {"a": 1}}}, "rope_type"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "shift": 1}}, "unknown shift"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ("llama", {"clip_everything": 3}, "clip_everything = 3: this version does not know"),

@@ -166,3 +166,13 @@ def test_other_factors_are_refused(theirs: Theirs, tmp_path: Path) -> None:
     _write(tmp_path / "model.gguf", theirs("llama 3.1")[0], "llama", factors=_factors(8.0) * np.float32(1.01))
     with pytest.raises(UnsupportedError, match="scales the frequencies as no Llama does"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"llama.block_count", b"llama.block_cOunt"), (b"llama.", b"LLama.")])
+def test_metadata_that_is_missing(before: bytes, after: bytes, theirs: Theirs, tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", theirs("llama")[0], "llama")
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content.replace(before, after))
+    with pytest.raises((CheckpointError, UnsupportedError), match="block_c|damaged"):
+        convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -80,9 +80,9 @@ def _random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
     def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name == "embed.weight":
             return normal(shape, 0.5)
-        if len(shape) == 2:
-            return normal(shape, 0.5 / shape[1] ** 0.5)
-        return 1 + normal(shape, 0.1) if name.endswith("norm.weight") else normal(shape, 0.1)
+        if name.endswith("norm.weight"):
+            return 1 + normal(shape, 0.1)
+        return normal(shape, 0.1 if name.endswith("bias") else 0.5 / shape[1] ** 0.5)
 
     return {name: weight(name, shape) for name, shape in tensor_shapes(config).items()}
 

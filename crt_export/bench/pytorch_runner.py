@@ -204,6 +204,7 @@ def _quantized(model: Model) -> Model:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao moves to torchao, and still is what torch has
+        warnings.filterwarnings("ignore", "torch.quantize_per", UserWarning)  # likewise
         return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 

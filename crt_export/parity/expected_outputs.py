@@ -79,7 +79,7 @@ class ExpectedOutputs:
 @torch.no_grad()
 def run_model(model: LanguageModel, ids: Tensor, passes: Passes) -> Tensor:
     """h of one sequence from its start, [n, hidden]: the exact recurrence, or that many parallel passes."""
-    if passes == EXACT and model.correction is not None:
+    if passes == EXACT and model.carried.iterated:
         return model.sequential(ids[None])[0].hidden[0]
     return model.unroll(ids[None], 1 if passes == EXACT else int(passes))[0].hidden[0]
 

@@ -27,7 +27,7 @@ from crt_export.models.crt import Correction
 from crt_export.models.declaration import HIDDEN
 from crt_export.models.layers import ACTIVATIONS, LayerNorm, Linear, Mlp
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.models.transformer import Block
+from crt_export.models.transformer import Block, TransformerConfig
 from crt_export.parity.expected_outputs import EXACT, Passes
 
 CONFIG = "set it in config.json and build again"
@@ -127,14 +127,17 @@ def variations(config: ModelConfig, passes: Passes, stated: bool, first: int) ->
         stated: Whether the file says so itself.
         first: First position that differs.
     """
+    regimes, tokens = _of_regime(config, passes, stated) if config.carried.iterated else (), _of_tokens(config)
+    if not isinstance(config, TransformerConfig):
+        return [*regimes, *tokens]
     return [
         *_of_config(config, first),
-        *(_of_regime(config, passes, stated) if config.carried.iterated else ()),
+        *regimes,
         *_of_weights(config),
         *(_other(words, _activate, pair="gelu" * ("tanh" in words), form=form) for words, form in _ACTIVATIONS.items()),
         *(_corrections() if _CORRECTION in config.keys() else ()),
         *_of_modules(config),
-        *_of_tokens(config),
+        *tokens,
     ]
 
 
@@ -144,7 +147,7 @@ def _other(
     return Variation(words=words, advice=advice, edit=partial(edit, **given), pair=pair)
 
 
-def _of_config(config: ModelConfig, first: int) -> Iterator[Variation]:
+def _of_config(config: TransformerConfig, first: int) -> Iterator[Variation]:
     def other(key: str, value: object, **derived: object) -> Variation:
         shown = json.dumps(value).replace('"', "'")
         pair = key if value in _PAIRED.get(key, ()) else ""
@@ -180,7 +183,7 @@ def _of_regime(config: ModelConfig, passes: Passes, stated: bool) -> Iterator[Va
             )
 
 
-def _of_weights(config: ModelConfig) -> Iterator[Variation]:
+def _of_weights(config: TransformerConfig) -> Iterator[Variation]:
     transposed = "write them to model.safetensors as [out, in], as nn.Linear has them"
     for named in ("qkvo", "qkv", "o"):
         pair = "transposed" if named == "qkvo" else ""
@@ -225,7 +228,7 @@ def _corrections() -> Iterator[Variation]:
     yield from (_other(words, _correct, corrected=form) for words, form in forms.items())
 
 
-def _of_modules(config: ModelConfig) -> Iterator[Variation]:
+def _of_modules(config: TransformerConfig) -> Iterator[Variation]:
     yield _other("no rotary embedding", _without_rotation)
     if config.norm == "layer":
         yield _other("RMSNorm in place of LayerNorm", _rms_norms)

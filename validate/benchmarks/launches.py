@@ -43,7 +43,7 @@ class _Counting(TorchDispatchMode):
 @torch.inference_mode()
 def operators_of_pytorch(config: ModelConfig) -> int:
     """Operators of one eager step; they do not depend on the sizes, so a narrow model of as many layers tells."""
-    changes: dict[str, Any] = {**_SMALL, "hidden_size": 2 * config.num_attention_heads, "head_dim": 2}
+    changes: dict[str, Any] = {**_SMALL, "hidden_size": 2 * config.carried.caches[0].query_heads, "head_dim": 2}
     if config.carried.iterated:
         changes["correction_intermediate_size"] = 16
     narrow = dataclasses.replace(config, **changes)

@@ -83,7 +83,7 @@ WEIGHTS = (
     ),
     _weights(
         "one attention head's queries scaled by 1 %",
-        _scaled("layers.0.attn.q.weight", 1.01, lambda bundle: slice(bundle.config.head_dim)),
+        _scaled("layers.0.attn.q.weight", 1.01, lambda bundle: slice(bundle.config.carried.caches[0].head_dim)),
         r"layers\.0\.attn\.q",
     ),
     _weights("a square weight transposed", _transposed, r"layers\.0\.attn\.o\.weight", precisions=("fp32",)),

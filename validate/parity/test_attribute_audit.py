@@ -27,7 +27,8 @@ def test_an_epsilon_that_is_absent_is_that_of_onnx(parity_checkpoint: Checkpoint
 
 def test_a_scale_that_is_absent_is_that_of_the_head_dim(parity_checkpoint: Checkpoint) -> None:
     assert _problems(parity_checkpoint, "Attention", {}) == []
-    assert _problems(parity_checkpoint, "Attention", {"scale": parity_checkpoint.config.head_dim**-0.5}) == []
+    (head_dim,) = {cache.head_dim for cache in parity_checkpoint.config.carried.caches}
+    assert _problems(parity_checkpoint, "Attention", {"scale": head_dim**-0.5}) == []
     assert len(_problems(parity_checkpoint, "Attention", {"scale": 0.9})) == 1
 
 

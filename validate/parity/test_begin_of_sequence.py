@@ -20,6 +20,7 @@ from filelock import FileLock
 from crt_export.bundle import MANIFEST_NAME, open_bundle
 from crt_export.checkpoint import Checkpoint, load_checkpoint
 from crt_export.models.base import LanguageModel
+from crt_export.models.crt import ContextReadyTransformer
 from crt_export.models.registry import model_from_checkpoint
 from crt_export.parity import ParityOptions, validate_bundle
 from crt_export.parity.decoding import Decoding
@@ -127,11 +128,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert (starts[:, 0] == BOS).all(), f"{what} fed {starts[:, :4].tolist()} from position 0"
             assert not (starts[:, 1:2] == BOS).any(), f"{what} fed the token twice"
 
-    run_pass, step, prefill = LanguageModel.run_pass, Decoding.step, Decoding.prefill
+    run_pass, step, prefill = ContextReadyTransformer.run_pass, Decoding.step, Decoding.prefill
 
-    def recorded_pass(self: LanguageModel, ids: Any, previous: Any, position: Any, cache: Any) -> Any:
+    def recorded_pass(self: ContextReadyTransformer, ids: Any, before: Any, position: Any, cache: Any) -> Any:
         look("pytorch", ids, position)
-        return run_pass(self, ids, previous, position, cache)
+        return run_pass(self, ids, before, position, cache)
 
     def recorded_step(self: Decoding, ids: np.ndarray) -> None:
         look("target", ids[:, None], np.array(self.position))
@@ -141,7 +142,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         look("target", ids, np.array(self.position))
         prefill(self, ids, passes, **options)
 
-    monkeypatch.setattr(LanguageModel, "run_pass", recorded_pass)
+    monkeypatch.setattr(ContextReadyTransformer, "run_pass", recorded_pass)
     monkeypatch.setattr(Decoding, "step", recorded_step)
     monkeypatch.setattr(Decoding, "prefill", recorded_prefill)
     return seen

@@ -198,8 +198,8 @@ def test_a_fault_in_a_file_is_named(graphs: Path, setup: ParitySetup, graph: str
     ("edit", "sentence"),
     [
         (exchange_parts, "caches: output present_key_values.0.key stores what layers.0.attn.q computes"),
-        (part_unread, "is not split into 3 equal parts along the last axis, all of them read"),
-        (other_axis, "is not split into 3 equal parts along the last axis, all of them read"),
+        (part_unread, "is not split into 3 parts along the last axis, all of them read"),
+        (other_axis, "is not split into 3 parts along the last axis, all of them read"),
         (
             swap(both_ways("layers.0.attn.qkv.bias", "layers.1.attn.qkv.bias")),
             "is not followed by an Add of layers.0.attn.qkv.bias",
@@ -287,7 +287,7 @@ def _last(count: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[n
     [
         ("fp32", "layers.0.attn.o.weight", _one_percent, "layers.0.attn.o.weight: 256 of 256 values differ"),
         ("fp32", "embed.weight", _one_percent, "embed.weight: 4096 of 4096 values differ"),
-        ("fp32", "rope_cos", _one_percent, "rope_cos: differs from position x theta"),
+        ("fp32", "rope_cos", _one_percent, "rope_cos: differs from what position x frequency gives"),
         ("fp16", "layers.1.mlp.down.weight", _one_percent, "layers.1.mlp.down.weight: "),
         ("fp16", "layers.1.mlp_norm.bias", _one_percent, "layers.1.mlp_norm.bias: "),
         ("w8", "layers.0.mlp.up.weight_scales", _one_percent, "weight layers.0.mlp.up: value"),

@@ -64,9 +64,9 @@ def _written(model: LanguageModel, count: int, length: int) -> np.ndarray:
     """What a model writes by sampling, int64 [count * length]: ``count`` texts one behind the other."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count, 1), generator=generator)
-    carry = model.start(count)
+    state = model.start(count)
     for _ in range(length - 1):
-        h, carry = model.sequential(ids[:, -1:], carry)
+        h, state = model.step(ids[:, -1:], state)
         ids = torch.cat([ids, torch.multinomial(model.head(h)[:, -1].softmax(-1), 1, generator=generator)], 1)
     return ids.flatten().numpy()
 

@@ -223,6 +223,6 @@ def test_the_reference_does_not_import_the_exported_wrapper() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if name and name.startswith("crt_export")} == {
-        "crt_export.model",
+        "crt_export.models.base",
         "crt_export.parity.windows",
     }

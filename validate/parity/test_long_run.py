@@ -115,7 +115,7 @@ def test_chained_windows_are_one_recurrence_with_an_emptied_cache(setup: ParityS
         for t in range(start, start + WINDOW):
             h, state = model.step(ids[:, t : t + 1], state)
             expected.append(h[0, 0])
-        states = {"hidden": h}
+        states = state.states
     _, chained = schedules(_case(setup.checkpoint, Path("step")), setup.config, TOKENS)[0]
     found = long_reference(setup, chained).hidden(STEP, 1)[0, : 3 * WINDOW]
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)

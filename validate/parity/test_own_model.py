@@ -118,7 +118,7 @@ def test_a_model_of_the_same_equations_agrees(compared: Compared, name: str, hab
         ("plain", Habits(layout="half"), "rope_layout = 'half'"),
         ("half, two heads", Habits(heads=2, theta=500000.0), "rope_layout = 'interleaved'"),
         ("crt", Habits(theta=500000.0), "rope_theta = 500000.0"),
-        ("small values", Habits(eps=1e-6), "layer_norm_eps = 1e-06"),
+        ("small values", Habits(eps=1e-6), "norm_eps = 1e-06"),
         ("crt", Habits(tied=True), "tie_word_embeddings = true"),
         ("plain", Habits(heads=8), "num_attention_heads = 8"),
         ("crt", Habits(window=20), "sliding_window = 20"),
@@ -184,7 +184,7 @@ def test_a_wrong_word_fails_below_the_limit_too(compared: Compared) -> None:
     assert result.checks[0].passed
     assert 3e-5 < (result.checks[0].value or 0) < 1e-3
     (failure,) = result.failures
-    assert failure.startswith("config.json: with layer_norm_eps = 0.001 the difference falls")
+    assert failure.startswith("config.json: with norm_eps = 0.001 the difference falls")
 
 
 def test_the_file_says_which_regime_its_logits_are_of(compared: Compared) -> None:

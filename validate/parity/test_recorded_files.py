@@ -101,8 +101,7 @@ def compiled(three_targets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_evidence_of_a_compiled_target_opens_what_its_engines_were_compiled_from(
     compiled: Path, parity_checkpoint: Checkpoint, real_text: TokenText, level: str
 ) -> None:
-    from crt_export.engine.tensorrt.loading import Machine
-
+    from crt_export.engine.tensorrt.engine import Machine
     from crt_export.runtime.opening import compiled_engine
 
     device = _of_the_unit_tests("recording_device").RecordingDevice()

@@ -97,20 +97,15 @@ TEST_CASE("C API: what the bundle and the session say about themselves") {
   CHECK(config.tokenizer == expected.config().tokenizer);
   CHECK(config.iterated == (expected.config().iterated ? 1 : 0));
   CHECK(config.passes == expected.config().passes);
-  std::size_t states = 99;
-  CHECK(crt_state_count(opened.bundle, &states) == CRT_OK);
-  REQUIRE(states == expected.config().states.size());
-  for (std::size_t index = 0; index < states; ++index) {
-    const char* name = nullptr;
-    const std::int64_t* shape = nullptr;
-    std::size_t dims = 0;
-    CHECK(crt_state_name(opened.bundle, index, &name) == CRT_OK);
-    CHECK(name == expected.config().states[index].name);
-    CHECK(crt_state_shape(opened.bundle, index, &shape, &dims) == CRT_OK);
-    CHECK(std::vector<std::int64_t>(shape, shape + dims) == expected.config().states[index].shape);
+  const std::vector<crt::StateSpec>& states = expected.config().states;
+  CHECK((crt_state_count(opened.bundle, &count) == CRT_OK && count == states.size()));
+  CHECK(crt_state_name(opened.bundle, count, &text) == CRT_ERROR_INPUT);
+  const std::int64_t* shape = nullptr;
+  for (std::size_t index = 0; index < states.size(); ++index) {
+    CHECK((crt_state_name(opened.bundle, index, &text) == CRT_OK && text == states[index].name));
+    CHECK(crt_state_shape(opened.bundle, index, &shape, &count) == CRT_OK);
+    CHECK(std::vector<std::int64_t>(shape, shape + count) == states[index].shape);
   }
-  const char* no_state = nullptr;
-  CHECK(crt_state_name(opened.bundle, states, &no_state) == CRT_ERROR_INPUT);
   config.struct_size = 4;
   CHECK(crt_bundle_config(opened.bundle, &config) == CRT_ERROR_INPUT);
   std::int64_t number = 0;

@@ -173,6 +173,6 @@ def test_metadata_that_is_missing(before: bytes, after: bytes, theirs: Theirs, t
     _write(tmp_path / "model.gguf", theirs("llama")[0], "llama")
     content = (tmp_path / "model.gguf").read_bytes()
     (tmp_path / "model.gguf").write_bytes(content.replace(before, after))
-    with pytest.raises((CheckpointError, UnsupportedError), match="block_c|damaged"):
+    with pytest.raises((CheckpointError, UnsupportedError), match=r"block_c|damaged"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crt_export.config import ModelConfig
+from crt_export.config import MOST_PASSES, ModelConfig
 from crt_export.convert.families import FAMILIES, REFUSED
 from crt_export.convert.folder import HuggingFaceFolder, Source
 from crt_export.convert.plan import Correction, plan_conversion
@@ -23,6 +23,8 @@ __all__ = ["DEFAULT_PASSES", "FAMILIES", "REFUSED", "Conversion", "convert", "op
 #: ``unroll_steps`` of a CRT where nothing else is asked for; with a correction of zero any number computes the same.
 DEFAULT_PASSES = 3
 _STAGES = 3
+#: Of what the caller chooses.
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def convert(
 ) -> Conversion:
     """Convert a Hugging Face folder, or a GGUF file, into a checkpoint folder; complete or not at all.
 
-    Tensors are read and written one by one, so that the largest of them decides how much memory it takes.
+    Tensors are read and written one by one: the largest decides how much memory it takes.
 
     Args:
         source: Folder with ``config.json`` and safetensors, or a file that ends in ``.gguf``.
@@ -77,8 +79,7 @@ def convert(
         MissingDependencyError: A package is needed that is not installed.
     """
     correction = _correction(plain, correction_size, unroll)
-    if max_positions is not None and max_positions < 1:
-        raise InputError(f"max_positions must be at least 1, found {max_positions}")
+    _check_count("max_positions", max_positions)
     place = check_output(Path(output))
     stages = Stages(progress, _STAGES)
     stages.begin()
@@ -111,7 +112,7 @@ def open_source(source: str | Path) -> Source:
     """
     path = Path(source)
     if path.suffix == ".gguf" and path.is_file():
-        from crt_export.convert.gguf import GgufFile
+        from crt_export.convert.gguf_file import GgufFile
 
         return GgufFile(path)
     if not path.is_dir():
@@ -129,7 +130,11 @@ def _correction(plain: bool, size: int | None, passes: int | None) -> Correction
         if given:
             raise InputError(f"a plain transformer has no correction: leave out {' and '.join(given)}, or plain")
         return None
-    for name, value in (("correction_size", size), ("unroll", passes)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, found {value}")
+    _check_count("correction_size", size)
+    _check_count("unroll", passes, MOST_PASSES)
     return Correction(size=size, passes=passes or DEFAULT_PASSES)
+
+
+def _check_count(name: str, value: int | None, most: int = _MOST) -> None:
+    if value is not None and not 1 <= value <= most:
+        raise InputError(f"{name} must be from 1 to {most}, found {value}")

@@ -232,7 +232,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 def _entry(file: Path, start: int, value: Mapping[str, Any]) -> StoredTensor:
     shape = tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if not all(type(dim) is int and dim > 0 for dim in shape) or len(shape) > 8:
+    if not all(type(one) is int for one in (*shape, begin, end)) or not all(dim > 0 for dim in shape) or len(shape) > 8:
         # causal masks and other non-weights have up to 4 dims; empty tensors are no weights
         raise ValueError
     dtype = DTYPES.get(value["dtype"]) or _OTHER_DTYPES.get(value["dtype"])

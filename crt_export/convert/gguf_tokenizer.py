@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +52,17 @@ def tokenizer_document(path: Path, meta: Mapping[str, Any]) -> dict[str, Any] | 
             f"{path}: its tokenizer ({kind}, {name}) cannot be made from a GGUF file; put the tokenizer.json of the "
             "original model beside it"
         )
-    before, normalizer, whole, begins = _KINDS[name]
-    kinds = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    added = [
-        {
-            "id": number,
-            "content": tokens[number],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": found == _CONTROL,
-        }
-        for number, found in enumerate(kinds)
-        if found in (_CONTROL, _OWN)
-    ]
+    before, normalizer, whole, begins = _KINDS[str(name)]
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    adds = bool(meta.get("tokenizer.ggml.add_bos_token", begins)) and bos is not None
+    adds = bool(meta.get("tokenizer.ggml.add_bos_token", begins))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": _added(tokens, meta.get("tokenizer.ggml.token_type") or []),
         "normalizer": normalizer,
         "pre_tokenizer": before,
-        "post_processor": _begin(tokens[bos], bos) if adds else None,
+        "post_processor": None if bos is None or not adds else _begin(tokens[bos], bos),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -91,6 +77,16 @@ def tokenizer_document(path: Path, meta: Mapping[str, Any]) -> dict[str, Any] | 
             "merges": meta.get("tokenizer.ggml.merges", []),
         },
     }
+
+
+def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[dict[str, Any]]:
+    """Tokens that are found in a text before it is cut into words."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": number, "content": tokens[number], **plain, "special": kind == _CONTROL}
+        for number, kind in enumerate(kinds)
+        if kind in (_CONTROL, _OWN)
+    ]
 
 
 def _begin(token: str, number: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def read_gptj(keys: Keys) -> Family:
     keys.only("scale_attn_weights", True, why="not known for gptj")
     keys.skip("rope_parameters", "rope_theta")  # its base is fixed, whatever a file says
     head_dim = found["hidden_size"] // found["num_attention_heads"]
-    share = keys.count("rotary_dim", 64) / head_dim
+    share = (keys.count("rotary_dim", 64) + 0.5) / head_dim  # as many whole channels, however it is rounded
     rotary = rotary_set(None, head_dim, positions, theta=10000.0, partial=share)
     config = {
         **found,

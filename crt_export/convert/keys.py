@@ -154,11 +154,11 @@ class Keys:
         raise self._wrong(name, "a whole number above 0 or null", found)
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
-        """A finite number; null asks for the default."""
+        """A finite number above 0; null asks for the default."""
         found = self._given(name, default)
-        if is_finite_number(found):
+        if is_finite_number(found) and found > 0:
             return float(found)
-        raise self._wrong(name, "a finite number", found)
+        raise self._wrong(name, "a finite number above 0", found)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false; null asks for the default."""

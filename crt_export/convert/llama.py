@@ -22,14 +22,14 @@ _MLP: Names = {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_p
 PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
 QK_NORMS: Names = {"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"}
 MODEL: Names = {"embed_tokens": "embed", "norm": "final_norm", "lm_head": "lm_head"}
-#: What most of these families have where their file names nothing.
+#: What most of these families have where their file names nothing; a head_dim of 0 is always hidden_size / heads.
 _DEFAULTS: Mapping[str, Any] = {
     "eps": ("rms_norm_eps", 1e-6),
     "act": ("hidden_act", "silu"),
     "kv_heads": None,
     "head_dim": None,
     "theta": 10000.0,
-    "partial": 1.0,
+    "partial": None,
     "positions": 2048,
     "tied": False,
 }
@@ -54,9 +54,11 @@ def common(keys: Keys, *, rotary: bool = True, **changed: Any) -> Family:
     default = {**_DEFAULTS, **changed}
     found = sizes(keys)
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
-    head_dim = (
-        keys.count("head_dim", default["head_dim"] or hidden // heads) if default["head_dim"] != 0 else hidden // heads
-    )
+    head_dim = hidden // heads
+    if default["head_dim"] == 0:
+        keys.only("head_dim", head_dim, why="it contradicts hidden_size and num_attention_heads")
+    else:
+        head_dim = keys.count("head_dim", default["head_dim"] or head_dim)
     positions = keys.count("max_position_embeddings", default["positions"])
     config = {
         **found,
@@ -149,7 +151,7 @@ def read_phi3(keys: Keys) -> Family:
                 "text, keys that are cached do not; take the sibling with the short context, Phi-3-mini-4k"
             )
     keys.skip("original_max_position_embeddings")
-    family = common(keys, eps=("rms_norm_eps", 1e-5), positions=4096, head_dim=0)
+    family = common(keys, eps=("rms_norm_eps", 1e-5), positions=4096, head_dim=0, partial=1.0)
     fused: Names = {
         "self_attn.qkv_proj": Fused(parts=QKV),
         "self_attn.o_proj": "attn.o",

@@ -19,6 +19,7 @@ from crt_export.config import is_finite_number
 from crt_export.convert.keys import Keys
 from crt_export.errors import CheckpointError, UnsupportedError
 
+_MOST_CHANNELS = 1 << 16
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -38,7 +39,7 @@ class RotarySet:
 
 
 def read_rotary(
-    keys: Keys, head_dim: int, positions: int, *, theta: float = 10000.0, partial: float = 1.0
+    keys: Keys, head_dim: int, positions: int, *, theta: float = 10000.0, partial: float | None = None
 ) -> RotarySet:
     """The one set of a family whose layers are all alike.
 
@@ -47,10 +48,14 @@ def read_rotary(
         head_dim: Channels of a head.
         positions: ``max_position_embeddings`` of the source.
         theta: Base of the family.
-        partial: Share of the channels that the family turns by default.
+        partial: Share of the channels that the family turns by default; None: it turns all of them, whatever.
     """
     parameters, scaling = keys.mapping("rope_parameters"), keys.mapping("rope_scaling")
-    theta, partial = keys.number("rope_theta", theta), keys.number("partial_rotary_factor", partial)
+    theta = keys.number("rope_theta", theta)
+    if partial is None:
+        keys.only("partial_rotary_factor", 1.0, why="this family turns all channels")
+    else:
+        partial = keys.number("partial_rotary_factor", partial)
     return rotary_set(_one_of(parameters, scaling), head_dim, positions, theta=theta, partial=partial)
 
 
@@ -95,7 +100,7 @@ def rotary_set(
     positions: int,
     *,
     theta: float,
-    partial: float = 1.0,
+    partial: float | None = None,
     whole: bool = True,
 ) -> RotarySet:
     """Frequencies by one object of parameters.
@@ -105,17 +110,21 @@ def rotary_set(
         head_dim: Channels of a head.
         positions: ``max_position_embeddings`` of the source.
         theta: Base where the object names none.
-        partial: Likewise the share of channels that are turned.
+        partial: Likewise the share of channels that are turned; None: all, and the object may not say otherwise.
         whole: Whether the object is that of all layers.
 
     Raises:
         UnsupportedError: A type, or a key of it, that this version does not know.
         CheckpointError: A value is missing or of the wrong type.
     """
+    if head_dim > _MOST_CHANNELS:
+        raise CheckpointError(f"config.json: heads of {head_dim} channels, expected at most {_MOST_CHANNELS}")
+    if not isinstance(parameters, Mapping | None):
+        raise CheckpointError(f"config.json: rotary parameters must be an object, found {parameters!r:.60}")
     given = {name: value for name, value in (parameters or {}).items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _KINDS:
-        raise UnsupportedError(f"rope_type {kind!r:.40}: {_REASONS.get(kind, 'not known to this version')}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UnsupportedError(f"rope_type {kind!r:.40}: {_REASONS.get(str(kind), 'not known to this version')}")
     compute, needed, optional = _KINDS[kind]
     unknown = set(given) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *needed, *optional}
     if unknown:
@@ -123,19 +132,33 @@ def rotary_set(
     if not whole and given.get("truncate", True) is not True:
         raise UnsupportedError("rope_type yarn: truncate per kind of layer")
     given.setdefault("rope_theta", theta)
-    given.setdefault("partial_rotary_factor", partial)
+    if partial is None and given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError("partial_rotary_factor: this family turns all channels")
+    given.setdefault("partial_rotary_factor", partial or 1.0)
     if kind in ("yarn", "llama3"):
         given.setdefault("original_max_position_embeddings", positions)
-    missing = [name for name in needed if not is_finite_number(given.get(name))]
-    wrong = [name for name, value in given.items() if name in _NUMBERS and not is_finite_number(value)]
-    if missing or wrong:
-        raise CheckpointError(f"rope_type {kind}: a number is needed for {', '.join([*missing, *wrong])}")
+    wrong = [
+        name
+        for name in (*needed, *sorted(_NUMBERS))
+        if (name in needed or name in given) and not _is_above_0(given.get(name))
+    ]
+    if wrong:
+        raise CheckpointError(f"rope_type {kind}: a number above 0 is needed for {', '.join(dict.fromkeys(wrong))}")
     channels = int(head_dim * given["partial_rotary_factor"])
     if channels % 2 or not 0 < channels <= head_dim:
         raise UnsupportedError(f"{channels} of {head_dim} channels turned, expected an even number of them")
-    frequencies, factor = compute(given, channels)
+    try:
+        frequencies, factor = compute(given, channels)
+    except ArithmeticError:
+        frequencies, factor = torch.tensor([math.nan]), 1.0
+    if not bool(torch.isfinite(frequencies).all()) or not math.isfinite(factor):
+        raise CheckpointError(f"rope_type {kind}: its parameters give no frequencies")
     values = [*frequencies.double().tolist(), *[0.0] * ((head_dim - channels) // 2)]
     return RotarySet(frequencies=tuple(values), channels=channels, factor=factor)
+
+
+def _is_above_0(value: object) -> bool:
+    return is_finite_number(value) and float(value) > 0  # type: ignore[arg-type]
 
 
 def _default(given: Mapping[str, Any], channels: int) -> tuple[Tensor, float]:

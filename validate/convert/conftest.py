@@ -64,10 +64,15 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJ", {**_GPT, "rotary_dim": 4}),
     "phi": ("Phi", {**_SIZES, "intermediate_size": 48}),
+    "phi grouped": ("Phi", _GROUPED),
     "phi3": ("Phi3", {**_GROUPED, "sliding_window": 8, "pad_token_id": 0}),
     "opt": ("OPT", {**_SIZES, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
     "falcon 7b": ("Falcon", _SIZES),
     "falcon 40b": ("Falcon", {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 11b": (
+        "Falcon",
+        {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
     "falcon biased": ("Falcon", {**_SIZES, "parallel_attn": False, "multi_query": False, "bias": True}),
     "llama": ("Llama", _GROUPED),
     "llama tied biased": (
@@ -86,6 +91,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {**_GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "qwen3 tied biased": ("Qwen3", {**_GROUPED, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 8}),
     "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 16}),
     "smollm3": ("SmolLM3", {**_GROUPED, "num_hidden_layers": 4, "pad_token_id": 0}),
     "granite": (
@@ -129,11 +135,14 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_text capped": ("Gemma3Text", {**_GROUPED, "head_dim": 16, "final_logit_softcapping": 5.0}),
     "stablelm": ("StableLm", {**_GROUPED, "use_qkv_bias": True}),
+    "stablelm norms": ("StableLm", {**_GROUPED, "qk_layernorm": True}),
     "stablelm 12b": ("StableLm", {**_GROUPED, "qk_layernorm": True, "use_parallel_residual": True}),
     "cohere": ("Cohere", _GROUPED),
     "cohere norms": ("Cohere", {**_GROUPED, "use_qk_norm": True, "logit_scale": 1.5}),
     "cohere2": ("Cohere2", {**_GROUPED, "num_hidden_layers": 4, "sliding_window": 8, "logit_scale": 0.9}),
     "starcoder2": ("Starcoder2", {**_GROUPED, "sliding_window": 8}),
+    "starcoder2 bare": ("Starcoder2", {**_GROUPED, "use_bias": False, "tie_word_embeddings": False}),
+    "nemotron biased": ("Nemotron", {**_GROUPED, "num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
     "nemotron": ("Nemotron", {**_GROUPED, "num_hidden_layers": 2, "head_dim": 8}),
 }
 #: For single tests: a family that is refused, and what GGUF can hold.
@@ -141,6 +150,11 @@ _OTHERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text plain": (
         "Gemma3Text",
         {**_GROUPED, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    ),
+    "llama 3.1": ("Llama", {**_GROUPED, "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8192}}),
+    "llama 3.2": (
+        "Llama",
+        {**_GROUPED, "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0}},
     ),
     "llama wide": ("Llama", {**_GROUPED, "intermediate_size": 64}),
     "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crt_export.checkpoint import load_checkpoint
-from crt_export.convert import convert
+from crt_export.convert import convert, fold
 from crt_export.convert.plan import Plan
 from crt_export.errors import UnsupportedError
 from crt_export.models.registry import model_from_checkpoint
@@ -177,6 +177,17 @@ def test_half_precision_equals_transformers_in_float32(
         assert _largest(model.head(model.unroll(token_ids, 1)[0].hidden), expected) <= gate
 
 
+@pytest.mark.parametrize("variant", ["gemma3_text", "gpt2", "phi", "stablelm 12b", "llama yarn", "falcon 40b", "opt"])
+def test_blocks_of_a_tensor_are_all_of_it(
+    variant: str, theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = theirs(variant)
+    convert(folder, tmp_path / "whole")
+    monkeypatch.setattr(fold, "_BLOCK", 100)  # a few rows
+    convert(folder, tmp_path / "blocks")
+    assert load_checkpoint(tmp_path / "blocks").sha256 == load_checkpoint(tmp_path / "whole").sha256
+
+
 def test_names_without_prefix_and_masks_that_are_no_weights(
     copied: Theirs, plan_of: PlanOf, plan_logits: Logits, gate: float
 ) -> None:
@@ -312,12 +323,17 @@ def test_keys_of_files_on_the_hub_are_known(
         ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope.*change with the length"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic.*change with the length"),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "'spiral': not known"),
+        ("llama", {"rope_parameters": {"rope_type": {"a": 1}}}, "rope_type"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "shift": 1}}, "unknown shift"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ("llama", {"clip_everything": 3}, "clip_everything = 3: this version does not know"),
         ("llama", {"new_flag": False}, "new_flag = False"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "Phi-3-mini-4k"),
         ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "Phi-3-mini-4k"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "turns all channels"),
+        ("olmo2", {"partial_rotary_factor": 0.5}, "turns all channels"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "all channels"),
+        ("stablelm", {"head_dim": 4}, "head_dim = 4: it contradicts"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("olmo", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("falcon 7b", {"alibi": True}, "alibi"),

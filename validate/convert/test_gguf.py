@@ -47,7 +47,9 @@ def _permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write(file: Path, folder: Path, kind: str, quantised: str = "", **extra: Any) -> None:
+def _write(
+    file: Path, folder: Path, kind: str, quantised: str = "", factors: np.ndarray | None = None, **extra: Any
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(file, kind)
     writer.add_block_count(config["num_hidden_layers"])
@@ -63,6 +65,8 @@ def _write(file: Path, folder: Path, kind: str, quantised: str = "", **extra: An
         writer.add_sliding_window(config["sliding_window"])
     for name, value in extra.items():
         writer.add_uint32(f"{kind}.{name}", value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     names = {**_NAMES, **(_GEMMA3 if kind == "gemma3" else {})}
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem, _, suffix = name.rpartition(".")
@@ -135,3 +139,40 @@ def test_a_truncated_file(kept: int, theirs: Theirs, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match="GGUF file, found"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def _factors(by: float) -> np.ndarray:
+    """As convert_hf_to_gguf.py computes them for Llama 3.1 and later."""
+    factors = []
+    for frequency in 1.0 / 10000.0 ** (np.arange(0, 8, 2, dtype=np.float32) / 8):
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / by + smooth)
+        factors.append(1.0 if wavelength < 8192 / 4 else by if wavelength > 8192 else between)
+    return np.array(factors, dtype=np.float32)
+
+
+@pytest.mark.parametrize("by", [8.0, 32.0])
+def test_scaled_frequencies_are_told_by_their_factors(
+    by: float, theirs: Theirs, tmp_path: Path, token_ids: torch.Tensor, gate: float
+) -> None:
+    folder, expected = theirs(f"llama 3.{1 if by == 8 else 2}")
+    _write(tmp_path / "model.gguf", folder, "llama", factors=_factors(by))
+    convert(tmp_path / "model.gguf", tmp_path / "out", plain=True)
+    assert float((_logits(tmp_path / "out", token_ids) - expected).abs().max()) <= gate
+
+
+def test_other_factors_are_refused(theirs: Theirs, tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", theirs("llama 3.1")[0], "llama", factors=_factors(8.0) * np.float32(1.01))
+    with pytest.raises(UnsupportedError, match="scales the frequencies as no Llama does"):
+        convert(tmp_path / "model.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"llama.block_count", b"llama.block_cOunt"), (b"llama.", b"LLama.")])
+def test_metadata_that_is_missing(before: bytes, after: bytes, theirs: Theirs, tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", theirs("llama")[0], "llama")
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content.replace(before, after))
+    with pytest.raises((CheckpointError, UnsupportedError), match=r"block_c|damaged"):
+        convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

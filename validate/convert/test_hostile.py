@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crt_export import convert as convert_package
 from crt_export.checkpoint import load_checkpoint, write_checkpoint
 from crt_export.convert import convert
 from crt_export.errors import CheckpointError, CrtExportError, InputError, UnsupportedError
@@ -99,15 +101,22 @@ def test_an_unknown_type(source: Path) -> None:
         ("hidden_size", None, "missing key 'hidden_size'"),
         ("num_hidden_layers", 0, "num_hidden_layers must be a whole number above 0"),
         ("num_attention_heads", True, "num_attention_heads must be"),
-        ("rms_norm_eps", "small", "rms_norm_eps must be a finite number"),
+        ("rms_norm_eps", "small", "rms_norm_eps must be a finite number above 0"),
         ("tie_word_embeddings", 1, "tie_word_embeddings must be true or false"),
         ("rope_parameters", [], "rope_parameters must be an object"),
-        ("rope_parameters", {"rope_type": "linear"}, "a number is needed for factor"),
-        ("rope_parameters", {"rope_theta": "big"}, "a number is needed for rope_theta"),
+        ("rope_parameters", {"rope_type": "linear"}, "a number above 0 is needed for factor"),
+        ("rope_parameters", {"rope_theta": "big"}, "a number above 0 is needed for rope_theta"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+            "its parameters give no frequencies",
+        ),
+        ("rms_norm_eps", -1e-6, "rms_norm_eps must be a finite number above 0"),
         ("num_key_value_heads", 3, "not a multiple"),
         ("num_hidden_layers", 10**6, "num_hidden_layers must be at most 4096"),
         ("hidden_size", 2**40, "hidden_size must be a whole number above 0, at most"),
-        ("head_dim", 2**24, "describes a model of"),
+        ("head_dim", 2**24, "heads of 16777216 channels, expected at most 65536"),
+        ("head_dim", 2**16, "describes a model of"),
         ("vocab_size", 2**24, "describes a model of"),
         ("max_position_embeddings", 2**40, "at most"),
         ("eos_token_id", "end", "eos_token_id must be an integer"),
@@ -168,6 +177,7 @@ def test_something_behind_the_tensors(source: Path) -> None:
         lambda entry: {**entry, "data_offsets": [0, 8]},
         lambda entry: {**entry, "data_offsets": [8, 2**63]},
         lambda entry: {**entry, "data_offsets": None},
+        lambda entry: {**entry, "data_offsets": [float(one) for one in entry["data_offsets"]]},
         lambda entry: [],
     ],
 )
@@ -301,9 +311,10 @@ def test_a_checkpoint_of_this_package_is_no_source(source: Path, tmp_path: Path)
     [
         ({"plain": True, "correction_size": 4}, "a plain transformer has no correction"),
         ({"plain": True, "unroll": 4}, "a plain transformer has no correction"),
-        ({"correction_size": 0}, "correction_size must be at least 1"),
-        ({"unroll": 0}, "unroll must be at least 1"),
-        ({"max_positions": 0}, "max_positions must be at least 1"),
+        ({"correction_size": 10**12}, "correction_size must be from 1 to 1048576, found 1000000000000"),
+        ({"correction_size": 0}, "correction_size must be from 1 to 1048576"),
+        ({"unroll": 0}, "unroll must be from 1 to 4096"),
+        ({"max_positions": 0}, "max_positions must be from 1 to 1048576"),
     ],
 )
 def test_options_that_are_unusable(source: Path, options: dict[str, Any], words: str) -> None:
@@ -316,3 +327,13 @@ def test_links_of_a_download_cache_are_followed(source: Path, tmp_path: Path) ->
     for entry in source.iterdir():
         (snapshot / entry.name).symlink_to(entry)
     assert convert(snapshot, tmp_path / "out").family == "llama"
+
+
+def test_transformers_is_never_imported() -> None:
+    files = list(Path(convert_package.__path__[0]).glob("*.py"))
+    assert len(files) > 15
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "transformers"], file

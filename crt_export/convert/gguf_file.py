@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from crt_export.convert.folder import StoredTensor, json_object
 from crt_export.convert.gguf_tokenizer import tokenizer_document
+from crt_export.convert.rotary import rotary_set
 from crt_export.convert.text import GENERATION, SETTINGS, TEMPLATE, TOKENIZER
 from crt_export.errors import CheckpointError, MissingDependencyError, UnsupportedError, problem_list
 from crt_export.user_files import is_input, open_input, read_input
@@ -61,6 +63,15 @@ _SIZES = {
 #: Of no consequence, or held against others.
 _SKIPPED = {"attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"}
 _MOST_JSON_BYTES = 1 << 26
+#: What the frequencies are divided by; it keeps the effect of the parameters, not the parameters.
+_SCALED = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA3_FACTORS = (8.0, 32.0)
 #: Layers of the one Gemma 3 whose scores are scaled by hidden_size / heads; llama.cpp tells it by them too.
 _GEMMA3_27B_LAYERS = 62
 
@@ -78,8 +89,13 @@ class GgufFile:
         """
         self._path = path
         self._reader = _opened(path)
+        with _damaged(path):
+            self._read_metadata()
+
+    def _read_metadata(self) -> None:
+        path = self._path
         self._meta = {name: field.contents() for name, field in self._reader.fields.items()}
-        self._kind = self._meta.get("general.architecture")
+        self._kind = str(self._meta.get("general.architecture"))
         if self._kind not in _NORMS:
             raise UnsupportedError(
                 f"{path}: a GGUF file of architecture {self._kind!r:.40}; converted are {', '.join(_NORMS)}: take the "
@@ -109,6 +125,10 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantised, as the folder has it."""
+        with _damaged(self._path):
+            return self._dequantised(name)
+
+    def _dequantised(self, name: str) -> Tensor:
         import gguf
 
         tensor = self._theirs[name]
@@ -139,7 +159,8 @@ class GgufFile:
         if name in (TOKENIZER, TEMPLATE) and is_input(beside):
             return read_input(beside, most=_MOST_JSON_BYTES)
         if name == TOKENIZER:
-            document = tokenizer_document(self._path, self._meta)
+            with _damaged(self._path):
+                document = tokenizer_document(self._path, self._meta)
         elif name == GENERATION:
             ends = [self._meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
             document = {"eos_token_id": list(dict.fromkeys(one for one in ends if one is not None))}
@@ -152,9 +173,10 @@ class GgufFile:
     def _add(self, tensor: Any) -> str | None:
         """Take a tensor under the folder's name, or say why it cannot be."""
         name = self._folder_name(tensor.name)
+        if tensor.name == _SCALED:
+            return None
         if name is None:
-            scaled = ": frequencies that are scaled (Llama 3.1 and later); take the Hugging Face folder"
-            return f"tensor {tensor.name} is not converted{scaled if 'rope' in tensor.name else ''}"
+            return f"tensor {tensor.name} is not converted"
         shape = tuple(int(dim) for dim in reversed(tensor.shape))
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.tensor_type.name, torch.float32)
         self._stored[name] = StoredTensor(shape=shape, dtype=dtype, file=self._path)
@@ -190,10 +212,26 @@ class GgufFile:
         head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
         if own.get("rope.dimension_count", head_dim) != head_dim:
             unknown.add("rope.dimension_count")
+        factors = next((tensor.data for tensor in self._reader.tensors if tensor.name == _SCALED), None)
+        if factors is not None:
+            config["rope_scaling"] = self._scaling_by(factors, head_dim, config.get("rope_theta", 10000.0))
         if unknown:
             shown = [f"{prefix}{name} = {own[name]!r:.60} is not known to this version" for name in sorted(unknown)]
             raise UnsupportedError(problem_list(str(self._path), shown))
         return config
+
+    def _scaling_by(self, factors: Any, head_dim: int, theta: float) -> dict[str, Any]:
+        """The parameters of Llama 3.1 and later that divide the frequencies by these factors."""
+        usual = rotary_set(None, head_dim, 1, theta=theta).frequencies
+        wanted = torch.tensor(usual) / torch.from_numpy(factors.copy()).flatten()
+        for factor in _LLAMA3_FACTORS:
+            parameters = {**_LLAMA3, "factor": factor}
+            found = rotary_set(parameters, head_dim, 1, theta=theta).frequencies
+            if wanted.shape == (len(found),) and torch.allclose(torch.tensor(found), wanted, rtol=1e-5, atol=0):
+                return parameters
+        raise UnsupportedError(
+            f"{self._path}: {_SCALED} scales the frequencies as no Llama does; take the original folder"
+        )
 
     def _gemma3(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         head_dim = config.get("head_dim", 256)
@@ -205,6 +243,16 @@ class GgufFile:
             "final_logit_softcapping": own.get("final_logit_softcapping"),
             "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if largest else head_dim,
         }
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Say that a file is damaged where its values are of other kinds than they must be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error!s:.80}"
+        raise CheckpointError(f"{path}: expected a complete GGUF file, found a damaged one ({what})") from None
 
 
 def _opened(path: Path) -> Any:

@@ -34,7 +34,7 @@ def make_bench() -> Callable[..., Path]:
             name="bundle-v1",
             model_type="transformer",
             hidden_size=16,
-            num_hidden_layers=1,
+            caches=1,
             vocab_size=256,
             parameters=9,
         )

@@ -64,6 +64,8 @@ def test_a_plan_covers_every_linear_and_stays_close_to_the_model(tiny_checkpoint
     model = _model(tiny_checkpoint)
     quantized = _quantized(model, calibrated)
     assert set(quantized.linears) == set(linear_names(model.config))
+    norms = {group.norm for group in linear_inputs(model.config)} - {None}
+    assert set(quantized.norms) == {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
     _assert_usable(quantized)
     assert _logit_error(model, quantized) < CLOSE
 

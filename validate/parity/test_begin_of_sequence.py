@@ -131,7 +131,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run_pass, step, prefill = ContextReadyTransformer.run_pass, Decoding.step, Decoding.prefill
 
     def recorded_pass(self: ContextReadyTransformer, ids: Any, before: Any, position: Any, cache: Any) -> Any:
-        look("pytorch", ids, position)
+        if not ids.is_meta:  # what looks at a model's linears runs it on no tokens
+            look("pytorch", ids, position)
         return run_pass(self, ids, before, position, cache)
 
     def recorded_step(self: Decoding, ids: np.ndarray) -> None:

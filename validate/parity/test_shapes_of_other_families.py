@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from crt_export.parity.windows import BUILD_LEVELS
 from crt_export.pipeline import BuildOptions, build
@@ -27,13 +28,24 @@ GEMMA = {
 }  # fmt: skip
 
 
+def _quiet_branches(tensors: dict[str, torch.Tensor]) -> None:
+    """Norms behind a branch that add a fifth of their size to the stream.
+
+    At full size, random branches are all that the logits are made of, and 8 bits round each of their products:
+    rounding the weights alone is then 1.5 % of the logits, where the limits are those of trained models.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("post_norm.weight"):
+            tensor *= 0.2
+
+
 @pytest.mark.parametrize("shape", [pytest.param(LLAMA, id="Llama"), pytest.param(GEMMA, id="Gemma")])
 def test_a_build_passes_every_level(
     make_checkpoint: Callable[..., Path], heldout_text: Path, tmp_path: Path, shape: dict[str, Any]
 ) -> None:
     """Grouped queries, gated MLPs, norms of every place, heads wider than their share, rotations that differ."""
     options = BuildOptions(
-        checkpoint=make_checkpoint(**shape),
+        checkpoint=make_checkpoint(edit=_quiet_branches, **shape),
         output=tmp_path / "bundle",
         targets=TARGETS,
         text=heldout_text,

@@ -261,7 +261,7 @@ def test_a_file_that_claims_much_and_holds_nothing_costs_nothing(digest: str, tm
         (
             "state",
             np.zeros((2, 8), np.float32),
-            r"state must be float32 \[2, 1, dim 2 of state\], found float32 \[2, 8\]",
+            r"state must be float32 \[2, 1, dim 2\], found float32 \[2, 8\]",
         ),
         (
             "past_key_values.0.value",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -165,10 +166,18 @@ class ModelConfig:
         if unsupported:
             raise UnsupportedError(problem_list("config.json asks for what this version cannot do", unsupported))
 
+    def declare(self) -> Carried:
+        """What the model carries from token to token, of an architecture."""
+        raise NotImplementedError
+
     @property
     def carried(self) -> Carried:
         """What the model carries from token to token."""
-        raise NotImplementedError
+        return self._declared
+
+    @cached_property
+    def _declared(self) -> Carried:
+        return self.declare()
 
     @property
     def info(self) -> ModelInfo:

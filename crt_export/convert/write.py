@@ -134,5 +134,5 @@ def _checked(name: str, recipe: Recipe, source: Source) -> Iterator[memoryview]:
             raise CheckpointError(f"{source.path}: tensor {name}{where} has values that are NaN or infinite")
         values += block.numel()
         assert block.dtype == dtype, name
-        yield memoryview(block.flatten().view(torch.uint8).numpy())
+        yield block.flatten().view(torch.uint8).numpy().data
     assert values == math.prod(recipe.shape), name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,16 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         config_class: Class of its configuration.
-        config: Its configuration.
+        config: Its configuration, an instance of that class.
         residual_dtype: Of the residual stream and of the states; None: that of the weights.
         final_norm: What the head begins with.
         lm_head: Its linear.
     """
 
     config_class: ClassVar[type[ModelConfig]]
-    config: ModelConfig
-    final_norm: nn.Module
-    lm_head: nn.Module
+    config: Any
+    final_norm: Any
+    lm_head: Any
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

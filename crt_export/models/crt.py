@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -44,11 +43,10 @@ class CrtConfig(TransformerConfig):
     correction_intermediate_size: int
     unroll_steps: int
 
-    @cached_property
-    def carried(self) -> Carried:
+    def declare(self) -> Carried:
         """A transformer's caches, and h."""
         state = StateSpec(name=HIDDEN, shape=(self.hidden_size,))
-        return replace(super().carried, states=(state,), passes=self.unroll_steps)
+        return replace(super().declare(), states=(state,), passes=self.unroll_steps)
 
 
 class Correction(nn.Module, DeclaresLinears):
@@ -72,7 +70,6 @@ class ContextReadyTransformer(Transformer):
     """A transformer with the correction; a chunk takes K passes, or one for each of its tokens."""
 
     config_class = CrtConfig
-    config: CrtConfig
 
     def add_correction(self) -> None:
         """Add the correction."""

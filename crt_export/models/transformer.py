@@ -178,8 +178,7 @@ class TransformerConfig(ModelConfig):
             return self.sliding_window, 0 if self.rotaries else None
         return self.layer_attention[layer % len(self.layer_attention)]
 
-    @cached_property
-    def carried(self) -> Carried:
+    def declare(self) -> Carried:
         """One cache a layer."""
         return Carried(
             caches=tuple(map(self._cache, range(self.num_hidden_layers))), relative=not self.learned_positions
@@ -294,7 +293,6 @@ class Transformer(LanguageModel):
     """A decoder without recurrence; one pass over a chunk is exact."""
 
     config_class = TransformerConfig
-    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -313,13 +311,14 @@ class Transformer(LanguageModel):
 
     def reset_tables(self) -> None:
         """Compute the rotary tables, which no checkpoint stores."""
-        used = {self.config.attention(layer)[1] for layer in range(len(self.layers))} - {None}
-        for index in sorted(used):
+        found = (self.config.attention(layer)[1] for layer in range(len(self.layers)))
+        used = sorted({index for index in found if index is not None})
+        for index in used:
             cos, sin = rope_tables(self.config.max_position_embeddings, self.config.rotaries[index].frequencies)
             suffix = f"_{index}" if index else ""
             self.register_buffer(f"rope_cos{suffix}", cos, persistent=False)
             self.register_buffer(f"rope_sin{suffix}", sin, persistent=False)
-        self.rotary_sets = tuple(sorted(used))
+        self.rotary_sets = tuple(used)
 
     def ropes(self, positions: Tensor) -> dict[int, Rope]:
         """What keys and queries at some positions, int64 [batch, seq], are turned by, for each rotary set."""

@@ -281,7 +281,7 @@ def _exchange(model: LanguageModel, names: tuple[str, str]) -> None:
         setattr(layer.attn, names[1], one)
 
 
-def _scale_embedding(model: LanguageModel) -> None:
+def _scale_embedding(model: Any) -> None:
     model.embed.weight.data = model.embed.weight * math.sqrt(model.config.hidden_size)
 
 
@@ -291,7 +291,7 @@ def _scale_queries(model: LanguageModel, factor: float) -> None:
             parameter.data = parameter * factor
 
 
-def _tie_with_bias(model: LanguageModel) -> None:
+def _tie_with_bias(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(model.embed.weight.T.contiguous(), requires_grad=False)
 
 
@@ -314,5 +314,5 @@ def _parallel_layers(model: LanguageModel) -> None:
         layer.parallel = True
 
 
-def _layers(model: LanguageModel) -> Iterator[Block]:
+def _layers(model: Any) -> Iterator[Block]:
     return (layer for layer in model.layers if isinstance(layer, Block))

@@ -216,7 +216,7 @@ def own_tensors(model: ModelInfo, rows: int, seq: int) -> dict[str, tuple[tuple[
 
     Iterates are zeros to start with, as allocated.
     """
-    tensors = {"next_hidden": ((rows, seq, model.hidden_size), "float32")}
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {"next_hidden": ((rows, seq, model.hidden_size), "float32")}
     if model.carried.iterated:
         for spec in model.carried.states:
             shape = (rows, seq, *spec.shape)

@@ -179,8 +179,9 @@ def _prompt(model: LanguageModel, ids: Tensor, passes: tuple[int, int] | None) -
         done, state = model.sequential(ids)
     else:
         unroll, chunk = passes
-        state = model.start(1)
-        for piece in ids.split(chunk, dim=1):
+        first, *rest = ids.split(chunk, dim=1)
+        done, state, _ = model.unroll(first, unroll)
+        for piece in rest:
             done, state, _ = model.unroll(piece, unroll, state)
     last = {name: values[:, -1:] for name, values in done.states.items()}
     return Pass(hidden=done.hidden[:, -1:], states=last), state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gpu_bench
 import gpu_candidates
@@ -95,8 +96,8 @@ def test_the_graph_that_is_exported_has_the_random_weights(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_cost_of_a_step_is_what_its_tensors_hold(tiny_config: Callable[..., ModelConfig], tied: bool) -> None:
-    config = tiny_config(tie_word_embeddings=tied)
-    model = reference(config)
+    config: Any = tiny_config(tie_word_embeddings=tied)
+    model: Any = reference(config)
     cost = step_cost(config, batch=2, position=5, bytes_per_number=4)
     embedding = model.embed.weight.nbytes
     weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding

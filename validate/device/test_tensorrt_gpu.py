@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,5 +21,6 @@ def test_engines_build_and_are_listed(target: str, demo_checkpoint: Path, heldou
     result = build(options)
     assert set(result.targets[0].engines) == {"step", "prefill"}
     kind = "int8 -> float32" if target.endswith("int8") else "float16 -> float16"
-    for layers in result.targets[0].layers.values():
+    for engine in result.targets[0].engines.values():
+        layers = json.loads((tmp_path / "demo" / engine).with_suffix(".json").read_text(encoding="utf-8"))["layers"]
         assert {name for name in layers if name.startswith("gemm")} == {f"gemm {kind}"}

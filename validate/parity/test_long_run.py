@@ -273,7 +273,7 @@ def test_a_full_cache_slides_where_the_model_has_an_attention_window(
     assert (single["tokens"], single["capacity"], chained["window"]) == (2000, 64, 32)
     assert all(block["relative_error"] < 1e-5 for block in single["blocks"])
     assert any("slide rule" in note for note in result.notes)
-    assert model.rope_cos.shape[0] == 64
+    assert model.get_buffer("rope_cos").shape[0] == 64
     # Too few tokens for an interval worth gating.
     assert chained["growth"]["gated"] is False
     assert check_of(result, "chained: growth").passed is None

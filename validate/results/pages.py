@@ -192,7 +192,7 @@ def certificate() -> Iterator[str]:
     path = ROOT / "examples" / "06_ci_gate" / "baseline.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     yield from command(document)
-    rows = []
+    rows, data = [], {}
     for result in (entry for entry in document["levels"] if entry["level"] == CERTIFICATE):
         data = result["data"]
         at, error = data["passes"].index(data["unroll"]), max(anchor["error"] for anchor in data["anchors"])

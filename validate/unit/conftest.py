@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from crt_export.bundle import BundleFiles, open_bundle
-from crt_export.config import ModelConfig
 from crt_export.engine.base import Engine
 from crt_export.engine.tensorrt.engine import Machine
 from crt_export.machine import Gpu
+from crt_export.models.declaration import ModelInfo
 from crt_export.runtime import Bundle
 from crt_export.runtime.opening import Target, compiled_engine, engine_from_target
 
@@ -68,10 +68,10 @@ def open_recorded(new_recording: Callable[[], Recording]) -> Callable[..., Bundl
         place = recording or new_recording()
         machine = Machine(api=place.api, device=place.device, gpu=gpu)
 
-        def open_engine(files: BundleFiles, target: Target, config: ModelConfig, threads: int) -> Engine:
+        def open_engine(files: BundleFiles, target: Target, model: ModelInfo, threads: int) -> Engine:
             if target.profile.compiled:
-                return compiled_engine(files, target, config, machine)
-            return engine_from_target(files, target, config, threads)
+                return compiled_engine(files, target, model, machine)
+            return engine_from_target(files, target, model, threads)
 
         return Bundle(open_bundle(path, allow_unvalidated=True), open_engine)
 

@@ -30,7 +30,7 @@ def _example(**changes: Any) -> dict[str, Any]:
 
 
 def test_optional_keys_have_the_documented_defaults() -> None:
-    config = ModelConfig.from_dict(_example())
+    config: Any = ModelConfig.from_dict(_example())
     assert (config.format_version, config.head_dim, config.num_key_value_heads) == (1, 32, 4)
     assert config.sliding_window is config.bos_token_id is config.eos_token_id is None
     assert config.training_sequence_length is None

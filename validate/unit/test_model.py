@@ -60,7 +60,7 @@ def built(
     return build
 
 
-def _checkpoint(config: ModelConfig, tensors: Tensors) -> Checkpoint:
+def _checkpoint(config: Any, tensors: Tensors) -> Checkpoint:
     return Checkpoint(path=Path("in-memory"), config=config, tensors=tensors, stored_dtypes=("F32",), sha256="")
 
 
@@ -90,7 +90,7 @@ def _ffn(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
     return _linear(gelu, w, f"{name}.down")
 
 
-def _rotated(head: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
+def _rotated(head: np.ndarray, position: int, config: Any) -> np.ndarray:
     half, out = config.head_dim // 2, head.copy()
     for j in range(half):
         first, second = (2 * j, 2 * j + 1) if config.rope_layout == "interleaved" else (j, j + half)
@@ -101,7 +101,7 @@ def _rotated(head: np.ndarray, position: int, config: ModelConfig) -> np.ndarray
 
 
 def oracle(
-    config: ModelConfig, tensors: Tensors, ids: list[int], previous: np.ndarray | None = None
+    config: Any, tensors: Tensors, ids: list[int], previous: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """h and logits of one sequence, float64, token by token.
 

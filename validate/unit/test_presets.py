@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_a_preset_has_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    config = PRESETS[name]
+    config: Any = PRESETS[name]
     assert config.parameter_count == parameters
     assert (config.vocab_size, config.num_attention_heads, config.tie_word_embeddings) == (32_000, 16, False)
 

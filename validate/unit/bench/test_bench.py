@@ -148,7 +148,7 @@ def test_a_text_that_a_candidate_cannot_read_is_refused(
     with pytest.raises(InputError, match="vocabulary"):
         plan_from_options(GOLDEN, _changed(QUICK, tokens=ids))
     with pytest.raises(InputError, match="prompts hold token id 600, and a model that is compared has 256"):
-        _Room(batch=1, threads=1, capacity=8, text=(3, 600)).request("bundle", tiny_config())
+        _Room(batch=1, threads=1, capacity=8, text=(3, 600)).request("bundle", tiny_config().info)
 
 
 def test_a_text_is_not_written_over(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_model_with_any_other_option_is_not_taken_for_a_classic_one(
 
 
 @torch.inference_mode()
-def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[Model, LanguageModel]) -> None:
+def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[Any, LanguageModel]) -> None:
     fast, reference = models
     ids = torch.randint(256, (BATCH, TOKENS), generator=torch.Generator().manual_seed(3))
     expected = reference.head(reference.sequential(ids)[0].hidden)
@@ -83,7 +83,7 @@ def test_steps_give_the_logits_of_the_reference_at_every_position(models: tuple[
 
 @torch.inference_mode()
 def test_a_prompt_in_passes_gives_what_the_reference_gives_and_steps_go_on_from_it(
-    models: tuple[Model, LanguageModel],
+    models: tuple[Any, LanguageModel],
 ) -> None:
     fast, reference = models
     passes = 3 if fast.config.carried.iterated else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_the_published_size_with_70_wide_heads(
         unroll_steps=UNROLL,
     )
     checkpoint = load_checkpoint(folder)
-    config = checkpoint.config
+    config: Any = checkpoint.config
     assert config.head_dim == 70
     linears = _linears(model_from_checkpoint(checkpoint), heldout_text)
     exporter = GraphExporter(model_from_checkpoint(checkpoint, torch.float16))

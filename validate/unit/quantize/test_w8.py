@@ -114,7 +114,7 @@ def test_every_linear_of_every_graph_is_replaced(name: str, exported: Exported, 
     count = quantize_w8(graph)
     assert count == expected_matmuls(small.config, name, 2)
     nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
-    fused = small.config.num_hidden_layers if name == "step" else 0
+    fused = len(small.config.carried.caches) if name == "step" else 0
     assert len(nodes) == count - 2 * fused, "query, key and value are one product"
     assert sum(node.op_type == "Split" and len(node.outputs) == 3 for node in graph.graph) == fused
     assert not any(node.op_type == "MatMul" for node in graph.graph)
@@ -174,7 +174,7 @@ def test_passes_share_one_quantised_weight() -> None:
 def test_fused_projections_compute_what_three_do(exported: Exported, run_graph: RunGraph, small: Checkpoint) -> None:
     """In FP32 and in blocks: every output keeps its own weights, so nothing changes but the number of products."""
     separate, fused = (exported("step", torch.float32) for _ in range(2))
-    assert fuse_projections(fused.graph, SharedArrays()) == 3 * small.config.num_hidden_layers
+    assert fuse_projections(fused.graph, SharedArrays()) == 3 * len(small.config.carried.caches)
     names = {name for name, _ in weight_matmuls(fused.graph)}
     assert "layers.0.attn.qkv" in names
     assert not names & {f"layers.0.attn.{part}" for part in "qkv"}

@@ -121,7 +121,8 @@ def test_a_prefill_of_one_token_is_the_step_at_any_number_of_passes(
     quantized: dict[str, tuple[ir.Model, int]], small: Checkpoint, run_graph: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     config = small.config
-    shape = (2, config.num_attention_heads, 8, config.head_dim)
+    (cache,) = config.carried.caches[:1]
+    shape = (2, cache.heads, 8, cache.head_dim)
     caches = {f"past_key_values.0.{part}": np.zeros(shape, np.float16) for part in ("key", "value")}
     state = np.random.default_rng(0).normal(size=(2, 1, config.hidden_size)).astype(np.float32)
     common = {"input_ids": np.array([[65], [66]]), "position": np.zeros(2, np.int64), "state": state, **caches}

@@ -109,14 +109,14 @@ def memory_of_rows(bundle: BundleFiles) -> dict[str, dict[str, int]]:
     Raises:
         BundleError: The manifest contradicts itself.
     """
-    from crt_export.runtime.opening import model_from_manifest, target_from_manifest
+    from crt_export.runtime.opening import model_from_manifest
 
     model, found = model_from_manifest(bundle), {}
-    for name in bundle.manifest["targets"]:
-        target = target_from_manifest(bundle, name, model)
-        sizes = model.carried.row_bytes(target.capacity)
-        caches = sizes[f"cache_bytes_{target.cache_dtype}"]
-        found[name] = {"capacity": target.capacity, "state_bytes": sizes["state_bytes"], "cache_bytes": caches}
+    for name, target in bundle.manifest["targets"].items():  # whatever its profile says: nothing is opened
+        capacity = min(target["capacity"], model.max_position_embeddings)
+        sizes = model.carried.row_bytes(capacity)
+        caches = sizes[f"cache_bytes_{target['cache_dtype']}"]
+        found[name] = {"capacity": capacity, "state_bytes": sizes["state_bytes"], "cache_bytes": caches}
     return found
 
 

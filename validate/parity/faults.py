@@ -134,7 +134,7 @@ CONTRACT = (
     of("dtype of the state of prefill changed", "contract", _halve("next_state"), graphs=(PREFILL,),
        says=(r"\bprefill\b", "next_state", "float32.*float16")),
     *beside("an operator in {} that no target was checked with", "contract",
-            replace_output("logits", node("Tanh", ["before"], "logits")), says=("Tanh",)),
+            replace_output("logits", node("Sin", ["before"], "logits")), says=("Sin",)),
     *beside("next_token of {} is not the argmax", "one-step",
             replace_output("next_token", constant("none", 0), node("Mul", ["before", "none"], "next_token")),
             says=("next_token",)),

@@ -115,6 +115,7 @@ def test_every_other_readme_command_works(bundle: Path, readme_commands: list[li
     folder = bundle.parent.parent
     _write_keys(bundle.parent / "private.pem", bundle.parent / "public.pem")
     _write_llama(bundle.parent / "hf-model")
+    (folder / "validate" / "results").mkdir(parents=True, exist_ok=True)
     for command in readme_commands:
         if command[0] not in ("build", "doctor") and "--validation-tokens" not in command:
             result = python_in(folder, "-m", "crt_export", *command)

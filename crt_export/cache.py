@@ -8,6 +8,7 @@ an attention window of W a query at position p sees the keys at p - W + 1 to p, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -49,8 +50,8 @@ class Cache(Protocol):
         ...
 
 
-class AppendedCache:
-    """Puts the new keys behind the cached ones and leaves the cache itself as it was.
+class PassCache(ABC):
+    """Base of caches over all positions of a chunk at once: what each came in with is read, and written once a pass.
 
     Args:
         specs: What the caches are.
@@ -68,9 +69,8 @@ class AppendedCache:
         position: Tensor,
         seq: int,
     ) -> None:
-        self._specs = specs
+        self._specs, self._position, self._seq = specs, position, seq
         self._past = list(zip(past_keys, past_values, strict=True))
-        self._position, self._seq = position, seq
         self._masks = {window: self._mask(window) for window in dict.fromkeys(spec.window for spec in specs)}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -84,9 +84,23 @@ class AppendedCache:
 
     def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
         past_keys, past_values = self._past[index]
-        written = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
-        self._written[index] = written
-        return Attended(*written, self._masks[self._specs[index].window])
+        self._written[index] = self._joined(past_keys, keys), self._joined(past_values, values)
+        return Attended(*self._written[index], self._masks[self._specs[index].window])
+
+    @abstractmethod
+    def _joined(self, past: Tensor, new: Tensor) -> Tensor:
+        """The past and what this chunk adds, [batch, heads, keys, head_dim]."""
+
+    @abstractmethod
+    def _mask(self, window: int | None) -> Tensor:
+        """Which of them each query sees, bool [batch, 1, seq, keys]."""
+
+
+class AppendedCache(PassCache):
+    """Puts the new keys behind the cached ones and leaves the cache itself as it was."""
+
+    def _joined(self, past: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([past, new], dim=2)
 
     def _mask(self, window: int | None) -> Tensor:
         position, seq, past = self._position, self._seq, self._past[0][0].shape[2]

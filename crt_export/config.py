@@ -7,6 +7,7 @@ Imports neither torch nor onnx.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
@@ -109,7 +110,7 @@ _TOKENS = Key(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """What every architecture has: sizes, tokens and where a sequence begins and ends.
 
     Every sequence begins with ``bos_token_id``, once (None: the model was trained without); ``eos_token_id`` ends one,
@@ -161,14 +162,15 @@ class ModelConfig:
             raise CheckpointError(problem_list("config.json", problems))
         for name in self.keys():
             object.__setattr__(self, name, _frozen(getattr(self, name)))
-        self.derive()
+        for name, value in self.derived().items():
+            object.__setattr__(self, name, value)
         unsupported = [*self.unsupported()]
         if unsupported:
             raise UnsupportedError(problem_list("config.json asks for what this version cannot do", unsupported))
 
+    @abstractmethod
     def declare(self) -> Carried:
         """What the model carries from token to token, of an architecture."""
-        raise NotImplementedError
 
     @property
     def carried(self) -> Carried:
@@ -193,8 +195,9 @@ class ModelConfig:
             carried=self.carried,
         )
 
-    def derive(self) -> None:
-        """Fill in what follows from other keys."""
+    def derived(self) -> dict[str, Any]:
+        """Values of :attr:`DERIVED` keys that are absent, by key."""
+        return {}
 
     def unsupported(self) -> Iterator[str]:
         """What this version cannot do."""

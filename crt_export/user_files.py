@@ -77,11 +77,10 @@ def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None, fol
     for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
         flags |= getattr(os, flag, 0)
     descriptor = os.open(path, flags) if dir_fd is None else os.open(path, flags, dir_fd=dir_fd)
-    try:
+    with ExitStack() as refused:
+        refused.callback(os.close, descriptor)
         _refuse_other_kinds(path, os.fstat(descriptor))
-    except BaseException:
-        os.close(descriptor)
-        raise
+        refused.pop_all()
     return descriptor
 
 

@@ -1,4 +1,4 @@
-"""What a candidate is asked once it is open in its worker process, and the prompts that all are given.
+"""Runner of a candidate that is open in its worker process, and the prompts that all are given.
 
 A prompt is the beginning of a text the model was trained for, or random ids where there is none. It matters: how many
 passes an adaptive prompt takes depends on how well the model knows the text.

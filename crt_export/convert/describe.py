@@ -1,4 +1,4 @@
-"""What a source is, before it is converted: whether it converts, its size, and what decoding with it would hold."""
+"""Description of a source before it is converted: whether it converts, its size, and what decoding would hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file per naming scheme says about a model: our keys, a table of names, and what is folded into its weights."""
+"""Family of models under one naming scheme: our keys, a table of names, and what is folded into its weights."""
 
 from __future__ import annotations
 

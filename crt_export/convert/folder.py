@@ -97,18 +97,8 @@ class HuggingFaceFolder:
             UnsupportedError: Adapters, quantised weights or remote code.
         """
         _refuse_adapter(path)
-        self._path, self._config = path, _checked_config(path)
+        self.path, self.config = path, _checked_config(path)
         self._tensors: dict[str, StoredTensor] = {}
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self._path
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """``config.json``."""
-        return self._config
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:

@@ -87,13 +87,13 @@ class GgufFile:
             CheckpointError: The file is damaged.
             UnsupportedError: It is of another family, or of several files.
         """
-        self._path = path
+        self.path = path
         self._reader = _opened(path)
         with _damaged(path):
             self._read_metadata()
 
     def _read_metadata(self) -> None:
-        path = self._path
+        path = self.path
         self._meta = {name: field.contents() for name, field in self._reader.fields.items()}
         self._kind = str(self._meta.get("general.architecture"))
         if self._kind not in _NORMS:
@@ -101,31 +101,16 @@ class GgufFile:
                 f"{path}: a GGUF file of architecture {self._kind!r:.40}; converted are {', '.join(_NORMS)}: take the "
                 "Hugging Face folder that it was made from"
             )
-        self._stored: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self._theirs: dict[str, Any] = {}
         problems = [problem for tensor in self._reader.tensors if (problem := self._add(tensor)) is not None]
         if problems:
             raise UnsupportedError(problem_list(str(path), problems[:20]))
-        self._config = self._made_config()
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._path
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """``config.json`` as the folder would have it."""
-        return self._config
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every tensor by the folder's name, dequantised."""
-        return self._stored
+        self.config = self._made_config()
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantised, as the folder has it."""
-        with _damaged(self._path):
+        with _damaged(self.path):
             return self._dequantised(name)
 
     def _dequantised(self, name: str) -> Tensor:
@@ -137,11 +122,11 @@ class GgufFile:
             values = torch.from_numpy(tensor.data.copy())
         else:
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        values = values.reshape(self._stored[name].shape).to(self._stored[name].dtype)
+        values = values.reshape(self.tensors[name].shape).to(self.tensors[name].dtype)
         if self._kind == "llama" and ".self_attn.q_proj." in name:
-            return _rows_of_halves(values, int(self._config["num_attention_heads"]))
+            return _rows_of_halves(values, int(self.config["num_attention_heads"]))
         if self._kind == "llama" and ".self_attn.k_proj." in name:
-            return _rows_of_halves(values, int(self._config["num_key_value_heads"]))
+            return _rows_of_halves(values, int(self.config["num_key_value_heads"]))
         return values - 1 if self._kind != "llama" and "norm" in name else values
 
     def same(self, first: str, second: str) -> bool:
@@ -151,16 +136,16 @@ class GgufFile:
     def document(self, name: str) -> dict[str, Any] | None:
         """A JSON object that the folder would have."""
         content = self.content(name)
-        return None if content is None else json_object(self._path.with_name(name), content)
+        return None if content is None else json_object(self.path.with_name(name), content)
 
     def content(self, name: str) -> bytes | None:
         """A file that the folder would have: what lies beside this one, else made of its metadata."""
-        beside = self._path.with_name(name)
+        beside = self.path.with_name(name)
         if name in (TOKENIZER, TEMPLATE) and is_input(beside):
             return read_input(beside, most=_MOST_JSON_BYTES)
         if name == TOKENIZER:
-            with _damaged(self._path):
-                document = tokenizer_document(self._path, self._meta)
+            with _damaged(self.path):
+                document = tokenizer_document(self.path, self._meta)
         elif name == GENERATION:
             ends = [self._meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
             document = {"eos_token_id": list(dict.fromkeys(one for one in ends if one is not None))}
@@ -179,7 +164,7 @@ class GgufFile:
             return f"tensor {tensor.name} is not converted"
         shape = tuple(int(dim) for dim in reversed(tensor.shape))
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.tensor_type.name, torch.float32)
-        self._stored[name] = StoredTensor(shape=shape, dtype=dtype, file=self._path)
+        self.tensors[name] = StoredTensor(shape=shape, dtype=dtype, file=self.path)
         self._theirs[name] = tensor
         return None if _is_readable(tensor) else f"tensor {tensor.name} of type {tensor.tensor_type.name} is not read"
 
@@ -196,9 +181,9 @@ class GgufFile:
         own = {name.removeprefix(prefix): value for name, value in self._meta.items() if name.startswith(prefix)}
         config = {ours: own[name] for name, ours in _SIZES.items() if name in own}
         config["model_type"] = "gemma3_text" if self._kind == "gemma3" else self._kind
-        config["tie_word_embeddings"] = "lm_head.weight" not in self._stored
-        config.setdefault("vocab_size", self._stored["model.embed_tokens.weight"].shape[0])
-        if any(name.endswith("q_proj.bias") for name in self._stored):
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+        config.setdefault("vocab_size", self.tensors["model.embed_tokens.weight"].shape[0])
+        if any(name.endswith("q_proj.bias") for name in self.tensors):
             config["attention_bias"] = True
         unknown = set(own) - set(_SIZES) - _SKIPPED
         if self._kind == "gemma3":
@@ -217,7 +202,7 @@ class GgufFile:
             config["rope_scaling"] = self._scaling_by(factors, head_dim, config.get("rope_theta", 10000.0))
         if unknown:
             shown = [f"{prefix}{name} = {own[name]!r:.60} is not known to this version" for name in sorted(unknown)]
-            raise UnsupportedError(problem_list(str(self._path), shown))
+            raise UnsupportedError(problem_list(str(self.path), shown))
         return config
 
     def _scaling_by(self, factors: Any, head_dim: int, theta: float) -> dict[str, Any]:
@@ -230,7 +215,7 @@ class GgufFile:
             if wanted.shape == (len(found),) and torch.allclose(torch.tensor(found), wanted, rtol=1e-5, atol=0):
                 return parameters
         raise UnsupportedError(
-            f"{self._path}: {_SCALED} scales the frequencies as no Llama does; take the original folder"
+            f"{self.path}: {_SCALED} scales the frequencies as no Llama does; take the original folder"
         )
 
     def _gemma3(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model's text needs: tokenizer, begin and end of a sequence, chat template."""
+"""Text of a converted model: tokenizer, begin and end of a sequence, chat template."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,13 +179,12 @@ def _replace(descriptor: int, begin: int, end: int, offset: int) -> None:
     copy = library.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if copy == _FAILED:
         raise _last_error()
-    try:
+    with ExitStack() as unmoved:
+        unmoved.callback(library.munmap, ctypes.c_void_p(copy), ctypes.c_size_t(size))
         _read(descriptor, copy, min(size, os.fstat(descriptor).st_size - offset), offset)
         if library.mremap(copy, size, size, _MAYMOVE | _FIXED, begin) == _FAILED:
             raise _last_error()
-    except BaseException:
-        library.munmap(ctypes.c_void_p(copy), ctypes.c_size_t(size))
-        raise
+        unmoved.pop_all()
 
 
 def _read(descriptor: int, address: int, size: int, offset: int) -> None:

@@ -6,14 +6,13 @@ cache input; ONNX Runtime does so when input and output are bound to the same bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from onnxscript.onnx_opset import opset24
 from torch import Tensor
 
-from crt_export.cache import Attended
-from crt_export.models.declaration import CacheSpec
+from crt_export.cache import PassCache
 
 
 @torch.library.custom_op("crt_export::cache_update", mutates_args=())
@@ -33,53 +32,22 @@ def _(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
-class ScatteredCache:
-    """Writes the new keys at ``position`` into the cache and attends over the result only.
+class ScatteredCache(PassCache):
+    """Writes the new keys at ``position`` into caches of their capacity and attends over the result only.
 
     Reading the raw cache beside the in-place update would depend on execution order, so this cache is for the last pass
     of a graph; earlier passes use :class:`crt_export.cache.AppendedCache`, which only reads.
-
-    Args:
-        specs: What the caches are.
-        past_keys: Per cache [batch, heads, capacity, head_dim].
-        past_values: Likewise.
-        position: Tokens already in the cache, int64 [batch].
-        seq: Tokens of the chunk.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[CacheSpec],
-        past_keys: Sequence[Tensor],
-        past_values: Sequence[Tensor],
-        position: Tensor,
-        seq: int,
-    ) -> None:
-        self._specs = specs
-        self._past = list(zip(past_keys, past_values, strict=True))
-        self._position = position
-        slot = torch.arange(past_keys[0].shape[2], device=position.device)
-        query = position[:, None] + torch.arange(seq, device=position.device)
+    def _joined(self, past: Tensor, new: Tensor) -> Tensor:
+        return cache_update(past, new, self._position)
+
+    def _mask(self, window: int | None) -> Tensor:
+        position = self._position
+        slot = torch.arange(self._past[0][0].shape[2], device=position.device)
+        query = position[:, None] + torch.arange(self._seq, device=position.device)
         seen = slot <= query[:, :, None]
-        self._masks = {
-            window: (seen if window is None else seen & (query[:, :, None] - window < slot))[:, None]
-            for window in dict.fromkeys(spec.window for spec in specs)
-        }
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def keys(self) -> list[Tensor]:
-        return [self._written[index][0] for index in range(len(self._specs))]
-
-    @property
-    def values(self) -> list[Tensor]:
-        return [self._written[index][1] for index in range(len(self._specs))]
-
-    def extend(self, index: int, keys: Tensor, values: Tensor) -> Attended:
-        past_keys, past_values = self._past[index]
-        written = cache_update(past_keys, keys, self._position), cache_update(past_values, values, self._position)
-        self._written[index] = written
-        return Attended(*written, self._masks[self._specs[index].window])
+        return (seen if window is None else seen & (query[:, :, None] - window < slot))[:, None]
 
 
 def translation_table() -> dict[Callable[..., object], Callable[..., object]]:

@@ -132,12 +132,12 @@ class TransformerConfig(ModelConfig):
     learned_positions: bool = False
     logit_softcap: float | None = None
 
-    def derive(self) -> None:
-        """Fill in the sizes of the heads."""
-        if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_key_value_heads == 0:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+    def derived(self) -> dict[str, Any]:
+        """Sizes of the heads."""
+        return {
+            "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
+        }
 
     @classmethod
     def missing_keys(cls, values: Mapping[str, Any]) -> Iterator[str]:

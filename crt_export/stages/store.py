@@ -1,4 +1,4 @@
-"""What a stage made, kept so that the next build of the same checkpoint need not make it again.
+"""Store of finished stages, so that the next build of the same checkpoint need not make them again.
 
 ::
 

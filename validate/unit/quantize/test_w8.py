@@ -13,7 +13,7 @@ from crt_export.graph.export import GraphExporter
 from crt_export.graph.weights import SharedArrays
 from crt_export.models.base import LanguageModel
 from crt_export.models.registry import model_from_checkpoint
-from crt_export.parity.weight_audit import BlockWeight, deviation
+from crt_export.parity.stored_weights import BlockWeight, deviation
 from crt_export.quantize import smoothing, w8
 from crt_export.quantize.linears import expected_matmuls, linear_names, weight_matmuls
 from crt_export.quantize.plan import SMALLEST_STEP
